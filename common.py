@@ -3,7 +3,11 @@
 A script is a `Config` dataclass (one commented line a field; every field is a flag), pure functions, and `main(config)`; it ends in
 `launch(main, Config)`.
 """
-import dataclasses, inspect, re, sys
+import dataclasses, inspect, json, os, platform, re, shutil, signal, sys, time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 
 class UserError(Exception):
@@ -83,3 +87,252 @@ def launch(main, Config):
         main(parse_cli(Config))
     except UserError as e:
         sys.exit(f"error: {e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The process: one, or one of several under torchrun
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(device, seed):
+    """Prepare this process: join torchrun's group if there is one, seed, make what PyTorch offers deterministic. Returns the torch.device.
+
+    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device={device}: no CUDA GPU is visible here; use --device=cpu")
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device={device}: not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself bit for bit only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that comes with the line above and costs a pass over every tensor
+    torch.manual_seed(seed + 1000003 * rank())  # ranks drop out different units
+    return device
+
+
+def reduce_sum(*numbers):
+    """Each number added over all ranks, as floats."""
+    if world_size() == 1:
+        return [float(x) for x in numbers]
+    total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        total = total.cuda()
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def random_state(device):
+    """{name: uint8 [ranks, bytes]}: the default generators of every rank, for `set_random_state`. All ranks must call it."""
+    state = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device)
+    for name, mine in state.items():
+        here = mine.to(device)  # NCCL moves only what lies on a GPU
+        every = [torch.empty_like(here) for _ in range(world_size())]
+        dist.all_gather(every, here) if world_size() > 1 else every[0].copy_(here)
+        state[name] = torch.stack(every).cpu()
+    return state
+
+
+def set_random_state(tensors, device):
+    """Restore this rank's generators; with another number of ranks than at the save they stay as `setup` seeded them."""
+    if len(tensors["random/cpu"]) == world_size():
+        torch.set_rng_state(tensors["random/cpu"][rank()])
+        if device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"][rank()], device)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask the run to finish its step, save and leave; a second one leaves at once."""
+
+    def __init__(self):
+        self.asked = 0  # the signal's number
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked:
+            sys.exit(f"\nleft at once on a second {signal.Signals(number).name}; what was saved is whole")
+        self.asked = number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once", file=sys.stderr, flush=True)
+
+    def agreed(self):
+        """True when any rank was asked, on all ranks at the same step."""
+        return reduce_sum(self.asked)[0] > 0
+
+    def leave(self, step):
+        """End the process after a save, with the exit status a shell expects of the signal."""
+        if rank() == 0:
+            print(f"stopped after step {step}, saved; the same command with --resume goes on", file=sys.stderr, flush=True)
+        sys.exit(128 + (self.asked or signal.SIGTERM))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The run directory and its log
+
+OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_*", ".tmp_step_*", "nonfinite_*", ".lock")  # what --overwrite may delete
+
+
+def open_run(out, resume, overwrite):
+    """Make `out` this run's directory and lock it against a second process. Returns its Path.
+
+    UserError where it holds another run and neither `resume` nor `overwrite` was asked, or another process is writing it.
+    `overwrite` deletes only what a run writes, never a stranger's files.
+    """
+    if not out:
+        raise UserError("--out: name a directory for the run, for example --out=out/base")
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: choose one")
+    run = Path(out)
+    if rank() == 0:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lock(run)
+            found = [p for pattern in OURS for p in run.glob(pattern) if p.name != ".lock"]
+            if found and not (resume or overwrite):
+                raise UserError(f"--out={out}: a run is here already ({found[0].name}); --resume goes on with it, --overwrite replaces it")
+            for p in found if overwrite else run.glob(".tmp_step_*"):
+                shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+        except OSError as e:
+            raise UserError(f"--out={out}: {e.strerror}") from None
+    return run
+
+
+def lock(run):
+    """Hold run/.lock while this process lives; UserError if another one does."""
+    if os.name != "posix":
+        return  # fcntl is POSIX; on Windows two runs in one directory are the user's to avoid
+    import fcntl
+
+    handle = open(run / ".lock", "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"--out={run}: another process is writing this run; wait for it or choose another directory") from None
+    LOCKS.append(handle)
+
+
+LOCKS = []  # open for as long as the process lives: closing the file gives the lock up
+
+
+class Log:
+    """One line a step on the terminal and in run/log.jsonl. A disk that refuses loses nothing: lines wait in memory for the next write."""
+
+    def __init__(self, run, steps, start):
+        self.path, self.steps, self.start, self.waiting = run / "log.jsonl", steps, start, []
+        self.clock = self.began = time.perf_counter()
+        if rank() == 0:
+            rewind_log(self.path, start)
+            rewind_samples(run / "samples.txt", start)
+
+    def write(self, record):
+        """Append one JSON object to the file (rank 0)."""
+        if rank() != 0:
+            return
+        self.waiting.append(json.dumps(record, ensure_ascii=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write("".join(self.waiting))
+            self.waiting = []
+        except OSError as e:
+            print(f"warning: {self.path}: {e.strerror}; {len(self.waiting)} lines wait in memory", file=sys.stderr)
+
+    def sync(self):
+        """Have the disk hold what was written: before a checkpoint, so that a checkpoint never knows more than its log."""
+        if rank() == 0 and self.path.exists():
+            with open(self.path, "rb+") as f:
+                os.fsync(f.fileno())
+
+    def step(self, step, tokens, flops_per_token, device, **values):
+        """Log update number `step` (from 1): its `tokens` (all ranks), speed, MFU where the GPU's peak is known, time left, and `values`."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        record = {"step": step, **values, "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
+        peak = peak_flops(device)
+        if peak:
+            record["mfu"] = round(tokens * flops_per_token / seconds / (peak * world_size()), 4)
+        self.write(record)
+        if rank() == 0:
+            left = (now - self.began) / (step - self.start) * (self.steps - step)
+            shown = " | ".join(f"{k} {v:.4g}" if k != "loss" else f"loss {v:.4f}" for k, v in values.items())
+            mfu = f" | mfu {record['mfu']:.1%}" if peak else ""
+            print(f"step {step}/{self.steps} | {shown} | {record['tokens_per_s']:,.0f} tok/s{mfu} | eta {clock_time(left)}", flush=True)
+
+    def skip_time(self):
+        """Leave what happened since the last step (an evaluation, a save) out of the next step's speed."""
+        self.clock = time.perf_counter()
+
+
+def clock_time(seconds):
+    """90 -> "1m30s"."""
+    hours, minutes, seconds = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def rewind_log(path, step):
+    """Drop the lines of updates after `step`: a run resumed from an older checkpoint makes them again. A half-written last line goes too."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line).get("step", 0) <= step and line.endswith("\n"):
+                    kept.append(line)
+            except ValueError:
+                pass
+        replace_text(path, "".join(kept))
+
+
+def rewind_samples(path, step):
+    """The same for samples.txt, whose entries begin with "=== step N ===" lines."""
+    if path.exists():
+        parts = re.split(r"(?m)^(?==== step \d+ ===$)", path.read_text(encoding="utf-8"))
+        replace_text(path, "".join(p for p in parts if p and int(p.split()[2]) <= step))
+
+
+def replace_text(path, text):
+    """Write a text file so that it is either the old or the new one, whole, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What the hardware could do
+
+PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; the first name found in the device's name counts
+    "B300": 2250, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "A6000": 155, "A5000": 111, "A4000": 77, "L40S": 362, "L40": 181, "L4": 121,
+    "6000 Ada": 364, "RTX PRO 6000": 504, "5090": 210, "5080": 113, "5070": 62, "4090": 165, "4080": 97, "4070": 58, "3090": 71, "3080": 60, "3070": 41,
+    "V100": 125, "T4": 65, "MI325X": 1307, "MI300X": 1307, "MI250X": 383,
+}  # fmt: skip
+
+
+def peak_flops(device):
+    """Peak dense bf16 FLOP/s of this CUDA device; 0 where it is not in the table, or for a CPU."""
+    if device.type != "cuda":
+        return 0
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), 0)
+
+
+def describe(device):
+    """Versions and hardware, for the head of a log."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": str(device), "hardware": name, "world_size": world_size()}

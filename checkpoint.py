@@ -1,0 +1,338 @@
+"""Checkpoints: Hugging Face directories, written so that nothing is ever lost, plus what exact resume needs.
+
+    out/NAME/log.jsonl, samples.txt, latest -> step_000200, best -> step_000150
+    out/NAME/step_000200/config.json, model.safetensors, tokenizer.json, tokenizer_config.json    what any Hugging Face tool reads
+                         feinschliff.json                        stage, step, run config, versions, hashes of data and code, metrics, lineage
+                         train_state.safetensors, .json          optimizer, random states, data cursor
+                         manifest.json                           SHA-256 of every other file; loading verifies it
+
+A checkpoint is written beside its final name, flushed to the disk, then renamed: whenever a run is killed, a directory called step_* is whole.
+No pickle anywhere.
+"""
+import hashlib, json, math, os, shutil, sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from common import UserError, rank
+from data import tokenizer
+from model import GPT, GPTConfig
+
+WEIGHTS, INFO, MANIFEST = "model.safetensors", "feinschliff.json", "manifest.json"
+STATE, COUNTERS = "train_state.safetensors", "train_state.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Our parameters under Hugging Face's names
+
+
+def hf_names(c):
+    """{our parameter: Hugging Face's names}; several names where ours is a fused matrix, its rows in that order."""
+    names = {"embed": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
+    if c.scalar_head:
+        names["score"] = ["score.weight"]
+    elif not c.tied:
+        names["untied_head"] = ["lm_head.weight"]
+    for i in range(c.layers):
+        theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
+        names[ours + "attn_norm"] = [theirs + "input_layernorm.weight"]
+        names[ours + "qkv"] = [theirs + f"self_attn.{x}_proj.weight" for x in "qkv"]
+        if c.qkv_bias:
+            names[ours + "qkv_bias"] = [theirs + f"self_attn.{x}_proj.bias" for x in "qkv"]
+        if c.qk_norm:
+            names[ours + "q_norm"], names[ours + "k_norm"] = [theirs + "self_attn.q_norm.weight"], [theirs + "self_attn.k_norm.weight"]
+        names[ours + "out"] = [theirs + "self_attn.o_proj.weight"]
+        names[ours + "mlp_norm"] = [theirs + "post_attention_layernorm.weight"]
+        names[ours + "gate_up"] = [theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"]
+        names[ours + "down"] = [theirs + "mlp.down_proj.weight"]
+    return names
+
+
+def split_fused(c, names, tensor):
+    """The rows of our tensor, one part for each Hugging Face name."""
+    return tensor.split({1: [len(tensor)], 2: [c.ffn, c.ffn], 3: c.qkv_rows}[len(names)])
+
+
+def to_hf(model):
+    """The weights as {Hugging Face name: tensor on the CPU}."""
+    named = hf_names(model.config)
+    parts = [(named[n], split_fused(model.config, named[n], p.detach().cpu())) for n, p in model.named_parameters()]
+    return {name: part.contiguous() for names, tensors in parts for name, part in zip(names, tensors)}
+
+
+def config_to_hf(c, tok):
+    """config.json for `transformers`, vLLM and llama.cpp."""
+    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.rope_scaling:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope = {"rope_type": "llama3", "rope_theta": c.rope_theta, **dict(zip(names, c.rope_scaling))}
+    config = {
+        "model_type": family,
+        "architectures": [family.capitalize() + ("ForSequenceClassification" if c.scalar_head else "ForCausalLM")],
+        "vocab_size": c.vocab_size, "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim,
+        "max_position_embeddings": c.context, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "hidden_act": "silu",
+        "attention_bias": c.qkv_bias, "attention_dropout": 0.0, "mlp_bias": False, "use_sliding_window": False,
+        "rope_theta": c.rope_theta, "rope_parameters": rope,  # transformers 4 reads the first, 5 the second
+        "bos_token_id": tok.eot, "eos_token_id": tok.eot, "pad_token_id": tok.pad, "dtype": "float32", "torch_dtype": "float32",
+    }  # fmt: skip
+    if c.rope_scaling:
+        config["rope_scaling"] = rope
+    if c.scalar_head:
+        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return config
+
+
+def config_from_hf(path):
+    """GPTConfig of a config.json (Llama, Qwen2, Qwen3). UserError names what this model cannot do."""
+    h = read_json(path)
+
+    def number(key, kind, default=None):
+        value = h.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r}; a positive {kind.__name__} was expected")
+        return kind(value)
+
+    family = h.get("model_type")
+    if family not in ("llama", "qwen2", "qwen3"):
+        raise UserError(f"{path}: model_type {family!r} is not one this GPT can be; it reads llama, qwen2 and qwen3")
+    rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    refused = {"hidden_act": h.get("hidden_act", "silu") != "silu", "mlp_bias": h.get("mlp_bias", False), "use_sliding_window": h.get("use_sliding_window", False),
+               "attention_bias": h.get("attention_bias", False) and family != "qwen2", "rope_type": kind not in ("default", "llama3")}  # fmt: skip
+    for key, found in refused.items():
+        if found:
+            raise UserError(f"{path}: {key}={rope.get(key, h.get(key))!r} is not supported by this GPT")
+    heads, width = number("num_attention_heads", int), number("hidden_size", int)
+    c = GPTConfig(
+        vocab_size=number("vocab_size", int), layers=number("num_hidden_layers", int), width=width, heads=heads,
+        kv_heads=number("num_key_value_heads", int, heads), head_dim=number("head_dim", int, width // heads), ffn=number("intermediate_size", int),
+        context=number("max_position_embeddings", int, 2048), norm_eps=number("rms_norm_eps", float, 1e-6), tied=bool(h.get("tie_word_embeddings", False)),
+        rope_theta=float(rope["rope_theta"]) if "rope_theta" in rope else number("rope_theta", float, 10000.0),
+        qk_norm=family == "qwen3", qkv_bias=family == "qwen2", scalar_head="ForSequenceClassification" in str(h.get("architectures")),
+    )  # fmt: skip
+    if kind == "llama3":
+        c.rope_scaling = tuple(float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    if c.heads % c.kv_heads or c.head_dim % 2:
+        raise UserError(f"{path}: {c.heads} heads of {c.head_dim} with {c.kv_heads} key-value heads: heads must divide evenly, head_dim must be even")
+    return c
+
+
+def weight_files(folder):
+    """{tensor name: file that holds it} of a directory with model.safetensors or its sharded form."""
+    index = folder / (WEIGHTS + ".index.json")
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    where = {}
+    for file in files:
+        if Path(file).name != file:
+            raise UserError(f"{index}: {file!r} is not the name of a file beside it")
+        with open_tensors(folder / file) as f:
+            where.update({name: folder / file for name in f.keys()})
+    return where
+
+
+def open_tensors(path):
+    """safetensors.safe_open, its errors naming the file."""
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{path}: cannot be read as safetensors ({e}); copy or download it again") from None
+
+
+@torch.no_grad()
+def weights_from_hf(model, folder):
+    """Fill the model from a Hugging Face directory, whatever the dtype there. UserError names a tensor that is missing or has another shape."""
+    where = weight_files(folder)
+    parameters = dict(model.named_parameters())
+    for name, theirs in hf_names(model.config).items():
+        for target, hf_name in zip(split_fused(model.config, theirs, parameters[name]), theirs):
+            if hf_name not in where:
+                raise UserError(f"{folder}: tensor {hf_name} is missing")
+            with open_tensors(where[hf_name]) as f:
+                tensor = f.get_tensor(hf_name)
+            if tensor.shape != target.shape:
+                raise UserError(f"{where[hf_name]}: tensor {hf_name} is {list(tensor.shape)}, config.json says {list(target.shape)}")
+            target.copy_(tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_json(path):
+    """The JSON object in a file; UserError names the file where it is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}")
+    return value
+
+
+def sha256(path):
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def damage(folder):
+    """What is wrong with a checkpoint of ours, in words; "" if every file is as it was written."""
+    try:
+        for name, digest in read_json(folder / MANIFEST).items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256(folder / name) != digest:
+                return f"{name} is not what was written (its SHA-256 differs)"
+    except (UserError, OSError) as e:
+        return str(e)
+    return ""
+
+
+def steps_in(run):
+    """The checkpoints of a run directory, oldest first."""
+    return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def find(where):
+    """The checkpoint directory meant by `where`: a Hugging Face directory, one of our checkpoints, or a run (its newest undamaged checkpoint).
+
+    Files are verified against the manifest where there is one. A damaged newest checkpoint of a run is passed over with a warning.
+    """
+    where = Path(where)
+    if (where / "config.json").is_file():
+        wrong = damage(where) if (where / MANIFEST).exists() else ""
+        if wrong:
+            raise UserError(f"{where}: {wrong}; take another checkpoint of the run ({where.resolve().parent})")
+        return where
+    for folder in reversed(steps_in(where)):
+        wrong = damage(folder)
+        if not wrong:
+            return folder
+        print(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
+    raise UserError(f"{where}: no checkpoint here (a directory with config.json and {WEIGHTS}, or a run's directory with an undamaged step_*)")
+
+
+def load(where, device="cpu"):
+    """(model, tokenizer, info) of a checkpoint, a run or a Hugging Face directory; info is its feinschliff.json, {} for a stranger's."""
+    folder = find(where)
+    model = GPT(config_from_hf(folder / "config.json"))
+    weights_from_hf(model, folder)
+    tok = tokenizer.load(folder)
+    if tok.n_vocab > model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tok.n_vocab} ids, the model {model.config.vocab_size}")
+    return model.to(device), tok, read_json(folder / INFO) if (folder / INFO).exists() else {}
+
+
+def load_state(folder):
+    """(tensors, counters) that `save` was given as `state`."""
+    with open_tensors(folder / STATE) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, read_json(folder / COUNTERS)
+
+
+def check_same_run(info, config, data, free):
+    """UserError unless a run resumed from a checkpoint (its `info`) is the run that was stopped.
+
+    config: the flags as a dict, those in `free` may differ; data: {name: SHA-256} of what it reads. With another learning rate or other text it
+    would be another run.
+    """
+    for name, value in config.items():
+        if name not in free and info["config"].get(name, value) != value:
+            raise UserError(f"--{name}={value}: this run was started with --{name}={info['config'][name]}; resume with that, or start another in a new --out")
+    for name, digest in data.items():
+        if info["data"].get(name) != digest:
+            raise UserError(f"{name}: not the data this run was started with (its SHA-256 is another); bring that back, or start another run in a new --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def code_hash():
+    """SHA-256 over the product's sources: two runs with the same hash ran the same code."""
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *here.glob("kernels/*.py"), *here.glob("data/*.py")])
+    return hashlib.sha256(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
+
+
+def parent_record(folder, info):
+    """What a child keeps of the checkpoint it starts from, to be appended to that one's lineage."""
+    kept = {k: info[k] for k in ("stage", "step", "config", "data", "code") if k in info}
+    return {"path": str(folder), "weights": sha256(folder / WEIGHTS) if (folder / WEIGHTS).exists() else "sharded", **kept}
+
+
+def refuse_nonfinite(run, step, loss, batch):
+    """Keep the batch {name: tensor} whose loss or gradient is not finite, and end the run. The weights are those of the step before."""
+    path = Path(run) / f"nonfinite_step_{step:06d}.safetensors"
+    if rank() == 0:
+        safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in batch.items()}, path)
+    raise UserError(f"step {step}: the loss is {loss:.4g} and its gradient is not finite; the batch is in {path}. A lower learning rate or --clip=1 helps; --resume goes on from the last checkpoint")
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def flush(path):
+    """Have the disk, not just the operating system, hold this file or directory."""
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows cannot open a directory
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(run, model, tok, info, state=None, keep_last=2, best=False):
+    """Write run/step_<info["step"]>, then drop all but the `keep_last` newest and the best. Returns its path.
+
+    info: at least {"stage", "step"}; state: (tensors, counters) to resume from. `best=True` makes this the run's best.
+    UserError where the disk refuses: nothing half-written stays behind, and no older checkpoint is touched.
+    """
+    run, step = Path(run), info["step"]
+    final, temporary = run / f"step_{step:06d}", run / f".tmp_step_{step:06d}"
+    if final.exists() and damage(final):
+        shutil.rmtree(final)
+    try:
+        if not final.exists():
+            shutil.rmtree(temporary, ignore_errors=True)  # a save that was killed
+            temporary.mkdir(parents=True)
+            safetensors.torch.save_file(to_hf(model), temporary / WEIGHTS, metadata={"format": "pt"})
+            write_json(temporary / "config.json", config_to_hf(model.config, tok))
+            tokenizer.save(tok, temporary)
+            write_json(temporary / INFO, info)
+            if state:
+                safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in state[0].items()}, temporary / STATE)
+                write_json(temporary / COUNTERS, state[1])
+            write_json(temporary / MANIFEST, {p.name: sha256(p) for p in sorted(temporary.iterdir())})
+            for path in [*temporary.iterdir(), temporary]:
+                flush(path)
+            os.replace(temporary, final)
+            flush(run)
+        point(run, "latest", final.name)
+        if best:
+            point(run, "best", final.name)
+    except (OSError, safetensors.SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = [p.name for p in steps_in(run)]
+        raise UserError(f"{final}: not saved ({e}); make room or give the directory back, then go on with --resume. Checkpoints kept: {', '.join(kept) or 'none'}") from None
+    keep = {p.name for p in steps_in(run)[-keep_last:]} | ({os.readlink(run / "best")} if (run / "best").is_symlink() else set())
+    for old in steps_in(run):
+        if old.name not in keep:
+            shutil.rmtree(old)
+    return final
+
+
+def point(run, name, target):
+    """Make the symbolic link run/name -> target, atomically. Links are a convenience (`find` does not need them); Windows may forbid them."""
+    if os.name == "posix":
+        link = run / f".{name}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        os.replace(link, run / name)

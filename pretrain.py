@@ -1,0 +1,223 @@
+"""Train: a language model from raw text, from nothing.
+
+    minimise  -1/N sum_i log p(token_i | the tokens before it in its document)
+
+Text goes straight in (--data=book.txt, --data=a.jsonl,b.txt), or prepared shards do (data/prepare.py). Validation is in nats a token and in bits a
+byte, which no choice of tokenizer changes. Left out: curricula and other changes of the data on the way; the mixture is data/prepare.py's.
+
+    python pretrain.py --data=shakespeare.txt --out=out/shakespeare --depth=4 --width=128 --context=64 --batch_tokens=768 --steps=2000
+    python pretrain.py --data=out/data/world --out=out/base --depth=4
+    torchrun --nproc_per_node=8 pretrain.py --data=out/data/fineweb --out=out/base --depth=12 --compile
+"""
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+from common import Log, Stop, UserError, describe, launch, open_run, random_state, rank, reduce_sum, set_random_state, setup, world_size
+from data import corpus, tokenizer
+from data.pack import share, split
+from kernels.head import linear_cross_entropy
+from model import GPT, config_for
+from optim import Optimizer, wsd
+from rollout import stream
+
+
+@dataclass
+class Config:
+    data: str  # text files (.txt, .jsonl), comma-separated, or a directory written by data/prepare.py
+    out: str  # directory of the run
+    val: str = ""  # validation text files; "": hold out the end of the data (prepared data bring their own)
+    val_fraction: float = 0.1  # how much of the text to hold out
+    tokenizer: str = "char"  # for text files: char, byte, or whatever data/tokenizer.py loads (a directory, gpt2)
+    init: str = ""  # checkpoint to go on from, with its tokenizer; "": fresh weights of the shape below
+    depth: int = 4  # layers: the one dial; what is 0 below follows from it
+    width: int = 0  # 0: 64 x depth
+    heads: int = 0  # 0: width / 32, 64 or 128, by width
+    kv_heads: int = 0  # 0: as many as heads
+    ffn: int = 0  # 0: 8/3 width
+    tied: bool = False  # one matrix for embedding and head
+    context: int = 1024  # longest window of a document, in tokens
+    dropout: float = 0.0  # for small corpora seen many times
+    steps: int = 0  # optimizer steps; 0: 20 tokens a parameter (Chinchilla)
+    batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 1024 x depth^2
+    micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    lr: float = 0.02  # peak rate of Muon, for the trunk's matrices
+    embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5
+    head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
+    gain_lr: float = 0.01  # for the norms' gains
+    weight_decay: float = 0.0  # of the trunk's matrices
+    warmup: int = 0  # steps over which the rates rise
+    decay: float = 0.6  # last share of the steps, over which they fall to 0
+    clip: float = 0.0  # largest gradient norm let through; 0: any
+    polar: str = "auto"  # precision of Muon's Newton-Schulz: bf16, fp32, or auto (bf16 where the processor is fast at it)
+    seed: int = 0  # of weights, data order and samples
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    compile: bool = False  # torch.compile the model
+    eval_every: int = 250  # steps between validations (there is one at the end); 0: none between
+    eval_tokens: int = 1_000_000  # at most so many validation tokens
+    save_every: int = 1000  # steps between checkpoints (there is one at the end); 0: none between
+    keep_last: int = 2  # checkpoints kept, besides the best
+    sample_every: int = 500  # steps between samples in samples.txt; 0: none
+    prompt: str = ""  # what the samples continue; "": they begin a document
+    resume: bool = False  # go on from the newest checkpoint in --out
+    overwrite: bool = False  # replace the run in --out
+
+
+FREE = {"resume", "overwrite", "device", "compile", "steps", "micro_tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+
+
+def read_data(config, tok):
+    """(tokenizer, train streams, val streams, {file: SHA-256}) of --data. tok: the tokenizer of --init or of the run to resume, None for a fresh start."""
+    if Path(config.data).is_dir():
+        tok = tok or tokenizer.load(config.data)
+        train, val = corpus.read_prepared(config.data, tok)
+        return tok, train, val, {config.data: checkpoint.sha256(Path(config.data) / "manifest.json")}
+    files, val_files = config.data.split(","), [f for f in config.val.split(",") if f]
+    train = [d for f in files for d in corpus.read_documents(f)]
+    if val_files:
+        val = [d for f in val_files for d in corpus.read_documents(f)]
+    else:
+        train, val = corpus.hold_out(train, config.val_fraction)
+    if tok is None:
+        made = {"char": lambda: tokenizer.characters("".join(train + val)), "byte": tokenizer.byte_level}
+        tok = made.get(config.tokenizer, lambda: tokenizer.load(config.tokenizer))()
+    return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)], {f: checkpoint.sha256(f) for f in files + val_files}
+
+
+def make_model(config, tok):
+    """The model of --depth and of what overrides it, its weights from --seed."""
+    shape = dict(width=config.width, heads=config.heads, kv_heads=config.kv_heads, ffn=config.ffn, context=config.context, tied=config.tied)
+    return GPT(config_for(config.depth, tok.n_vocab, **shape)).init_weights(config.seed)
+
+
+def make_optimizer(config, model):
+    """Muon and AdamW at the rates of the flags. 0.3 and 0.01 were measured at width 128; AdamW's rates fall with the square root of the width."""
+    by_width = (128 / model.config.width) ** 0.5
+    rates = dict(embed_lr=config.embed_lr or 0.3 * by_width, head_lr=config.head_lr or 0.01 * by_width)
+    return Optimizer(model, config.gain_lr, matrix_lr=config.lr, **rates, betas=(0.8, 0.95), weight_decay=config.weight_decay, polar=config.polar)
+
+
+def train_step(model, streams, pieces, micro_tokens):
+    """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this rank takes its share. Returns its share of the loss."""
+    lengths = (pieces[:, 2] - pieces[:, 1]).tolist()
+    begin, end = share(lengths, rank(), world_size())
+    loss = torch.zeros((), device=model.embed.device)
+    for first, last in split(lengths[begin:end], micro_tokens):
+        pack, targets = corpus.pack_pieces(streams, pieces[begin + first : begin + last])
+        pack, targets = pack.to(model.embed.device), targets.to(model.embed.device)
+        part = linear_cross_entropy(model(pack), model.head, targets) / sum(lengths)  # the batch's count, so that no split changes the gradient
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def write_sample(path, model, tok, step, config):
+    """Append a continuation of --prompt to samples.txt."""
+    ids = stream(model, [tok.eot, *tok.encode_ordinary(config.prompt)], max_new=200, stop={tok.eot}, seed=config.seed)
+    text = tok.decode([i for i in ids if i != tok.eot])
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(f"=== step {step} ===\n{config.prompt}{text}\n")
+
+
+def main(config):
+    device = setup(config.device, config.seed)
+    run = open_run(config.out, config.resume, config.overwrite)
+    stop = Stop()
+
+    # 1. Data and model: fresh, from --init, or as they were when the run was stopped
+    resumed = checkpoint.find(run) if config.resume and checkpoint.steps_in(run) else None
+    start_from = resumed or config.init
+    model, tok, info = checkpoint.load(start_from) if start_from else (None, None, {})
+    tok, train, val, data = read_data(config, tok)
+    model = (model or make_model(config, tok)).to(device)
+    context = min(config.context, model.config.context)
+    batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
+    n_parameters = sum(p.numel() for p in model.parameters())
+    steps = config.steps or -(-20 * n_parameters // batch_tokens)
+    n_train = sum(map(len, train))
+    if n_train < batch_tokens:
+        raise UserError(f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens or bring more text")
+    val_pieces = corpus.some_pieces(val, tok.eot, context, config.eval_tokens)
+    sizes = tokenizer.token_bytes(tok)
+
+    # 2. Optimizer and order of the data, and on a resume all their state
+    optimizer = make_optimizer(config, model)
+    order = corpus.Order(train, tok.eot, context, config.seed)
+    start, best = 0, float("inf")
+    if resumed:
+        checkpoint.check_same_run(info, dataclasses.asdict(config), data, FREE)
+        tensors, counters = checkpoint.load_state(resumed)
+        optimizer.load_state(tensors)
+        set_random_state(tensors, device)
+        order.begin(counters["epoch"], counters["index"])
+        start, best, lineage = info["step"], counters["best"], info["lineage"]
+    else:
+        lineage = info.get("lineage", []) + [checkpoint.parent_record(config.init, info)] if config.init else []
+    model.dropout = config.dropout
+    model.train()
+    if config.compile:
+        model.compile()
+    log = Log(run, steps, start)
+    log.write({"event": "resume" if resumed else "start", "config": dataclasses.asdict(config), "parameters": n_parameters, **describe(device)})
+    if rank() == 0:
+        c = model.config
+        print(f"{n_parameters:,} parameters: {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; on {describe(device)['hardware']}")
+        print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs" + (f"; going on after step {start}" if resumed else ""))
+    flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.pieces])))
+
+    def validate(step):
+        loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
+        log.write({"step": step, "val_loss": loss, "val_bpb": bpb})
+        if rank() == 0:
+            print(f"step {step}/{steps} | validation {loss:.4f} nats/token, {bpb:.4f} bits/byte", flush=True)
+        return loss, bpb
+
+    def save(step, loss, bpb):
+        nonlocal best
+        is_best, best = loss < best, min(best, loss)
+        tensors = optimizer.state() | random_state(device)
+        if rank() == 0:
+            counters = {"epoch": order.epoch, "index": order.index, "best": best}
+            record = {"stage": "pretrain", "step": step, "config": dataclasses.asdict(config), "data": data, "metrics": {"val_loss": loss, "val_bpb": bpb}}
+            record |= {"lineage": lineage, "code": checkpoint.code_hash(), **describe(device)}
+            log.sync()
+            try:
+                checkpoint.save(run, model, tok, record, (tensors, counters), config.keep_last, is_best)
+            except UserError as e:
+                if step == steps or stop.asked:
+                    raise
+                print(f"warning: {e}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)
+
+    # 3. Train
+    for step in range(start + 1, steps + 1):
+        multiple = wsd(step - 1, steps, config.warmup, int(config.decay * steps))
+        pieces = order.batch(batch_tokens)
+        loss = train_step(model, train, pieces, config.micro_tokens)
+        norm = optimizer.step(multiple, config.clip)
+        (loss,) = reduce_sum(loss)
+        if not norm.isfinite():
+            pack, targets = corpus.pack_pieces(train, pieces)
+            checkpoint.refuse_nonfinite(run, step, loss, {"tokens": pack.tokens, "cu": pack.cu, "targets": targets})
+        log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * multiple, grad_norm=norm.item())
+
+        # 4. Validate, sample, save
+        last, leaving = step == steps, stop.agreed()
+        saving = last or leaving or (config.save_every and step % config.save_every == 0)
+        if saving or (config.eval_every and step % config.eval_every == 0):
+            metrics = validate(step)
+        if rank() == 0 and config.sample_every and (step % config.sample_every == 0 or last):
+            write_sample(run / "samples.txt", model, tok, step, config)
+        if saving:
+            save(step, *metrics)
+        if leaving and not last:
+            stop.leave(step)
+        log.skip_time()
+
+
+if __name__ == "__main__":
+    launch(main, Config)
