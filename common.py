@@ -233,10 +233,10 @@ LOCKS = []  # open for as long as the process lives: closing the file gives the 
 
 
 class Log:
-    """One line a step on the terminal and in run/log.jsonl. A disk that refuses loses nothing: lines wait in memory for the next write."""
+    """One line a step in run/log.jsonl and, every `print_every` steps, on the terminal. A disk that refuses loses nothing: lines wait in memory for the next write."""
 
-    def __init__(self, run, steps, start):
-        self.path, self.steps, self.start, self.waiting = run / "log.jsonl", steps, start, []
+    def __init__(self, run, steps, start, print_every=1):
+        self.path, self.steps, self.start, self.print_every, self.waiting = run / "log.jsonl", steps, start, print_every, []
         self.clock = self.began = time.perf_counter()
         if rank() == 0:
             rewind_log(self.path, start)
@@ -269,7 +269,7 @@ class Log:
         if peak:
             record["mfu"] = round(tokens * flops_per_token / seconds / (peak * world_size()), 4)
         self.write(record)
-        if rank() == 0:
+        if rank() == 0 and (step % self.print_every == 0 or step == self.steps):
             left = (now - self.began) / (step - self.start) * (self.steps - step)
             shown = " | ".join(f"{k} {v:.4g}" if k != "loss" else f"loss {v:.4f}" for k, v in values.items())
             mfu = f" | mfu {record['mfu']:.1%}" if peak else ""

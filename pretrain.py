@@ -58,6 +58,7 @@ class Config:
     seed: int = 0  # of weights, data order and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: bool = False  # torch.compile the model
+    print_every: int = 1  # steps between lines on the terminal; log.jsonl has every step
     eval_every: int = 250  # steps between validations (there is one at the end); 0: none between
     eval_tokens: int = 1_000_000  # at most so many validation tokens
     save_every: int = 1000  # steps between checkpoints (there is one at the end); 0: none between
@@ -68,7 +69,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"resume", "overwrite", "device", "compile", "steps", "micro_tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+FREE = {"resume", "overwrite", "device", "compile", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
 
 
 def read_data(config, tok):
@@ -100,6 +101,11 @@ def make_optimizer(config, model):
     by_width = (128 / model.config.width) ** 0.5
     rates = dict(embed_lr=config.embed_lr or 0.3 * by_width, head_lr=config.head_lr or 0.01 * by_width)
     return Optimizer(model, config.gain_lr, matrix_lr=config.lr, **rates, betas=(0.8, 0.95), weight_decay=config.weight_decay, polar=config.polar)
+
+
+def multiple(config, step, steps):
+    """The multiple of the peak rates for update `step`, counted from 0."""
+    return wsd(step, steps, config.warmup, int(config.decay * steps))
 
 
 def train_step(model, streams, pieces, micro_tokens):
@@ -162,7 +168,7 @@ def main(config):
     model.train()
     if config.compile:
         model.compile()
-    log = Log(run, steps, start)
+    log = Log(run, steps, start, config.print_every)
     log.write({"event": "resume" if resumed else "start", "config": dataclasses.asdict(config), "parameters": n_parameters, **describe(device)})
     if rank() == 0:
         c = model.config
@@ -195,15 +201,15 @@ def main(config):
 
     # 3. Train
     for step in range(start + 1, steps + 1):
-        multiple = wsd(step - 1, steps, config.warmup, int(config.decay * steps))
+        rate = multiple(config, step - 1, steps)
         pieces = order.batch(batch_tokens)
         loss = train_step(model, train, pieces, config.micro_tokens)
-        norm = optimizer.step(multiple, config.clip)
+        norm = optimizer.step(rate, config.clip)
         (loss,) = reduce_sum(loss)
         if not norm.isfinite():
             pack, targets = corpus.pack_pieces(train, pieces)
             checkpoint.refuse_nonfinite(run, step, loss, {"tokens": pack.tokens, "cu": pack.cu, "targets": targets})
-        log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * multiple, grad_norm=norm.item())
+        log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * rate, grad_norm=norm.item())
 
         # 4. Validate, sample, save
         last, leaving = step == steps, stop.agreed()

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run every test, alone on a fresh machine with Python >= 3.11: makes .venv, installs, tests. Words given are passed on to pytest.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./venv.sh test
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1  # the tests are many small things: processes beat threads
+exec python -m pytest -q -n "$(nproc 2>/dev/null || sysctl -n hw.ncpu)" --dist=loadgroup "$@"
