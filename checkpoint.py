@@ -90,8 +90,8 @@ def config_from_hf(path):
     """GPTConfig of a config.json (Llama, Qwen2, Qwen3). UserError names what this model cannot do."""
     h = read_json(path)
 
-    def number(key, kind, default=None):
-        value = h.get(key, default)
+    def number(key, kind, default=None, section=h):
+        value = default if section.get(key) is None else section[key]  # a null asks for the default
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
             raise UserError(f"{path}: {key} is {value!r}; a positive {kind.__name__} was expected")
         return kind(value)
@@ -102,20 +102,20 @@ def config_from_hf(path):
     rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {"hidden_act": h.get("hidden_act", "silu") != "silu", "mlp_bias": h.get("mlp_bias", False), "use_sliding_window": h.get("use_sliding_window", False),
-               "attention_bias": h.get("attention_bias", False) and family != "qwen2", "rope_type": kind not in ("default", "llama3")}  # fmt: skip
+               "attention_bias": h.get("attention_bias", False) and family != "qwen2", "rope_type": kind not in ("default", "llama3"), "layer_types": "sliding_attention" in (h.get("layer_types") or [])}  # fmt: skip
     for key, found in refused.items():
         if found:
-            raise UserError(f"{path}: {key}={rope.get(key, h.get(key))!r} is not supported by this GPT")
+            raise UserError(f"{path}: {key}={kind if key == 'rope_type' else h[key]!r} is not supported by this GPT")
     heads, width = number("num_attention_heads", int), number("hidden_size", int)
     c = GPTConfig(
         vocab_size=number("vocab_size", int), layers=number("num_hidden_layers", int), width=width, heads=heads,
         kv_heads=number("num_key_value_heads", int, heads), head_dim=number("head_dim", int, width // heads), ffn=number("intermediate_size", int),
         context=number("max_position_embeddings", int, 2048), norm_eps=number("rms_norm_eps", float, 1e-6), tied=bool(h.get("tie_word_embeddings", False)),
-        rope_theta=float(rope["rope_theta"]) if "rope_theta" in rope else number("rope_theta", float, 10000.0),
+        rope_theta=number("rope_theta", float, number("rope_theta", float, 10000.0), rope),
         qk_norm=family == "qwen3", qkv_bias=family == "qwen2", scalar_head="ForSequenceClassification" in str(h.get("architectures")),
     )  # fmt: skip
     if kind == "llama3":
-        c.rope_scaling = tuple(float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        c.rope_scaling = tuple(number(k, float, None, rope) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
     if c.heads % c.kv_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.heads} heads of {c.head_dim} with {c.kv_heads} key-value heads: heads must divide evenly, head_dim must be even")
     return c
@@ -184,7 +184,10 @@ def sha256(path):
 def damage(folder):
     """What is wrong with a checkpoint of ours, in words; "" if every file is as it was written."""
     try:
-        for name, digest in read_json(folder / MANIFEST).items():
+        written = read_json(folder / MANIFEST)
+        if WEIGHTS not in written:
+            return f"{MANIFEST} does not name {WEIGHTS}"
+        for name, digest in written.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if sha256(folder / name) != digest:
@@ -202,11 +205,12 @@ def steps_in(run):
 def find(where):
     """The checkpoint directory meant by `where`: a Hugging Face directory, one of our checkpoints, or a run (its newest undamaged checkpoint).
 
-    Files are verified against the manifest where there is one. A damaged newest checkpoint of a run is passed over with a warning.
+    What we wrote is verified against its manifest. A damaged newest checkpoint of a run is passed over with a warning.
     """
     where = Path(where)
     if (where / "config.json").is_file():
-        wrong = damage(where) if (where / MANIFEST).exists() else ""
+        ours = (where / MANIFEST).exists() or (where / INFO).exists()
+        wrong = damage(where) if ours else ""
         if wrong:
             raise UserError(f"{where}: {wrong}; take another checkpoint of the run ({where.resolve().parent})")
         return where
@@ -300,8 +304,8 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False):
     if final.exists() and damage(final):
         shutil.rmtree(final)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         if not final.exists():
-            shutil.rmtree(temporary, ignore_errors=True)  # a save that was killed
             temporary.mkdir(parents=True)
             safetensors.torch.save_file(to_hf(model), temporary / WEIGHTS, metadata={"format": "pt"})
             write_json(temporary / "config.json", config_to_hf(model.config, tok))
@@ -322,10 +326,13 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False):
         shutil.rmtree(temporary, ignore_errors=True)
         kept = [p.name for p in steps_in(run)]
         raise UserError(f"{final}: not saved ({e}); make room or give the directory back, then go on with --resume. Checkpoints kept: {', '.join(kept) or 'none'}") from None
-    keep = {p.name for p in steps_in(run)[-keep_last:]} | ({os.readlink(run / "best")} if (run / "best").is_symlink() else set())
+    # What has a higher number is damaged, or this run would have gone on from there: it must not push out what is whole.
+    past = [p.name for p in steps_in(run) if int(p.name[5:]) <= step]
+    keep = {*past[-keep_last:]} | ({os.readlink(run / "best")} if (run / "best").is_symlink() else set())
     for old in steps_in(run):
         if old.name not in keep:
-            shutil.rmtree(old)
+            os.replace(old, temporary)  # first the name, so that a step_* is never half there
+            shutil.rmtree(temporary)
     return final
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import UserError
 from data.pack import next_tokens
 from kernels.act import swiglu
 from kernels.attention import attention, batches
@@ -49,10 +50,18 @@ class GPTConfig:
 
 
 def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, context=1024, tied=False):
-    """The one dial: `depth` layers of width 64 x depth, and all else from the width. Every value given (not 0) wins over the derived one."""
+    """The one dial: `depth` layers of width 64 x depth, and all else from the width. Every value given (not 0) wins over the derived one.
+
+    UserError where sizes are none or heads do not fit.
+    """
+    for name, size in {"depth": depth - 1, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "context": context - 1}.items():
+        if size < 0:
+            raise UserError(f"--{name}: too small")
     width = width or 64 * depth
     head_dim = width // heads if heads else 32 if width < 256 else 64 if width < 1024 else 128
     heads = heads or -(-width // head_dim)
+    if head_dim < 2 or head_dim % 2 or heads % (kv_heads or heads):
+        raise UserError(f"--heads={heads}: width {width} gives heads of {head_dim}, and that must be even; kv_heads ({kv_heads or heads}) must divide heads")
     multiple = 16 if width < 512 else 128  # what the matrix units like
     ffn = ffn or 8 * width // 3 // multiple * multiple
     return GPTConfig(vocab_size, depth, width, heads, kv_heads or heads, head_dim, ffn, context, tied=tied)
@@ -117,7 +126,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         c = self.config
         draw = lambda p, std: p.copy_(torch.randn(p.shape, generator=generator) * std)  # noqa: E731
-        draw(self.embed, 0.02 if c.tied else 1.0)
+        draw(self.embed, 1 / c.width if c.tied else 1.0)  # tied: a token's logit of itself, width x std, starts at 1
         for block in self.blocks:
             draw(block.qkv, c.width**-0.5)
             draw(block.gate_up, c.width**-0.5)
@@ -178,7 +187,7 @@ class GPT(nn.Module):
     def flops_per_token(self, length):
         """Floating-point operations of one training step a token, documents of `length` tokens: 6 a weight used, and causal attention's two products."""
         c = self.config
-        weights = sum(p.numel() for p in self.parameters()) - (0 if c.tied else self.embed.numel())
+        weights = sum(p.numel() for p in self.parameters()) - (0 if c.tied and not c.scalar_head else self.embed.numel())
         return 6 * weights + 6 * c.layers * c.heads * c.head_dim * length
 
 

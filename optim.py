@@ -21,7 +21,7 @@ POLAR = [
 
 
 def polar(x, dtype):
-    """x [n, r, c] with r <= c -> about U V^T of each matrix [n, r, c]: singular values within a few percent of 1. Computed in `dtype`."""
+    """x [n, r, c] with r <= c -> about U V^T of each matrix [n, r, c]: singular values from 0.85 to 1.15, where they were not below 1/500 of its norm. Computed in `dtype`."""
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)  # all singular values below 1, with room for rounding
     for a, b, c in POLAR:
         gram = x @ x.mT  # [n, r, r]
@@ -98,9 +98,9 @@ class Optimizer:
         return norm
 
     def muon_step(self, lr):
-        if not self.matrices:
-            return
         names = [n for n, p in self.matrices.items() if p.grad is not None]
+        if not names:
+            return
         grads, momenta = [self.matrices[n].grad for n in names], [self.momenta[n] for n in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean

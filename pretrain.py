@@ -47,9 +47,10 @@ class Config:
     batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 1024 x depth^2
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
     lr: float = 0.02  # peak rate of Muon, for the trunk's matrices
-    embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5
+    embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5, or the head's where they are tied
     head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
     gain_lr: float = 0.01  # for the norms' gains
+    momentum: float = 0.9  # of Muon
     weight_decay: float = 0.0  # of the trunk's matrices
     warmup: int = 0  # steps over which the rates rise
     decay: float = 0.6  # last share of the steps, over which they fall to 0
@@ -99,8 +100,9 @@ def make_model(config, tok):
 def make_optimizer(config, model):
     """Muon and AdamW at the rates of the flags. 0.3 and 0.01 were measured at width 128; AdamW's rates fall with the square root of the width."""
     by_width = (128 / model.config.width) ** 0.5
-    rates = dict(embed_lr=config.embed_lr or 0.3 * by_width, head_lr=config.head_lr or 0.01 * by_width)
-    return Optimizer(model, config.gain_lr, matrix_lr=config.lr, **rates, betas=(0.8, 0.95), weight_decay=config.weight_decay, polar=config.polar)
+    head_lr = config.head_lr or 0.01 * by_width
+    rates = dict(embed_lr=config.embed_lr or (head_lr if model.config.tied else 0.3 * by_width), head_lr=head_lr)  # a tied matrix is a head: 0.3 blows it up
+    return Optimizer(model, config.gain_lr, matrix_lr=config.lr, **rates, betas=(0.8, 0.95), momentum=config.momentum, weight_decay=config.weight_decay, polar=config.polar)
 
 
 def multiple(config, step, steps):

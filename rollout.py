@@ -33,7 +33,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         ordered, order = logp.sort(descending=True, stable=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of everything likelier
-        logp = logp.masked_fill(torch.zeros_like(logp, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf).log_softmax(-1)
+        logp = logp.masked_fill(torch.zeros_like(logp, dtype=torch.bool).scatter(1, order, (before >= top_p) & (before > 0)), -torch.inf).log_softmax(-1)
     cumulative = logp.exp().double().cumsum(-1)  # [B, V]
     tokens = torch.searchsorted(cumulative, u.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
