@@ -176,9 +176,12 @@ def read_json(path):
 
 
 def sha256(path):
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """Hex SHA-256 of a file; UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
 
 
 def damage(folder):
@@ -273,9 +276,13 @@ def parent_record(folder, info):
 def refuse_nonfinite(run, step, loss, batch):
     """Keep the batch {name: tensor} whose loss or gradient is not finite, and end the run. The weights are those of the step before."""
     path = Path(run) / f"nonfinite_step_{step:06d}.safetensors"
+    where = f"the batch is in {path}"
     if rank() == 0:
-        safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in batch.items()}, path)
-    raise UserError(f"step {step}: the loss is {loss:.4g} and its gradient is not finite; the batch is in {path}. A lower learning rate or --clip=1 helps; --resume goes on from the last checkpoint")
+        try:
+            safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in batch.items()}, path)
+        except (OSError, safetensors.SafetensorError) as e:
+            where = f"the batch could not be saved ({e})"
+    raise UserError(f"step {step}: the loss is {loss:.4g} and its gradient is not finite; {where}. A lower learning rate or --clip=1 helps; --resume goes on from the last checkpoint")
 
 
 def write_json(path, value):

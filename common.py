@@ -70,6 +70,8 @@ def convert(name, text, kind):
         raise UserError(f"--{name}={text}: expected {kind.__name__}") from None
     if kind is float and value != value:
         raise UserError(f"--{name}={text}: not a number")
+    if kind is int and value < 0:
+        raise UserError(f"--{name}={text}: a count was expected, not less than 0")
     return value
 
 
@@ -187,14 +189,13 @@ class Stop:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The run directory and its log
 
-OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_*", ".tmp_step_*", "nonfinite_*", ".lock")  # what --overwrite may delete
+OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*")  # what --overwrite may delete
 
 
 def open_run(out, resume, overwrite):
     """Make `out` this run's directory and lock it against a second process. Returns its Path.
 
-    UserError where it holds another run and neither `resume` nor `overwrite` was asked, or another process is writing it.
-    `overwrite` deletes only what a run writes, never a stranger's files.
+    UserError where it holds another run and neither `resume` nor `overwrite` was asked, or another process is writing it. Nothing is deleted yet.
     """
     if not out:
         raise UserError("--out: name a directory for the run, for example --out=out/base")
@@ -205,14 +206,25 @@ def open_run(out, resume, overwrite):
         try:
             run.mkdir(parents=True, exist_ok=True)
             lock(run)
-            found = [p for pattern in OURS for p in run.glob(pattern) if p.name != ".lock"]
+            found = [p for pattern in OURS for p in run.glob(pattern)]
             if found and not (resume or overwrite):
                 raise UserError(f"--out={out}: a run is here already ({found[0].name}); --resume goes on with it, --overwrite replaces it")
-            for p in found if overwrite else run.glob(".tmp_step_*"):
-                shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
         except OSError as e:
             raise UserError(f"--out={out}: {e.strerror}") from None
     return run
+
+
+def clear_run(run, overwrite):
+    """Delete what a killed save left behind; with `overwrite` all that an earlier run wrote, never a stranger's files.
+
+    To be called once the input is known to be good, so that a mistyped --data costs no run.
+    """
+    if rank() == 0:
+        try:
+            for p in [p for pattern in (OURS if overwrite else [".tmp_step_*"]) for p in run.glob(pattern)]:
+                shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+        except OSError as e:
+            raise UserError(f"{run}: {e.strerror}") from None
 
 
 def lock(run):
@@ -233,32 +245,49 @@ LOCKS = []  # open for as long as the process lives: closing the file gives the 
 
 
 class Log:
-    """One line a step in run/log.jsonl and, every `print_every` steps, on the terminal. A disk that refuses loses nothing: lines wait in memory for the next write."""
+    """One line a step in run/log.jsonl and, every `print_every` steps, on the terminal; and samples.txt. A disk that refuses loses nothing: text waits in memory."""
 
     def __init__(self, run, steps, start, print_every=1):
-        self.path, self.steps, self.start, self.print_every, self.waiting = run / "log.jsonl", steps, start, print_every, []
+        self.path, self.steps, self.start, self.print_every, self.files = run / "log.jsonl", steps, start, print_every, {}
         self.clock = self.began = time.perf_counter()
         if rank() == 0:
-            rewind_log(self.path, start)
-            rewind_samples(run / "samples.txt", start)
+            try:
+                rewind_log(self.path, start)
+                rewind_samples(run / "samples.txt", start)
+            except OSError as e:
+                raise UserError(f"{run}: {e.strerror}; the log was left as it is") from None
 
     def write(self, record):
-        """Append one JSON object to the file (rank 0)."""
+        """Append one JSON object to log.jsonl (rank 0)."""
+        self.append("log.jsonl", json.dumps(record, ensure_ascii=False) + "\n")
+
+    def sample(self, step, text):
+        """Append an entry to samples.txt (rank 0)."""
+        self.append("samples.txt", f"=== step {step} ===\n{text}\n")
+
+    def append(self, name, text):
         if rank() != 0:
             return
-        self.waiting.append(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.path.with_name(name)
+        size, waiting = self.files.get(name) or (path.stat().st_size if path.exists() else 0, b"")
+        waiting += text.encode("utf-8", "replace")
         try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write("".join(self.waiting))
-            self.waiting = []
+            with open(path, "ab") as f:
+                f.truncate(size)  # a disk that filled up may have taken half of what waits
+                f.write(waiting)
+            size, waiting = size + len(waiting), b""
         except OSError as e:
-            print(f"warning: {self.path}: {e.strerror}; {len(self.waiting)} lines wait in memory", file=sys.stderr)
+            print(f"warning: {path}: {e.strerror}; {len(waiting)} bytes wait in memory", file=sys.stderr)
+        self.files[name] = size, waiting
 
     def sync(self):
         """Have the disk hold what was written: before a checkpoint, so that a checkpoint never knows more than its log."""
         if rank() == 0 and self.path.exists():
-            with open(self.path, "rb+") as f:
-                os.fsync(f.fileno())
+            try:
+                with open(self.path, "rb+") as f:
+                    os.fsync(f.fileno())
+            except OSError as e:
+                raise UserError(f"{self.path}: {e.strerror}") from None
 
     def step(self, step, tokens, flops_per_token, device, **values):
         """Log update number `step` (from 1): its `tokens` (all ranks), speed, MFU where the GPU's peak is known, time left, and `values`."""
@@ -290,19 +319,20 @@ def rewind_log(path, step):
     """Drop the lines of updates after `step`: a run resumed from an older checkpoint makes them again. A half-written last line goes too."""
     if path.exists():
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
-                if json.loads(line).get("step", 0) <= step and line.endswith("\n"):
+                if json.loads(line).get("step", 0) <= step and line.endswith(b"\n"):
                     kept.append(line)
             except ValueError:
                 pass
-        replace_text(path, "".join(kept))
+        replace_text(path, b"".join(kept).decode())
 
 
 def rewind_samples(path, step):
     """The same for samples.txt, whose entries begin with "=== step N ===" lines."""
     if path.exists():
-        parts = re.split(r"(?m)^(?==== step \d+ ===$)", path.read_text(encoding="utf-8"))
+        whole = path.read_bytes()
+        parts = re.split(r"(?m)^(?==== step \d+ ===$)", whole[: whole.rfind(b"\n") + 1].decode("utf-8", "replace"))
         replace_text(path, "".join(p for p in parts if p and int(p.split()[2]) <= step))
 
 
@@ -316,7 +346,7 @@ def replace_text(path, text):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # What the hardware could do
 
-PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; the first name found in the device's name counts
+PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere), from the makers' data sheets; the first found as a word of the device's name counts
     "B300": 2250, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
     "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "A6000": 155, "A5000": 111, "A4000": 77, "L40S": 362, "L40": 181, "L4": 121,
     "6000 Ada": 364, "RTX PRO 6000": 504, "5090": 210, "5080": 113, "5070": 62, "4090": 165, "4080": 97, "4070": 58, "3090": 71, "3080": 60, "3070": 41,
@@ -329,7 +359,7 @@ def peak_flops(device):
     if device.type != "cuda":
         return 0
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), 0)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), 0)
 
 
 def describe(device):

@@ -126,7 +126,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         c = self.config
         draw = lambda p, std: p.copy_(torch.randn(p.shape, generator=generator) * std)  # noqa: E731
-        draw(self.embed, 1 / c.width if c.tied else 1.0)  # tied: a token's logit of itself, width x std, starts at 1
+        draw(self.embed, 1 / c.width if c.tied else 0.3)  # tied: a token's logit of itself, width x std, starts at 1
         for block in self.blocks:
             draw(block.qkv, c.width**-0.5)
             draw(block.gate_up, c.width**-0.5)

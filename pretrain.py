@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from common import Log, Stop, UserError, describe, launch, open_run, random_state, rank, reduce_sum, set_random_state, setup, world_size
+from common import Log, Stop, UserError, clear_run, describe, launch, open_run, random_state, rank, reduce_sum, set_random_state, setup, world_size
 from data import corpus, tokenizer
 from data.pack import share, split
 from kernels.head import linear_cross_entropy
@@ -50,7 +50,7 @@ class Config:
     embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5, or the head's where they are tied
     head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
     gain_lr: float = 0.01  # for the norms' gains
-    momentum: float = 0.9  # of Muon
+    momentum: float = 0.95  # of Muon
     weight_decay: float = 0.0  # of the trunk's matrices
     warmup: int = 0  # steps over which the rates rise
     decay: float = 0.6  # last share of the steps, over which they fall to 0
@@ -73,12 +73,26 @@ class Config:
 FREE = {"resume", "overwrite", "device", "compile", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
 
 
+def check_flags(config):
+    """UserError for a value that has the right type and no meaning."""
+    good = {"val_fraction": 0 <= config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "keep_last": config.keep_last > 0,
+            "print_every": config.print_every > 0, "polar": config.polar in ("auto", "bf16", "fp32")}  # fmt: skip
+    for name in good:
+        if not good[name]:
+            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+
+
+def data_hashes(config):
+    """{what --data and --val name: its SHA-256}, that of the manifest for prepared data."""
+    names = [config.data] if Path(config.data).is_dir() else [f for f in f"{config.data},{config.val}".split(",") if f]
+    return {name: checkpoint.sha256(Path(name) / "manifest.json" if Path(name).is_dir() else name) for name in names}
+
+
 def read_data(config, tok):
-    """(tokenizer, train streams, val streams, {file: SHA-256}) of --data. tok: the tokenizer of --init or of the run to resume, None for a fresh start."""
+    """(tokenizer, train streams, val streams) of --data. tok: the tokenizer of --init or of the run to resume, None for a fresh start."""
     if Path(config.data).is_dir():
         tok = tok or tokenizer.load(config.data)
-        train, val = corpus.read_prepared(config.data, tok)
-        return tok, train, val, {config.data: checkpoint.sha256(Path(config.data) / "manifest.json")}
+        return tok, *corpus.read_prepared(config.data, tok)
     files, val_files = config.data.split(","), [f for f in config.val.split(",") if f]
     train = [d for f in files for d in corpus.read_documents(f)]
     if val_files:
@@ -88,7 +102,7 @@ def read_data(config, tok):
     if tok is None:
         made = {"char": lambda: tokenizer.characters("".join(train + val)), "byte": tokenizer.byte_level}
         tok = made.get(config.tokenizer, lambda: tokenizer.load(config.tokenizer))()
-    return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)], {f: checkpoint.sha256(f) for f in files + val_files}
+    return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)]
 
 
 def make_model(config, tok):
@@ -112,6 +126,7 @@ def multiple(config, step, steps):
 
 def train_step(model, streams, pieces, micro_tokens):
     """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this rank takes its share. Returns its share of the loss."""
+    model.train()  # sampling leaves it in evaluation
     lengths = (pieces[:, 2] - pieces[:, 1]).tolist()
     begin, end = share(lengths, rank(), world_size())
     loss = torch.zeros((), device=model.embed.device)
@@ -124,15 +139,14 @@ def train_step(model, streams, pieces, micro_tokens):
     return loss
 
 
-def write_sample(path, model, tok, step, config):
-    """Append a continuation of --prompt to samples.txt."""
-    ids = stream(model, [tok.eot, *tok.encode_ordinary(config.prompt)], max_new=200, stop={tok.eot}, seed=config.seed)
-    text = tok.decode([i for i in ids if i != tok.eot])
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(f"=== step {step} ===\n{config.prompt}{text}\n")
+def continuation(model, tok, prompt, seed):
+    """The text of `prompt` (token ids, the document's eot first) and of what the model makes follow it."""
+    ids = stream(model, prompt, max_new=200, stop={tok.eot}, seed=seed)
+    return tok.decode([i for i in [*prompt, *ids] if i != tok.eot])
 
 
 def main(config):
+    check_flags(config)
     device = setup(config.device, config.seed)
     run = open_run(config.out, config.resume, config.overwrite)
     stop = Stop()
@@ -141,7 +155,10 @@ def main(config):
     resumed = checkpoint.find(run) if config.resume and checkpoint.steps_in(run) else None
     start_from = resumed or config.init
     model, tok, info = checkpoint.load(start_from) if start_from else (None, None, {})
-    tok, train, val, data = read_data(config, tok)
+    data = data_hashes(config)
+    if resumed:
+        checkpoint.check_same_run(info, dataclasses.asdict(config), data, FREE)
+    tok, train, val = read_data(config, tok)
     model = (model or make_model(config, tok)).to(device)
     context = min(config.context, model.config.context)
     batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
@@ -152,13 +169,13 @@ def main(config):
         raise UserError(f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens or bring more text")
     val_pieces = corpus.some_pieces(val, tok.eot, context, config.eval_tokens)
     sizes = tokenizer.token_bytes(tok)
+    prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
 
     # 2. Optimizer and order of the data, and on a resume all their state
     optimizer = make_optimizer(config, model)
     order = corpus.Order(train, tok.eot, context, config.seed)
     start, best = 0, float("inf")
     if resumed:
-        checkpoint.check_same_run(info, dataclasses.asdict(config), data, FREE)
         tensors, counters = checkpoint.load_state(resumed)
         optimizer.load_state(tensors)
         set_random_state(tensors, device)
@@ -167,15 +184,17 @@ def main(config):
     else:
         lineage = info.get("lineage", []) + [checkpoint.parent_record(config.init, info)] if config.init else []
     model.dropout = config.dropout
-    model.train()
     if config.compile:
         model.compile()
+    clear_run(run, config.overwrite)
     log = Log(run, steps, start, config.print_every)
     log.write({"event": "resume" if resumed else "start", "config": dataclasses.asdict(config), "parameters": n_parameters, **describe(device)})
     if rank() == 0:
         c = model.config
         print(f"{n_parameters:,} parameters: {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; on {describe(device)['hardware']}")
         print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs" + (f"; going on after step {start}" if resumed else ""))
+        if start >= steps:
+            print("nothing is left to do; a larger --steps goes on")
     flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.pieces])))
 
     def validate(step):
@@ -187,16 +206,17 @@ def main(config):
 
     def save(step, loss, bpb):
         nonlocal best
-        is_best, best = loss < best, min(best, loss)
+        before, best = best, min(best, loss)
         tensors = optimizer.state() | random_state(device)
         if rank() == 0:
             counters = {"epoch": order.epoch, "index": order.index, "best": best}
             record = {"stage": "pretrain", "step": step, "config": dataclasses.asdict(config), "data": data, "metrics": {"val_loss": loss, "val_bpb": bpb}}
             record |= {"lineage": lineage, "code": checkpoint.code_hash(), **describe(device)}
-            log.sync()
             try:
-                checkpoint.save(run, model, tok, record, (tensors, counters), config.keep_last, is_best)
+                log.sync()
+                checkpoint.save(run, model, tok, record, (tensors, counters), config.keep_last, best=loss < before)
             except UserError as e:
+                best = before
                 if step == steps or stop.asked:
                     raise
                 print(f"warning: {e}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)
@@ -219,7 +239,7 @@ def main(config):
         if saving or (config.eval_every and step % config.eval_every == 0):
             metrics = validate(step)
         if rank() == 0 and config.sample_every and (step % config.sample_every == 0 or last):
-            write_sample(run / "samples.txt", model, tok, step, config)
+            log.sample(step, continuation(model, tok, prompt, config.seed))
         if saving:
             save(step, *metrics)
         if leaving and not last:

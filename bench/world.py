@@ -1,0 +1,64 @@
+"""The quick start over several seeds (another world, other weights, another order of the data): mean and spread of what later stages build on.
+
+Each seed runs quickstart.py's own commands. Last line of output: JSON {"figure": {"mean", "low", "high", "target"}}.
+
+    python -m bench.world --seeds=5
+"""
+import json
+from dataclasses import dataclass
+
+import torch
+
+import quickstart
+from checkpoint import read_json
+from common import describe, launch
+
+TARGETS = {  # figure: (what is asked of every seed, whether more is better)
+    "nats a token above the floor": (0.03, False),
+    "held-out sums right": (0.95, True),
+    "judge: be kind, both orders": (0.75, True),
+    "judge: be brief, both orders": (0.75, True),
+    "seconds of pretraining": (150, False),
+}
+
+
+@dataclass
+class Config:
+    seeds: int = 5  # 0, 1, 2, ...
+    out: str = "out/bench_world"  # one quick start a seed below it
+
+
+def figures(out):
+    """{figure: value} of a finished quick start."""
+    base, world = read_json(f"{out}/base.json")["figures"], read_json(f"{out}/world/world.json")
+    seconds = {done["stage"]: done["seconds"] for done in read_json(f"{out}/report.json")["stages"]}
+    return {
+        "nats a token above the floor": (base["nats/document"]["value"] - world["story_floor"]) / base["tokens/document"]["value"],
+        "held-out sums right": base["completions right"]["value"],
+        "judge: be kind, both orders": base["judge: be kind, both orders"]["value"],
+        "judge: be brief, both orders": base["judge: be brief, both orders"]["value"],
+        "judge: be right, both orders": base["judge: be right, both orders"]["value"],
+        "seconds of pretraining": seconds["pretrain"],
+        "seconds of everything": sum(seconds.values()),
+    }
+
+
+def main(config):
+    found = []
+    for seed in range(config.seeds):
+        quickstart.main(quickstart.Config(out=f"{config.out}/{seed}", seed=seed))
+        found.append(figures(f"{config.out}/{seed}"))
+    summary = {}
+    for name in found[0]:
+        values = [f[name] for f in found]
+        target, more = TARGETS.get(name, (None, True))
+        summary[name] = {"mean": round(sum(values) / len(values), 4), "low": round(min(values), 4), "high": round(max(values), 4)}
+        if target is not None:
+            summary[name] |= {"target": target, "reached": min(values) >= target if more else max(values) <= target}
+    print(f"\n{config.seeds} seeds, {describe(torch.device('cpu'))}")
+    print(quickstart.table([("figure", "mean", "low", "high", "target"), *((n, *(f"{s.get(k, ''):.4g}" if k in s else "" for k in ("mean", "low", "high", "target"))) for n, s in summary.items())]))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    launch(main, Config)
