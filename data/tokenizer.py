@@ -1,0 +1,438 @@
+r"""Text to token ids and back: byte-level BPE, trained here, run by tiktoken, stored as Hugging Face's tokenizer.json.
+
+    text --PATTERN--> pieces (words, digits, punctuation) --UTF-8--> bytes --merges--> tokens
+
+Training begins with the 256 bytes as tokens and repeats: count the pairs of neighbouring tokens inside the pieces, make the commonest pair a new
+token. Encoding repeats the same merges, earliest first, so a token's id is its priority; `parts` spells that out for one token. Any byte is a token,
+so no text is out of vocabulary. The last ids are the SPECIALS, which mark structure: text never yields them, not even text that spells them.
+
+Read as well: any byte-level-BPE tokenizer.json (Llama 3, Qwen, GPT-4o, ...), GPT-2's files, tiktoken's own names. Left out: sentencepiece, WordPiece
+and Unigram, and vocabularies whose ids do not follow the order of their merges (OPT, RoBERTa): tiktoken has one number for both, and no model that
+Feinschliff loads needs two.
+
+    python -m data.tokenizer --data=corpus.txt,more.jsonl --vocab_size=4096 --out=out/tok --workers=2
+"""
+import hashlib, heapq, json, multiprocessing, re, time, unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+
+from common import UserError, launch
+from data.read import read_jsonl, read_lines
+
+
+@dataclass
+class Config:
+    data: str  # comma-separated files: .jsonl with a string "text" in each row, anything else plain text
+    out: str  # folder that gets tokenizer.json and tokenizer_config.json
+    vocab_size: int = 4096  # ids in all: 256 bytes, merges, 4 special tokens (bpe only)
+    kind: str = "bpe"  # bpe, char (the characters of the data) or byte
+    workers: int = 1  # processes that count pieces (bpe only)
+    overwrite: bool = False  # replace the tokenizer.json in --out
+
+
+SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+
+# GPT-4's pattern with three changes: single digits (numbers are spelled alike, so sums generalise), combining marks stay with their letters, and no
+# possessive quantifiers and no (?i:...), so that the regex engines of tiktoken, Hugging Face and Python cut alike.
+PATTERN = "|".join((
+    r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's, 'll and other English endings
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",  # a word, with the space or other character before it
+    r"\p{N}",  # a digit
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
+    r"\s*[\r\n]+",  # line ends
+    r"\s+(?!\S)|\s+",  # other white space, but for the space that the next word takes
+))
+CHARACTER = r"[\s\S]"  # the pattern of a character vocabulary: every character is a piece
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+\z|\s+(?!\S)|\s"  # in tiktoken's spelling
+# SmolLM's and StarCoder's: GPT-2's on the stretches between digits, so white space may also end at a digit.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+\z|\s+(?!\S)|\s"
+
+LONG_PIECE = 100  # a longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one line cannot stall training
+LONG_SPACE = 500_000  # a run of a million white-space characters overflows the stack of tiktoken's regex engine
+LONG_TOKEN, MAX_ID = 512, 2**20  # what an imported vocabulary beyond them would cost in time and memory is not worth it: it is damaged
+
+# GPT-2 writes the bytes of a token as printable characters, those that are not printable from U+0100 on. Every tokenizer.json follows.
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+class Tokenizer(tiktoken.Encoding):
+    """A tiktoken.Encoding and what tokenizer.json says beyond it. Text goes in by `encode_ordinary`, special tokens by `encode_single_token`."""
+
+    def __init__(self, name, pat_str, mergeable_ranks, special_tokens, nfc=False, eot="<|endoftext|>", pad="<|pad|>", visible=()):
+        super().__init__(name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
+        self.nfc = nfc  # NFC-normalise a text first (Qwen)
+        self.eot = special_tokens[eot]  # id that begins and ends a document
+        self.pad = special_tokens[pad]  # id for other people's padding; imported files may use eot for both
+        self.visible = visible  # special tokens that HF's decode(skip_special_tokens=True) shows (Qwen3's <think>)
+        self.missing_bytes = {b for b in range(256) if bytes([b]) not in mergeable_ranks}
+
+    def encode_ordinary(self, text):
+        """The ids of a text, never a special one. UserError for a character that a vocabulary without all bytes does not have."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.missing_bytes:
+            for char in set(text):
+                raw = char.encode("utf-8", "surrogatepass")
+                known = raw in self._mergeable_ranks if self._pat_str == CHARACTER else self.missing_bytes.isdisjoint(raw)
+                if not known:
+                    raise UserError(f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; take it out of the text, or use a byte-level tokenizer")
+        if len(text) > LONG_SPACE and max(map(len, re.findall(r"\s+", text)), default=0) > LONG_SPACE:
+            raise UserError(f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; shorten them")
+        return super().encode_ordinary(text)
+
+    def __getstate__(self):  # tiktoken pickles the arguments of its __init__, for worker processes; these are ours
+        return super().__getstate__() | {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "visible": self.visible}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Making a tokenizer
+
+
+def train(documents, vocab_size, workers=1):
+    """Byte-level BPE of `vocab_size` ids in all, from an iterable of texts that is read once, its pieces counted in `workers` processes.
+
+    Memory grows with the number of different pieces; the result depends on the texts alone, not on their order or the workers. Only pairs seen twice
+    are merged. A corpus with too few of them is a UserError that names the vocabulary it supports: fewer ids than asked would go unnoticed.
+    """
+    n = vocab_size - 256 - len(SPECIALS)
+    if n < 0:
+        raise UserError(f"--vocab_size={vocab_size}: at least {256 + len(SPECIALS)} is needed, for the bytes and the special tokens")
+    counts = Counter()
+    if workers > 1:
+        with multiprocessing.Pool(workers) as pool:
+            for part in pool.imap_unordered(count_pieces, batches(documents)):
+                counts.update(part)
+    else:
+        for batch in batches(documents):
+            counts.update(count_pieces(batch))
+    pieces = Counter()
+    for piece, count in counts.items():
+        for i in range(0, len(piece), LONG_PIECE):
+            pieces[piece[i : i + LONG_PIECE].encode("utf-8", "surrogatepass")] += count
+    merged = learn_merges(pieces, n)
+    if len(merged) < n:
+        supported = vocab_size - n + len(merged)
+        raise UserError(f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; give more text, or --vocab_size={supported}")
+    return reserve("bpe", PATTERN, {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + merged)}, {})
+
+
+def batches(texts, size=2**20):
+    """Lists of texts with about a million characters: what a worker counts at once."""
+    batch, length = [], 0
+    for text in texts:
+        batch.append(text)
+        length += len(text)
+        if length >= size:
+            yield batch
+            batch, length = [], 0
+    yield batch
+
+
+def count_pieces(texts):
+    return Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
+
+
+def learn_merges(pieces, n):
+    """The training algorithm: {piece: count} -> up to `n` new tokens, in the order they are learnt.
+
+    Of equally common pairs the one of lower ids wins. A piece is held as a str with a character for each token, chr(id): then a pair is a str of two,
+    and merging it is str.replace.
+    """
+    words, weights = [piece.decode("latin-1") for piece in pieces], list(pieces.values())
+    counts, where = defaultdict(int), defaultdict(set)  # pair -> occurrences; pair -> indices of the words it is in (or was)
+    for i, word in enumerate(words):
+        for a, b in zip(word, word[1:]):
+            counts[a + b] += weights[i]
+            where[a + b].add(i)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    tokens = [bytes([b]) for b in range(256)]
+    while heap and len(tokens) < 256 + n:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:  # out of date: the count of an old pair only falls, so it belongs further back
+            heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        if -count < 2:
+            break
+        new, born = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        for i in where.pop(pair):
+            old, word = words[i], words[i].replace(pair, new)
+            words[i] = word
+            for a, b in zip(old, old[1:]):
+                counts[a + b] -= weights[i]
+            for a, b in zip(word, word[1:]):
+                counts[a + b] += weights[i]
+                if new in (a, b):
+                    where[a + b].add(i)
+                    born.add(a + b)
+        for pair in born:
+            heapq.heappush(heap, (-counts[pair], pair))
+    return tokens[256:]
+
+
+def characters(text):
+    """The sorted characters of `text`, then the SPECIALS. Encoding any other character is a UserError."""
+    if not text:
+        raise UserError("a vocabulary of characters needs some text")
+    return reserve("characters", CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
+
+
+def byte_level():
+    """The 256 bytes, then the SPECIALS."""
+    return reserve("bytes", PATTERN, {bytes([b]): b for b in range(256)}, {})
+
+
+def reserve(name, pattern, ranks, specials):
+    """A Tokenizer in which those of our SPECIALS that `specials` lacks have the ids after all others."""
+    end = max([*ranks.values(), *specials.values()]) + 1
+    return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(s for s in SPECIALS if s not in specials)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Reading one
+
+
+def load(where):
+    """The tokenizer in a directory (a checkpoint, prepared data, a download), a tokenizer.json, a folder with GPT-2's two files, or a tiktoken name.
+
+    Ids are kept. UserError names the file and what in it is damaged, or cannot be had with tiktoken.
+    """
+    path = Path(where)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            return read_tokenizer_json(file)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, regex.error) as e:
+            raise UserError(f"{file}: damaged ({type(e).__name__}: {str(e)[:200]}); download or write it again") from None
+    if (path / "vocab.bpe").is_file():
+        return gpt2(path)
+    names = tiktoken.list_encoding_names()
+    if str(where) not in names:
+        raise UserError(f"{where}: expected a folder with tokenizer.json, or with encoder.json and vocab.bpe, or one of {', '.join(names)}")
+    try:
+        theirs = tiktoken.get_encoding(str(where))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{where}: tiktoken cannot download it ({type(e).__name__}); go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give "
+                        "a folder with tokenizer.json, or with encoder.json and vocab.bpe") from None
+    return reserve(theirs.name, without_possessives(theirs._pat_str), theirs._mergeable_ranks, theirs._special_tokens)
+
+
+def without_possessives(pattern):
+    """A pattern of tiktoken's, for Hugging Face's engine too: to that, {1,3}+ is not possessive, and $ ends a line. Here possessives only save time."""
+    return re.sub(r"(?<=[?*+])\+|(?<=\d\})\+", "", pattern).replace("$", r"\z")
+
+
+def gpt2(folder):
+    """GPT-2's tokenizer from its encoder.json and vocab.bpe, with those of our SPECIALS appended that it lacks."""
+    file = Path(folder) / "encoder.json"
+    vocab = read_json(file)
+    merges = [line.split() for _, line in islice(read_lines(file.with_name("vocab.bpe")), 1, None)]  # the first line is "#version: 0.2"
+    specials = {"<|endoftext|>": vocab.get("<|endoftext|>")}
+    return reserve("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
+
+
+def read_json(path):
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); download or write it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; download or write it again")
+    return found
+
+
+def read_tokenizer_json(path):
+    """A byte-level-BPE tokenizer.json; the tokenizer_config.json beside it names eos and pad. Damage may surface as a KeyError, TypeError and such."""
+    config_file = path.with_name("tokenizer_config.json")
+    config = read_json(config_file) if config_file.exists() else {}
+    spec = read_json(path)
+    model, added, normalizers = spec["model"], spec.get("added_tokens") or [], flat(spec.get("normalizer"), "normalizers")
+    options = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    unknown = [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else [f"BPE with {option}" for option in options if model.get(option)]
+    unknown += [f"normalizer {step['type']}" for step in normalizers if step["type"] != "NFC"]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]} is not supported, only byte-level BPE with or without NFC (as in Llama 3 and Qwen)")
+    pattern = split_pattern(path, flat(spec["pre_tokenizer"], "pretokenizers"))
+    specials = {token["content"]: token["id"] for token in added}  # HF finds all added tokens in a text; here text yields none of them
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    ranks = checked_ranks(path, model["vocab"], merges, specials, model.get("ignore_merges", False))
+    eos, pad = (token["content"] if isinstance(token, dict) else token for token in (config.get("eos_token"), config.get("pad_token")))
+    eot = next((s for s in ("<|endoftext|>", "<|end_of_text|>", "</s>", eos) if s in specials), None)
+    if eot is None:
+        raise UserError(f"{path}: no added token <|endoftext|>, <|end_of_text|> or </s> ends documents; name one as eos_token in tokenizer_config.json")
+    pad = next(s for s in ("<|pad|>", pad, eot) if s in specials)
+    visible = [token["content"] for token in added if not token.get("special", True)]
+    return Tokenizer(path.parent.name, pattern, ranks, specials, bool(normalizers), eot, pad, visible)
+
+
+def flat(part, inner):
+    """A normalizer or pre-tokenizer as a list of single steps."""
+    if part is None:
+        return []
+    return [step for p in part[inner] for step in flat(p, inner)] if part["type"] == "Sequence" else [part]
+
+
+def split_pattern(path, steps):
+    """The regex whose matches are the pieces that these pre-tokenizers make. UserError for unknown ones, and where tiktoken would make others."""
+    kinds = " + ".join(step["type"] for step in steps)
+    if steps and not steps[-1].get("add_prefix_space"):
+        own_regex = steps[-1].get("use_regex", True)
+        if kinds == "ByteLevel" and own_regex:
+            return GPT2_PATTERN
+        if kinds == "Digits + ByteLevel" and own_regex and steps[0]["individual_digits"]:
+            return DIGITS_PATTERN
+        cut = steps[0].get("behavior"), steps[0].get("invert")
+        if kinds == "Split + ByteLevel" and not own_regex and cut in (("Isolated", False), ("Removed", True)) and "Regex" in steps[0]["pattern"]:
+            pattern = steps[0]["pattern"]["Regex"]
+            if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
+                raise UserError(f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; rewrite it")
+            one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+            probe = "".join(a + b for a in one_of_each for b in one_of_each)
+            pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1)]
+            if "" in pieces or "".join(pieces) != probe:
+                raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
+            return pattern
+    raise UserError(f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}")
+
+
+def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
+    """{token bytes: id} of an imported vocabulary, once it is sure that tiktoken makes of it the ids that the file's own merges make.
+
+    The file says which *pairs* merge, in order; tiktoken merges the pair whose *result* has the lowest id. They agree if the file lists, in the order
+    of the ids, the pair that each token is merged from (`merge_of_each`). More pairs do no harm, they never come up (Llama 3 lists every way to halve
+    a token). Tokens that no merge makes are found only as whole pieces: always by tiktoken, with ignore_merges (`whole_pieces`) by Hugging Face.
+    """
+    for text, i in [*vocab.items(), *specials.items()]:
+        if type(i) is not int or not 0 <= i < MAX_ID or not 0 < len(text) <= LONG_TOKEN:
+            raise UserError(f"{path}: {text[:40]!r}, a token of {len(text)} characters, has the id {str(i)[:40]}: damaged (see LONG_TOKEN, MAX_ID)")
+    entries = {*vocab.items(), *specials.items()}
+    for column in (0, 1):
+        value, n = Counter(entry[column] for entry in entries).most_common(1)[0]
+        if n > 1:
+            raise UserError(f"{path}: {value!r} occurs {n} times: {', '.join(sorted(str(e) for e in entries if e[column] == value))}")
+    try:
+        as_bytes = {text: bytes([CHAR_TO_BYTE[c] for c in text]) for text in vocab if text not in specials}
+        listed = [(as_bytes[a], as_bytes[b], as_bytes[a + b])[:2] for a, b in merges]
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: vocabulary and merges disagree, or this is not byte-level BPE ({type(e).__name__}: {e})") from None
+    ranks = {token: vocab[text] for text, token in as_bytes.items()}
+    merge_of = merge_of_each(ranks)
+    expected, known = list(merge_of.values()), set(merge_of.values())
+    for ours, theirs in zip_longest(expected, (pair for pair in dict.fromkeys(listed) if pair in known)):
+        if ours != theirs:
+            raise UserError(f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, or its ids do not follow the "
+                            "order of its merges (OPT, RoBERTa), which tiktoken needs")
+    unmade = next((token for token in ranks if len(token) > 1 and token not in merge_of), None)
+    if unmade and not whole_pieces:
+        raise UserError(f"{path}: no merge makes the token {unmade}; vocabulary and merges disagree")
+    return ranks
+
+
+def merge_of_each(ranks):
+    """{token: (left, right)}, in the order of the ids: what each token is merged from. Bytes and tokens that merging never reaches are left out."""
+    found = {token: tuple(parts(token, ranks)) for token in sorted(ranks, key=ranks.get)}
+    return {token: pair for token, pair in found.items() if len(pair) == 2 and pair[0] in ranks and pair[1] in ranks}
+
+
+def parts(token, ranks):
+    """BPE, of a token as though it were none: merge the neighbours whose union has the lowest id, until two are left or no union is a token."""
+    found = [token[i : i + 1] for i in range(len(token))]
+    while len(found) > 2:
+        ids = [ranks.get(a + b, MAX_ID) for a, b in zip(found, found[1:])]
+        i = ids.index(min(ids))
+        if ids[i] == MAX_ID:
+            break
+        found[i : i + 2] = [found[i] + found[i + 1]]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Writing one, and what others ask of it
+
+
+def save(tok, folder, chat_template=""):
+    """Write tokenizer.json and tokenizer_config.json; AutoTokenizer.from_pretrained(folder) then gives the same ids as `encode_ordinary`."""
+    def text(token):
+        return "".join(BYTE_TO_CHAR[b] for b in token)
+
+    ranks, specials = tok._mergeable_ranks, tok._special_tokens
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    split = {"type": "Split", "pattern": {"Regex": tok._pat_str}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+        "byte_fallback": False, "ignore_merges": True,  # like tiktoken: a piece that is a token needs no merging
+        "vocab": {text(token): ranks[token] for token in sorted(ranks, key=ranks.get)} | specials,  # specials too: else they lose their ids after a gap
+        "merges": [[text(left), text(right)] for left, right in merge_of_each(ranks).values()],
+    }
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": specials[s], "content": s, "special": s not in tok.visible} | plain for s in sorted(specials, key=specials.get)],
+        "normalizer": {"type": "NFC"} if tok.nfc else None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None, "decoder": byte_level, "model": model,
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+              "eos_token": tok.decode([tok.eot]), "pad_token": tok.decode([tok.pad])} | ({"chat_template": chat_template} if chat_template else {})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, value in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (Path(folder) / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def fingerprint(tok):
+    """SHA-256 (hex) of all that decides ids: tokens, pattern, specials, eot, normalisation. Equal if and only if two tokenizers encode alike."""
+    ranks = sorted((i, token.hex()) for token, i in tok._mergeable_ranks.items())
+    return hashlib.sha256(json.dumps([tok._pat_str, tok.nfc, tok.eot, sorted(tok._special_tokens.items()), ranks]).encode()).hexdigest()
+
+
+def token_bytes(tok):
+    """int64 [n_vocab]: how many bytes of text each id stands for, 0 for special and unused ids."""
+    sizes = np.zeros(tok.n_vocab, dtype=np.int64)
+    for token, i in tok._mergeable_ranks.items():
+        sizes[i] = len(token)
+    return sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_documents(names):
+    """The texts of .jsonl files, and the lines of other files in stretches of a million characters, so that a large file is never held whole."""
+    for name in names:
+        if name.endswith(".jsonl"):
+            for number, row in read_jsonl(name):
+                if not isinstance(row.get("text"), str):
+                    raise UserError(f'{name}:{number}: no string "text"')
+                yield row["text"]
+        else:
+            yield from map("".join, batches(line for _, line in read_lines(name)))
+
+
+def main(config):
+    names, target, begin = config.data.split(","), Path(config.out) / "tokenizer.json", time.perf_counter()
+    if target.exists() and not config.overwrite:
+        raise UserError(f"{target}: exists; --overwrite replaces it")
+    if config.kind not in ("bpe", "char", "byte"):
+        raise UserError(f"--kind={config.kind}: expected bpe, char or byte")
+    if config.kind == "bpe":
+        tok = train(read_documents(names), config.vocab_size, config.workers)
+    else:
+        tok = characters("".join(set().union(*read_documents(names)))) if config.kind == "char" else byte_level()
+    save(tok, config.out)
+    print(f"{target}: {tok.n_vocab} ids in {time.perf_counter() - begin:.1f} s")
+    sample = "".join(islice(read_documents(names), 10))
+    ids = tok.encode_ordinary(sample)
+    print(f"{len(sample.encode()) / max(1, len(ids)):.3f} bytes per token at the head of the data, which begins so:")
+    print("|".join(tok.decode([i]) for i in ids[:50]))
+
+
+if __name__ == "__main__":
+    launch(main, Config)
