@@ -349,4 +349,6 @@ def point(run, name, target):
         link = run / f".{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(target)
+        if (run / name).is_dir() and not (run / name).is_symlink():
+            shutil.rmtree(run / name)  # the run was copied by a tool that follows links
         os.replace(link, run / name)

@@ -89,6 +89,9 @@ def launch(main, Config):
         main(parse_cli(Config))
     except UserError as e:
         sys.exit(f"error: {e}")
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 from common import Log, Stop, UserError, clear_run, describe, launch, open_run, random_state, rank, reduce_sum, set_random_state, setup, world_size
-from data import corpus, tokenizer
+from data import corpus, prepare, tokenizer
 from data.pack import share, split
 from kernels.head import linear_cross_entropy
 from model import GPT, config_for
@@ -70,13 +70,14 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"resume", "overwrite", "device", "compile", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
 
 
 def check_flags(config):
     """UserError for a value that has the right type and no meaning."""
-    good = {"val_fraction": 0 <= config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "keep_last": config.keep_last > 0,
-            "print_every": config.print_every > 0, "polar": config.polar in ("auto", "bf16", "fp32")}  # fmt: skip
+    good = {"val_fraction": 0 <= config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "lr": 0 < config.lr < float("inf"),
+            "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "seed": config.seed < 2**63, "polar": config.polar in ("auto", "bf16", "fp32"),
+            "val": not (config.val and Path(config.data).is_dir())}  # fmt: skip
     for name in good:
         if not good[name]:
             raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
@@ -91,6 +92,7 @@ def data_hashes(config):
 def read_data(config, tok):
     """(tokenizer, train streams, val streams) of --data. tok: the tokenizer of --init or of the run to resume, None for a fresh start."""
     if Path(config.data).is_dir():
+        prepare.load_manifest(config.data)  # before its tokenizer: a folder of something else should be called that
         tok = tok or tokenizer.load(config.data)
         return tok, *corpus.read_prepared(config.data, tok)
     files, val_files = config.data.split(","), [f for f in config.val.split(",") if f]
@@ -153,12 +155,12 @@ def main(config):
 
     # 1. Data and model: fresh, from --init, or as they were when the run was stopped
     resumed = checkpoint.find(run) if config.resume and checkpoint.steps_in(run) else None
-    start_from = resumed or config.init
+    start_from = resumed or (checkpoint.find(config.init) if config.init else None)
     model, tok, info = checkpoint.load(start_from) if start_from else (None, None, {})
-    data = data_hashes(config)
     if resumed:
-        checkpoint.check_same_run(info, dataclasses.asdict(config), data, FREE)
+        checkpoint.check_same_run(info, dataclasses.asdict(config), data_hashes(config), FREE)
     tok, train, val = read_data(config, tok)
+    data = data_hashes(config)
     model = (model or make_model(config, tok)).to(device)
     context = min(config.context, model.config.context)
     batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
@@ -182,7 +184,7 @@ def main(config):
         order.begin(counters["epoch"], counters["index"])
         start, best, lineage = info["step"], counters["best"], info["lineage"]
     else:
-        lineage = info.get("lineage", []) + [checkpoint.parent_record(config.init, info)] if config.init else []
+        lineage = info.get("lineage", []) + [checkpoint.parent_record(start_from, info)] if config.init else []
     model.dropout = config.dropout
     if config.compile:
         model.compile()

@@ -30,7 +30,7 @@ class Config:
     tokenizer: str = "char"  # char, byte, or whatever data/tokenizer.py loads
     size: str = "cpu"  # cpu or gpu: nanoGPT's two well-known runs
     steps: int = 0  # 0: the size's own
-    short: float = 0.15  # horizon of the short run, as a share of the steps
+    short: float = 0.125  # horizon of the short run, as a share of the steps
     seed: int = 1337
     device: str = "auto"
 
@@ -100,7 +100,7 @@ class BaselineRun:
             x = torch.stack([self.train[i : i + self.context] for i in at]).to(self.device)
             y = torch.stack([self.train[i + 1 : i + 1 + self.context] for i in at]).to(self.device)
             begin = clock(self.device)
-            cosine = 0.5 * (1 + math.cos(math.pi * max(0, self.done - 100) / (self.steps - 100)))
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0, self.done - 100) / max(1, self.steps - 100)))
             for g in self.optimizer.param_groups:
                 g["lr"] = 1e-3 * (self.done + 1) / 101 if self.done < 100 else 1e-4 + cosine * 9e-4
             self.loss(x, y).backward()

@@ -54,7 +54,7 @@ def parse_row(text):
 def read_jsonl(path, skip_bad=False):
     """Yield (line number, row) for every line of a JSONL file that is not blank; every row is a dict.
 
-    A line that is not UTF-8, not JSON or no object is a UserError `file:line: reason`; with `skip_bad` it is yielded as (line number, None), for the caller to count.
+    A line that is not UTF-8, not JSON or no object is a UserError `file:line: reason`; with `skip_bad` it is yielded as (line number, None): count it.
     """
     for number, _, raw in raw_lines(path):
         if not raw.strip():
