@@ -1,0 +1,122 @@
+"""What several test files share. One core a process: the tests then spread over cores with `pytest -n`, and sums come out the same everywhere."""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+REALDATA = ROOT.parent / "shared/realdata"
+
+
+@pytest.fixture
+def realdata():
+    """A function: name -> path of a real corpus; skips the test where the corpora are not at hand."""
+
+    def path(name):
+        if not (REALDATA / name).exists():
+            pytest.skip(f"{REALDATA / name} is not here")
+        return REALDATA / name
+
+    return path
+
+
+def random_model(seed=0, noise=0.2, **shape):
+    """A tiny GPT, all of whose weights are random: as initialised its output projections and head are zero, and nothing could go wrong."""
+    small = dict(vocab_size=61, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, context=64)
+    model = GPT(GPTConfig(**(small | shape))).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * noise)
+    return model
+
+
+@pytest.fixture
+def make_model():
+    return random_model
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: size in KiB -> an empty directory on a file system of that size; skips where this process may not mount one."""
+    mounted = []
+
+    def disk(kib):
+        where = tmp_path / f"disk{len(mounted)}"
+        where.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(where)], capture_output=True)
+        if done.returncode:
+            pytest.skip("a small file system cannot be mounted here")
+        mounted.append(where)
+        return where
+
+    yield disk
+    for where in mounted:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+class Child:
+    """A forked copy of this process that calls a function, its output in a file: a real process without the seconds that importing torch takes."""
+
+    def __init__(self, path, call, *args, **environment):
+        self.path = path
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, 1), os.dup2(file, 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                os.environ.update(environment)
+                call(*args)
+                code = 0
+            except SystemExit as e:
+                if isinstance(e.code, str):
+                    print(e.code, file=sys.stderr)
+                code = 1 if isinstance(e.code, str) else e.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+
+    def output(self):
+        return self.path.read_text() if self.path.exists() else ""
+
+    def wait(self):
+        """(exit status, negative for a signal; everything it printed)"""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.output()
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A function: (call, *args, ENVIRONMENT=...) -> Child. Children still alive at the end of the test are killed."""
+    children = []
+
+    def start(call, *args, **environment):
+        children.append(Child(tmp_path / f"output{len(children)}.txt", call, *args, **environment))
+        return children[-1]
+
+    yield start
+    for child in children:
+        try:
+            if os.waitpid(child.pid, os.WNOHANG)[0] == 0:
+                os.kill(child.pid, 9)
+                os.waitpid(child.pid, 0)
+        except ChildProcessError:  # waited for by the test
+            pass
