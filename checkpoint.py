@@ -227,7 +227,11 @@ def find(where):
 
 def load(where, device="cpu"):
     """(model, tokenizer, info) of a checkpoint, a run or a Hugging Face directory; info is its feinschliff.json, {} for a stranger's."""
-    folder = find(where)
+    return read(find(where), device)
+
+
+def read(folder, device="cpu"):
+    """`load` of a directory that `find` has verified already."""
     model = GPT(config_from_hf(folder / "config.json"))
     weights_from_hf(model, folder)
     tok = tokenizer.load(folder)
@@ -242,12 +246,14 @@ def load_state(folder):
         return {name: f.get_tensor(name) for name in f.keys()}, read_json(folder / COUNTERS)
 
 
-def check_same_run(info, config, data, free):
+def check_same_run(info, stage, config, data, free):
     """UserError unless a run resumed from a checkpoint (its `info`) is the run that was stopped.
 
-    config: the flags as a dict, those in `free` may differ; data: {name: SHA-256} of what it reads. With another learning rate or other text it
-    would be another run.
+    stage: the script's name for itself; config: the flags as a dict, those in `free` may differ; data: {name: SHA-256} of what it reads. With
+    another learning rate or other text it would be another run.
     """
+    if info["stage"] != stage:
+        raise UserError(f"--out={config['out']}: the run there is one of {info['stage']}.py, not of {stage}.py; choose another --out")
     for name, value in config.items():
         if name not in free and info["config"].get(name, value) != value:
             raise UserError(f"--{name}={value}: this run was started with --{name}={info['config'][name]}; resume with that, or start another in a new --out")
@@ -308,9 +314,9 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False):
     """
     run, step = Path(run), info["step"]
     final, temporary = run / f"step_{step:06d}", run / f".tmp_step_{step:06d}"
-    if final.exists() and damage(final):
-        shutil.rmtree(final)
     try:
+        if final.exists() and damage(final):
+            shutil.rmtree(final)
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         if not final.exists():
             temporary.mkdir(parents=True)
@@ -339,7 +345,7 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False):
     for old in steps_in(run):
         if old.name not in keep:
             os.replace(old, temporary)  # first the name, so that a step_* is never half there
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 

@@ -78,6 +78,10 @@ def check_flags(config):
     good = {"val_fraction": 0 <= config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "lr": 0 < config.lr < float("inf"),
             "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "seed": config.seed < 2**63, "polar": config.polar in ("auto", "bf16", "fp32"),
             "val": not (config.val and Path(config.data).is_dir())}  # fmt: skip
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    for name in ("depth", "width", "heads", "kv_heads", "ffn", "tied", "tokenizer"):
+        if config.init and vars(config)[name] != defaults[name]:
+            raise UserError(f"--{name}={vars(config)[name]}: the shape and the tokenizer come from --init={config.init}; leave it out")
     for name in good:
         if not good[name]:
             raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
@@ -156,9 +160,9 @@ def main(config):
     # 1. Data and model: fresh, from --init, or as they were when the run was stopped
     resumed = checkpoint.find(run) if config.resume and checkpoint.steps_in(run) else None
     start_from = resumed or (checkpoint.find(config.init) if config.init else None)
-    model, tok, info = checkpoint.load(start_from) if start_from else (None, None, {})
+    model, tok, info = checkpoint.read(start_from) if start_from else (None, None, {})
     if resumed:
-        checkpoint.check_same_run(info, dataclasses.asdict(config), data_hashes(config), FREE)
+        checkpoint.check_same_run(info, "pretrain", dataclasses.asdict(config), data_hashes(config), FREE)
     tok, train, val = read_data(config, tok)
     data = data_hashes(config)
     model = (model or make_model(config, tok)).to(device)
@@ -195,28 +199,33 @@ def main(config):
         c = model.config
         print(f"{n_parameters:,} parameters: {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; on {describe(device)['hardware']}")
         print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs" + (f"; going on after step {start}" if resumed else ""))
+        if config.resume and not resumed:
+            print("no checkpoint is here yet: beginning anew")
+        if config.compile and device.type == "cpu":
+            print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
         if start >= steps:
             print("nothing is left to do; a larger --steps goes on")
     flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.pieces])))
 
     def validate(step):
         loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
-        log.write({"step": step, "val_loss": loss, "val_bpb": bpb})
+        metrics = {"val_loss": loss, "val_bpb": bpb}
+        log.write({"step": step, **metrics})
         if rank() == 0:
             print(f"step {step}/{steps} | validation {loss:.4f} nats/token, {bpb:.4f} bits/byte", flush=True)
-        return loss, bpb
+        return metrics
 
-    def save(step, loss, bpb):
+    def save(step, metrics):
         nonlocal best
-        before, best = best, min(best, loss)
+        before, best = best, min(best, metrics.get("val_loss", best))
         tensors = optimizer.state() | random_state(device)
         if rank() == 0:
             counters = {"epoch": order.epoch, "index": order.index, "best": best}
-            record = {"stage": "pretrain", "step": step, "config": dataclasses.asdict(config), "data": data, "metrics": {"val_loss": loss, "val_bpb": bpb}}
+            record = {"stage": "pretrain", "step": step, "config": dataclasses.asdict(config), "data": data, "metrics": metrics}
             record |= {"lineage": lineage, "code": checkpoint.code_hash(), **describe(device)}
             try:
                 log.sync()
-                checkpoint.save(run, model, tok, record, (tensors, counters), config.keep_last, best=loss < before)
+                checkpoint.save(run, model, tok, record, (tensors, counters), config.keep_last, best=best < before)
             except UserError as e:
                 best = before
                 if step == steps or stop.asked:
@@ -236,15 +245,15 @@ def main(config):
         log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * rate, grad_norm=norm.item())
 
         # 4. Validate, sample, save
-        last, leaving = step == steps, stop.agreed()
-        saving = last or leaving or (config.save_every and step % config.save_every == 0)
-        if saving or (config.eval_every and step % config.eval_every == 0):
+        due = lambda every: step == steps or (every and step % every == 0)  # noqa: E731
+        leaving, metrics = stop.agreed(), {}
+        if due(config.eval_every) or due(config.save_every):
             metrics = validate(step)
-        if rank() == 0 and config.sample_every and (step % config.sample_every == 0 or last):
+        if rank() == 0 and config.sample_every and due(config.sample_every):
             log.sample(step, continuation(model, tok, prompt, config.seed))
-        if saving:
-            save(step, *metrics)
-        if leaving and not last:
+        if due(config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
+            save(step, metrics)
+        if leaving and step < steps:
             stop.leave(step)
         log.skip_time()
 

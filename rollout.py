@@ -59,7 +59,8 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
         batch = jobs[first : first + slots]
         cache = KVCache(model, len(batch), longest + max_new)
         p = pack([prompts[i] for i in batch]).to(device)
-        hidden = model(p, cache, torch.arange(len(batch), device=device))[p.cu[1:].long() - 1]  # [B, C] at each prompt's last token
+        # `forward`, not the call: a model compiled for training would be compiled again for every new length.
+        hidden = model.forward(p, cache, torch.arange(len(batch), device=device))[p.cu[1:].long() - 1]  # [B, C] at each prompt's last token
         tokens, logps, done = [], [], torch.zeros(len(batch), dtype=torch.bool, device=device)
         for t in range(max_new):
             token, logp = draw(hidden @ model.head.T.to(hidden.dtype), u[first : first + slots, t], temperature, top_k, top_p)
@@ -86,7 +87,7 @@ def stream(model, prompt, *, max_new, temperature=1.0, top_k=0, top_p=1.0, stop=
         if cache is None or cache.lengths[0] == context:
             text = text if cache is None and len(text) < context else text[-(context // 2) :]
             cache = KVCache(model, 1, context)
-            hidden = model(pack([text]).to(device), cache, torch.zeros(1, dtype=torch.int64, device=device))[-1:]
+            hidden = model.forward(pack([text]).to(device), cache, torch.zeros(1, dtype=torch.int64, device=device))[-1:]
         else:
             hidden = model.step(torch.tensor(text[-1:], device=device), cache)
         token, _ = draw(hidden @ model.head.T.to(hidden.dtype), torch.rand(1, generator=generator).to(device), temperature, top_k, top_p)

@@ -8,7 +8,7 @@ import codecs
 from dataclasses import dataclass
 
 import checkpoint
-from common import launch, setup
+from common import UserError, launch, setup
 from rollout import stream
 
 
@@ -25,6 +25,10 @@ class Config:
 
 
 def main(config):
+    good = {"temperature": config.temperature >= 0, "top_k": config.top_k >= 0, "top_p": 0 < config.top_p <= 1, "max_new": config.max_new > 0}
+    for name in good:
+        if not good[name]:
+            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
     device = setup(config.device, config.seed)
     model, tok, _ = checkpoint.load(config.model, device)
     prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]

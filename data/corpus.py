@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, rank, reduce_sum, world_size
 from data import prepare
-from data.pack import pack, split
+from data.pack import pack, share, split
 from data.read import read_jsonl, read_text
 from kernels.head import linear_cross_entropy
 
@@ -49,11 +49,8 @@ def read_prepared(folder, tok):
 
 def encode(tok, documents):
     """The stream of some documents: int32 array."""
-    ids = [tok.eot]
-    for document in documents:
-        ids += tok.encode_ordinary(document)
-        ids.append(tok.eot)
-    return np.array(ids, dtype=np.int32)
+    parts = [np.array([tok.eot, *tok.encode_ordinary(document)], dtype=np.int32) for document in documents]
+    return np.concatenate([*parts, np.array([tok.eot], dtype=np.int32)])
 
 
 def pieces(streams, eot, context, first=0):
@@ -117,15 +114,17 @@ def pack_pieces(streams, cut):
 
 @torch.no_grad()
 def evaluate(model, streams, cut, sizes, micro_tokens):
-    """(nats per token, bits per byte) of the model on the given pieces. sizes: int64 [V], the bytes each id stands for (`token_bytes`)."""
+    """(nats per token, bits per byte) of the model on the given pieces, which the ranks share. sizes: int64 [V], the bytes of each id (`token_bytes`)."""
     training, device = model.training, model.embed.device
     model.eval()
     nats, tokens, size = 0.0, 0, 0
     lengths = (cut[:, 2] - cut[:, 1]).tolist()
-    for first, last in split(lengths, micro_tokens):
-        p, targets = pack_pieces(streams, cut[first:last])
+    begin, end = share(lengths, rank(), world_size())
+    for first, last in split(lengths[begin:end], micro_tokens):
+        p, targets = pack_pieces(streams, cut[begin + first : begin + last])
         size += int(sizes[targets.numpy()].sum())
         tokens += len(targets)
         nats += linear_cross_entropy(model(p.to(device)), model.head, targets.to(device)).item()
     model.train(training)
+    nats, tokens, size = reduce_sum(nats, tokens, size)
     return nats / tokens, nats / math.log(2) / max(1, size)

@@ -88,6 +88,17 @@ class Tokenizer(tiktoken.Encoding):
             raise UserError(f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; shorten them")
         return super().encode_ordinary(text)
 
+    def decode_single_token_bytes(self, token):
+        """The bytes of an id; none for an id without a token, which a model whose vocabulary was padded may draw."""
+        try:
+            return super().decode_single_token_bytes(token)
+        except KeyError:
+            return b""
+
+    def decode(self, tokens, errors="replace"):
+        """The text of some ids, U+FFFD for bytes that are not UTF-8."""
+        return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", errors)
+
     def __getstate__(self):  # tiktoken pickles the arguments of its __init__, for worker processes; these are ours
         return super().__getstate__() | {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "visible": self.visible}
 
