@@ -44,7 +44,9 @@ def train(fork, book):
     """A function: flags -> Child that runs `pretrain.py` with them on the tiny text."""
 
     def start(out, environment={}, **flags):
-        argv = [f"--{name}={value}" for name, value in (TINY | {"data": book, "out": out} | flags).items()]
+        shape = () if "init" not in flags else ("depth", "width", "heads")  # which a parent brings
+        common = {name: value for name, value in TINY.items() if name not in shape}
+        argv = [f"--{name}={value}" for name, value in (common | {"data": book, "out": out} | flags).items()]
         return fork(run_script, pretrain, argv, **environment)
 
     return start
@@ -285,6 +287,7 @@ def test_bad_flags_and_files_are_one_clear_line_and_cost_nothing(train, tmp_path
         ({"prompt": "Ω"}, "U+03A9"),
         ({"tokenizer": "nonsense"}, "nonsense"),
         ({"init": tmp_path / "nothing"}, "no checkpoint here"),
+        ({"init": tmp_path / "nothing", "depth": 3}, "--depth=3: the shape and the tokenizer come from --init"),
         ({"device": "abacus"}, "--device=abacus"),
     ]:
         status, output = train(run, overwrite=True, **flags).wait()
