@@ -279,6 +279,9 @@ def parent_record(folder, info):
     return {"path": str(folder), "weights": sha256(folder / WEIGHTS) if (folder / WEIGHTS).exists() else "sharded", **kept}
 
 
+ADVICE = "A lower learning rate or --clip=1 may help: start another run, from scratch or with --init=STEP_DIRECTORY; --resume would only repeat this one"
+
+
 def refuse_nonfinite(run, step, loss, batch):
     """Keep the batch {name: tensor} whose loss or gradient is not finite, and end the run. The weights are those of the step before."""
     path = Path(run) / f"nonfinite_step_{step:06d}.safetensors"
@@ -288,7 +291,7 @@ def refuse_nonfinite(run, step, loss, batch):
             safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in batch.items()}, path)
         except (OSError, safetensors.SafetensorError) as e:
             where = f"the batch could not be saved ({e})"
-    raise UserError(f"step {step}: the loss is {loss:.4g} and its gradient is not finite; {where}. A lower learning rate or --clip=1 helps; --resume goes on from the last checkpoint")
+    raise UserError(f"step {step}: the loss is {loss:.4g} and its gradient is not finite; {where}. {ADVICE}")
 
 
 def write_json(path, value):

@@ -89,6 +89,8 @@ def launch(main, Config):
         main(parse_cli(Config))
     except UserError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
@@ -115,6 +117,8 @@ def setup(device, seed):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={device}: no CUDA GPU is visible here; use --device=cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device=mps: no Apple GPU is visible here; use --device=cpu")
     if "RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -28,7 +28,7 @@ from rollout import rollout
 @dataclass
 class Config:
     model: str  # a run, a checkpoint, or a downloaded Llama/Qwen2/Qwen3 directory
-    text: str = ""  # text to predict: .txt or .jsonl {"text"}
+    text: str = ""  # text to predict, comma-separated: .txt (one document) or .jsonl {"text"}
     complete: str = ""  # .jsonl {"prompt", "answer"}: text, and how it must go on
     judge: str = ""  # .jsonl {"prompt", "reply_a", "reply_b", "principle", "better"}, as data/world.py writes it
     out: str = ""  # JSON file to write; "": only the table
@@ -40,6 +40,8 @@ class Config:
 def interval(statistic, rows, seed, draws=1000):
     """{"value", "low", "high"}: statistic(rows) and its 95 % bootstrap interval. rows: float64 [n, k], resampled n at a time; statistic: [..., n, k] sums -> number."""
     rows = np.asarray(rows, dtype=np.float64)
+    if len(rows) == 1:
+        return {"value": float(statistic(rows[0])), "low": None, "high": None}  # nothing can be said from one row
     picks = np.random.default_rng(seed).integers(0, len(rows), (draws, len(rows)))
     low, high = np.percentile([statistic(rows[p].sum(0)) for p in picks], [2.5, 97.5])
     return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
@@ -101,6 +103,9 @@ def prefer_first(model, tok, prompts, micro_tokens):
         raise UserError('" A" and " B" are not single tokens of this tokenizer, so it cannot be a judge')
     head = model.head[[ids[0] for ids in labels]].float()
     documents = [[tok.eot, *tok.encode_ordinary(text)] for text in prompts]
+    longest = max(map(len, documents))
+    if longest > model.config.context:
+        raise UserError(f"a judge prompt of {longest} tokens exceeds the model's context of {model.config.context}")
     hidden = torch.cat([model(p.to(model.embed.device))[p.cu[1:].long() - 1] for p in packs(documents, micro_tokens)])
     return torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0].double().cpu().numpy()
 
@@ -125,8 +130,15 @@ def main(config):
     model, tok, info = checkpoint.load(config.model, device)
     model.eval()
     figures = {}
+    if config.out:  # before the work, not after it
+        try:
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            open(config.out, "a").close()
+        except OSError as e:
+            raise UserError(f"--out={config.out}: {e.strerror}") from None
     if config.text:
-        rows = document_nats(model, tok, corpus.read_documents(config.text), config.micro_tokens)
+        documents = [d for file in config.text.split(",") for d in corpus.read_documents(file)]
+        rows = document_nats(model, tok, documents, config.micro_tokens)
         figures["nats/token"] = interval(lambda s: s[0] / s[1], rows, config.seed)
         figures["bits/byte"] = interval(lambda s: s[0] / math.log(2) / s[2], rows, config.seed)
         figures["nats/document"] = mean_interval(rows[:, 0], config.seed)
@@ -139,10 +151,9 @@ def main(config):
     if not figures:
         raise UserError("nothing to measure: give --text, --complete or --judge")
     for name, f in figures.items():
-        print(f"{name:<32} {f['value']:8.4f}   [{f['low']:.4f}, {f['high']:.4f}]")
+        print(f"{name:<32} {f['value']:8.4f}   " + ("one row: no interval" if f["low"] is None else f"[{f['low']:.4f}, {f['high']:.4f}]"))
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0), "figures": figures}
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         replace_text(Path(config.out), json.dumps(result, indent=1) + "\n")
 
 

@@ -36,7 +36,7 @@ def polar_dtype(name, device):
 
 
 def wsd(step, steps, warmup, decay):
-    """Warm-up-stable-decay: the multiple of the peak learning rate at `step` of `steps`. Linear up over `warmup` steps, linear down to 0 over the last `decay` steps."""
+    """Warm-up-stable-decay: the multiple of the peak learning rate at `step` of `steps`. Linear up over `warmup` steps, linear down towards 0 over the last `decay` steps."""
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))
 
 

@@ -45,7 +45,7 @@ class Config:
     dropout: float = 0.0  # for small corpora seen many times
     steps: int = 0  # optimizer steps; 0: 20 tokens a parameter (Chinchilla)
     batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 1024 x depth^2
-    micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result (dropout's masks apart), depends on it
     lr: float = 0.02  # peak rate of Muon, for the trunk's matrices
     embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5, or the head's where they are tied
     head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
@@ -75,13 +75,17 @@ FREE = {"out", "resume", "overwrite", "device", "compile", "steps", "micro_token
 
 def check_flags(config):
     """UserError for a value that has the right type and no meaning."""
-    good = {"val_fraction": 0 <= config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "lr": 0 < config.lr < float("inf"),
+    rates = {name: 0 <= vars(config)[name] < float("inf") for name in ("embed_lr", "head_lr", "gain_lr", "weight_decay", "clip")}
+    good = {**rates, "val_fraction": 0 < config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "lr": 0 < config.lr < float("inf"), "momentum": 0 <= config.momentum < 1,
             "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "seed": config.seed < 2**63, "polar": config.polar in ("auto", "bf16", "fp32"),
-            "val": not (config.val and Path(config.data).is_dir())}  # fmt: skip
+            }  # fmt: skip
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     for name in ("depth", "width", "heads", "kv_heads", "ffn", "tied", "tokenizer"):
         if config.init and vars(config)[name] != defaults[name]:
             raise UserError(f"--{name}={vars(config)[name]}: the shape and the tokenizer come from --init={config.init}; leave it out")
+    for name in ("tokenizer", "val", "val_fraction"):
+        if Path(config.data).is_dir() and vars(config)[name] != defaults[name]:
+            raise UserError(f"--{name}={vars(config)[name]}: prepared data bring their own; leave it out")
     for name in good:
         if not good[name]:
             raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
@@ -100,11 +104,10 @@ def read_data(config, tok):
         tok = tok or tokenizer.load(config.data)
         return tok, *corpus.read_prepared(config.data, tok)
     files, val_files = config.data.split(","), [f for f in config.val.split(",") if f]
-    train = [d for f in files for d in corpus.read_documents(f)]
-    if val_files:
-        val = [d for f in val_files for d in corpus.read_documents(f)]
-    else:
-        train, val = corpus.hold_out(train, config.val_fraction)
+    train, val = [d for f in files for d in corpus.read_documents(f)], [d for f in val_files for d in corpus.read_documents(f)]
+    if not val_files:
+        parts = [corpus.hold_out(corpus.read_documents(f), config.val_fraction) for f in files]  # the end of each
+        train, val = ([d for part in parts for d in part[i]] for i in (0, 1))
     if tok is None:
         made = {"char": lambda: tokenizer.characters("".join(train + val)), "byte": tokenizer.byte_level}
         tok = made.get(config.tokenizer, lambda: tokenizer.load(config.tokenizer))()
@@ -167,6 +170,8 @@ def main(config):
     data = data_hashes(config)
     model = (model or make_model(config, tok)).to(device)
     context = min(config.context, model.config.context)
+    if config.init and config.context not in (Config.context, context):
+        raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
     batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
     n_parameters = sum(p.numel() for p in model.parameters())
     steps = config.steps or -(-20 * n_parameters // batch_tokens)
@@ -209,6 +214,8 @@ def main(config):
 
     def validate(step):
         loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
+        if not np.isfinite(loss):
+            raise UserError(f"step {step}: the validation loss is {loss}; these weights are not saved. " + checkpoint.ADVICE)
         metrics = {"val_loss": loss, "val_bpb": bpb}
         log.write({"step": step, **metrics})
         if rank() == 0:

@@ -60,7 +60,7 @@ def run(stage, words, out):
     except KeyboardInterrupt:  # the command got it too: it finishes its step and saves
         status = process.wait()
     if status:
-        raise UserError(f"{stage} ended with status {status}; python quickstart.py goes on from here")
+        raise UserError(f"{stage} ended with status {status}; the same command as before goes on from here")
     return {"stage": stage, "command": command, "seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -86,6 +86,8 @@ def table(lines):
 
 
 def main(config):
+    if Path.cwd() != Path(__file__).parent:
+        raise UserError(f"run it from the repository's directory: cd {Path(__file__).parent}")
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -437,7 +437,10 @@ def main(config):
         tok = train(read_documents(names), config.vocab_size, config.workers)
     else:
         tok = characters("".join(set().union(*read_documents(names)))) if config.kind == "char" else byte_level()
-    save(tok, config.out)
+    try:
+        save(tok, config.out)
+    except OSError as e:
+        raise UserError(f"--out={config.out}: {e.strerror}") from None
     print(f"{target}: {tok.n_vocab} ids in {time.perf_counter() - begin:.1f} s")
     sample = "".join(islice(read_documents(names), 10))
     ids = tok.encode_ordinary(sample)

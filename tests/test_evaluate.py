@@ -105,3 +105,7 @@ def test_nothing_to_measure_is_said(make_model, tmp_path):
     checkpoint.save(tmp_path / "run", make_model(vocab_size=tok.n_vocab), tok, {"stage": "pretrain", "step": 1})
     with pytest.raises(UserError, match="--text, --complete or --judge"):
         evaluate.main(evaluate.Config(model=str(tmp_path / "run"), device="cpu"))
+
+
+def test_one_document_has_no_interval():
+    assert evaluate.mean_interval([3.5], seed=0) == {"value": 3.5, "low": None, "high": None}

@@ -377,3 +377,13 @@ def test_the_scripts_run_as_a_user_types_them(tmp_path, book):
     line = f"{sys.executable} {ROOT}/sample.py --model=run --device=cpu --max_new=2000 | head -c 20"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
     assert len(done.stdout) >= 15 and "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+
+
+def test_every_text_file_gives_its_own_end_to_validation(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 90 + "b" * 10)
+    (tmp_path / "c.txt").write_text("c" * 180 + "d" * 20)
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in "eeeeeeeeef"))
+    files = ",".join(str(tmp_path / name) for name in ("a.txt", "c.txt", "e.jsonl"))
+    tok, (train,), (val,) = pretrain.read_data(pretrain.Config(data=files, out=""), None)
+    texts = [tok.decode([t for t in stream.tolist() if t != tok.eot]) for stream in (train, val)]
+    assert texts == ["a" * 90 + "c" * 180 + "e" * 9, "b" * 10 + "d" * 20 + "f"]
