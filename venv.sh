@@ -24,6 +24,6 @@ if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
         fi
     fi
     python -m pip freeze --all | grep -i '^torch==' >.venv/torch.txt || true
-    python -m pip install -q -c .venv/torch.txt -e ".[${1:-}]"  # the constraint keeps pip's hands off the PyTorch that is there
+    python -m pip install -q -c .venv/torch.txt -e ".${1:+[$1]}"  # the constraint keeps pip's hands off the PyTorch that is there
     echo "$wanted" >>.venv/installed
 fi
