@@ -104,10 +104,11 @@ def read_data(config, tok):
         tok = tok or tokenizer.load(config.data)
         return tok, *corpus.read_prepared(config.data, tok)
     files, val_files = config.data.split(","), [f for f in config.val.split(",") if f]
-    train, val = [d for f in files for d in corpus.read_documents(f)], [d for f in val_files for d in corpus.read_documents(f)]
-    if not val_files:
-        parts = [corpus.hold_out(corpus.read_documents(f), config.val_fraction) for f in files]  # the end of each
-        train, val = ([d for part in parts for d in part[i]] for i in (0, 1))
+    train, val = [], [d for f in val_files for d in corpus.read_documents(f)]
+    for f in files:
+        documents = corpus.read_documents(f)
+        kept, held_out = (documents, []) if val_files else corpus.hold_out(documents, config.val_fraction)  # the end of each file
+        train, val = train + kept, val + held_out
     if tok is None:
         made = {"char": lambda: tokenizer.characters("".join(train + val)), "byte": tokenizer.byte_level}
         tok = made.get(config.tokenizer, lambda: tokenizer.load(config.tokenizer))()

@@ -89,8 +89,10 @@ def test_main_writes_what_it_prints(make_model, tmp_path, capsys):
     evaluate.main(evaluate.Config(model=str(tmp_path / "run"), text=str(tmp_path / "text.jsonl"), out=str(tmp_path / "made/figures.json"), device="cpu"))
     result = json.loads((tmp_path / "made/figures.json").read_text())
     assert (result["stage"], result["step"]) == ("pretrain", 3)
+    assert set(result["figures"]) == {"nats/token", "bits/byte", "nats/document", "tokens/document"}
+    printed = capsys.readouterr().out
     for name, f in result["figures"].items():
-        assert f"{name:<32} {f['value']:8.4f}" in capsys.readouterr().out or f["low"] <= f["value"] <= f["high"]
+        assert f"{name:<32} {f['value']:8.4f}   [{f['low']:.4f}, {f['high']:.4f}]" in printed
 
 
 @pytest.mark.parametrize("text, message", [('{"prompt": "a"}\n', r"rows.jsonl:1: no \"answer\" string"), ("", "nothing in it")])
