@@ -2,6 +2,8 @@
 
     x_0 = E[token];   x <- x + Attention(RMSNorm(x));   x <- x + SwiGLU(RMSNorm(x));   logits = W RMSNorm(x_L)
 
+A block hands its last addition on to the next norm, so that each addition and the norm after it are one pass over memory (`add_rms_norm`).
+
 RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, no biases (Qwen2's on q, k, v excepted). Output projections start at
 zero, so every block starts as the identity and the loss at ln V. Parameters are fp32; on CUDA the matrix products run in bf16.
 Left out, because nothing here uses them: sliding windows, mixtures of experts, logit soft-capping.
@@ -21,7 +23,7 @@ from kernels.act import swiglu
 from kernels.attention import attention, batches
 from kernels.decode import decode_attention
 from kernels.head import IGNORE, linear_logprob
-from kernels.norm import rms_norm
+from kernels.norm import add_rms_norm
 from kernels.rope import qk_norm_rope
 
 
@@ -87,9 +89,11 @@ class Block(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * c.ffn, c.width))  # the gate, then what it gates
         self.down = nn.Parameter(torch.zeros(c.width, c.ffn))
 
-    def forward(self, x, cos, sin, attend, dropout):
-        x = x + F.dropout(self.attention(rms_norm(x, self.attn_norm, self.config.norm_eps), cos, sin, attend), dropout)
-        return x + F.dropout(self.mlp(rms_norm(x, self.mlp_norm, self.config.norm_eps)), dropout)
+    def forward(self, x, delta, cos, sin, attend, dropout):
+        """x [N, C] and what is still to be added to it -> the same, one block further."""
+        x, y = add_rms_norm(x, delta, self.attn_norm, self.config.norm_eps)
+        x, y = add_rms_norm(x, F.dropout(self.attention(y, cos, sin, attend), dropout), self.mlp_norm, self.config.norm_eps)
+        return x, F.dropout(self.mlp(y), dropout)
 
     def attention(self, x, cos, sin, attend):
         c = self.config
@@ -146,6 +150,7 @@ class GPT(nn.Module):
         cos, sin = self.cos[pack.positions], self.sin[pack.positions]  # [N, Dh/2]
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x, dropout)
+        delta = torch.zeros_like(x)
         if cache is not None:
             lengths = pack.cu.diff().long()
             rows = slots.repeat_interleave(lengths)  # [N] the slot of each token
@@ -157,22 +162,23 @@ class GPT(nn.Module):
                     cache.k[i, rows, pack.positions], cache.v[i, rows, pack.positions] = k, v
                 return attention(q, k, v, layout)
 
-            x = block(x, cos, sin, attend, dropout)
-        return rms_norm(x, self.norm, self.config.norm_eps)
+            x, delta = block(x, delta, cos, sin, attend, dropout)
+        return add_rms_norm(x, delta, self.norm, self.config.norm_eps)[1]
 
     def step(self, tokens, cache):
         """Append tokens [B], one to each slot of the cache -> hidden [B, C] of these tokens."""
         positions, slots = cache.lengths.clone(), torch.arange(len(tokens), device=tokens.device)
         cache.lengths += 1
         x = F.embedding(tokens, self.embed).to(self.compute_dtype)
+        delta = torch.zeros_like(x)
         for i, block in enumerate(self.blocks):
 
             def attend(q, k, v):
                 cache.k[i, slots, positions], cache.v[i, slots, positions] = k, v
                 return decode_attention(q, cache.k[i], cache.v[i], cache.lengths)
 
-            x = block(x, self.cos[positions], self.sin[positions], attend, 0.0)
-        return rms_norm(x, self.norm, self.config.norm_eps)
+            x, delta = block(x, delta, self.cos[positions], self.sin[positions], attend, 0.0)
+        return add_rms_norm(x, delta, self.norm, self.config.norm_eps)[1]
 
     @property
     def compute_dtype(self):

@@ -1,4 +1,7 @@
-"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4). Sums are fp32 (fp64 for fp64 input)."""
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4). Sums are fp32 (fp64 for fp64 input).
+
+With the residual addition before it, for that is where a transformer needs it: s = x + delta, y = rms_norm(s), in one pass over memory.
+"""
 import torch
 
 
@@ -28,6 +31,17 @@ def rms_norm_reference(x, weight, eps):
     return RMSNormReference.apply(x, weight, eps)
 
 
+def add_rms_norm_reference(x, delta, weight, eps):
+    """See add_rms_norm."""
+    total = x + delta
+    return total, rms_norm_reference(total, weight, eps)
+
+
 def rms_norm(x, weight, eps):
     """x [N, C], weight fp32 [C] -> [N, C] in x's dtype."""
     return rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x, delta, weight, eps):
+    """x, delta [N, C], weight fp32 [C] -> (x + delta, rms_norm(x + delta)), both [N, C] in x's dtype; the sum is rounded to it before it is normalised."""
+    return add_rms_norm_reference(x, delta, weight, eps)

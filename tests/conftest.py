@@ -1,7 +1,7 @@
 """What several test files share. One core a process: the tests then spread over cores with `pytest -n`, and sums come out the same everywhere."""
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's small products are ten times slower with more
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: tests that ask for it (`kernels_run`) then run the kernels on the CPU
+    import interpreter  # noqa: F401
+
+from kernels import _lib
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
@@ -48,6 +53,15 @@ def random_model(seed=0, noise=0.2, **shape):
 @pytest.fixture
 def make_model():
     return random_model
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """The device on which the kernels run in this test: the GPU, or the CPU by Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    monkeypatch.setattr(_lib, "MODE", "interpret")
+    return torch.device("cpu")
 
 
 @pytest.fixture
