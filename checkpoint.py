@@ -9,15 +9,15 @@
 A checkpoint is written beside its final name, flushed to the disk, then renamed: whenever a run is killed, a directory called step_* is whole.
 No pickle anywhere.
 """
-import hashlib, json, math, os, shutil, sys
+import dataclasses, hashlib, json, math, os, shutil, sys
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-from common import UserError, rank
-from data import tokenizer
+from common import Log, Stop, UserError, clear_run, describe, open_run, random_state, rank, set_random_state, setup
+from data import chat, tokenizer
 from model import GPT, GPTConfig
 
 WEIGHTS, INFO, MANIFEST = "model.safetensors", "feinschliff.json", "manifest.json"
@@ -324,8 +324,9 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False):
         if not final.exists():
             temporary.mkdir(parents=True)
             safetensors.torch.save_file(to_hf(model), temporary / WEIGHTS, metadata={"format": "pt"})
-            write_json(temporary / "config.json", config_to_hf(model.config, tok))
-            tokenizer.save(tok, temporary)
+            talks = info["stage"] != "pretrain"  # from fine-tuning on a checkpoint knows turns, and ends them
+            write_json(temporary / "config.json", config_to_hf(model.config, tok) | ({"eos_token_id": chat.end_of_turn(tok)} if talks else {}))
+            tokenizer.save(tok, temporary, chat.TEMPLATE if talks else "")
             write_json(temporary / INFO, info)
             if state:
                 safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in state[0].items()}, temporary / STATE)
@@ -361,3 +362,83 @@ def point(run, name, target):
         if (run / name).is_dir() and not (run / name).is_symlink():
             shutil.rmtree(run / name)  # the run was copied by a tool that follows links
         os.replace(link, run / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+class Run:
+    """A training run on disk: where it starts from, its log, its checkpoints. The same for every stage, so that every stage resumes exactly.
+
+    stage: the script's name for itself. config: its flags, of which out, init, resume, overwrite, seed, device, print_every, save_every and keep_last
+    are read here. free: the flags that may differ when it is resumed.
+    """
+
+    def __init__(self, stage, config, free):
+        self.stage, self.config, self.free = stage, config, free
+        self.device = setup(config.device, config.seed)
+        self.path = open_run(config.out, config.resume, config.overwrite)
+        self.stop = Stop()
+        self.resumed = find(self.path) if config.resume and steps_in(self.path) else None
+        self.folder = self.resumed or (find(config.init) if config.init else None)  # what weights and tokenizer come from; None: from nothing
+        self.info = read_json(self.folder / INFO) if self.folder and (self.folder / INFO).exists() else {}
+        self.start, self.best = 0, float("inf")
+
+    def check_same(self, data):
+        """UserError unless this is the run that was stopped. data: {what is read: its SHA-256}."""
+        check_same_run(self.info, self.stage, dataclasses.asdict(self.config), data, self.free)
+
+    def begin(self, steps, optimizer, data, n_parameters):
+        """Take back the state of the run that was stopped, open the log -> the counters given to the last `save`, {} for a fresh run."""
+        counters = {}
+        if self.resumed:
+            tensors, counters = load_state(self.resumed)
+            optimizer.load_state(tensors)
+            set_random_state(tensors, self.device)
+            self.start, self.best, self.lineage = self.info["step"], counters["best"], self.info["lineage"]
+        else:
+            self.lineage = self.info.get("lineage", []) + [parent_record(self.folder, self.info)] if self.folder else []
+        self.steps, self.data = steps, data
+        clear_run(self.path, self.config.overwrite)
+        self.log = Log(self.path, steps, self.start, self.config.print_every)
+        event = {"event": "resume" if self.resumed else "start", "config": dataclasses.asdict(self.config)}
+        self.log.write(event | {"parameters": n_parameters, **describe(self.device)})
+        if rank() == 0:
+            if self.config.resume and not self.resumed:
+                print("no checkpoint is here yet: beginning anew")
+            if self.start >= steps:
+                print("nothing is left to do; a larger --steps goes on")
+        return counters
+
+    def due(self, step, every):
+        """True at every `every`-th step (0: none) and at the last."""
+        return step == self.steps or bool(every and step % every == 0)
+
+    def validated(self, step, metrics, text):
+        """Log and print what a validation found, `metrics` with "val_loss" -> metrics. UserError where that is not finite."""
+        if not math.isfinite(metrics["val_loss"]):
+            raise UserError(f"step {step}: the validation loss is {metrics['val_loss']}; these weights are not saved. " + ADVICE)
+        self.log.write({"step": step, **metrics})
+        if rank() == 0:
+            print(f"step {step}/{self.steps} | validation {text}", flush=True)
+        return metrics
+
+    def save(self, step, model, tok, optimizer, counters, metrics, **more):
+        """Save after `step`; the best so far by metrics["val_loss"] is kept beside the newest. more: further fields of feinschliff.json.
+
+        A disk that refuses costs this save, not the run, unless it is the last one.
+        """
+        before, self.best = self.best, min(self.best, metrics.get("val_loss", self.best))
+        tensors = optimizer.state() | random_state(self.device)
+        if rank() == 0:
+            record = {"stage": self.stage, "step": step, "config": dataclasses.asdict(self.config), "data": self.data, "metrics": metrics, **more}
+            record |= {"lineage": self.lineage, "code": code_hash(), **describe(self.device)}
+            try:
+                self.log.sync()
+                save(self.path, model, tok, record, (tensors, {"best": self.best, **counters}), self.config.keep_last, best=self.best < before)
+            except UserError as e:
+                self.best = before
+                if step == self.steps or self.stop.asked:
+                    raise
+                print(f"warning: {e}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ byte, which no choice of tokenizer changes. Left out: curricula and other change
     torchrun --nproc_per_node=8 pretrain.py --data=out/data/fineweb --out=out/base --depth=12 --compile
 """
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from common import Log, Stop, UserError, clear_run, describe, launch, open_run, random_state, rank, reduce_sum, set_random_state, setup, world_size
+from common import UserError, describe, launch, rank, reduce_sum, world_size
 from data import corpus, prepare, tokenizer
 from data.pack import share, split
 from kernels.head import linear_cross_entropy
@@ -157,18 +156,14 @@ def continuation(model, tok, prompt, seed):
 
 def main(config):
     check_flags(config)
-    device = setup(config.device, config.seed)
-    run = open_run(config.out, config.resume, config.overwrite)
-    stop = Stop()
+    run = checkpoint.Run("pretrain", config, FREE)
+    device = run.device
 
     # 1. Data and model: fresh, from --init, or as they were when the run was stopped
-    resumed = checkpoint.find(run) if config.resume and checkpoint.steps_in(run) else None
-    start_from = resumed or (checkpoint.find(config.init) if config.init else None)
-    model, tok, info = checkpoint.read(start_from) if start_from else (None, None, {})
-    if resumed:
-        checkpoint.check_same_run(info, "pretrain", dataclasses.asdict(config), data_hashes(config), FREE)
+    model, tok, _ = checkpoint.read(run.folder) if run.folder else (None, None, {})
+    if run.resumed:
+        run.check_same(data_hashes(config))
     tok, train, val = read_data(config, tok)
-    data = data_hashes(config)
     model = (model or make_model(config, tok)).to(device)
     context = min(config.context, model.config.context)
     if config.init and config.context not in (Config.context, context):
@@ -185,63 +180,23 @@ def main(config):
 
     # 2. Optimizer and order of the data, and on a resume all their state
     optimizer = make_optimizer(config, model)
-    order = corpus.Order(train, tok.eot, context, config.seed)
-    start, best = 0, float("inf")
-    if resumed:
-        tensors, counters = checkpoint.load_state(resumed)
-        optimizer.load_state(tensors)
-        set_random_state(tensors, device)
-        order.begin(counters["epoch"], counters["index"])
-        start, best, lineage = info["step"], counters["best"], info["lineage"]
-    else:
-        lineage = info.get("lineage", []) + [checkpoint.parent_record(start_from, info)] if config.init else []
+    order = corpus.text_order(train, tok.eot, context, config.seed)
     model.dropout = config.dropout
     if config.compile:
         model.compile()
-    clear_run(run, config.overwrite)
-    log = Log(run, steps, start, config.print_every)
-    log.write({"event": "resume" if resumed else "start", "config": dataclasses.asdict(config), "parameters": n_parameters, **describe(device)})
     if rank() == 0:
         c = model.config
         print(f"{n_parameters:,} parameters: {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; on {describe(device)['hardware']}")
-        print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs" + (f"; going on after step {start}" if resumed else ""))
-        if config.resume and not resumed:
-            print("no checkpoint is here yet: beginning anew")
+        print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs" + (f"; going on after step {run.info['step']}" if run.resumed else ""))
         if config.compile and device.type == "cpu":
             print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
-        if start >= steps:
-            print("nothing is left to do; a larger --steps goes on")
-    flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.pieces])))
-
-    def validate(step):
-        loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
-        if not np.isfinite(loss):
-            raise UserError(f"step {step}: the validation loss is {loss}; these weights are not saved. " + checkpoint.ADVICE)
-        metrics = {"val_loss": loss, "val_bpb": bpb}
-        log.write({"step": step, **metrics})
-        if rank() == 0:
-            print(f"step {step}/{steps} | validation {loss:.4f} nats/token, {bpb:.4f} bits/byte", flush=True)
-        return metrics
-
-    def save(step, metrics):
-        nonlocal best
-        before, best = best, min(best, metrics.get("val_loss", best))
-        tensors = optimizer.state() | random_state(device)
-        if rank() == 0:
-            counters = {"epoch": order.epoch, "index": order.index, "best": best}
-            record = {"stage": "pretrain", "step": step, "config": dataclasses.asdict(config), "data": data, "metrics": metrics}
-            record |= {"lineage": lineage, "code": checkpoint.code_hash(), **describe(device)}
-            try:
-                log.sync()
-                checkpoint.save(run, model, tok, record, (tensors, counters), config.keep_last, best=best < before)
-            except UserError as e:
-                best = before
-                if step == steps or stop.asked:
-                    raise
-                print(f"warning: {e}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)
+    counters = run.begin(steps, optimizer, data_hashes(config), n_parameters)
+    if run.resumed:
+        order.begin(counters["epoch"], counters["index"])
+    flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.items])))
 
     # 3. Train
-    for step in range(start + 1, steps + 1):
+    for step in range(run.start + 1, steps + 1):
         rate = multiple(config, step - 1, steps)
         pieces = order.batch(batch_tokens)
         loss = train_step(model, train, pieces, config.micro_tokens)
@@ -249,21 +204,21 @@ def main(config):
         (loss,) = reduce_sum(loss)
         if not norm.isfinite():
             pack, targets = corpus.pack_pieces(train, pieces)
-            checkpoint.refuse_nonfinite(run, step, loss, {"tokens": pack.tokens, "cu": pack.cu, "targets": targets})
-        log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * rate, grad_norm=norm.item())
+            checkpoint.refuse_nonfinite(run.path, step, loss, {"tokens": pack.tokens, "cu": pack.cu, "targets": targets})
+        run.log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * rate, grad_norm=norm.item())
 
         # 4. Validate, sample, save
-        due = lambda every: step == steps or (every and step % every == 0)  # noqa: E731
-        leaving, metrics = stop.agreed(), {}
-        if due(config.eval_every) or due(config.save_every):
-            metrics = validate(step)
-        if rank() == 0 and config.sample_every and due(config.sample_every):
-            log.sample(step, continuation(model, tok, prompt, config.seed))
-        if due(config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
-            save(step, metrics)
+        leaving, metrics = run.stop.agreed(), {}
+        if run.due(step, config.eval_every) or run.due(step, config.save_every):
+            loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
+            metrics = run.validated(step, {"val_loss": loss, "val_bpb": bpb}, f"{loss:.4f} nats/token, {bpb:.4f} bits/byte")
+        if rank() == 0 and config.sample_every and run.due(step, config.sample_every):
+            run.log.sample(step, continuation(model, tok, prompt, config.seed))
+        if run.due(step, config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
+            run.save(step, model, tok, optimizer, {"epoch": order.epoch, "index": order.index}, metrics)
         if leaving and step < steps:
-            stop.leave(step)
-        log.skip_time()
+            run.stop.leave(step)
+        run.log.skip_time()
 
 
 if __name__ == "__main__":

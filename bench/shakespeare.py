@@ -133,7 +133,7 @@ class OurRun:
         self.model.dropout = dropout
         self.optimizer = pretrain.make_optimizer(self.config, self.model)
         self.train, self.val = [streams[0]], [streams[1]]
-        self.order = corpus.Order(self.train, tok.eot, context, config.seed)
+        self.order = corpus.text_order(self.train, tok.eot, context, config.seed)
         self.val_pieces, self.sizes = corpus.pieces(self.val, tok.eot, context), tokenizer.token_bytes(tok)
         self.device, self.seconds, self.done = device, 0.0, 0
         if device.type == "cuda":

@@ -81,29 +81,42 @@ def some_pieces(streams, eot, context, tokens):
 
 
 class Order:
-    """The pieces of a corpus in the order they are trained on: all of them, shuffled, again and again. `epoch` and `index` are the whole state."""
+    """What is trained on, in order: every item once an epoch, shuffled anew each time. `epoch` and `index` are the whole state.
 
-    def __init__(self, streams, eot, context, seed, epoch=0, index=0):
-        self.streams, self.eot, self.context, self.seed = streams, eot, context, seed
+    deal(random) -> (items, lengths): the items of an epoch, an array with one in each row, and the tokens of each.
+    """
+
+    def __init__(self, deal, seed, epoch=0, index=0):
+        self.deal, self.seed = deal, seed
         self.begin(epoch, index)
 
     def begin(self, epoch, index=0):
         random = np.random.default_rng([self.seed, epoch])
-        self.epoch, self.index = epoch, index
-        self.pieces = random.permutation(pieces(self.streams, self.eot, self.context, int(random.integers(1, self.context + 1))))
+        items, lengths = self.deal(random)
+        order = random.permutation(len(items))
+        self.items, self.lengths, self.epoch, self.index = items[order], lengths[order], epoch, index
 
     def batch(self, tokens):
-        """The next pieces [n, 3], as many as fit in `tokens` tokens (at least one)."""
+        """The next items [n, ...], as many as fit in `tokens` tokens (at least one)."""
         taken, total = [], 0
         while True:
-            if self.index == len(self.pieces):
+            if self.index == len(self.items):
                 self.begin(self.epoch + 1)
-            piece = self.pieces[self.index]
-            total += piece[2] - piece[1]
+            total += self.lengths[self.index]
             if taken and total > tokens:
                 return np.stack(taken)
-            taken.append(piece)
+            taken.append(self.items[self.index])
             self.index += 1
+
+
+def text_order(streams, eot, context, seed, epoch=0, index=0):
+    """The Order of a corpus: its items are the pieces of all documents, cut elsewhere in every epoch."""
+
+    def deal(random):
+        cut = pieces(streams, eot, context, int(random.integers(1, context + 1)))
+        return cut, cut[:, 2] - cut[:, 1]
+
+    return Order(deal, seed, epoch, index)
 
 
 def pack_pieces(streams, cut):

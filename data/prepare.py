@@ -31,7 +31,7 @@ import numpy as np
 from common import UserError, clock_time, launch, lock
 from data import tokenizer
 from data.clean import BANDS, RULES, contains, empty, exact_duplicates, find_words, near_duplicates, ngrams, signatures, stir, text_key
-from data.read import read_jsonl, read_lines, read_text
+from data.read import hub_rows, parse_mixture, read_jsonl, read_lines, read_text
 
 
 @dataclass
@@ -74,37 +74,21 @@ class Source(NamedTuple):
 def parse_sources(text, work):
     """`--data` -> list of Sources. UserError names the piece that does not parse."""
     sources = []
-    for piece in re.split(r",(?![^\[]*\])", text):  # a comma within [...] belongs to the name
-        hub = piece.startswith("hf:")
-        name, colon, weight = piece.removeprefix("hf:").partition(":")
+    for name, weight in parse_mixture(text):
+        hub = name.startswith("hf:")
         if not hub and not name.endswith((".txt", ".jsonl")):
-            raise UserError(f"--data: {piece!r}: expected FILE.txt, FILE.jsonl or hf:NAME, each with or without :WEIGHT")
-        if colon and not (re.fullmatch(r"\d+\.?\d*|\.\d+", weight) and 0 < float(weight) < math.inf):
-            raise UserError(f"--data: {piece!r}: the weight {weight!r} is not a positive number")
-        sources.append(Source("hf:" * hub + name, work / f"hf_{len(sources)}.jsonl" if hub else Path(name), float(weight or 0)))
-    names = [source.name for source in sources]
-    for source in sources:
-        if not source.weight and any(s.weight for s in sources):
-            raise UserError(f"--data: {source.name} has no weight; give one to every source or to none")
-        if names.count(source.name) > 1:
-            raise UserError(f"--data: {source.name} is named twice; a larger share is a larger weight")
+            raise UserError(f"--data: {name!r}: expected FILE.txt, FILE.jsonl or hf:NAME, each with or without :WEIGHT")
+        sources.append(Source(name, work / f"hf_{len(sources)}.jsonl" if hub else Path(name), weight))
     return sources
 
 
 def download(name, path):
     """Copy hf:NAME[configuration,split,rows] (left out: the default one, train, all) from Hugging Face into a JSONL file, row by row."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name}: needs the package `datasets`: pip install -e '.[data]'") from None
-    repository, configuration, split, rows = (re.split(r"[\[,]", name.removeprefix("hf:").rstrip("]")) + ["", "", ""])[:4]
-    try:
-        stream = datasets.load_dataset(repository, configuration or None, split=split or "train", streaming=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            for row in itertools.islice(stream, int(rows) if rows else None):
-                file.write(json.dumps({"text": row["text"]}) + "\n")
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{name}: {e!r}") from None
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        for row in hub_rows(name):
+            if not isinstance(row.get("text"), str):
+                raise UserError(f'{name}: its rows have no string "text" but {", ".join(row)}')
+            file.write(json.dumps({"text": row["text"]}) + "\n")
     os.replace(f"{path}.tmp", path)
 
 

@@ -2,7 +2,8 @@
 
 A byte order mark at the head of a file is dropped; nothing else is changed, and nothing is left out unasked.
 """
-import codecs, json
+import codecs, itertools, json, math, re
+from pathlib import Path
 
 from common import UserError
 
@@ -67,3 +68,70 @@ def read_jsonl(path, skip_bad=False):
                 raise UserError(f"{path}:{number}: {reason}; mend the line, or leave bad lines out with --skip_bad=True") from None
             row = None
         yield number, row
+
+
+def parse_mixture(text):
+    """The value of a --data flag, a.jsonl:0.7,hf:NAME[configuration,split,rows]:0.3 -> [(name, weight), ...], weight 0 where none is given.
+
+    UserError names the piece that does not parse, a name given twice, and a source without a weight beside one that has one.
+    """
+    sources = []
+    for piece in re.split(r",(?![^\[]*\])", text):  # a comma within [...] belongs to the name
+        hub = piece.startswith("hf:")
+        name, colon, weight = piece.removeprefix("hf:").partition(":")
+        if colon and not (re.fullmatch(r"\d+\.?\d*|\.\d+", weight) and 0 < float(weight) < math.inf):
+            raise UserError(f"--data: {piece!r}: the weight {weight!r} is not a positive number")
+        sources.append(("hf:" * hub + name, float(weight or 0)))
+    names = [name for name, _ in sources]
+    for name, weight in sources:
+        if not weight and any(w for _, w in sources):
+            raise UserError(f"--data: {name} has no weight; give one to every source or to none")
+        if names.count(name) > 1:
+            raise UserError(f"--data: {name} is named twice; a larger share is a larger weight")
+    return sources
+
+
+def hub_rows(name):
+    """Yield the rows of hf:NAME[configuration,split,rows] (left out: the default one, train, all) from Hugging Face, as dicts."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name}: needs the package `datasets`: pip install -e '.[data]'") from None
+    repository, configuration, split, rows = (re.split(r"[\[,]", name.removeprefix("hf:").rstrip("]")) + ["", "", ""])[:4]
+    try:
+        stream = datasets.load_dataset(repository, configuration or None, split=split or "train", streaming=True)
+        yield from itertools.islice(stream, int(rows) if rows else None)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{name}: {e!r}") from None
+
+
+def parquet_rows(path):
+    """Yield the rows of a Parquet file as dicts."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: needs the package `pyarrow`, which comes with pip install -e '.[data]'") from None
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as e:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"{path}: cannot be read as Parquet ({e})") from None
+
+
+def read_rows(name, skip_bad=False):
+    """Yield (line number, row) of a .jsonl or .parquet file or of hf:NAME[...]; (line number, None) for a bad line under `skip_bad`.
+
+    UserError where `name` is something else: a checkpoint, say.
+    """
+    path = Path(name)
+    if name.startswith("hf:"):
+        yield from enumerate(hub_rows(name), 1)
+    elif path.is_dir():
+        checkpoint = (path / "config.json").exists() or any(path.glob("step_*"))
+        raise UserError(f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, where a .jsonl or .parquet file was expected")
+    elif path.suffix == ".parquet":
+        yield from enumerate(parquet_rows(path), 1)
+    elif path.suffix in (".jsonl", ".json"):
+        yield from read_jsonl(name, skip_bad)
+    else:
+        raise UserError(f"{name}: expected FILE.jsonl, FILE.parquet or hf:NAME")

@@ -370,7 +370,7 @@ def test_every_token_is_predicted_exactly_once(lengths, context, data):
 @given(STREAMS, st.integers(1, 20), st.integers(1, 90), st.integers(0, 3))
 def test_an_order_takes_every_piece_once_an_epoch_and_resumes_exactly(lengths, context, tokens, seed):
     streams = streams_of(lengths)
-    order = corpus.Order(streams, EOT, context, seed)
+    order = corpus.text_order(streams, EOT, context, seed)
     batches, states = [], []
     n = sum(len(s) - 1 for s in streams)
     while order.epoch < 2:
@@ -382,12 +382,12 @@ def test_an_order_takes_every_piece_once_an_epoch_and_resumes_exactly(lengths, c
     for epoch in range(2):  # all of it, before any of it again
         assert len(set(predicted[epoch * n : (epoch + 1) * n].tolist())) == n
     for state, batch in zip(states, batches):
-        assert np.array_equal(corpus.Order(streams, EOT, context, seed, *state).batch(tokens), batch)
+        assert np.array_equal(corpus.text_order(streams, EOT, context, seed, *state).batch(tokens), batch)
 
 
 def test_orders_differ_by_epoch_and_seed():
     streams = streams_of([[40] * 30])
-    first = lambda seed, epoch: corpus.Order(streams, EOT, 16, seed, epoch).pieces  # noqa: E731
+    first = lambda seed, epoch: corpus.text_order(streams, EOT, 16, seed, epoch).items  # noqa: E731
     assert np.array_equal(first(0, 0), first(0, 0))
     assert not np.array_equal(first(0, 0), first(1, 0)) and not np.array_equal(first(0, 0), first(0, 1))
     cuts = {tuple(sorted(b - a for _, a, b in first(0, epoch)[:9])) for epoch in range(5)}

@@ -37,7 +37,7 @@ def test_twenty_steps_learn_as_on_the_cpu(make_model):
     for device in ("cpu", "cuda"):
         model = make_model(vocab_size=tok.n_vocab, noise=0.0).to(device)
         optimizer = Optimizer(model, 0.01, matrix_lr=0.02, embed_lr=0.3, polar="fp32")
-        order = corpus.Order(streams, tok.eot, 64, seed=0)
+        order = corpus.text_order(streams, tok.eot, 64, seed=0)
         losses[device] = []
         for _ in range(20):
             losses[device].append(pretrain.train_step(model, streams, order.batch(512), 256).item())

@@ -1,0 +1,22 @@
+"""Rewards that a rule can give: reward(prompt, completion, row) -> float, for any string whatever. Text is read, never evaluated.
+
+prompt: what was asked, text; completion: the answer, text; row: the data's row, with "answer", and of a sampled completion "finished": whether it ended
+by itself. A file of your own with such functions works as this one does: --reward=my_rewards.py:brief. It runs as your own code, with all your rights.
+"""
+import re
+from decimal import Decimal
+
+NUMBER = re.compile(r"-?\$?\d{1,40}(?:,\d{3})*(?:\.\d{1,40})?")  # bounded, so that no completion can make it slow
+
+
+def number_after(text, mark="####"):
+    """The number after the last `mark` (GSM8K's), as a Decimal: commas, a dollar sign and a minus are understood. None where there is none."""
+    _, found, rest = text.rpartition(mark)
+    match = NUMBER.match(rest.lstrip()[:100]) if found else None
+    return Decimal(match[0].replace(",", "").replace("$", "")) if match else None
+
+
+def final_number(prompt, completion, row):
+    """1.0 if the number after the last "####" of a finished completion is the answer's, else 0.0."""
+    answer = number_after(row["answer"])
+    return float(answer is not None and number_after(completion) == answer and row.get("finished", True))
