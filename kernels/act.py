@@ -31,49 +31,60 @@ def swiglu_reference(gate_up):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# One program: BLOCK columns of one row. All arithmetic in fp32, one rounding at the store.
+# One program: a tile of ROWS x COLS outputs. All arithmetic in fp32, one rounding at the store.
 
-BLOCK, WARPS = 1024, 4
+TILE, WARPS = 2048, 4  # 16 outputs a thread: two 128-bit loads of bf16 from each operand
 
 
-@triton.jit
-def swiglu_forward_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # N * 2F passes 2^31
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < F
-    gate = tl.load(gate_up_ptr + row * 2 * F + cols, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * F + F + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * F + cols, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
+def tile(F):
+    """(rows, columns) of a program's tile: whole rows where they are narrow, at most 1024 columns where they are wide."""
+    cols = min(triton.next_power_of_2(F), 1024)
+    return TILE // cols, cols
 
 
 @triton.jit
-def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < F
-    grad = tl.load(grad_ptr + row * F + cols, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_up_ptr + row * 2 * F + cols, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * F + F + cols, mask=inside, other=0.0).to(tl.float32)
+def swiglu_forward_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # N * 2F passes 2^31
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    inside = (rows < N) & (cols < F)
+    gate_ptrs = gate_up_ptr + rows * 2 * F + cols
+    gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + F, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * F + cols, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    inside = (rows < N) & (cols < F)
+    gate_at = rows * 2 * F + cols
+    grad = tl.load(grad_ptr + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + gate_at + F, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)  # recomputed: cheaper than keeping silu(gate)
     silu = gate * sigmoid
     d_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(out_ptr + row * 2 * F + cols, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_ptr + row * 2 * F + F + cols, (grad * silu).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + gate_at, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + gate_at + F, (grad * silu).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@register("swiglu(Tensor gate_up) -> Tensor", fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+@register("swiglu(Tensor gate_up) -> Tensor", fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
 def swiglu_forward(gate_up):
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
+    rows, cols = tile(F)
     out = gate_up.new_empty(N, F)
-    swiglu_forward_kernel[(N, triton.cdiv(F, BLOCK))](gate_up.contiguous(), out, F, BLOCK=BLOCK, num_warps=WARPS)
+    swiglu_forward_kernel[(triton.cdiv(N, rows), triton.cdiv(F, cols))](gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
 
-@register("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor", fake=lambda grad, gate_up: torch.empty_like(gate_up))
+@register("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor", fake=lambda grad, gate_up: gate_up.new_empty(gate_up.shape))
 def swiglu_backward(grad, gate_up):
     N, F = grad.shape
-    out = torch.empty_like(gate_up)
-    swiglu_backward_kernel[(N, triton.cdiv(F, BLOCK))](grad.contiguous(), gate_up.contiguous(), out, F, BLOCK=BLOCK, num_warps=WARPS)
+    rows, cols = tile(F)
+    out = gate_up.new_empty(N, 2 * F)
+    grid = triton.cdiv(N, rows), triton.cdiv(F, cols)
+    swiglu_backward_kernel[grid](grad.contiguous(), gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
 
