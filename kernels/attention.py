@@ -1,15 +1,52 @@
 """Causal attention over documents: softmax(q k^T / sqrt(Dh)) v, each token looking at itself and the earlier tokens of its own document.
 
-Tokens lie in one flat run (a pack); `cu` holds the documents' boundaries. Nothing is padded in the model; only here, on the way into PyTorch's
-attention, documents of similar length share a right-padded batch. A causal query never looks to its right, so padding there changes nothing
-and no mask is needed: masks of N x N, and nested tensors, were slower in every case measured.
+Tokens lie in one flat run (a pack); `cu` holds the documents' boundaries. Nothing is padded in the model.
+
+The kernels (FlashAttention-2: Dao 2023, arXiv 2307.08691, alg. 1 and 2) work on a table of tiles, each TILE rows of one document. No tile crosses a
+boundary, so that documents of any length, dense batches and windows are one kernel, whose mask is a comparison of positions. The backward is
+deterministic: keys and queries are walked separately, which costs 7 matrix products where atomic additions would need 5. cuDNN's attention, which is
+faster on Hopper for dense batches of wide heads, waits for a measurement; and its backward is not deterministic.
+
+In the reference, documents of similar length share a right-padded batch on the way into PyTorch's attention. A causal query never looks to its right, so
+padding there changes nothing and no mask is needed: masks of N x N, and nested tensors, were slower in every case measured.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
+from kernels._lib import LOG2E, arch, proof, register, tl, triton, use
+
+
+class Tiles(NamedTuple):
+    """The tiles of a pack, (first row, its document's begin and end) int32 [tiles, 3], those with the most work first; (0, 0, 0) where a row is not used."""
+
+    queries: torch.Tensor  # a tile of queries works on the keys before it,
+    keys: torch.Tensor  # and a tile of keys on the queries behind it
+
+
+def layout(cu, x, head_dim):
+    """What attention needs to know of a pack's documents; made once a forward pass, used by every layer.
+
+    cu int32 [D+1]; x: any tensor of N rows with the dtype and device of the queries to come -> Tiles for the kernels, `batches` for the reference.
+    """
+    return tiles(cu, len(x)) if use("attention", x) and head_dim in WIDTHS else batches(cu)
+
+
+def attention(q, k, v, layout, window=0):
+    """q [N, H, Dh], k and v [N, K, Dh] with H a multiple of K -> [N, H, Dh]. The three may be views of one tensor.
+
+    layout: what `layout` made of the pack. window: how many tokens a token sees, itself included; 0: all of its document so far.
+    """
+    return Attention.apply(q, k, v, *layout, window) if isinstance(layout, Tiles) else attention_reference(q, k, v, layout, window)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The reference
+
 
 def batches(cu):
-    """How the documents of a pack share dense batches. Made once a forward pass, used by every layer.
+    """How the documents of a pack share dense batches.
 
     cu int32 [D+1] -> (groups, slot). groups: [(documents, padded length), ...]. slot int64 [N]: the row of each token when the groups are laid
     end to end; None when all documents have one length, so that the pack is the batch already.
@@ -75,27 +112,305 @@ class FromSlots(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def dense_attention(q, k, v, documents, length):
+def dense_attention(q, k, v, documents, length, window):
     """q [D*T, H, Dh], k and v [D*T, K, Dh] of D = `documents` equally long documents -> [D*T, H, Dh]."""
     q, k, v = (x.unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))  # [D, H or K, T, Dh]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window) if 0 < window < length else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
 
 
 @torch.compiler.disable  # its shapes change with every pack; compiling them would never end
-def ragged_attention(q, k, v, groups, slot):
+def ragged_attention(q, k, v, groups, slot, window):
     """As attention_reference, for documents of several lengths."""
     sizes = [documents * length for documents, length in groups]
     q, k, v = (ToSlots.apply(x, slot, sum(sizes)).split(sizes) for x in (q, k, v))
-    return FromSlots.apply(torch.cat([dense_attention(*qkv, *shape) for *qkv, shape in zip(q, k, v, groups)]), slot)
+    return FromSlots.apply(torch.cat([dense_attention(*qkv, *shape, window) for *qkv, shape in zip(q, k, v, groups)]), slot)
 
 
-def attention_reference(q, k, v, layout):
+def attention_reference(q, k, v, layout, window=0):
     """See attention."""
     groups, slot = layout
-    return dense_attention(q, k, v, *groups[0]) if slot is None else ragged_attention(q, k, v, groups, slot)
+    return dense_attention(q, k, v, *groups[0], window) if slot is None else ragged_attention(q, k, v, groups, slot, window)
 
 
-def attention(q, k, v, layout):
-    """q [N, H, Dh], k and v [N, K, Dh] with H a multiple of K -> [N, H, Dh]. `layout` is `batches(pack.cu)`. The three may be views of one tensor."""
-    return attention_reference(q, k, v, layout)
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+TILE = 128  # rows of a tile in the tables; every BLOCK a kernel cuts it into divides it
+WIDTHS = (32, 64, 128)  # of a head; for others the reference runs
+
+# (architecture, head width): (BLOCK_M queries, BLOCK_N keys, warps, stages) of forward, dkdv and dq. The largest that compile without spills
+# (bench/sass.py), on sm_80 within the 99 KiB of shared memory that consumer GPUs have; the order of the best is for a GPU to tell.
+BLOCKS = {
+    (80, 64): ((128, 64, 4, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+    (80, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (128, 32, 8, 2)),
+    (90, 64): ((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2)),
+    (90, 128): ((128, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2)),
+    (100, 64): ((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2)),
+    (100, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 32, 8, 2)),
+}
+BLOCKS_FP32 = ((16, 16, 8, 1),) * 3  # exact products know no tensor cores, and want registers
+
+
+def blocks(x):
+    """The three rows of sizes for queries x [N, H, Dh]."""
+    return BLOCKS_FP32 if x.dtype == torch.float32 else BLOCKS[arch(x.device), max(x.shape[2], 64)]
+
+
+def tiles(cu, N):
+    """cu int32 [D+1], N tokens -> Tiles. On the device throughout, and of a size that N and D alone decide: no wait for the GPU, CUDA graphs can hold it."""
+    count = (cu.diff() + TILE - 1) // TILE  # [D] tiles of each document
+    last = count.cumsum(0)
+    tile = torch.arange(N // TILE + len(count), device=cu.device)  # at least as many as can be
+    document = torch.searchsorted(last, tile, right=True).clamp(max=len(count) - 1)
+    begin, end = cu[document], cu[document + 1]
+    first = begin + (tile - (last - count)[document]) * TILE
+    table = torch.stack([first, begin, end], dim=1).to(torch.int32) * (tile < last[-1])[:, None]
+    longest_first = lambda work: table[work.argsort(descending=True, stable=True)]  # noqa: E731
+    return Tiles(longest_first(table[:, 0] - table[:, 1]), longest_first(table[:, 2] - table[:, 0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The kernels. A program has one head and one block of rows; rows are counted from the document's begin, in int32, while pointers move in int64.
+# Rows are loaded through pointers: descriptors (TMA) compile to the same blocks with as many registers, cost 3 to 5 tensor maps a program to make,
+# which short documents would feel, and need an allocator. The mask's -1e30 is finite, so that there is no inf - inf anywhere.
+
+
+@triton.jit
+def find_rows(tiles_ptr, heads, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's head, its document's begin and length, and the first row of its block: no work where that is not within the length."""
+    head, block = tl.program_id(0) % heads, tl.program_id(0) // heads  # heads fastest: those of a group read the same keys
+    PARTS: tl.constexpr = TILE // BLOCK
+    tile_ptr = tiles_ptr + block // PARTS * 3
+    begin, end = tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    return head, begin.to(tl.int64), end - begin, tl.load(tile_ptr) - begin + block % PARTS * BLOCK
+
+
+@triton.jit
+def pointers(x_ptr, row, offs, stride, DH: tl.constexpr):
+    """To [rows, DH] elements, from `row` on."""
+    return x_ptr + row * tl.cast(stride, tl.int64) + offs[:, None] * stride + tl.arange(0, DH)[None, :]
+
+
+@triton.jit
+def load_rows(x_ptr, row, offs, length, stride, DH: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, DH]; zeros for rows behind the length, so that not even a neighbour's inf can reach a document."""
+    if MASKED:
+        return tl.load(pointers(x_ptr, row, offs, stride, DH), mask=(row + offs < length)[:, None], other=0.0)
+    return tl.load(pointers(x_ptr, row, offs, stride, DH))
+
+
+@triton.jit
+def visible(queries, keys, WINDOW: tl.constexpr):
+    if WINDOW > 0:
+        return (queries - keys).to(tl.uint32) < WINDOW  # one comparison for both ends: what is negative becomes huge
+    return keys <= queries
+
+
+@triton.jit
+def forward_step(acc, m_i, l_i, q, k_ptr, v_ptr, n, length, offs_m, offs_n, stride_k, stride_v,
+                 DH: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One block of keys, from n on: the online softmax in base 2, which the hardware has."""
+    SCALE: tl.constexpr = LOG2E * DH**-0.5
+    k = load_rows(k_ptr, n, offs_n, length, stride_k, DH, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        s = tl.where(visible(offs_m[:, None], n + offs_n[None, :], WINDOW), s, -1e30)
+    m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)  # a row that has seen no key yet takes in nonsense, which alpha = 0 wipes out at its first key
+    p = tl.exp2(s * SCALE - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)  # before v is loaded: after it, sm_80 spills
+    v = load_rows(v_ptr, n, offs_n, length, stride_v, DH, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l_i
+
+
+@triton.jit
+def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, N, H, stride_q, stride_k, stride_v,
+                   GROUP: tl.constexpr, DH: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Output, and the softmax's log2-sum-exp2 [H, N] for the backward."""
+    head, begin, length, row = find_rows(tiles_ptr, H, TILE, BLOCK_M)
+    if row >= length:
+        return
+    k_ptr += begin * stride_k + head // GROUP * DH
+    v_ptr += begin * stride_v + head // GROUP * DH
+    rows, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offs_m = row + rows
+    q = load_rows(q_ptr + begin * stride_q + head * DH, row, rows, length, stride_q, DH, True)
+    m_i = tl.full([BLOCK_M], -1e30, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DH], tl.float32)
+    low = tl.maximum(row - WINDOW + 1, 0)
+    if WINDOW == 0:
+        low = (row + 1) // BLOCK_N * BLOCK_N  # blocks of keys before it are seen by every row: no mask
+        for n in tl.range(0, low, BLOCK_N):
+            acc, m_i, l_i = forward_step(acc, m_i, l_i, q, k_ptr, v_ptr, n, length, offs_m, offs_n, stride_k, stride_v, DH, WINDOW, False)
+    for n in tl.range(low, tl.minimum(row + BLOCK_M, length), BLOCK_N):
+        acc, m_i, l_i = forward_step(acc, m_i, l_i, q, k_ptr, v_ptr, n, length, offs_m, offs_n, stride_k, stride_v, DH, WINDOW, True)
+    out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(pointers(out_ptr + (begin * H + head) * DH, row, rows, H * DH, DH), out, mask=(offs_m < length)[:, None])
+    tl.store(lse_ptr + head.to(tl.int64) * N + begin + offs_m, m_i + tl.log2(l_i), mask=offs_m < length)
+
+
+@triton.jit
+def dq_step(dq, q, grad, lse, delta, k_ptr, v_ptr, n, length, offs_m, offs_n, stride_k, stride_v,
+            DH: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    k = load_rows(k_ptr, n, offs_n, length, stride_k, DH, MASKED)
+    v = load_rows(v_ptr, n, offs_n, length, stride_v, DH, MASKED)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2E * DH**-0.5) - lse[:, None])  # [BLOCK_M, BLOCK_N] recomputed, never stored
+    if MASKED:
+        p = tl.where(visible(offs_m[:, None], n + offs_n[None, :], WINDOW), p, 0.0)
+    ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, N, H, stride_q, stride_k, stride_v,
+              GROUP: tl.constexpr, DH: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """dq, and delta [H, N] = rowsum(grad * out), which the softmax's gradient subtracts, for dkdv_kernel."""
+    head, begin, length, row = find_rows(tiles_ptr, H, TILE, BLOCK_M)
+    if row >= length:
+        return
+    k_ptr += begin * stride_k + head // GROUP * DH
+    v_ptr += begin * stride_v + head // GROUP * DH
+    rows, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offs_m = row + rows
+    q = load_rows(q_ptr + begin * stride_q + head * DH, row, rows, length, stride_q, DH, True)
+    grad = load_rows(grad_ptr + (begin * H + head) * DH, row, rows, length, H * DH, DH, True)
+    out = load_rows(out_ptr + (begin * H + head) * DH, row, rows, length, H * DH, DH, True)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    entries = head.to(tl.int64) * N + begin + offs_m
+    tl.store(delta_ptr + entries, delta, mask=offs_m < length)
+    lse = tl.load(lse_ptr + entries, mask=offs_m < length, other=float("inf"))  # exp2(s - inf) = 0
+    dq = tl.zeros([BLOCK_M, DH], tl.float32)
+    low = tl.maximum(row - WINDOW + 1, 0)
+    if WINDOW == 0:
+        low = (row + 1) // BLOCK_N * BLOCK_N
+        for n in tl.range(0, low, BLOCK_N):
+            dq = dq_step(dq, q, grad, lse, delta, k_ptr, v_ptr, n, length, offs_m, offs_n, stride_k, stride_v, DH, WINDOW, False)
+    for n in tl.range(low, tl.minimum(row + BLOCK_M, length), BLOCK_N):
+        dq = dq_step(dq, q, grad, lse, delta, k_ptr, v_ptr, n, length, offs_m, offs_n, stride_k, stride_v, DH, WINDOW, True)
+    dq = (dq * DH**-0.5).to(dq_ptr.dtype.element_ty)
+    tl.store(pointers(dq_ptr + (begin * H + head) * DH, row, rows, H * DH, DH), dq, mask=(offs_m < length)[:, None])
+
+
+@triton.jit
+def dkdv_step(dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, m, length, offs_m, offs_n, stride_q, stride_grad,
+              DH: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One block of queries of one head, from m on; scores and their gradients stand as [BLOCK_N, BLOCK_M], so that nothing is transposed in registers."""
+    q = load_rows(q_ptr, m, offs_m, length, stride_q, DH, True)
+    grad = load_rows(grad_ptr, m, offs_m, length, stride_grad, DH, True)
+    lse = tl.load(lse_ptr + m + offs_m, mask=m + offs_m < length, other=float("inf"))
+    delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < length, other=0.0)
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * (LOG2E * DH**-0.5) - lse[None, :])
+    if MASKED:
+        p = tl.where(visible(m + offs_m[None, :], offs_n[:, None], WINDOW), p, 0.0)
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
+def dkdv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, tiles_ptr, N, K, stride_q, stride_k, stride_v,
+                GROUP: tl.constexpr, DH: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """dk and dv of one key head: the GROUP query heads that share it follow one another in one flat loop, so that nothing is expanded or added up later."""
+    kv_head, begin, length, row = find_rows(tiles_ptr, K, TILE, BLOCK_N)
+    if row >= length:
+        return
+    stride_grad = K * GROUP * DH
+    q_ptr += begin * stride_q + kv_head * GROUP * DH
+    grad_ptr += begin * stride_grad + kv_head * GROUP * DH
+    lse_ptr += (kv_head * GROUP).to(tl.int64) * N + begin
+    delta_ptr += (kv_head * GROUP).to(tl.int64) * N + begin
+    rows, offs_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    offs_n = row + rows
+    k = load_rows(k_ptr + begin * stride_k + kv_head * DH, row, rows, length, stride_k, DH, True)
+    v = load_rows(v_ptr + begin * stride_v + kv_head * DH, row, rows, length, stride_v, DH, True)
+    dk = tl.zeros([BLOCK_N, DH], tl.float32)
+    dv = tl.zeros([BLOCK_N, DH], tl.float32)
+    behind = row + BLOCK_N  # queries from here on see every key of the block: no mask
+    if WINDOW > 0:
+        behind += WINDOW - 1  # or none
+    steps = tl.cdiv(tl.minimum(behind, length) - row, BLOCK_M)
+    for j in tl.range(0, steps * GROUP):
+        h, m = j // steps, row + j % steps * BLOCK_M
+        dk, dv = dkdv_step(dk, dv, k, v, q_ptr + h * DH, grad_ptr + h * DH, lse_ptr + h * tl.cast(N, tl.int64), delta_ptr + h * tl.cast(N, tl.int64),
+                           m, length, offs_m, offs_n, stride_q, stride_grad, DH, WINDOW, True)  # fmt: skip
+    if WINDOW == 0:
+        steps = tl.cdiv(tl.maximum(length - behind, 0), BLOCK_M)
+        for j in tl.range(0, steps * GROUP):
+            h, m = j // steps, behind + j % steps * BLOCK_M
+            dk, dv = dkdv_step(dk, dv, k, v, q_ptr + h * DH, grad_ptr + h * DH, lse_ptr + h * tl.cast(N, tl.int64), delta_ptr + h * tl.cast(N, tl.int64),
+                               m, length, offs_m, offs_n, stride_q, stride_grad, DH, WINDOW, False)  # fmt: skip
+    inside = (offs_n < length)[:, None]
+    dk = (dk * DH**-0.5).to(dk_ptr.dtype.element_ty)
+    tl.store(pointers(dk_ptr + (begin * K + kv_head) * DH, row, rows, K * DH, DH), dk, mask=inside)
+    tl.store(pointers(dv_ptr + (begin * K + kv_head) * DH, row, rows, K * DH, DH), dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The launches
+
+
+def heads_together(x):
+    """x [N, heads, Dh] as the kernels read it, each row's heads side by side: itself, even where it is a part of a wider tensor's rows."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+def sizes(q, k, window, block_m, block_n, warps, stages):
+    """The keywords every launch takes."""
+    constants = dict(GROUP=q.shape[1] // k.shape[1], DH=q.shape[2], WINDOW=window, TILE=TILE)
+    return dict(**constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+
+
+@register("attention(Tensor q, Tensor k, Tensor v, Tensor queries, int window) -> (Tensor, Tensor)",
+          fake=lambda q, k, v, queries, window: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))  # fmt: skip
+def attention_forward(q, k, v, queries, window):
+    q, k, v = map(heads_together, (q, k, v))
+    N, H, _ = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty(H, N, dtype=torch.float32)
+    shape = blocks(q)[0]
+    grid = (len(queries) * (TILE // shape[0]) * H,)
+    forward_kernel[grid](q, k, v, out, lse, queries, N, H, q.stride(0), k.stride(0), v.stride(0), **sizes(q, k, window, *shape))
+    return out, lse
+
+
+@register("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor queries, Tensor keys, int window) -> (Tensor, Tensor, Tensor)",
+          fake=lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))  # fmt: skip
+def attention_backward(grad, q, k, v, out, lse, queries, keys, window):
+    q, k, v, grad = *map(heads_together, (q, k, v)), grad.contiguous()
+    N, H, K = *q.shape[:2], k.shape[1]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta, strides = torch.empty_like(lse), (q.stride(0), k.stride(0), v.stride(0))
+    _, for_dkdv, for_dq = blocks(q)
+    grid = (len(queries) * (TILE // for_dq[0]) * H,)
+    dq_kernel[grid](q, k, v, out, grad, dq, lse, delta, queries, N, H, *strides, **sizes(q, k, window, *for_dq))
+    grid = (len(keys) * (TILE // for_dkdv[1]) * K,)
+    dkdv_kernel[grid](q, k, v, grad, dk, dv, lse, delta, keys, N, K, *strides, **sizes(q, k, window, *for_dkdv))
+    return dq, dk, dv
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, queries, keys, window):
+        out, lse = attention_forward(q, k, v, queries, window)
+        ctx.save_for_backward(q, k, v, out, lse, queries, keys)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *attention_backward(grad, *ctx.saved_tensors, ctx.window), None, None, None
+
+
+@proof("attention")
+def attention_proof(device):
+    cu = torch.tensor([0, 1, 131, 131, 331], device=device)
+    cases = [(64, 0), (64, 70), (128, 0)]  # head widths, windows
+    inputs = [torch.randn(331, heads, dh, device=device, dtype=torch.bfloat16) for dh, _ in cases for heads in (4, 2, 2)]
+
+    def run(op, make_layout):
+        return lambda *x: tuple(op(*x[3 * i : 3 * i + 3], make_layout(cu, x[0]), window) for i, (_, window) in enumerate(cases))
+
+    return run(attention, lambda cu, x: layout(cu, x, 64)), run(attention_reference, lambda cu, x: batches(cu)), inputs
