@@ -33,7 +33,7 @@ ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (22
 
 
 SPILLS = {}  # {(kernel, case, arch): (most bytes of stack, why it stands)}
-NARROW = {}  # {kernel: why it moves too little for 128-bit accesses to matter}
+ROW_SUMS = {"logprob_kernel", "cross_entropy_kernel"}  # may write nothing but one number a row (the second: without gradients)
 SMALL_DOTS = {"decode_kernel"}  # their products have 16 rows: HGMMA and UTCHMMA begin at 64, so HMMA it is everywhere
 
 
@@ -52,8 +52,10 @@ def broken(row):
         wrong.append(f"only {row['instructions']} instructions: an empty kernel?")
     if row["dot"] and half and not row["tensor"].get("HMMA" if row["kernel"] in SMALL_DOTS else tensor_core):
         wrong.append(f"no {tensor_core}: {row['tensor'] or 'no tensor core at all'}")
-    if not row["dot"] and row["kernel"] not in NARROW and not (2 * row["wide_loads"] >= row["loads"] > 0 and row["wide_stores"]):
-        wrong.append(f"memory-bound, yet of {row['loads']} loads {row['wide_loads']} are of 128 bits, of {row['stores']} stores {row['wide_stores']}")
+    if not row["wide_loads"] or not row["dot"] and row["narrow_bytes"] > 16 * row["wide_loads"]:
+        wrong.append(f"of {row['loads']} loads {row['wide_loads']} are of 128 bits, and the others move more bytes")
+    if not row["dot"] and not row["wide_stores"] and row["kernel"] not in ROW_SUMS:
+        wrong.append(f"memory-bound, yet none of its {row['stores']} stores is of 128 bits")
     if row["atomics"]:
         wrong.append(f"{row['atomics']} global atomics: the order of their sums is chance")
     return wrong
@@ -138,11 +140,15 @@ def read_machine_code(compiled):
     def count(*names, wide=False):
         return sum(n for (name, suffix), n in code.items() if name in names and (not wide or re.search(r"\.(128|256)\b", suffix)))
 
+    def width(suffix):
+        return next((bits // 8 for bits in (256, 128, 64, 16, 8) if re.search(rf"\.[US]?{bits}\b", suffix)), 4)
+
     atomic = {name for name, _ in code if name.startswith(("ATOM", "RED", "UTMARED", "UBLKRED"))} - {"ATOMS", "REDAS", "REDUX"}  # shared memory's; a warp's
     bulk = count("UTMALDG"), count("UTMASTG")
     return {
         "registers": registers, "stack": stack, "spills": count("STL", "LDL"), "instructions": sum(code.values()),
         "tensor": {name: count(name) for name in TENSOR_CORES if count(name)}, "atomics": count(*atomic),
+        "narrow_bytes": sum(n * width(suffix) for (name, suffix), n in code.items() if name in ("LDG", "LDGSTS") and width(suffix) < 16),
         "loads": count("LDG", "LDGSTS") + bulk[0], "wide_loads": count("LDG", "LDGSTS", wide=True) + bulk[0],
         "stores": count("STG") + bulk[1], "wide_stores": count("STG", wide=True) + bulk[1],
     }  # fmt: skip
@@ -189,6 +195,7 @@ def head_cases():
     for dtype, vocab in [("bf16", 50304), ("fp16", 8192), ("fp32", 8192)]:  # a CPU multiplies fp16 slowly
         x, weight, targets = zeros(dtype, 64, 768), zeros("fp32", vocab, 768), torch.zeros(64, dtype=torch.int64)
         yield f"linear_cross_entropy V={vocab}", dtype, lambda x, w: linear_cross_entropy(x, w, targets), [x, weight]
+        yield f"linear_cross_entropy V={vocab} alone", dtype, torch.no_grad()(lambda x, w: linear_cross_entropy(x, w, targets)), [x, weight]  # no gradients
         yield f"linear_logprob V={vocab}", dtype, lambda x, w: linear_logprob(x, w, targets), [x, weight]
         yield f"linear_logprob V={vocab} entropy", dtype, lambda x, w: linear_logprob(x, w, targets, entropy=True), [x, weight]
 
