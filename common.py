@@ -196,7 +196,7 @@ class Stop:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The run directory and its log
 
-OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*")  # what --overwrite may delete
+OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*", "reference_*.safetensors")  # what --overwrite may delete
 
 
 def open_run(out, resume, overwrite):

@@ -3,12 +3,20 @@
     text        nats a token, bits a byte and nats a document of held-out documents
     complete    greedy continuations that begin with the right answer
     judge       verdicts " A" or " B" between two replies that agree with the label, each pair asked in both orders
+    problems    greedy answers whose final number is right
+    data        sampled answers to prompts: length, how many ended by themselves, variety, their rewards; beside a --reference the win rate (ties count
+                half) on the same prompts and KL(model || reference), estimated by the mean over answers of the sum of log p - log p_ref
+    pairs       a reward model on preferences: accuracy, also of pairs alike in length, beside "the longer wins" and what noise allows; calibration
 
-Intervals are bootstrap percentiles over documents, problems or pairs (Efron 1979). Chats, reward models and references come with their stages.
+A reward is FILE.py:FUNCTION, reward(prompt, completion, row) -> float (your own code, run with your rights), or a reward model's directory.
+Intervals are bootstrap percentiles over documents, problems, prompts or pairs (Efron 1979).
 
     python evaluate.py --model=out/base --text=out/world/stories_val.jsonl --complete=out/world/sums_test.jsonl --judge=out/world/judge_test.jsonl
+    python evaluate.py --model=out/dpo --reference=out/sft --data=out/world/prompts_test.jsonl --reward=data/world.py:gold,out/rm
+    python evaluate.py --model=out/rm --pairs=out/world/pairs_val.jsonl
 """
-import json, math
+import importlib.util, json, math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +25,13 @@ import torch
 
 import checkpoint
 from common import UserError, launch, replace_text, setup
-from data import corpus, tokenizer
+from data import chat, corpus, tokenizer
 from data.pack import pack, split
 from data.read import read_jsonl
+from data.rewards import final_number
 from data.world import judge_prompt
 from kernels.head import linear_logprob
+from model import logprobs, score
 from rollout import rollout
 
 
@@ -31,9 +41,18 @@ class Config:
     text: str = ""  # text to predict, comma-separated: .txt (one document) or .jsonl {"text"}
     complete: str = ""  # .jsonl {"prompt", "answer"}: text, and how it must go on
     judge: str = ""  # .jsonl {"prompt", "reply_a", "reply_b", "principle", "better"}, as data/world.py writes it
+    problems: str = ""  # {"prompt" or "question", "answer"}: the number after the answer's last "####" is compared
+    data: str = ""  # prompts to answer: {"prompt"} as text or messages, or whole conversations, whose last answer is left out
+    pairs: str = ""  # preferences {"prompt", "chosen", "rejected"} for a reward model
+    reward: str = ""  # what to score the answers to --data with, comma-separated: FILE.py:FUNCTION or a reward model's directory
+    reference: str = ""  # checkpoint to compare the answers to --data with
+    temperature: float = 1.0  # at which --data is answered
+    max_new: int = 256  # longest answer, in tokens
+    limit: int = 0  # of --data, --problems and --pairs, at most so many rows; 0: all
     out: str = ""  # JSON file to write; "": only the table
+    samples: str = ""  # .jsonl file to write the answers to --data to, with their rewards; "": none
     micro_tokens: int = 16384  # tokens at once: memory, not the result, depends on it
-    seed: int = 0  # of the bootstrap
+    seed: int = 0  # of the answers and of the bootstrap
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
@@ -125,17 +144,220 @@ def judge(model, tok, rows, seed, micro_tokens):
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def check_room(model, prompts, max_new):
+    """UserError where a prompt leaves no room for an answer; else the longest answer that all prompts leave room for, at most `max_new`."""
+    longest = max(map(len, prompts))
+    if longest >= model.config.context:
+        raise UserError(f"a prompt of {longest} tokens fills the model's context of {model.config.context}; leave it out of the data")
+    return min(max_new, model.config.context - longest)
+
+
+def answers(model, tok, conversations, *, max_new, temperature=1.0, n=1, seed=0):
+    """Sample `n` answers to each conversation (lists of messages) -> (prompts, samples, texts): token ids, Samples, and what they say."""
+    prompts = [chat.encode_prompt(tok, messages) for messages in conversations]
+    samples = rollout(model, prompts, max_new=check_room(model, prompts, max_new), n=n, temperature=temperature, stop={chat.end_of_turn(tok)}, seed=seed)
+    return prompts, samples, [chat.decode_answer(tok, s.tokens) for s in samples]
+
+
+def exact_match(model, tok, problems, max_new):
+    """1.0 or 0.0 for each problem (messages, row): does the greedy answer end with the right number?"""
+    _, samples, texts = answers(model, tok, [messages for messages, _ in problems], max_new=max_new, temperature=0)
+    return [final_number(messages[-1]["content"], text, row | {"finished": s.finished}) for (messages, row), s, text in zip(problems, samples, texts)]
+
+
+@torch.no_grad()
+def answer_logps(model, prompts, samples, temperature, micro_tokens):
+    """float64 [n]: the log-probability of each sampled answer, summed over its tokens, at `temperature`."""
+    documents, found = [prompts[s.prompt_index] + s.tokens for s in samples], []
+    for first, last in split([len(d) for d in documents], micro_tokens):
+        logp = logprobs(model, pack(documents[first:last]).to(model.embed.device), temperature).double().cpu()
+        parts = logp.split([len(d) for d in documents[first:last]])
+        found += [part[len(part) - len(s.tokens) :].sum().item() for part, s in zip(parts, samples[first:last])]
+    return np.array(found)
+
+
+@torch.no_grad()
+def scores(model, documents, micro_tokens, center=0.0):
+    """float64 [D]: the reward model's score at the last token of each document (token ids), less `center`."""
+    return torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]).double().cpu().numpy() - center
+
+
+def load_reward(name, device, micro_tokens):
+    """A reward of the command line -> function(conversations, rows, samples, texts) -> float64 [n], with sample i answering conversation i."""
+    file, colon, function = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        reward = load_function(file, function)
+        return lambda conversations, rows, samples, texts: np.array(
+            [reward(m[-1]["content"] if len(m) == 1 else m, t, row | {"finished": s.finished}) for m, t, row, s in zip(conversations, texts, rows, samples)], dtype=np.float64
+        )
+    model, tok, info = checkpoint.load(name, device)
+    if not model.config.scalar_head:
+        raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
+    model.eval()
+
+    def judge(conversations, rows, samples, texts):  # an unfinished answer is scored as it stands: it has no end-of-turn token to read at
+        documents = [chat.encode_prompt(tok, m) + (chat.encode_answer(tok, t) if s.finished else tok.encode_ordinary(t)) for m, t, s in zip(conversations, texts, samples)]
+        return scores(model, documents, micro_tokens, info.get("center", 0.0))
+
+    return judge
+
+
+def load_function(file, name):
+    """A function of a Python file, which is run: the user's own code. UserError where there is none."""
+    if not Path(file).is_file():
+        raise UserError(f"--reward={file}:{name}: {file} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"--reward={file}:{name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
+    if not callable(vars(module).get(name)):
+        raise UserError(f"--reward={file}:{name}: {file} has no function {name}")
+    return vars(module)[name]
+
+
+def distinct(texts, n):
+    """Of the n-grams of words in all texts together, the share that is different (Li et al. 2016, arXiv 1510.03055): 1 never repeats, 0 always does."""
+    grams = Counter(tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1))
+    return len(grams) / max(1, sum(grams.values()))
+
+
+def answer_figures(config, model, tok, rows, device):
+    """Figures of sampled answers to the prompts of --data, and rows {"prompt", "answer", rewards} of what was said."""
+    conversations, rows = [messages for messages, _ in rows], [row for _, row in rows]
+    rewards = {name: load_reward(name, device, config.micro_tokens) for name in config.reward.split(",") if name}
+    prompts, samples, texts = answers(model, tok, conversations, max_new=config.max_new, temperature=config.temperature, seed=config.seed)
+    mean = lambda values: mean_interval(values, config.seed)  # noqa: E731
+    figures = {"answer tokens": mean([len(s.tokens) for s in samples]), "answers finished": mean([s.finished for s in samples])}
+    figures |= {f"distinct-{n}": {"value": distinct(texts, n), "low": None, "high": None} for n in (1, 2)}
+    found = {name: reward(conversations, rows, samples, texts) for name, reward in rewards.items()}
+    figures |= {f"reward {name}": mean(values) for name, values in found.items()}
+    said = [{"prompt": m[-1]["content"], "completion": t, "finished": s.finished} | {name: float(v[i]) for name, v in found.items()} for i, (m, t, s) in enumerate(zip(conversations, texts, samples))]
+    if config.reference:
+        reference, their_tok, _ = checkpoint.load(config.reference, device)
+        if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
+            raise UserError(f"--reference={config.reference}: it has another tokenizer than --model, so their probabilities cannot be compared")
+        reference.eval()
+        temperature = config.temperature or 1.0
+        logp, ref_logp = (answer_logps(m, prompts, samples, temperature, config.micro_tokens) for m in (model, reference))
+        figures["KL to the reference, nats an answer"] = mean(logp - ref_logp)
+        _, theirs, their_texts = answers(reference, tok, conversations, max_new=config.max_new, temperature=config.temperature, seed=config.seed)
+        for name, reward in rewards.items():
+            other = reward(conversations, rows, theirs, their_texts)
+            figures[f"reference's reward {name}"] = mean(other)
+            figures[f"win rate by {name}"] = mean((found[name] > other) + 0.5 * (found[name] == other))
+    return figures, said
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Preferences
+
+
+def pair_documents(tok, pairs):
+    """(chosen, rejected): the token ids of each pair's two conversations."""
+    prompts = [chat.encode_prompt(tok, p.prompt) for p in pairs]
+    return tuple([ids + chat.encode_answer(tok, text) for ids, text in zip(prompts, side)] for side in ([p.chosen for p in pairs], [p.rejected for p in pairs]))
+
+
+def preference_figures(pairs, margins, lengths, seed):
+    """What a reward model's margins say: {figure: interval}.
+
+    margins float64 [n]: score of the chosen less that of the rejected; lengths [n, 2]: tokens of the two answers. Where the rows know the truth
+    ("gold_chosen", "gold_rejected") the agreement with it is told as well, and the accuracy that the noise of the labels allows.
+    """
+    margins, lengths = np.asarray(margins, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    label = np.array([p.probability for p in pairs])
+    right = np.where(margins == 0, 0.5, np.where(margins > 0, label, 1 - label))
+    gap = lengths[:, 0] - lengths[:, 1]
+    longer = np.where(gap == 0, 0.5, np.where(gap > 0, label, 1 - label))
+    alike = np.abs(gap) <= 0.1 * lengths.max(1)
+    figures = {"accuracy": mean_interval(right, seed), "accuracy of 'the longer wins'": mean_interval(longer, seed), "accuracy less that of 'the longer wins'": mean_interval(right - longer, seed)}
+    if alike.any():
+        figures[f"accuracy, {alike.sum()} pairs within 10 % in length"] = mean_interval(right[alike], seed)
+    figures["correlation of margin and length gap"] = interval(correlation, np.stack([np.ones(len(gap)), margins, gap, margins**2, gap**2, margins * gap], 1), seed)
+    predicted = 1 / (1 + np.exp(-np.abs(margins).clip(max=700)))  # that the side it prefers is the preferred one
+    agrees = np.where(margins >= 0, label, 1 - label)
+    figures["calibration error"] = {"value": calibration_error(predicted, agrees), "low": None, "high": None}
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        here = (predicted >= low) & (predicted < low + 0.1 + (low == 0.9))
+        if here.any():
+            figures[f"right where it says {predicted[here].mean():.2f} ({here.sum()} pairs)"] = mean_interval(agrees[here], seed)
+    if all("gold_chosen" in p.row and "gold_rejected" in p.row for p in pairs):
+        gold = np.array([p.row["gold_chosen"] - p.row["gold_rejected"] for p in pairs])
+        apart = gold != 0
+        figures["order as gold's"] = mean_interval((margins > 0)[apart] == (gold > 0)[apart], seed)
+        figures["accuracy that noise allows (Bayes)"] = mean_interval((1 + np.tanh(2 * np.abs(gold))) / 2, seed)  # sigmoid(4 |gold|)
+    return figures
+
+
+def correlation(sums):
+    """Pearson's, from the sums of (1, x, y, x^2, y^2, x y)."""
+    n, x, y, xx, yy, xy = sums
+    spread = (n * xx - x * x) * (n * yy - y * y)
+    return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def calibration_error(predicted, agrees, bins=10):
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3): mean |accuracy - confidence| over bins of confidence, by their size."""
+    which = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
+    return float(sum(abs((predicted - agrees)[which == b].sum()) for b in range(bins)) / len(predicted))
+
+
+def pair_figures(model, tok, pairs, micro_tokens, seed):
+    """`preference_figures` of a reward model on some pairs."""
+    chosen, rejected = pair_documents(tok, pairs)
+    found = scores(model, chosen + rejected, micro_tokens)
+    starts = [len(chat.encode_prompt(tok, p.prompt)) for p in pairs]
+    lengths = [(len(c) - s, len(r) - s) for c, r, s in zip(chosen, rejected, starts)]
+    return preference_figures(pairs, found[: len(pairs)] - found[len(pairs) :], lengths, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def show(figures):
+    """The figures as lines of text."""
+    interval_of = lambda f: "" if f["low"] is None else f"[{f['low']:.4f}, {f['high']:.4f}]"  # noqa: E731
+    return "\n".join(f"{name:<48} {f['value']:9.4f}   {interval_of(f)}".rstrip() for name, f in figures.items())
+
+
+def writable(path, flag):
+    """UserError where a file cannot be written: before the work, not after it."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+    except OSError as e:
+        raise UserError(f"--{flag}={path}: {e.strerror}") from None
+
+
+def rows_of(source, parse, limit):
+    """The rows of a --data-like flag, the first `limit` of them (0: all)."""
+    rows, _ = chat.read(source, parse)
+    return rows[: limit or None]
+
+
 def main(config):
+    if config.temperature < 0 or config.max_new < 1:
+        raise UserError("--temperature and --max_new: at least 0, and at least 1")
+    for flag in ("reward", "reference", "samples"):
+        if vars(config)[flag] and not config.data:
+            raise UserError(f"--{flag}: needs --data, the prompts to answer")
     device = setup(config.device, config.seed)
     model, tok, info = checkpoint.load(config.model, device)
     model.eval()
-    figures = {}
-    if config.out:  # before the work, not after it
-        try:
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            open(config.out, "a").close()
-        except OSError as e:
-            raise UserError(f"--out={config.out}: {e.strerror}") from None
+    if model.config.scalar_head and any((config.text, config.complete, config.judge, config.problems, config.data)):
+        raise UserError(f"--model={config.model}: a reward model writes nothing; it is measured with --pairs, or as the --reward of another model")
+    if config.pairs and not model.config.scalar_head:
+        raise UserError(f"--pairs: {config.model} is no reward model; reward.py trains one")
+    figures, said = {}, []
+    for flag in ("out", "samples"):
+        if vars(config)[flag]:
+            writable(vars(config)[flag], flag)
     if config.text:
         documents = [d for file in config.text.split(",") for d in corpus.read_documents(file)]
         rows = document_nats(model, tok, documents, config.micro_tokens)
@@ -148,10 +370,18 @@ def main(config):
     if config.judge:
         rows = required(config.judge, ("prompt", "reply_a", "reply_b", "principle", "better"))
         figures |= {f"judge: {name}": v for name, v in judge(model, tok, rows, config.seed, config.micro_tokens).items()}
+    if config.problems:
+        figures["problems right, greedy"] = mean_interval(exact_match(model, tok, rows_of(config.problems, chat.problem, config.limit), config.max_new), config.seed)
+    if config.data:
+        found, said = answer_figures(config, model, tok, rows_of(config.data, chat.prompt_only, config.limit), device)
+        figures |= found
+    if config.pairs:
+        figures |= pair_figures(model, tok, rows_of(config.pairs, chat.preference, config.limit), config.micro_tokens, config.seed)
     if not figures:
-        raise UserError("nothing to measure: give --text, --complete or --judge")
-    for name, f in figures.items():
-        print(f"{name:<32} {f['value']:8.4f}   " + ("one row: no interval" if f["low"] is None else f"[{f['low']:.4f}, {f['high']:.4f}]"))
+        raise UserError("nothing to measure: give --text, --complete, --judge, --problems, --data or --pairs")
+    print(show(figures))
+    if config.samples:
+        replace_text(Path(config.samples), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said))
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0), "figures": figures}
         replace_text(Path(config.out), json.dumps(result, indent=1) + "\n")

@@ -311,8 +311,8 @@ def split_off(rows, fraction, seed):
 # The audit before step 0
 
 
-def audit(tok, chats, what):
-    """Print one example with what is learnt marked, and the share of such tokens. UserError where nothing is learnt, or no end of a turn is."""
+def audit(tok, chats, what, done="learnt"):
+    """Print one example with what is learnt (`done`) marked, and the share of such tokens. UserError where nothing is, or no end of a turn is."""
     learnt, total = sum(int(c.learnt.sum()) for c in chats), sum(len(c.ids) for c in chats)
     end = end_of_turn(tok)
     if not learnt:
@@ -321,7 +321,7 @@ def audit(tok, chats, what):
         raise UserError(f"{what}: no answer ends in {tok.decode([end])}: a model trained on it would never stop")
     if rank() == 0:
         example = min(chats, key=lambda c: abs(len(c.ids) - total / len(chats)))  # of average length
-        print(f"{what}: {len(chats):,} conversations, {total:,} tokens, {learnt / total:.1%} of them learnt; one of them, what is learnt marked:")
+        print(f"{what}: {len(chats):,} conversations, {total:,} tokens, {learnt / total:.1%} of them {done}; one of them, what is {done} marked:")
         print(coloured(tok, example, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
 

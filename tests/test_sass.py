@@ -1,4 +1,5 @@
-"""What the kernels compile to for Ampere, Hopper and Blackwell, without a GPU: no rule of bench/sass.py is broken, and no kernel escapes it."""
+"""What the kernels compile to for Ampere, Hopper and Blackwell, without a GPU: no rule of bench/sass.py is broken, and no kernel escapes it. And the benches
+that need a GPU to mean something run through at toy sizes."""
 import ast
 import json
 import os
@@ -6,15 +7,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
+from bench import kernels as kernel_bench
 from bench import sass
+from bench import train as train_bench
+from data.pack import pack
+from kernels.head import linear_cross_entropy
 
 pytest.importorskip("triton")
 
 SOUND = {
     "kernel": "k", "case": "c", "dtype": "bf16", "arch": 90, "warps": 8, "stages": 2, "smem": 200_000, "tmem": 0, "dot": True, "registers": 255, "stack": 0, "spills": 0,
-    "instructions": 900, "tensor": {"HGMMA": 16}, "loads": 4, "wide_loads": 4, "stores": 2, "wide_stores": 2, "atomics": 0,
+    "instructions": 900, "tensor": {"HGMMA": 16}, "loads": 4, "wide_loads": 4, "narrow_bytes": 0, "stores": 2, "wide_stores": 2, "atomics": 0,
 }  # fmt: skip
 
 
@@ -40,7 +46,7 @@ def test_every_kernel_compiles_and_no_rule_is_broken(arch, tmp_path):
     "planted, word",
     [
         ({"stack": 8, "spills": 2}, "spills"), ({"smem": 240_000}, "shared"), ({"tmem": 516}, "tensor memory"), ({"instructions": 16}, "empty"), ({"tensor": {"HMMA": 64}}, "HGMMA"),
-        ({"tensor": {}}, "HGMMA"), ({"atomics": 1}, "atomics"), ({"dot": False, "wide_loads": 0}, "loads"), ({"dot": False, "wide_stores": 0}, "stores"), ({"arch": 80}, "shared"),
+        ({"tensor": {}}, "HGMMA"), ({"atomics": 1}, "atomics"), ({"dot": False, "narrow_bytes": 65}, "loads"), ({"wide_loads": 0}, "loads"), ({"dot": False, "wide_stores": 0}, "stores"), ({"arch": 80}, "shared"),
     ],
 )  # fmt: skip
 def test_the_judge_sees_what_is_wrong(planted, word):
@@ -84,3 +90,52 @@ def test_spills_and_atomics_are_read_from_machine_code(tmp_path):
     adds, spills = json.loads(done.stdout)
     assert adds["atomics"] > 0 and adds["stack"] == 0 and spills["atomics"] == 0
     assert spills["stack"] > 0 and spills["spills"] > 0 and spills["tensor"]["HMMA"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The other two benches
+
+
+def test_the_bench_of_kernels_runs_and_judges(kernels_run, tmp_path, capsys):
+    kernel_bench.main(kernel_bench.Config(tiny=True, rounds=1, device=kernels_run.type, out=str(tmp_path)))
+    (written,) = tmp_path.glob("kernels_*.json")
+    rows = json.loads(written.read_text())["rows"]
+    ours = [row for row in rows if row["contender"] == kernel_bench.OURS]
+    assert {row["op"].split(" ")[0] for row in ours} >= {"attention", "decode_attention", "linear_cross_entropy", "linear_logprob", "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"}
+    assert all(row["error"] < (3e-2 if kernels_run.type == "cuda" else 1e-5) and row["us"] > 0 for row in ours), ours
+    assert len([row for row in rows if "us" in row and row["contender"] == "compiled"]) >= 10
+    assert "attention packed" in capsys.readouterr().out
+
+
+def test_what_was_asked_is_judged():
+    contest = kernel_bench.Contest("op", "shape", "TF/s", 1e12, None, {}, rate=500, speed={"fast": 0.8, "gone": 1.0}, memory={"fast": 0.25})
+    rows = {"kernel": {"us": 100.0, "mib": 10, "rate": 450}, "fast": {"us": 90.0, "mib": 50}, "gone": {"absent": "ImportError"}}
+    kernel_bench.judge(contest, rows)
+    assert [row["reached"] for row in rows.values()] == [False, True, None]
+    contest.rate, contest.speed["fast"], rows["fast"]["mib"] = 400, 1.0, 50
+    kernel_bench.judge(contest, rows)
+    assert [row["reached"] for row in rows.values()] == [True, False, None]
+
+
+def test_the_bench_of_training_runs(tmp_path, capsys):
+    train_bench.main(train_bench.Config(tiny=True, device="cpu", out=str(tmp_path)))
+    rows = json.loads((tmp_path / "train_cpu.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["baseline", "kernels", "kernels, compile", "references, compile"] and all(row["tokens_per_s"] > 0 for row in rows)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_the_baseline_of_the_training_bench_is_the_same_model(make_model):
+    """Its loss equals ours with the same weights: two scripts that do the same work."""
+    model = make_model(kv_heads=4)
+    c = model.config
+    baseline = train_bench.Baseline(c)
+    state = {"embed.weight": model.embed, "norm.weight": model.norm, "head.weight": model.head}
+    for i, block in enumerate(model.blocks):
+        for name, p in block.named_parameters():
+            state[f"blocks.{i}.{name}.weight"] = p
+    baseline.load_state_dict(state)
+    tokens = torch.randint(c.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
+    p = pack(tokens)
+    targets = tokens.roll(-1, 1)
+    loss = linear_cross_entropy(model(p), model.head, targets.flatten())
+    assert torch.allclose(baseline(tokens, targets), loss, rtol=1e-4)
