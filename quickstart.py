@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import code_hash, read_json
+from checkpoint import INFO, code_hash, find, read_json
 from common import UserError, clock_time, describe, launch, replace_text
 
 
@@ -25,8 +25,11 @@ class Config:
 def rows(config):
     """[(stage, its command as words)]."""
     out, seed = config.out, f"--seed={config.seed}"
-    world = ["--stories=600", "--notes=200", "--chats=50", "--pairs=50", "--problems=50", "--tests=40"] if config.fast else []
+    world = ["--stories=600", "--notes=200", "--chats=200", "--pairs=100", "--problems=50", "--tests=40"] if config.fast else []
     steps = ["--steps=20", "--batch_tokens=1024"] if config.fast else ["--steps=600", "--batch_tokens=3072"]
+    tuning = ["--epochs=1", "--print_every=25", "--eval_every=50", seed]
+    pairs = [f"--data={out}/world/pairs.jsonl", f"--val={out}/world/pairs_val.jsonl"]
+    measure = [f"--data={out}/world/prompts_test.jsonl", "--max_new=64", seed]
     return [
         ("world", ["-m", "data.world", f"--out={out}/world", seed, *world]),
         ("tokenizer", ["-m", "data.tokenizer", f"--data={out}/world/pretrain.jsonl", "--vocab_size=672", f"--out={out}/tokenizer"]),
@@ -34,27 +37,34 @@ def rows(config):
         ("prepare", ["-m", "data.prepare", f"--data={out}/world/pretrain.jsonl", f"--tokenizer={out}/tokenizer", "--clean=False", "--dedup=exact", f"--out={out}/data"]),
         ("pretrain", ["pretrain.py", f"--data={out}/data", "--depth=4", "--width=128", "--context=512", *steps, seed,
                       "--save_every=200", "--print_every=50", "--prompt=Mia went to the", f"--out={out}/base"]),
-        ("evaluate", ["evaluate.py", f"--model={out}/base", f"--text={out}/world/stories_val.jsonl", f"--complete={out}/world/sums_test.jsonl",
-                      f"--judge={out}/world/judge_test.jsonl", f"--out={out}/base.json"]),
         ("sample", ["sample.py", f"--model={out}/base", "--prompt=Mia went to the", "--max_new=80", seed]),
+        ("evaluate base", ["evaluate.py", f"--model={out}/base", f"--text={out}/world/stories_val.jsonl", f"--complete={out}/world/sums_test.jsonl",
+                           f"--judge={out}/world/judge_test.jsonl", *measure, "--reward=data/world.py:gold", f"--out={out}/base.json"]),
+        ("sft", ["sft.py", f"--init={out}/base", f"--data={out}/world/chat.jsonl", f"--val={out}/world/chat_val.jsonl", *tuning, f"--out={out}/sft"]),
+        ("reward", ["reward.py", f"--init={out}/sft", *pairs, "--max_new=64", *tuning, f"--out={out}/rm"]),
+        ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, *tuning, f"--out={out}/dpo"]),
+        ("evaluate sft", ["evaluate.py", f"--model={out}/sft", f"--problems={out}/world/problems_test.jsonl", *measure,
+                          f"--reward=data/world.py:gold,{out}/rm", f"--out={out}/sft.json"]),
+        ("evaluate dpo", ["evaluate.py", f"--model={out}/dpo", f"--problems={out}/world/problems_test.jsonl", *measure,
+                          f"--reward=data/world.py:gold,{out}/rm", f"--reference={out}/sft", f"--out={out}/dpo.json"]),
     ]  # fmt: skip
 
 
-def begun(stage, out):
-    """The flag that goes on from what an interrupted run of this stage left behind; [] where there is nothing."""
-    if stage == "pretrain" and (out / "base").exists():
-        return ["--resume"]
-    left = {"world": out / "world", "tokenizer": out / "tokenizer"}.get(stage)
-    return ["--overwrite"] if left and left.exists() else []  # data/prepare.py resumes by itself
+def begun(words):
+    """The flag that goes on from what an interrupted command left behind; [] where there is nothing."""
+    out = next((Path(word.removeprefix("--out=")) for word in words if word.startswith("--out=")), None)
+    if not out or not out.is_dir() or words[1] == "data.prepare":  # data/prepare.py resumes by itself
+        return []
+    return ["--overwrite"] if words[0] == "-m" else ["--resume"]
 
 
-def run(stage, words, out):
+def run(stage, words):
     """Print and run one command -> its record {"stage", "command", "seconds"}. UserError where it fails."""
     command = shlex.join(["python", *words])
     print(f"\n{stage}\n$ {command}", flush=True)
     begin = time.perf_counter()
     # PASSIVE: on a laptop that is doing other things as well, threads that spin while they wait make training many times slower.
-    process = subprocess.Popen([sys.executable, *words, *begun(stage, out)], env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ)
+    process = subprocess.Popen([sys.executable, *words, *begun(words)], env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ)
     try:
         status = process.wait()
     except KeyboardInterrupt:  # the command got it too: it finishes its step and saves
@@ -65,18 +75,32 @@ def run(stage, words, out):
 
 
 def figures(out):
-    """What the rows reached: [(stage, what, before, after, bound)], before and after as text."""
-    world, manifest, base = read_json(out / "world/world.json"), read_json(out / "data/manifest.json"), read_json(out / "base.json")["figures"]
+    """What the rows reached on text that training never saw: [(stage, what, before, after, bound)], before and after as text."""
+    world, manifest = read_json(out / "world/world.json"), read_json(out / "data/manifest.json")
+    base, sft, dpo = (read_json(out / f"{name}.json")["figures"] for name in ("base", "sft", "dpo"))
+    rm = read_json(find(out / "rm") / INFO)["metrics"]["figures"]
     n_tokens, n_bytes = (sum(shard[key] for part in manifest["splits"].values() for shard in part) for key in ("tokens", "bytes"))
     between = lambda f: f"{f['value']:.4g} [{f['low']:.4g}, {f['high']:.4g}]"  # noqa: E731
+    change = lambda stage, name, before, after, bound, label="": (stage, label or name, between(before[name]), between(after[name]), bound)  # noqa: E731
     floor = world["story_floor"] / base["tokens/document"]["value"]
-    found = [
+    gold, bayes = "reward data/world.py:gold", rm["accuracy that noise allows (Bayes)"]["value"]
+    return [
         ("tokenizer", "bytes a token", "1", f"{n_bytes / n_tokens:.2f}", ""),
         ("prepare", "documents", f"{manifest['documents_in']:,}", f"{manifest['documents_out']:,}", ""),
         ("pretrain", "story loss, nats a token", f"{math.log(manifest['n_vocab']):.4g}", between(base["nats/token"]), f"floor {floor:.4f}"),
         ("pretrain", "held-out sums right", "", between(base["completions right"]), "1"),
+        *[("pretrain", name, "0.5", between(f), "1") for name, f in base.items() if name.startswith("judge") and name.endswith("both orders")],
+        change("sft", "answers finished", base, sft, "1"),
+        ("sft", "problems right, greedy", "", between(sft["problems right, greedy"]), "1"),
+        change("sft", gold, base, sft, "1.9", "gold reward"),
+        ("reward", "pairs ordered as labelled", "0.5", between(rm["accuracy"]), f"noise {bayes:.3f}"),
+        ("reward", "pairs ordered as gold's", "0.5", between(rm["order as gold's"]), "1"),
+        change("dpo", gold, sft, dpo, "1.9", "gold reward"),
+        ("dpo", "win rate against SFT, by gold", "0.5", between(dpo["win rate by data/world.py:gold"]), "1"),
+        ("dpo", "KL to SFT, nats an answer", "0", between(dpo["KL to the reference, nats an answer"]), ""),
+        change("dpo", "problems right, greedy", sft, dpo, "1"),
+        change("dpo", "answer tokens", sft, dpo, ""),
     ]
-    return found + [("pretrain", name, "0.5", between(f), "") for name, f in base.items() if name.startswith("judge") and name.endswith("both orders")]
 
 
 def table(lines):
@@ -103,14 +127,14 @@ def main(config):
             continue
         if any(done["stage"] == stage for done in report["stages"]):
             raise UserError(f"{report_file}: {stage} was run by another command there; give another --out, or remove that directory")
-        report["stages"].append(run(stage, words, out))
+        report["stages"].append(run(stage, words))
         replace_text(report_file, json.dumps(report, indent=1) + "\n")
     report["figures"] = [dict(zip(("stage", "figure", "before", "after", "bound"), line)) for line in figures(out)]
     report |= {"code": code_hash(), **describe(device)}
     replace_text(report_file, json.dumps(report, indent=1) + "\n")
     spent = {done["stage"]: done["seconds"] for done in report["stages"]}
     print("\n" + table([("stage", "seconds", "figure", "before", "after [95 %]", "bound"), *((s, f"{spent[s]:.0f}", *rest) for s, *rest in figures(out))]))
-    print(f"\n{clock_time(sum(spent.values()))} in all; {report_file}; talk to it: python sample.py --model={out}/base")
+    print(f"\n{clock_time(sum(spent.values()))} in all; {report_file}; talk to it: python sample.py --model={out}/dpo")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Talk to any checkpoint: streams a continuation of a prompt.
+"""Talk to any checkpoint: streams a continuation of a prompt, or, from a model that sft.py taught turns, the answer to it.
 
     p(token) ~ exp(logit / temperature), cut to the likeliest tokens that hold top_p of the probability
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import checkpoint
 from common import UserError, launch, setup
+from data import chat
 from rollout import stream
 
 
@@ -30,13 +31,17 @@ def main(config):
         if not good[name]:
             raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
     device = setup(config.device, config.seed)
-    model, tok, _ = checkpoint.load(config.model, device)
-    prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
+    model, tok, info = checkpoint.load(config.model, device)
+    if model.config.scalar_head:
+        raise UserError(f"--model={config.model}: a reward model, which writes nothing; evaluate.py measures it")
+    talks = info.get("stage", "pretrain") != "pretrain" and config.prompt
+    prompt = chat.encode_prompt(tok, [{"role": "user", "content": config.prompt}]) if talks else [tok.eot, *tok.encode_ordinary(config.prompt)]
+    stop = {tok.eot, chat.end_of_turn(tok)} if talks else {tok.eot}
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    print(config.prompt, end="", flush=True)
+    print("" if talks else config.prompt, end="", flush=True)
     how = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    for token in stream(model, prompt, max_new=config.max_new, stop={tok.eot}, **how):
-        if token != tok.eot:
+    for token in stream(model, prompt, max_new=config.max_new, stop=stop, **how):
+        if token not in stop:
             print(utf8.decode(tok.decode_single_token_bytes(token)), end="", flush=True)
     print(utf8.decode(b"", final=True))
 

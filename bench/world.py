@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import quickstart
-from checkpoint import read_json
+from checkpoint import INFO, find, read_json
 from common import describe, launch
 
 TARGETS = {  # figure: (what is asked of every seed, whether more is better)
@@ -18,6 +18,10 @@ TARGETS = {  # figure: (what is asked of every seed, whether more is better)
     "held-out sums right": (0.95, True),
     "judge: be kind, both orders": (0.75, True),
     "judge: be brief, both orders": (0.75, True),
+    "SFT: answers finished": (0.99, True),
+    "RM: pairs ordered as gold's": (0.80, True),
+    "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": (0.0, True),
+    "DPO: win rate against SFT, by gold": (0.75, True),
     "seconds of pretraining": (150, False),
 }
 
@@ -30,15 +34,26 @@ class Config:
 
 def figures(out):
     """{figure: value} of a finished quick start."""
-    base, world = read_json(f"{out}/base.json")["figures"], read_json(f"{out}/world/world.json")
+    base, sft, dpo = (read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo"))
+    world, rm = read_json(f"{out}/world/world.json"), read_json(find(f"{out}/rm") / INFO)["metrics"]["figures"]
     seconds = {done["stage"]: done["seconds"] for done in read_json(f"{out}/report.json")["stages"]}
+    gold = "reward data/world.py:gold"
     return {
         "nats a token above the floor": (base["nats/document"]["value"] - world["story_floor"]) / base["tokens/document"]["value"],
         "held-out sums right": base["completions right"]["value"],
         "judge: be kind, both orders": base["judge: be kind, both orders"]["value"],
         "judge: be brief, both orders": base["judge: be brief, both orders"]["value"],
         "judge: be right, both orders": base["judge: be right, both orders"]["value"],
-        "seconds of pretraining": seconds["pretrain"],
+        "SFT: answers finished": sft["answers finished"]["value"],
+        "SFT: gold reward": sft[gold]["value"],
+        "RM: pairs ordered as labelled": rm["accuracy"]["value"],
+        "RM: accuracy that noise allows (Bayes)": rm["accuracy that noise allows (Bayes)"]["value"],
+        "RM: pairs ordered as gold's": rm["order as gold's"]["value"],
+        "DPO: gold reward": dpo[gold]["value"],
+        "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": dpo[gold]["low"] - sft[gold]["high"],
+        "DPO: win rate against SFT, by gold": dpo["win rate by data/world.py:gold"]["value"],
+        "DPO: KL to SFT, nats an answer": dpo["KL to the reference, nats an answer"]["value"],
+        **{f"seconds of {stage}": seconds[name] for stage, name in {"pretraining": "pretrain", "SFT": "sft", "RM": "reward", "DPO": "dpo"}.items()},
         "seconds of everything": sum(seconds.values()),
     }
 

@@ -1,0 +1,112 @@
+"""The stages on real files: a base model from WikiText and Shakespeare, then SFT, the reward model (also cross-validated) and DPO on people's data.
+
+A model of a few million parameters and minutes of training: what counts is that every stage runs to its end on real text, that validation falls, and
+how the reward model stands against "the longer answer wins", in a paired bootstrap and among pairs of nearly equal length. Each stage is the command a
+user would type. Last line of output: JSON of all figures.
+
+    python -m bench.realdata --texts=../shared/realdata
+"""
+import json, math, shlex, subprocess, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+from common import UserError, describe, launch, replace_text
+from data import chat
+from evaluate import pair_documents, preference_figures, rows_of, scores, show
+
+FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "instructions_test.jsonl", "ai_preferences_train.jsonl", "ai_preferences_test.jsonl")
+
+
+@dataclass
+class Config:
+    texts: str  # directory with wikitext2_valid.txt, shakespeare.txt, instructions_{train,test}.jsonl, ai_preferences_{train,test}.jsonl
+    out: str = "out/bench_realdata"  # directory of everything; what is finished there is not run again
+    width: int = 128  # of the model, of 4 layers
+    steps: int = 1500  # of pretraining, of 4,096 tokens
+    folds: int = 5  # of the reward model's cross-validation over both preference files; 0: none
+    seed: int = 0  # of everything
+
+
+def commands(config):
+    """[(name, words)] of the stages in order."""
+    text, out, seed = (f"{config.texts}/{{}}".format, config.out, f"--seed={config.seed}")
+    corpus = f"{text('wikitext2_valid.txt')},{text('shakespeare.txt')}"
+    shape = ["--depth=4", f"--width={config.width}", "--context=1024", "--batch_tokens=4096", f"--steps={config.steps}"]
+    quiet = ["--print_every=50", "--eval_every=50", seed]
+    pairs = [f"--data={text('ai_preferences_train.jsonl')}", f"--val={text('ai_preferences_test.jsonl')}"]
+    return [
+        ("tokenizer", ["-m", "data.tokenizer", f"--data={corpus}", "--vocab_size=4096", f"--out={out}/tokenizer"]),
+        ("base", ["pretrain.py", f"--data={corpus}", f"--tokenizer={out}/tokenizer", *shape, "--print_every=100", seed, f"--out={out}/base"]),
+        ("sft", ["sft.py", f"--init={out}/base", f"--data={text('instructions_train.jsonl')}", f"--val={text('instructions_test.jsonl')}", "--epochs=3", *quiet, f"--out={out}/sft"]),
+        ("rm", ["reward.py", f"--init={out}/sft", *pairs, "--center_samples=64", *quiet, f"--out={out}/rm"]),
+        ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, *quiet, f"--out={out}/dpo"]),
+    ]
+
+
+def run(words):
+    """Run one command, unless its run is finished already; its lines go to the terminal. UserError where it fails."""
+    print(f"\n$ {shlex.join(['python', *words])}", flush=True)
+    out = Path(words[-1].removeprefix("--out="))
+    again = ["--overwrite"] if out.exists() and words[0] == "-m" else ["--resume"] if out.exists() else []
+    begin = time.perf_counter()
+    if subprocess.run([sys.executable, *words, *again], check=False).returncode:
+        raise UserError(f"{shlex.join(words)} failed")
+    return time.perf_counter() - begin
+
+
+def cross_validated(config, sft):
+    """`preference_figures` over all pairs of both files, each judged by a reward model that did not learn from it."""
+    pairs = rows_of(f"{config.texts}/ai_preferences_train.jsonl,{config.texts}/ai_preferences_test.jsonl", chat.preference, 0)
+    fold_of = np.random.default_rng(config.seed).permutation(len(pairs)) % config.folds
+    kept, margins, lengths = [], [], []
+    for fold in range(config.folds):
+        folder = Path(config.out) / f"fold{fold}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, chosen in (("train", fold_of != fold), ("val", fold_of == fold)):
+            replace_text(folder / f"{name}.jsonl", "".join(json.dumps(p.row) + "\n" for p, here in zip(pairs, chosen) if here))
+        run(["reward.py", f"--init={sft}", f"--data={folder}/train.jsonl", f"--val={folder}/val.jsonl", "--center_samples=1", "--max_new=8", "--print_every=50", "--eval_every=0", f"--seed={config.seed}", f"--out={folder}/rm"])
+        model, tok, _ = checkpoint.load(folder / "rm")
+        mine = [p for p, here in zip(pairs, fold_of == fold) if here]
+        documents = pair_documents(tok, mine)
+        fits = [i for i, (c, r) in enumerate(zip(*documents)) if max(len(c), len(r)) <= model.config.context]
+        found = scores(model.eval(), [side[i] for i in fits for side in documents], 16384).reshape(-1, 2)
+        starts = [len(chat.encode_prompt(tok, mine[i].prompt)) for i in fits]
+        kept += [mine[i] for i in fits]
+        margins += (found[:, 0] - found[:, 1]).tolist()
+        lengths += [(len(documents[0][i]) - start, len(documents[1][i]) - start) for i, start in zip(fits, starts)]
+    return preference_figures(kept, margins, lengths, config.seed)
+
+
+def validations(run_dir):
+    """The first and the last validation loss of a run."""
+    losses = [row["val_loss"] for row in map(json.loads, (Path(run_dir) / "log.jsonl").read_text().splitlines()) if "val_loss" in row]
+    return {"first": losses[0], "last": losses[-1], "ln 2": math.log(2)}
+
+
+def main(config):
+    for name in FILES:
+        if not (Path(config.texts) / name).is_file():
+            raise UserError(f"--texts={config.texts}: {name} is not there")
+    found = {"seconds": {}, "validation": {}}
+    for name, words in commands(config):
+        if not (Path(config.out) / name / "latest").exists() or name == "tokenizer":
+            found["seconds"][name] = round(run(words), 1)
+    for name in ("base", "sft", "rm", "dpo"):
+        found["validation"][name] = validations(f"{config.out}/{name}")
+    found["reward model on the test file"] = checkpoint.read_json(checkpoint.find(f"{config.out}/rm") / checkpoint.INFO)["metrics"]["figures"]
+    if config.folds:
+        found[f"reward model, {config.folds} folds over both files"] = cross_validated(config, f"{config.out}/sft")
+    model, _, _ = checkpoint.load(f"{config.out}/sft")
+    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {describe(model.embed.device)}")
+    for name, losses in found["validation"].items():
+        print(f"validation of {name}: {losses['first']:.4f} -> {losses['last']:.4f}")
+    for name in [n for n in found if n.startswith("reward model")]:
+        print(f"\n{name}\n{show(found[name])}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    launch(main, Config)
