@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from common import UserError
 from data.pack import next_tokens
 from kernels.act import swiglu
-from kernels.attention import attention, batches
-from kernels.decode import decode_attention
+from kernels.attention import attention, layout
+from kernels.decode import append_rope, decode_attention
 from kernels.head import IGNORE, linear_logprob
 from kernels.norm import add_rms_norm
 from kernels.rope import qk_norm_rope
@@ -89,18 +89,13 @@ class Block(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * c.ffn, c.width))  # the gate, then what it gates
         self.down = nn.Parameter(torch.zeros(c.width, c.ffn))
 
-    def forward(self, x, delta, cos, sin, attend, dropout):
-        """x [N, C] and what is still to be added to it -> the same, one block further."""
+    def forward(self, x, delta, attend, dropout):
+        """x [N, C] and what is still to be added to it -> the same, one block further. `attend` makes of qkv [N, H+2K, Dh] what each token saw [N, H, Dh]."""
         x, y = add_rms_norm(x, delta, self.attn_norm, self.config.norm_eps)
-        x, y = add_rms_norm(x, F.dropout(self.attention(y, cos, sin, attend), dropout), self.mlp_norm, self.config.norm_eps)
+        qkv = linear(y, self.qkv, self.qkv_bias).view(len(y), -1, self.config.head_dim)
+        y = linear(attend(qkv, self.q_norm, self.k_norm).flatten(1), self.out)  # [N, H Dh] -> [N, C]
+        x, y = add_rms_norm(x, F.dropout(y, dropout), self.mlp_norm, self.config.norm_eps)
         return x, F.dropout(self.mlp(y), dropout)
-
-    def attention(self, x, cos, sin, attend):
-        c = self.config
-        qkv = linear(x, self.qkv, self.qkv_bias).view(len(x), -1, c.head_dim)  # [N, H+2K, Dh]
-        qkv = qk_norm_rope(qkv, self.q_norm, self.k_norm, cos, sin, c.heads, c.norm_eps)
-        q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
-        return linear(attend(q, k, v).flatten(1), self.out)  # [N, H Dh] -> [N, C]
 
     def mlp(self, x):
         return linear(swiglu(linear(x, self.gate_up)), self.down)
@@ -145,40 +140,45 @@ class GPT(nn.Module):
 
     def forward(self, pack, cache=None, slots=None):
         """hidden [N, C]. With a KVCache, document d is also written into slot `slots[d]` (int64 [D]), ready for `step`."""
-        layout = batches(pack.cu)
+        c = self.config
         x = F.embedding(pack.tokens, self.embed).to(self.compute_dtype)  # [N, C]
+        documents = layout(pack.cu, x, c.head_dim)
         cos, sin = self.cos[pack.positions], self.sin[pack.positions]  # [N, Dh/2]
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x, dropout)
         delta = torch.zeros_like(x)
         if cache is not None:
             lengths = pack.cu.diff().long()
-            rows = slots.repeat_interleave(lengths)  # [N] the slot of each token
+            rows = slots.repeat_interleave(lengths, output_size=len(x))  # [N] the slot of each token
             cache.lengths[slots] = lengths
         for i, block in enumerate(self.blocks):
 
-            def attend(q, k, v):
+            def attend(qkv, q_norm, k_norm):
+                qkv = qk_norm_rope(qkv, q_norm, k_norm, cos, sin, c.heads, c.norm_eps)
+                q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
                 if cache is not None:
                     cache.k[i, rows, pack.positions], cache.v[i, rows, pack.positions] = k, v
-                return attention(q, k, v, layout)
+                return attention(q, k, v, documents)
 
-            x, delta = block(x, delta, cos, sin, attend, dropout)
-        return add_rms_norm(x, delta, self.norm, self.config.norm_eps)[1]
+            x, delta = block(x, delta, attend, dropout)
+        return add_rms_norm(x, delta, self.norm, c.norm_eps)[1]
 
+    @torch.no_grad()
     def step(self, tokens, cache):
-        """Append tokens [B], one to each slot of the cache -> hidden [B, C] of these tokens."""
-        positions, slots = cache.lengths.clone(), torch.arange(len(tokens), device=tokens.device)
+        """Append tokens [B], one to each slot of the cache -> hidden [B, C] of these tokens. Nothing in it waits for the GPU or depends on the lengths."""
+        c = self.config
+        held = cache.lengths.clone()
         cache.lengths += 1
         x = F.embedding(tokens, self.embed).to(self.compute_dtype)
         delta = torch.zeros_like(x)
         for i, block in enumerate(self.blocks):
 
-            def attend(q, k, v):
-                cache.k[i, slots, positions], cache.v[i, slots, positions] = k, v
+            def attend(qkv, q_norm, k_norm):
+                q = append_rope(qkv, q_norm, k_norm, self.cos, self.sin, c.heads, c.norm_eps, cache.k[i], cache.v[i], held)
                 return decode_attention(q, cache.k[i], cache.v[i], cache.lengths)
 
-            x, delta = block(x, delta, self.cos[positions], self.sin[positions], attend, 0.0)
-        return add_rms_norm(x, delta, self.norm, self.config.norm_eps)[1]
+            x, delta = block(x, delta, attend, 0.0)
+        return add_rms_norm(x, delta, self.norm, c.norm_eps)[1]
 
     @property
     def compute_dtype(self):
