@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclasses.dataclass
@@ -40,12 +41,29 @@ def split(lengths, limit):
     return parts + [(begin, len(lengths))] if len(lengths) else parts
 
 
-def next_tokens(pack, last):
-    """Targets of next-token prediction, int64 [N]: the token that follows; at each document's last token the given one.
+def fill(pack, tokens, documents):
+    """The pack with `tokens` tokens and `documents` documents, for whoever needs one shape every time (torch.compile, CUDA graphs): filled up at its end.
 
-    last: int, or int64 [D] with one for each document.
+    Filler is documents of token 0, none longer than the longest real one, and then empty documents. What a model makes of the first N tokens and D
+    documents stays what it was. No loss sees filler, for next_tokens and so `logprobs` take each filler token, at position 0 like a document's first,
+    for a document's last; targets from elsewhere are padded with IGNORE, values and scores cut to the real ones.
+    """
+    N, D = len(pack.tokens), len(pack.cu) - 1
+    ends = list(range(N, tokens, pack.max_len))[1:] + [tokens] if tokens > N else []
+    if tokens < N or D + len(ends) > documents:
+        raise ValueError(f"a pack of {N} tokens in {D} documents, the longest of {pack.max_len}, cannot be filled up to {tokens} in {documents}")
+    cu = F.pad(torch.cat([pack.cu, pack.cu.new_tensor(ends)]), (0, documents - D - len(ends)), value=tokens)
+    return Pack(F.pad(pack.tokens, (0, tokens - N)), F.pad(pack.positions, (0, tokens - N)), cu, pack.max_len)
+
+
+def next_tokens(pack, last):
+    """Targets of next-token prediction, int64 [N]: the token that follows; at each document's last token, and at all of a filled pack's filler, `last`.
+
+    last: int, or int64 [D] with one for each document of a pack that is not filled.
     """
     targets = torch.roll(pack.tokens, -1)
+    if isinstance(last, int):
+        return targets.masked_fill_(torch.roll(pack.positions, -1) == 0, last)
     targets[pack.cu[1:].long() - 1] = last  # documents in a pack are not empty
     return targets
 

@@ -376,8 +376,8 @@ def attention_forward(q, k, v, queries, window):
     return out, lse
 
 
-@register("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor queries, Tensor keys, int window) -> (Tensor, Tensor, Tensor)",
-          fake=lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))  # fmt: skip
+@register("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor queries, Tensor keys, int window) "
+          "-> (Tensor, Tensor, Tensor)", fake=lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))  # fmt: skip
 def attention_backward(grad, q, k, v, out, lse, queries, keys, window):
     q, k, v, grad = *map(heads_together, (q, k, v)), grad.contiguous()
     N, H, K = *q.shape[:2], k.shape[1]

@@ -203,7 +203,8 @@ def decode_attention_proof(device):
 def append_rope_proof(device):
     normal = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     angle = torch.rand(40, 32, device=device) * 6
-    inputs = [normal(3, 12, 64), torch.rand(64, device=device), torch.rand(64, device=device), angle.cos(), angle.sin(), normal(3, 40, 2, 64), normal(3, 40, 2, 64)]
+    weights, caches = [torch.rand(64, device=device) for _ in "qk"], [normal(3, 40, 2, 64) for _ in "kv"]
+    inputs = [normal(3, 12, 64), *weights, angle.cos(), angle.sin(), *caches]
 
     @torch.no_grad()
     def run(op, qkv, q_weight, k_weight, cos, sin, k_cache, v_cache):
