@@ -1,14 +1,25 @@
-"""Every op, forward and each gradient, against a plain formula in fp64 written here, and by finite differences."""
+"""Every op, forward and each gradient, against a plain formula in fp64 written here, and by finite differences.
+
+The references first, then the kernels, which run on the GPU where there is one and by Triton's interpreter elsewhere. Attention's kernels: test_attention.py.
+"""
+import os
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import ROOT
 from torch.autograd import gradcheck
 
-from kernels.act import swiglu_reference
+from kernels import _lib, act, head, norm, rope
+from kernels.act import swiglu, swiglu_reference
 from kernels.attention import attention_reference, batches
 from kernels.decode import decode_attention_reference
-from kernels.head import IGNORE, chunks, linear_cross_entropy_reference, linear_logprob_reference
-from kernels.norm import rms_norm_reference
-from kernels.rope import qk_norm_rope_reference
+from kernels.head import IGNORE, chunks, linear_cross_entropy, linear_cross_entropy_reference, linear_logprob, linear_logprob_reference
+from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from kernels.rope import qk_norm_rope, qk_norm_rope_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 
@@ -19,12 +30,12 @@ def normal(seed, *shapes, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def with_gradients(f, inputs):
+def with_gradients(f, inputs, upstream=None):
     """[outputs..., gradients...] of f for upstream gradients that are the same for every f."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = f(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
-    upstream = [g.to(o.dtype) for g, o in zip(normal(99, *[o.shape for o in outs]), outs)]
+    upstream = [g.to(o) for g, o in zip(upstream or normal(99, *[o.shape for o in outs]), outs)]
     return [o.detach() for o in outs] + list(torch.autograd.grad(outs, leaves, upstream))
 
 
@@ -369,3 +380,530 @@ def test_gradients_are_made_only_where_they_are_wanted():
         h, w = hidden.clone(), weight.clone().requires_grad_()
         f(h, w).backward()
         assert error(w.grad * scale, truth[2]) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The kernels
+
+needs_triton = pytest.mark.skipif(_lib.MODE == "0", reason="needs triton")
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}  # allowed besides twice PyTorch's own error, relative to the largest number
+RMS = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # allowed root mean square error, relative to that of the numbers, or 1.2 x PyTorch's
+SMALL = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def device(kernels_run, monkeypatch):
+    """Where the kernels run. Fresh memory is full of nan, so that a place left unwritten, or read though it means nothing, shows; and persistent
+    kernels have 4 multiprocessors, so that each program goes round its loop."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else 7)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    for module in (norm, rope):
+        monkeypatch.setattr(module, "sm_count", lambda device: 4)
+    return kernels_run
+
+
+def rms_error(found, truth):
+    """Root mean square of the errors, relative to that of the true numbers, or to 0.01 where cancellation leaves less."""
+    return ((found.double() - truth).norm() / truth.norm().clamp(min=0.01 * truth.numel() ** 0.5)).item()
+
+
+def excess(found, own, truth, dtype):
+    """How far the largest error, and the root mean square error, go beyond what is allowed: at most 1 is right."""
+    assert found.shape == truth.shape and found.dtype == own.dtype and found.isfinite().all()
+    if not truth.numel():
+        return 0.0
+    worst = lambda x: (x.double() - truth).abs().max().item()  # noqa: E731
+    allowed = 2 * worst(own) + FLOOR[dtype] * truth.abs().max().item() + 1e-7
+    return max(worst(found) / allowed, rms_error(found, truth) / max(RMS[dtype], 1.2 * rms_error(own, truth)))
+
+
+def check_kernel(kernel, reference, formula, inputs, dtype, parameters=0, device="cpu", weight_dtype=torch.float32, repeats=1):
+    """kernel against formula in fp64: no error beyond twice the reference's in the same dtype. Every run must give the same bits.
+
+    The last `parameters` of the inputs are weights, in weight_dtype. Rounded inputs and rounded upstream gradients are the same numbers for all three.
+    """
+    inputs = [x.to(device, weight_dtype if i >= len(inputs) - parameters else dtype) for i, x in enumerate(inputs)]
+    outs = reference(*inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    upstream = [g.to(o) for g, o in zip(normal(99, *[o.shape for o in outs]), outs)]
+    found, own = with_gradients(kernel, inputs, upstream), with_gradients(reference, inputs, upstream)
+    truth = with_gradients(formula, [x.double() for x in inputs], upstream)
+    for i, (f, o, t) in enumerate(zip(found, own, truth, strict=True)):
+        WORST[dtype] = max(WORST.get(dtype, 0), excess(f, o, t, dtype))
+        assert excess(f, o, t, dtype) <= 1, (i, excess(f, o, t, dtype), rms_error(f, t), rms_error(o, t))
+    for _ in range(repeats):
+        assert all(map(torch.equal, found, with_gradients(kernel, inputs, upstream)))
+    return found
+
+
+WORST = {}  # {dtype: the largest of these}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tell_the_worst():
+    yield
+    print(*[f"\nkernels, {dtype}: errors at most {worst:.2f} of what is allowed" for dtype, worst in WORST.items()])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [*SMALL, torch.float16])
+@pytest.mark.parametrize("n, f", [(1, 1), (3, 5), (1, 431), (123, 431), (15, 128), (16, 127), (17, 129), (2, 1023), (2, 1024), (3, 1025), (199, 33)])
+def test_swiglu_kernel(n, f, dtype, device):
+    inputs = [x * 3 for x in normal(n, (n, 2 * f))]
+    check_kernel(swiglu, swiglu_reference, silu_gated, inputs, dtype, device=device)
+
+
+@needs_triton
+def test_swiglu_kernel_of_extreme_gates(device):
+    y, grad = with_gradients(swiglu, [torch.tensor([[-1e4, 1e4, 2.0, 2.0]], device=device)])
+    assert y.tolist() == [[0.0, 2e4]] and grad.isfinite().all()
+
+
+def added_rms(x, delta, weight, eps, dtype):
+    """The sum is rounded to `dtype` before it is normalised; rounding has the gradient 1."""
+    total = x + delta
+    total = total + (total.detach().to(dtype).double() - total.detach())
+    return total, rms(total, weight, eps)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [*SMALL, torch.float16])
+@pytest.mark.parametrize("n, c", [(1, 1), (1, 7), (3, 64), (123, 431), (31, 127), (32, 128), (33, 129), (199, 16), (5, 1023), (4, 2049), (2, 4097)])
+def test_norm_kernels(n, c, dtype, device):
+    x, delta, w = normal(n + c, (n, c), (n, c), (c,))
+    eps = {"eps": 1e-6}
+    check_kernel(partial(rms_norm, **eps), partial(rms_norm_reference, **eps), partial(rms, **eps), [x * 3, w], dtype, 1, device)
+    formula = partial(added_rms, dtype=dtype, **eps)
+    found = check_kernel(partial(add_rms_norm, **eps), partial(add_rms_norm_reference, **eps), formula, [x * 3, delta, w], dtype, 1, device)
+    assert torch.equal(found[0].cpu(), (x * 3).to(dtype) + delta.to(dtype))  # the very sum PyTorch makes
+    assert torch.equal(found[2], found[3])  # the sum's two terms have one gradient
+
+
+@needs_triton
+def test_norm_kernel_of_zeros_and_of_large_rows(device):
+    y, dx, dw = with_gradients(partial(rms_norm, eps=1e-6), [torch.zeros(2, 8, device=device), torch.ones(8, device=device)])
+    assert y.eq(0).all() and dx.isfinite().all() and dw.eq(0).all()
+    x = normal(0, (2, 8), dtype=torch.float32)[0].to(device)
+    assert error(rms_norm(x * 1e15, torch.ones(8, device=device), 1e-6), rms(x.double(), 1.0, 0.0)) < 1e-6
+
+
+ROPE_SHAPES = [(1, 4, 2, 2), (37, 4, 4, 16), (37, 4, 1, 16), (11, 5, 5, 48), (123, 3, 1, 10), (1, 1, 1, 64), (9, 12, 4, 128), (199, 2, 1, 6)]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [*SMALL, torch.float16])
+@pytest.mark.parametrize("n, heads, kv_heads, dh", ROPE_SHAPES)
+def test_qk_norm_and_rope_kernel(n, heads, kv_heads, dh, dtype, device):
+    qkv, qw, kw, angle = normal(n, (n, heads + 2 * kv_heads, dh), (dh,), (dh,), (n, dh // 2))
+    cos, sin = (angle * 5).cos().float().to(device), (angle * 5).sin().float().to(device)
+    rest = (cos, sin, heads, 1e-6)
+    formula = lambda x, a=None, b=None: turned(x, a, b, cos.double(), sin.double(), heads, 1e-6)  # noqa: E731
+    normed = check_kernel(lambda *x: qk_norm_rope(*x, *rest), lambda *x: qk_norm_rope_reference(*x, *rest), formula, [qkv, qw, kw], dtype, 2, device)
+    without = lambda op: lambda x: op(x, None, None, *rest)  # noqa: E731
+    plain = check_kernel(without(qk_norm_rope), without(qk_norm_rope_reference), formula, [qkv], dtype, 0, device)
+    values = slice(heads + kv_heads, None)
+    assert torch.equal(normed[0][:, values].cpu(), qkv[:, values].to(dtype)) and torch.equal(normed[1][:, values], plain[1][:, values])  # passed through
+
+
+def check_head(dtype, n, c, v, device, seed=0, chunk_mb=64, temperature=0.7, inputs=None, targets=None, **kwargs):
+    """Both ops of the head, the log-probability with and without the entropy. Logits are of the order of 1."""
+    targets = targets_for(n, v, seed, ignored=0.3 if n > 1 else 0) if targets is None else targets
+    targets = targets.to(device)
+    hidden, weight = normal(seed, (n, c), (v, c)) if inputs is None else inputs
+    inputs = [hidden, weight / (c**0.5 if inputs is None else 1)]
+    ce = lambda op: lambda h, w: op(h, w, targets, chunk_mb)  # noqa: E731
+    check_kernel(ce(linear_cross_entropy), ce(linear_cross_entropy_reference), lambda h, w: cross_entropy(h, w, targets), inputs, dtype, 1, device, **kwargs)
+    both = lambda op: lambda h, w: op(h, w, targets, temperature, True, chunk_mb)  # noqa: E731
+    formula = lambda h, w: logprob_and_entropy(h, w, targets, temperature)  # noqa: E731
+    logp, *_ = check_kernel(both(linear_logprob), both(linear_logprob_reference), formula, inputs, dtype, 1, device, **kwargs)
+    one = lambda op: lambda h, w: op(h, w, targets, temperature, False, chunk_mb)  # noqa: E731
+    alone, *_ = check_kernel(one(linear_logprob), one(linear_logprob_reference), lambda h, w: formula(h, w)[0], inputs, dtype, 1, device, **kwargs)
+    assert torch.equal(logp, alone)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", SMALL)
+def test_head_kernels(dtype, device):
+    for seed, (n, c, v) in enumerate([(1, 1, 2), (1, 5, 3), (9, 16, 1), (40, 123, 507)]):
+        check_head(dtype, n, c, v, device, seed)
+    check_head(dtype, 140, 11, 129, device, chunk_mb=0)  # two chunks, the second ragged
+    check_head(torch.float16, 9, 16, 100, device)
+
+
+@needs_triton
+@pytest.mark.parametrize("v", [8191, 8192, 8193, 20000, 65537])
+def test_head_kernels_where_a_row_is_several_blocks(v, device):
+    check_head(torch.float32, 3, 4, v, device, temperature=1.0)
+    check_head(torch.bfloat16, 3, 4, v, device)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", SMALL)
+def test_head_kernels_of_peaked_distributions(dtype, device):
+    """Hidden states that point at their targets: p is nearly 1, and its gradient the small rest."""
+    targets = targets_for(30, 61, ignored=0)
+    noise, weight = normal(4, (30, 16), (61, 16))
+    check_head(dtype, 30, 16, 61, device, inputs=[1.5 * weight[targets] + 0.1 * noise, weight], targets=targets, temperature=1.0)
+    check_head(torch.float32, 30, 16, 61, device, inputs=[2 * weight[targets], weight], targets=(targets + 1) % 61)  # and at what is not asked
+
+
+@needs_triton
+def test_head_kernels_in_mixed_dtypes(device):
+    check_head(torch.float32, 7, 8, 50, device, weight_dtype=torch.bfloat16)
+    check_head(torch.bfloat16, 7, 8, 50, device, weight_dtype=torch.bfloat16)
+    check_head(torch.bfloat16, 7, 8, 50, device, weight_dtype=torch.float16)
+
+
+@needs_triton
+def test_head_kernels_where_nothing_is_asked(device):
+    hidden, weight = [x.to(device) for x in normal(0, (130, 8), (50, 8), dtype=torch.float32)]
+    targets = torch.full((130,), IGNORE, device=device)
+    loss, *grads = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, 0), [hidden, weight])
+    logp, *more = with_gradients(lambda h, w: linear_logprob(h, w, targets, 1.0, False, 0), [hidden, weight])
+    assert loss == 0 and logp.eq(0).all() and all(g.eq(0).all() for g in grads + more)
+    loss, d_hidden, d_weight = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets[:0]), [hidden[:0], weight])  # and where nothing is
+    assert loss == 0 and d_hidden.shape == (0, 8) and d_weight.eq(0).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_head_kernels_of_huge_logits(scale, device):
+    hidden, weight = normal(0, (20, 16), (100, 16))
+    targets = targets_for(20, 100).to(device)
+    inputs = [(hidden * scale).to(device), weight.to(device)]
+    both = lambda h, w: linear_logprob(h, w, targets, 1.0, entropy=True)  # noqa: E731
+    for dtype in SMALL:
+        for x in with_gradients(both, [x.to(dtype) for x in inputs]):
+            assert x.isfinite().all()
+    narrow = [x.float() for x in inputs]
+    assert error(linear_cross_entropy(*narrow, targets), cross_entropy(*[x.double() for x in narrow], targets)) < 1e-5
+    reference = linear_logprob_reference(*narrow, targets, 1.0, True)
+    for found, own, truth in zip(both(*narrow), reference, logprob_and_entropy(*[x.double() for x in narrow], targets, 1.0)):
+        assert excess(found, own, truth, torch.float32) <= 1
+
+
+@needs_triton
+def test_head_kernels_of_equal_logits(device):
+    """lse = entropy = log V wherever the logits lie."""
+    for v in (100, 8193):
+        for level in (0.0, 3.0, -1e4, 1e4):
+            hidden, weight = torch.full((2, 1), level, device=device), torch.ones(v, 1, device=device)
+            logp, lse, ent = head.linear_logprob_forward(hidden, weight, torch.tensor([0, v - 1], device=device), 1.0, True, 64)
+            log_v = torch.tensor(float(v)).log().item()
+            assert logp.tolist() == pytest.approx([-log_v] * 2, abs=1e-6) and ent.tolist() == pytest.approx([log_v] * 2, abs=1e-6)
+            assert lse.tolist() == pytest.approx([level + log_v] * 2, rel=1e-7, abs=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("v", [70, 8200])
+def test_head_kernels_where_most_logits_are_minus_infinity(v, device):
+    """Tokens that cannot be: probability 0, gradient 0, and no nan from 0 x inf."""
+    hidden = torch.ones(2, 1, device=device)
+    weight = torch.full((v, 1), -torch.inf, device=device)
+    weight[:3, 0] = torch.tensor([1.0, 2.0, 3.0])
+    targets = torch.tensor([2, IGNORE], device=device)
+    truth = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log_softmax(0)
+    _, p = head.linear_cross_entropy_forward(hidden, weight, targets, 64, False, True)[1:]
+    assert p[:3, 0].tolist() == pytest.approx([x - (i == 2) for i, x in enumerate(truth.exp().tolist())], abs=1e-6) and p[3:].eq(0).all()
+    logp, lse, ent = head.linear_logprob_forward(hidden, weight, targets, 1.0, True, 64)
+    assert logp.tolist() == pytest.approx([truth[2].item(), 0.0], abs=1e-6) and ent.tolist() == pytest.approx([-(truth.exp() @ truth).item()] * 2, abs=1e-6)
+    one = torch.ones(2, device=device)
+    d_weight = head.linear_logprob_backward(one, one, hidden, weight, targets, lse, ent, 1.0, True, 64, False, True)[1]
+    assert d_weight[:3].isfinite().all() and d_weight[3:].eq(0).all()
+
+
+@needs_triton
+def test_head_kernels_show_what_is_wrong(device):
+    """nan among the logits, and targets that are no tokens, give nan and not a number that looks right; an ignored row hides nothing of another's."""
+    hidden, weight = [x.to(device) for x in normal(0, (3, 4), (9, 4), dtype=torch.float32)]
+    targets = torch.tensor([1, 9, -1], device=device)
+    assert linear_logprob(hidden, weight, targets).isnan().tolist() == [False, True, True]
+    assert linear_cross_entropy(hidden, weight, targets).isnan()
+    hidden[1, 0] = torch.nan
+    assert linear_logprob(hidden, weight, torch.tensor([1, 2, IGNORE], device=device)).isnan().tolist() == [False, True, False]
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3], device=device)).isnan()
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1, IGNORE, 3], device=device)).isfinite()
+
+
+def inputs_of_every_op(device, dtype=torch.float32):
+    """{op: (function of floating-point inputs, these inputs)}."""
+    x, delta, w, gate_up, qkv, qw, kw, angle, hidden, weight = [
+        t.to(device, dtype) for t in normal(8, (5, 20), (5, 20), (20,), (5, 24), (5, 6, 8), (8,), (8,), (5, 4), (9, 16), (40, 16))
+    ]
+    targets = targets_for(9, 40).to(device)
+    cos, sin = angle.float().cos(), angle.float().sin()
+    return {
+        "swiglu": (swiglu, [gate_up]),
+        "rms_norm": (partial(rms_norm, eps=1e-6), [x, w]),
+        "add_rms_norm": (partial(add_rms_norm, eps=1e-6), [x, delta, w]),
+        "qk_norm_rope": (lambda x, q, k: qk_norm_rope(x, q, k, cos, sin, 2, 1e-6), [qkv, qw, kw]),
+        "rope": (lambda x: qk_norm_rope(x, None, None, cos, sin, 2, 1e-6), [qkv]),
+        "linear_cross_entropy": (lambda h, w: linear_cross_entropy(h, w, targets), [hidden, weight]),
+        "linear_logprob": (lambda h, w: linear_logprob(h, w, targets, 0.7, True), [hidden, weight]),
+        "linear_logprob alone": (lambda h, w: linear_logprob(h, w, targets), [hidden, weight]),
+    }
+
+
+OPS = list(inputs_of_every_op("cpu"))
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_take_any_strides_and_any_upstream_gradient(op, device):
+    """sum().backward() hands over a gradient of stride 0; views hand over inputs that are not contiguous; a mask hands over zeros."""
+    f, inputs = inputs_of_every_op(device)[op]
+    strided = [torch.stack([x, -x], dim=-1)[..., 0] for x in inputs]
+    outs = f(*inputs)
+    ones = [torch.ones_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
+    truth = with_gradients(f, inputs, ones)
+    assert all(map(torch.equal, with_gradients(f, strided, ones), truth))
+    expanded = [o.new_ones(()).expand(o.shape) for o in ones]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outs = f(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    assert all(map(torch.equal, torch.autograd.grad(outs, leaves, expanded, retain_graph=True), truth[len(outs) :]))
+    assert all(g.eq(0).all() for g in torch.autograd.grad(outs, leaves, [torch.zeros_like(o) for o in outs], retain_graph=True))
+    if len(outs) == 2:  # an output nobody used
+        only = torch.autograd.grad(outs[1].sum(), leaves, allow_unused=True)
+        assert all(g.isfinite().all() for g in only if g is not None)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_give_gradients_where_they_are_wanted(op, device):
+    f, inputs = inputs_of_every_op(device)[op]
+    truth = with_gradients(f, inputs)[-len(inputs) :]
+    for wanted in range(len(inputs)):
+        leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+        outs = f(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.autograd.backward(outs, [g.to(o) for g, o in zip(normal(99, *[o.shape for o in outs]), outs)])
+        assert all(x.grad is None for i, x in enumerate(leaves) if i != wanted) and torch.equal(leaves[wanted].grad, truth[wanted])
+
+
+@needs_triton
+def test_a_frozen_head_costs_no_gradient_of_its_size(device, monkeypatch):
+    hidden, weight = [x.to(device) for x in normal(0, (5, 4), (7, 4), dtype=torch.float32)]
+    targets, wanted = targets_for(5, 7, ignored=0).to(device), []
+    original = head.gradients
+    monkeypatch.setattr(head, "gradients", lambda *args: (wanted.append(args[2:]), original(*args))[1])
+    frozen, trunk = weight.clone(), hidden.clone().requires_grad_()
+    linear_cross_entropy(trunk, frozen, targets).backward()
+    linear_logprob(trunk, frozen, targets).sum().backward()
+    assert wanted == [(True, False)] * 2
+    with torch.no_grad():
+        linear_cross_entropy(trunk, weight.requires_grad_(), targets)  # an evaluation
+    assert wanted[2:] == [(False, False)]
+
+
+@needs_triton
+def test_gradient_of_a_mean_is_not_rounded_on_the_way(device):
+    """1/3 is not a bf16 number: were it rounded first, every gradient would be off by 0.2 %, all in one direction."""
+    hidden, weight = [x.to(device) for x in normal(0, (40, 16), (50, 16))]
+    targets = targets_for(40, 50, ignored=0).to(device)
+    h = hidden.bfloat16().requires_grad_()
+    (by_sum,) = torch.autograd.grad(linear_cross_entropy(h, weight.float(), targets), h)
+    (by_third,) = torch.autograd.grad(linear_cross_entropy(h, weight.float(), targets) / 3, h)
+    assert torch.equal(by_third, (by_sum.float() * torch.tensor(1 / 3)).bfloat16())
+
+
+@needs_triton
+def test_chunks_of_the_kernels_cover_the_tokens_and_bound_the_logits(device):
+    for n, v, mb, dtype in [(1, 10, 1, torch.float32), (300, 517, 0, torch.float32), (1000, 517, 1, torch.bfloat16), (128, 5, 64, torch.bfloat16)]:
+        hidden, w = [x.to(device, dtype) for x in normal(0, (n, 2), (v, 2))]
+        rows, memories = [], set()
+        for part, logits in head.logits_by_chunk(hidden, w, mb):
+            rows += range(n)[part]
+            memories.add(logits.data_ptr())
+            assert logits.shape == (len(range(n)[part]), v) and logits.stride(0) % 64 == 0 and part.start % 128 == 0
+            assert len(logits) <= 128 or len(logits) * logits.stride(0) * logits.element_size() <= mb * 2**20
+            assert torch.equal(logits, hidden[part] @ w.T)
+        assert rows == list(range(n)) and len(memories) == 1
+
+
+@needs_triton
+def test_opcheck_of_every_registered_op(device):
+    r = lambda *shape: normal(len(shape), shape, dtype=torch.float32)[0].to(device)  # noqa: E731
+    x, half, w, targets = r(5, 20), r(5, 10), r(20), targets_for(9, 21).to(device)
+    qkv, qw, cos, hidden, weight, lse = r(5, 4, 6), r(6), r(5, 3), r(9, 8), r(21, 8), r(9)
+    cases = {
+        act.swiglu_forward: [(x,)],
+        act.swiglu_backward: [(half, x)],
+        norm.rms_norm_forward: [(x, None, w, 1e-6), (x.bfloat16(), x.bfloat16(), w, 1e-6)],
+        norm.rms_norm_backward: [(x, None, x, w, r(5)), (x, x, x, w, r(5))],
+        rope.qk_norm_rope_forward: [(qkv, qw, qw, cos, cos, 2, 1e-6), (qkv, None, None, cos, cos, 2, 1e-6)],
+        rope.qk_norm_rope_backward: [(qkv, qkv, qw, qw, cos, cos, 2, 1e-6), (qkv, None, None, None, cos, cos, 2, 1e-6)],
+        head.linear_cross_entropy_forward: [(hidden, weight, targets, 0, True, True), (hidden.bfloat16(), weight, targets, 64, False, False)],
+        head.linear_logprob_forward: [(hidden, weight, targets, 0.7, True, 0), (hidden, weight, targets, 1.0, False, 0)],
+        head.linear_logprob_backward: [
+            (lse, lse, hidden, weight, targets, lse, lse, 0.7, True, 0, True, True),
+            (lse, lse[:0], hidden, weight, targets, lse, lse[:0], 0.7, False, 0, True, False),
+        ],
+    }
+    registered = {op for module in (act, head, norm, rope) for op in vars(module).values() if isinstance(op, torch._ops.OpOverloadPacket)}
+    assert set(cases) == registered
+    for op, arguments in cases.items():
+        for args in arguments:
+            torch.library.opcheck(op.default, args)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_kernels_equal_eager_ones(op, device):
+    for dtype in SMALL:
+        f, inputs = inputs_of_every_op(device, dtype)[op]
+        torch._dynamo.reset()
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        assert all(map(torch.equal, with_gradients(compiled, inputs), with_gradients(f, inputs)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Which of the two runs, and the kernels' proof of themselves
+
+PROVED = ["swiglu", "rms_norm", "add_rms_norm", "qk_norm_rope", "linear_cross_entropy", "linear_logprob"]
+
+
+@needs_triton
+@pytest.mark.parametrize("op", PROVED)
+def test_proof(op, device):
+    torch.manual_seed(0)
+    assert _lib.prove_op(op, device) == ""
+
+
+@pytest.fixture
+def proofs(kernels_run, monkeypatch, tmp_path):
+    """A machine whose kernels have not been proved yet: swiglu's and rms_norm's. Returns (its device, {op: how often it was compared})."""
+    torch.manual_seed(0)
+    count = dict.fromkeys(["swiglu", "rms_norm"], 0)
+
+    def counted(op, make, device):
+        count[op] += 1
+        return make(kernels_run)
+
+    monkeypatch.setattr(_lib, "PROOFS", {op: partial(counted, op, _lib.PROOFS[op]) for op in count})
+    monkeypatch.setattr(_lib, "OFF", set())
+    monkeypatch.setattr(_lib, "proof_key", lambda device: "this GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return SimpleNamespace(type="cuda"), count
+
+
+@needs_triton
+def test_sound_kernels_are_proved_once(proofs, monkeypatch, capsys):
+    device, count = proofs
+    assert _lib.prove(device) == {} and not _lib.OFF and count == {"swiglu": 1, "rms_norm": 1}
+    assert "2 ops compared" in capsys.readouterr().err
+    assert _lib.prove(device) == {} and count == {"swiglu": 1, "rms_norm": 1}  # remembered
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(_lib, "proof_key", lambda device: "another driver")
+    assert _lib.prove(device) == {} and count == {"swiglu": 2, "rms_norm": 2}
+    monkeypatch.setattr(_lib, "proof_key", lambda device: "this GPU")
+    assert _lib.prove(device) == {} and count == {"swiglu": 2, "rms_norm": 2}  # both are
+
+
+@needs_triton
+@pytest.mark.parametrize("damage", [b"", b"not JSON", b"[1, 2]", b'{"this GPU": {"swiglu": ""}}', b'{"this GPU": 3}', b"\xff"])
+def test_a_damaged_memory_only_costs_another_proof(proofs, tmp_path, damage):
+    device, count = proofs
+    (tmp_path / "feinschliff").mkdir()
+    (tmp_path / "feinschliff/kernels.json").write_bytes(damage)
+    assert _lib.prove(device) == {} and count == {"swiglu": 1, "rms_norm": 1}
+    assert _lib.prove(device) == {} and count == {"swiglu": 1, "rms_norm": 1}
+
+
+calls = iter(range(100))
+
+
+def raises(y):
+    raise RuntimeError("no such instruction\nand more")
+
+
+DAMAGES = {  # name: (what happens to the kernel's output, words of the warning)
+    "wrong": (lambda y: y * 1.1, "times that of PyTorch's own ops"),
+    "nan": (lambda y: y * torch.nan, "inf times"),
+    "not always the same": (lambda y: y * (1 + 5e-3 * (next(calls) % 2)), "two runs on the same numbers differ"),
+    "raises": (raises, "RuntimeError: no such instruction"),
+    "another shape": (lambda y: y[:-1], "RuntimeError"),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_wrong_kernel_is_switched_off_and_the_reference_runs(damage, proofs, monkeypatch, capsys):
+    device, count = proofs
+    (change, words), original = DAMAGES[damage], act.swiglu_forward
+    monkeypatch.setattr(act, "swiglu_forward", lambda x: change(original(x)))
+    assert list(_lib.prove(device)) == ["swiglu"] and _lib.OFF == {"swiglu"}
+    warning = capsys.readouterr().err
+    assert "WARNING: the kernel swiglu is switched off" in warning and words in warning and "and more" not in warning
+    x = normal(0, (3, 8), dtype=torch.float32)[0]
+    assert torch.equal(swiglu(x), swiglu_reference(x))
+    _lib.OFF.clear()
+    assert list(_lib.prove(device)) == ["swiglu"] and _lib.OFF == {"swiglu"} and count == {"swiglu": 1, "rms_norm": 1}  # remembered, and told again
+    assert "switched off" in capsys.readouterr().err
+
+
+@needs_triton
+def test_proof_key_tells_machines_and_sources_apart(monkeypatch):
+    device = torch.device("cpu")
+    keys = [_lib.proof_key(device)]
+    assert _lib.proof_key(device) == keys[0]
+    for change in [lambda m: m.setattr(torch, "__version__", "9.9"), lambda m: m.setattr(_lib.triton, "__version__", "9.9"),
+                   lambda m: m.setattr(_lib.Path, "read_bytes", lambda self: b"other sources")]:  # fmt: skip
+        with monkeypatch.context() as m:
+            change(m)
+            keys.append(_lib.proof_key(device))
+    assert len(set(keys)) == 4
+
+
+def test_the_references_run_on_a_cpu_in_fp64_and_when_told_to(monkeypatch):
+    gpu = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype)  # noqa: E731
+    for mode, expected in [("1", _lib.MODE != "0"), ("0", False), ("interpret", True)]:
+        monkeypatch.setattr(_lib, "MODE", mode if _lib.MODE != "0" else "0")
+        assert _lib.use("swiglu", gpu(torch.bfloat16)) == (expected and _lib.MODE != "0")
+        assert not _lib.use("swiglu", gpu(torch.float64))
+        assert _lib.use("swiglu", torch.ones(1)) == (_lib.MODE == "interpret")
+
+
+ALL_SIX = """
+import sys, torch
+from types import SimpleNamespace
+from kernels import _lib, act, attention, decode, head, norm, rope
+x, w, t = torch.randn(4, 8, requires_grad=True), torch.randn(8), torch.tensor([1, 0, -100, 2])
+qkv, cos = torch.randn(4, 3, 8, requires_grad=True), torch.ones(4, 4)
+outs = [act.swiglu(x), norm.rms_norm(x, w, 1e-6), *norm.add_rms_norm(x, x, w, 1e-6), rope.qk_norm_rope(qkv, w, w, cos, cos, 1, 1e-6),
+        head.linear_cross_entropy(x, x, t), *head.linear_logprob(x, x, t, 1.0, True)]
+sum(o.sum() for o in outs).backward()
+assert x.grad.isfinite().all() and qkv.grad.isfinite().all()
+assert not _lib.use("swiglu", SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)) and _lib.prove(SimpleNamespace(type="cuda")) == {}
+"""
+
+
+def run_python(code, path=ROOT, **environment):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment | {"PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_without_triton_the_references_run(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('no triton here')\n")
+    done = run_python(ALL_SIX + "assert 'triton' not in sys.modules", f"{tmp_path}:{ROOT}", FEINSCHLIFF_KERNELS="interpret")
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_can_be_switched_off():
+    done = run_python(ALL_SIX, FEINSCHLIFF_KERNELS="0")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+def test_kernels_can_be_interpreted_by_anyone():
+    code = "import torch; from kernels import act; x = torch.randn(3, 10); assert act.use('swiglu', x)\n"
+    done = run_python(code + "assert torch.allclose(act.swiglu(x), act.swiglu_reference(x), atol=1e-6)", FEINSCHLIFF_KERNELS="interpret")
+    assert done.returncode == 0, done.stderr
