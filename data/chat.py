@@ -22,6 +22,7 @@ import torch
 from common import UserError, rank
 from data.pack import next_tokens, pack
 from data.read import parse_mixture, read_rows
+from data.rewards import right_number
 from kernels.head import IGNORE
 
 TEMPLATE = (  # the same in Jinja, for `transformers`. The line end comes before a turn, so that a finished conversation ends at <|im_end|>
@@ -149,8 +150,7 @@ def conversation(row):
         field = "messages" if "messages" in row else "conversations"
         return ends_with(check_messages(row[field], field), "assistant", field)
     if "instruction" in row:  # Alpaca
-        asked = text_of(row["instruction"], "instruction") + (f"\n\n{row['input']}" if row.get("input") else "")
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": text_of(row.get("output"), "output")}]
+        return [instruction(row), {"role": "assistant", "content": text_of(row.get("output"), "output")}]
     if "completion" in row:
         said = row["completion"]
         said = check_answer(said, "completion") if isinstance(said, list) else text_of(said, "completion")
@@ -160,6 +160,12 @@ def conversation(row):
     if "text" in row:
         raise ValueError('"text" is what pretraining reads; a conversation has "messages", or "prompt" and "completion"')
     raise ValueError(f'no conversation in the fields {", ".join(row) or "(none)"}; "messages" or "prompt" and "completion" were expected')
+
+
+def instruction(row):
+    """Alpaca's "instruction" and "input" as the user's message."""
+    asked, more = text_of(row["instruction"], "instruction"), row.get("input") or ""
+    return {"role": "user", "content": asked if isinstance(more, str) and not more.strip() else f"{asked}\n\n{text_of(more, 'input')}"}
 
 
 def check_answer(messages, field):
@@ -175,11 +181,11 @@ def solution(row):
 
 
 def prompt(row):
-    """What the assistant is to answer: "prompt" or "question" (string or messages), or a conversation without its last answer -> messages."""
+    """What the assistant is to answer: "prompt" or "question" (string or messages), or a conversation, whose last answer is left out -> messages."""
     field = next((name for name in ("prompt", "question", "messages", "conversations", "instruction") if name in row), None)
     if field is None:
         raise ValueError(f'no "prompt" in the fields {", ".join(row) or "(none)"}')
-    messages = conversation(row)[:-1] if field in ("messages", "conversations", "instruction") else as_messages(row[field], field)
+    messages = [instruction(row)] if field == "instruction" else as_messages(row[field], field)
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f'"{field}" has no question of a user')
@@ -187,8 +193,11 @@ def prompt(row):
 
 
 def problem(row):
-    """{"prompt" or "question", "answer"} -> (messages, row)."""
-    return prompt(row), row | {"answer": solution(row)}
+    """{"prompt" or "question", "answer" with a number to compare with} -> (messages, row)."""
+    row = row | {"answer": solution(row)}
+    if right_number(row) is None:
+        raise ValueError('"answer" has no number to compare with: neither "#### 72" at its end nor a number by itself')
+    return prompt(row), row
 
 
 def prompt_only(row):
@@ -211,11 +220,11 @@ def preference(row):
         if field not in row:
             raise ValueError(f'no "{field}"' + ("; this is a conversation, which sft.py reads" if "messages" in row else f" in the fields {', '.join(row) or '(none)'}"))
         side = row[field]
-        if isinstance(side, str) and "prompt" in row:
+        if not isinstance(side, list) and "prompt" in row:
             side = [{"role": "assistant", "content": text_of(side, field)}]
-        elif isinstance(side, str):
+        elif not isinstance(side, list):
             side = dialogue(text_of(side, field), field)
-        elif isinstance(side, list) and len(side) == 1 and "prompt" in row:
+        elif len(side) == 1 and "prompt" in row:
             side = [{"role": "assistant", "content": check_answer(side, field)}]
         else:
             side = check_messages(side, field)

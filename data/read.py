@@ -44,6 +44,8 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 def parse_row(text):
     """One JSON object -> dict. ValueError or RecursionError says what is wrong with it."""
+    if text.startswith("["):  # as Alpaca's and ShareGPT's files do
+        raise ValueError("a JSON object was expected, not list (an array's objects must stand one a line; jq -c '.[]' FILE writes them so)")
     row = JSON.decode(text)
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object was expected, not {type(row).__name__}")
@@ -91,8 +93,12 @@ def parse_mixture(text):
     return sources
 
 
+def without_nulls(row):
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def hub_rows(name):
-    """Yield the rows of hf:NAME[configuration,split,rows] (left out: the default one, train, all) from Hugging Face, as dicts."""
+    """Yield the rows of hf:NAME[configuration,split,rows] (left out: the default one, train, all) from Hugging Face, as dicts without nulls."""
     try:
         import datasets
     except ImportError:
@@ -100,20 +106,20 @@ def hub_rows(name):
     repository, configuration, split, rows = (re.split(r"[\[,]", name.removeprefix("hf:").rstrip("]")) + ["", "", ""])[:4]
     try:
         stream = datasets.load_dataset(repository, configuration or None, split=split or "train", streaming=True)
-        yield from itertools.islice(stream, int(rows) if rows else None)
+        yield from map(without_nulls, itertools.islice(stream, int(rows) if rows else None))
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{name}: {e!r}") from None
 
 
 def parquet_rows(path):
-    """Yield the rows of a Parquet file as dicts."""
+    """Yield the rows of a Parquet file as dicts, without their nulls: in a table every row has every column."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: needs the package `pyarrow`, which comes with pip install -e '.[data]'") from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+            yield from map(without_nulls, batch.to_pylist())
     except (OSError, ValueError) as e:  # pyarrow's own errors are ValueErrors
         raise UserError(f"{path}: cannot be read as Parquet ({e})") from None
 

@@ -16,7 +16,13 @@ def number_after(text, mark="####"):
     return Decimal(match[0].replace(",", "").replace("$", "")) if match else None
 
 
+def right_number(row):
+    """The number of a row's "answer": after its last "####", or a number by itself. None where there is neither."""
+    marked = number_after(row["answer"])
+    return number_after("####" + row["answer"]) if marked is None else marked
+
+
 def final_number(prompt, completion, row):
     """1.0 if the number after the last "####" of a finished completion is the answer's, else 0.0."""
-    answer = number_after(row["answer"])
+    answer = right_number(row)
     return float(answer is not None and number_after(completion) == answer and row.get("finished", True))
