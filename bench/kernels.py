@@ -9,7 +9,7 @@ deviation from fp32, relative to the largest true number. Memory is the peak on 
     python -m bench.kernels                      minutes on a GPU; bench/results/kernels_DEVICE.json
     python -m bench.kernels --tiny --device=cpu  seconds: the script itself, at toy sizes, times mean nothing
 """
-import dataclasses, json, math, re, statistics, subprocess, sys, time
+import json, math, re, statistics, subprocess, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common import UserError, describe, launch, setup
 from kernels._lib import prove
 from kernels.act import swiglu, swiglu_reference
-from kernels.attention import attention, attention_reference, batches
+from kernels.attention import attention, attention_reference, batches, layout
 from kernels.decode import decode_attention, decode_attention_reference
 from kernels.head import linear_cross_entropy, linear_cross_entropy_reference, linear_logprob, linear_logprob_reference
 from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -192,15 +192,16 @@ def attention_pairs(lengths, window=0):
 
 
 def attention_contests(make):
-    tokens, width = (128, 32) if make.tiny else (16384, 2048)
+    tokens, width = (128, 64) if make.tiny else (16384, 2048)
     asked = {  # (Dh, length): TF/s
         (128, 2048): 360, (128, 4096): 400, (128, 8192): 430, (128, 16384): 450, (64, 2048): 300, (64, 4096): 340, (64, 8192): 360, (64, 16384): 370,
     }  # fmt: skip
-    for dh, length, group in [(16, 64, 1), (16, 64, 2)] if make.tiny else [*((*key, 1) for key in asked), (128, 4096, 4), (64, 1024, 1)]:
+    for dh, length, group in [(32, 64, 1), (32, 64, 2)] if make.tiny else [*((*key, 1) for key in asked), (128, 4096, 4), (64, 1024, 1)]:
         heads, documents = width // dh, tokens // length
         q, k, v = make.normal(tokens, heads, dh), make.normal(tokens, heads // group, dh), make.normal(tokens, heads // group, dh)
-        layout = batches(boundaries(make, [length] * documents))
-        ours, reference = (lambda q, k, v, f=f: f(q, k, v, layout) for f in (attention, attention_reference))
+        cu = boundaries(make, [length] * documents)
+        tiles, groups = layout(cu, q, dh), batches(cu)  # once a forward pass, for every layer
+        ours, reference = (lambda q, k, v: attention(q, k, v, tiles)), (lambda q, k, v: attention_reference(q, k, v, groups))
         named = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, documents, length), "FLASH": sdpa(SDPBackend.FLASH_ATTENTION, documents, length)}
         flops = 4 * attention_pairs([length] * documents) * heads * dh
         shape = f"{documents}x{length} H{heads} K{heads // group} Dh{dh}"
@@ -217,21 +218,29 @@ def attention_contests(make):
 
 
 def packed_contests(make):
-    """Documents of log-normal length, 700 tokens in the mean, as a web corpus has them."""
+    """Documents of log-normal length, some 700 tokens in the mean, as a web corpus has them; and a window of 512 over long ones. Everything is timed that
+    a new pack asks for: our table of tiles, Flex's mask."""
     tokens = 128 if make.tiny else 32768
-    generator = torch.Generator().manual_seed(0)
-    lengths = []
-    while sum(lengths) < tokens:
+    generator, ragged = torch.Generator().manual_seed(0), []
+    while sum(ragged) < tokens:
         length = int(torch.empty(1).log_normal_(math.log(400), 1.05, generator=generator).clamp(16, 8192)) // (20 if make.tiny else 1) + 1
-        lengths.append(min(length, tokens - sum(lengths)))
-    for dh, heads in [(16, 2)] if make.tiny else [(128, 16), (64, 12)]:
-        q, k, v = (make.normal(tokens, heads, dh) for _ in range(3))
-        cu = boundaries(make, lengths)
-        ours, reference = (lambda q, k, v, f=f: f(q, k, v, batches(cu)) for f in (attention, attention_reference))
-        contenders = {OURS: both(ours, q, k, v), "varlen_attn": lambda: both(varlen(cu, max(lengths), 0), q, k, v)(), "flex": lambda: both(flex(make, lengths, 0), q, k, v)()}
-        shape = f"{len(lengths)} documents, {tokens} tokens H{heads} Dh{dh}"
-        flops = 3.5 * 4 * attention_pairs(lengths) * heads * dh
-        yield Contest("attention packed", shape, "TF/s", flops, both(reference, *wide(q, k, v)), contenders, speed={"varlen_attn": 1.3, "flex": 1.3})
+        ragged.append(min(length, tokens - sum(ragged)))
+    for name, lengths, window in [("packed", ragged, 0), ("window", [tokens // 4] * 4, 8 if make.tiny else 512)]:
+        for dh, heads in [(32, 2)] if make.tiny else [(128, 16), (64, 12)]:
+            q, k, v = (make.normal(tokens, heads, dh) for _ in range(3))
+            cu, longest = boundaries(make, lengths), max(lengths)
+
+            def ours(q, k, v):
+                return attention(q, k, v, layout(cu, q, dh), window)
+
+            def reference(q, k, v):
+                return attention_reference(q, k, v, batches(cu), window)
+
+            shape = f"{len(lengths)} documents, {tokens} tokens H{heads} Dh{dh}"
+            flops = 3.5 * 4 * attention_pairs(lengths, window) * heads * dh
+            others = {"varlen_attn": lambda: both(varlen(cu, longest, window), q, k, v)(), "flex": lambda: both(flex(make, lengths, window), q, k, v)()}
+            contenders = {OURS: both(ours, q, k, v), **others}
+            yield Contest(f"attention {name}", shape, "TF/s", flops, both(reference, *wide(q, k, v)), contenders, speed={"varlen_attn": 1.3, "flex": 1.3})
 
 
 def decode_contests(make):
@@ -383,10 +392,7 @@ def act_contests(make):
         yield from memory_bound(make, "swiglu", f"{n}x{width}", swiglu, plain_swiglu, swiglu_reference, [gate_up], (3 * size, 5 * size), (0.9, 0.9))
 
 
-CONTESTS = {
-    "attention": attention_contests, "attention packed": packed_contests, "linear": head_contests,
-    "rms_norm add_rms_norm": norm_contests, "qk_norm_rope": rope_contests, "swiglu": act_contests, "decode_attention": decode_contests,
-}  # fmt: skip
+CONTESTS = [attention_contests, packed_contests, decode_contests, head_contests, rope_contests, act_contests, norm_contests]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -421,6 +427,7 @@ def peak_of(run, device):
     """(MiB at the peak of a run on top of what was there before, what it returned)."""
     if device.type == "cpu":
         return None, run()
+    run()  # compiles, and may measure on the way
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -441,7 +448,6 @@ def hold(contest, device, rounds):
         row = {"op": contest.op, "shape": contest.shape, "contender": name, "unit": contest.unit}
         try:
             run = prepare()
-            run()  # compiles
             mib, found = peak_of(run, device)
         except Exception as e:  # one that is not installed, or refuses the size or the device, must not end the others' contest
             rows[name] = row | {"absent": f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:150]}"}
@@ -543,17 +549,14 @@ def main(config):
     print(json.dumps(machine(device) | {"switched off": off}))
     print(HEADER, flush=True)
     with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):  # a graph cannot be captured on the default stream
-        for name, contests in CONTESTS.items():
-            if not any(part.startswith(config.only) for part in name.split(" ")):
-                continue
-            for contest in contests(Maker(device, config.tiny)):
+        for contest in (contest for contests in CONTESTS for contest in contests(Maker(device, config.tiny))):
+            if contest.op.startswith(config.only):
                 if config.tiny:
                     contest.rate, contest.speed, contest.memory = 0, {}, {}
-                if contest.op.startswith(config.only):
-                    new = hold(contest, device, config.rounds)
-                    rows, clocks = rows + new, clocks + [clock_now()]
-                    print("\n".join(map(shown, new)), flush=True)
-                    path.write_text(json.dumps({**machine(device), "off": off, "clocks": clocks, "rows": rows}, indent=1) + "\n")  # each time: a timeout keeps what there is
+                new = hold(contest, device, config.rounds)
+                rows, clocks = rows + new, clocks + [clock_now()]
+                print("\n".join(map(shown, new)), flush=True)
+                path.write_text(json.dumps({**machine(device), "off": off, "clocks": clocks, "rows": rows}, indent=1) + "\n")  # each time: a timeout keeps what there is
     judged = [row["reached"] for row in rows if row["reached"] is not None]
     print(f"{sum(judged)} of {len(judged)} reached; {path}")
     if config.only and not rows:

@@ -32,8 +32,8 @@ ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (22
 # The rules
 
 
-SPILLS = {}  # {(kernel, case, arch): (most bytes of stack, why it stands)}
-ROW_SUMS = {"logprob_kernel", "cross_entropy_kernel"}  # may write nothing but one number a row (the second: without gradients)
+SPILLS = {}  # {(kernel, architecture): most bytes of stack}: none, today
+SUMS = {"logprob_kernel", "cross_entropy_kernel", "combine_kernel"}  # write a small part of what they read (the second: where no gradient is wanted)
 SMALL_DOTS = {"decode_kernel"}  # their products have 16 rows: HGMMA and UTCHMMA begin at 64, so HMMA it is everywhere
 
 
@@ -42,7 +42,7 @@ def broken(row):
     smem, tensor_core, _ = ARCHS[row["arch"]]
     half = row["dtype"] != "fp32"  # fp32 must compile and be sound; a GPU trains in bf16, and exact products are not its tensor cores' work
     wrong = []
-    if half and row["stack"] > SPILLS.get((row["kernel"], row["case"], row["arch"]), (0, ""))[0]:
+    if half and row["stack"] > SPILLS.get((row["kernel"], row["arch"]), 0):
         wrong.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
     if row["smem"] > smem:
         wrong.append(f"{row['smem']} bytes of shared memory, over {smem}")
@@ -54,7 +54,7 @@ def broken(row):
         wrong.append(f"no {tensor_core}: {row['tensor'] or 'no tensor core at all'}")
     if not row["wide_loads"] or not row["dot"] and row["narrow_bytes"] > 16 * row["wide_loads"]:
         wrong.append(f"of {row['loads']} loads {row['wide_loads']} are of 128 bits, and the others move more bytes")
-    if not row["dot"] and not row["wide_stores"] and row["kernel"] not in ROW_SUMS:
+    if not row["dot"] and not row["wide_stores"] and row["kernel"] not in SUMS:
         wrong.append(f"memory-bound, yet none of its {row['stores']} stores is of 128 bits")
     if row["atomics"]:
         wrong.append(f"{row['atomics']} global atomics: the order of their sums is chance")
@@ -214,7 +214,21 @@ def attention_cases():
         yield f"attention Dh={dh} G={group} window={window}", dtype, op, [qkv]
 
 
-CASES = [act_cases, norm_cases, rope_cases, head_cases, attention_cases]
+def decode_cases():
+    from kernels.decode import append_rope, decode_attention
+
+    wanted = [("bf16", dh, group, B) for dh in (64, 128) for group, B in [(1, 4), (4, 4), (8, 4), (4, 64)]] + [("fp16", 64, 4, 4), ("fp32", 64, 4, 4)]
+    for dtype, dh, group, B in wanted:  # 4 slots are split over the multiprocessors, 64 are enough as they are
+        q, cache, lengths = zeros(dtype, B, 2 * group, dh), zeros(dtype, B, 1024, 2, dh), torch.full((B,), 1000)
+        yield f"decode Dh={dh} G={group} B={B}", dtype, torch.no_grad()(lambda q, k, v: decode_attention(q, k, v, lengths)), [q, cache, cache]
+    for dtype, dh in [("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)]:
+        qkv, weight, table, cache = zeros(dtype, 4, 12 + 2 * 4, dh), zeros("fp32", dh), zeros("fp32", 1024, dh // 2), zeros(dtype, 4, 1024, 4, dh)
+        for name, weights in [("append_norm_rope", (weight, weight)), ("append_rope", (None, None))]:
+            op = torch.no_grad()(lambda qkv, k, v: append_rope(qkv, *weights, table, table, 12, 1e-6, k, v, torch.full((4,), 1000)))
+            yield f"{name} Dh={dh}", dtype, op, [qkv, cache, cache.clone()]
+
+
+CASES = [act_cases, norm_cases, rope_cases, head_cases, attention_cases, decode_cases]
 
 
 def compile_all(arch, only=""):

@@ -1,15 +1,34 @@
-"""The same code on a CUDA GPU, in bf16: close to the CPU's fp32, learning alike, sampling what it trains on. Skipped without a GPU."""
+"""The same code on a CUDA GPU, in bf16: close to the CPU's fp32, kernels and references alike, the same twice, sampling what it trains on. Skipped without a GPU."""
 import pytest
 import torch
 
 import pretrain
+from common import setup
 from data import corpus, tokenizer
-from data.pack import pack
-from model import logprobs
+from data.pack import next_tokens, pack
+from kernels import _lib
+from kernels.attention import attention, layout
+from kernels.head import IGNORE, linear_cross_entropy, linear_logprob
+from model import KVCache, logprobs
 from optim import Optimizer
 from rollout import rollout
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+SHAPE = dict(width=128, heads=4, kv_heads=2, head_dim=64, ffn=256, context=512)  # heads as wide as the kernels want them
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_a_script():
+    setup("cuda", 0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """A function: "kernels" or "references" -> from now on they run."""
+    return lambda which: monkeypatch.setattr(_lib, "MODE", {"kernels": "1", "references": "0"}[which])
 
 
 def documents(lengths, vocab=61):
@@ -17,11 +36,30 @@ def documents(lengths, vocab=61):
     return [torch.randint(vocab, (n,), generator=generator) for n in lengths]
 
 
-def test_logprobs_and_gradients_are_close_to_the_cpu_in_fp32(make_model):
+def twenty_steps(model, steps=20, polar="fp32"):
+    """(losses, weights) of training on one sentence."""
+    tok = tokenizer.byte_level()
+    streams = [corpus.encode(tok, ["the quick brown fox jumps over the lazy dog. " * 40])]
+    optimizer = Optimizer(model, 0.01, matrix_lr=0.02, embed_lr=0.3, polar=polar)
+    order = corpus.text_order(streams, tok.eot, 64, seed=0)
+    losses = []
+    for _ in range(steps):
+        losses.append(pretrain.train_step(model, streams, order.batch(512), 256).item())
+        optimizer.step(1.0)
+    return losses, [p.detach().cpu() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("op", sorted(_lib.PROOFS))
+def test_every_op_proves_itself(op):
+    assert _lib.prove_op(op, torch.device("cuda")) == ""
+
+
+@pytest.mark.parametrize("shape", [{}, SHAPE], ids=["narrow", "wide"])
+def test_logprobs_and_gradients_are_close_to_the_cpu_in_fp32(make_model, shape):
     p = pack(documents([64, 1, 17, 40, 40, 3]))
     found = []
     for device in ("cpu", "cuda"):
-        model = make_model(noise=0.1).to(device)
+        model = make_model(noise=0.1 if not shape else 0.02, **shape).to(device)
         logp = logprobs(model, p.to(device))
         logp.sum().backward()
         found.append((logp.detach().cpu(), model.blocks[0].qkv.grad.cpu()))
@@ -30,24 +68,100 @@ def test_logprobs_and_gradients_are_close_to_the_cpu_in_fp32(make_model):
     assert (grad - grad_gpu).norm() / grad.norm() < 0.05
 
 
-def test_twenty_steps_learn_as_on_the_cpu(make_model):
-    tok = tokenizer.byte_level()
-    streams = [corpus.encode(tok, ["the quick brown fox jumps over the lazy dog. " * 40])]
+def test_twenty_steps_learn_as_on_the_cpu_and_kernels_as_references(make_model, switch):
     losses = {}
-    for device in ("cpu", "cuda"):
-        model = make_model(vocab_size=tok.n_vocab, noise=0.0).to(device)
-        optimizer = Optimizer(model, 0.01, matrix_lr=0.02, embed_lr=0.3, polar="fp32")
-        order = corpus.text_order(streams, tok.eot, 64, seed=0)
-        losses[device] = []
-        for _ in range(20):
-            losses[device].append(pretrain.train_step(model, streams, order.batch(512), 256).item())
-            optimizer.step(1.0)
-    assert losses["cuda"][-1] < losses["cuda"][0] - 1
-    assert max(abs(a - b) for a, b in zip(losses["cpu"], losses["cuda"])) < 0.15
+    for which, device in [("kernels", "cuda"), ("references", "cuda"), ("references", "cpu")]:
+        switch(which)
+        model = make_model(vocab_size=tokenizer.byte_level().n_vocab, noise=0.0, **SHAPE).to(device)
+        losses[which, device], _ = twenty_steps(model)
+    kernels, references, cpu = losses.values()
+    far = lambda a, b: max(abs(x - y) for x, y in zip(a, b))  # noqa: E731
+    assert kernels[-1] < kernels[0] - 1
+    assert far(kernels[:1], references[:1]) < 2e-3
+    assert far(kernels, references) < 0.1 and far(kernels, cpu) < 0.15
 
 
-def test_sampled_logprobs_are_the_teacher_forced_ones(make_model):
-    model = make_model(noise=0.1).cuda()
+def test_five_steps_twice_are_equal_bit_for_bit(make_model):
+    shape = dict(vocab_size=tokenizer.byte_level().n_vocab, noise=0.02, **SHAPE)
+    (losses, weights), (again, weights_again) = (twenty_steps(make_model(**shape).cuda(), steps=5, polar="bf16") for _ in range(2))
+    assert losses == again and all(map(torch.equal, weights, weights_again))
+
+
+def test_the_training_loss_compiles_as_one_graph(make_model):
+    model = make_model(noise=0.05, **SHAPE).cuda()
+
+    def loss(p, targets):
+        return linear_cross_entropy(model(p), model.head, targets)
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for lengths in ([64, 1, 17, 40], [100, 22], [64, 1, 17, 40]):
+        p = pack(documents(lengths))
+        targets = next_tokens(p, IGNORE).cuda()
+        found = []
+        for f in (loss, compiled):
+            model.zero_grad()
+            value = f(p.to("cuda"), targets)
+            value.backward()
+            found.append((value.item(), model.blocks[0].qkv.grad.clone(), model.untied_head.grad.clone()))
+        (eager, *grads), (fused, *fused_grads) = found
+        assert abs(eager - fused) / eager < 1e-2
+        assert all((a - b).norm() / a.norm() < 0.05 for a, b in zip(grads, fused_grads))
+
+
+@pytest.mark.parametrize("dh", [64, 128])
+def test_attention_repeats_itself_a_thousand_times(dh):
+    """Races show up as rare differences."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    cu = torch.tensor([0, 700, 701, 1300, 4096], dtype=torch.int32, device="cuda")
+    qkv = torch.randn(4096, 8 + 2 * 2, dh, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    upstream = torch.randn(4096, 8, dh, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        out = attention(*qkv.split([8, 2, 2], dim=1), layout(cu, qkv, dh))
+        return out, *torch.autograd.grad(out, qkv, upstream)
+
+    first = run()
+    differs = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        for a, b in zip(first, run()):
+            differs |= (a != b).any()
+    assert first[0].isfinite().all() and not differs
+
+
+def test_the_head_with_more_logits_than_an_int32_counts():
+    N, V, C = 43_008, 50_304, 64
+    assert N * V > 2**31
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(N, C, generator=generator, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(V, C, generator=generator, device="cuda") / 8
+    targets = torch.randint(V, (N,), generator=generator, device="cuda")
+    whole, parts = (_lib.with_gradients(lambda x, w: linear_cross_entropy(x, w, targets, chunk_mb=mb), [hidden, weight]) for mb in (5000, 256))  # noqa: B023
+    for a, b in zip(whole, parts):
+        assert (a.float() - b.float()).abs().max() <= 1e-2 * b.float().abs().max()
+    whole, parts = (linear_logprob(hidden, weight, targets, chunk_mb=mb) for mb in (5000, 256))
+    assert torch.allclose(whole, parts, atol=2e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_decoding_with_the_cache_is_the_full_pass(make_model, kv_heads):
+    model = make_model(noise=0.05, **(SHAPE | {"kv_heads": kv_heads})).cuda()
+    texts = documents([300, 1, 64, 129])
+    with torch.no_grad():
+        cache = KVCache(model, len(texts), 320)
+        p = pack(texts).to("cuda")
+        model.forward(p, cache, torch.arange(len(texts), device="cuda"))
+        for _ in range(10):
+            token = torch.randint(61, (len(texts),), device="cuda")
+            stepped = model.step(token, cache)
+            texts = [torch.cat([t, token[i : i + 1].cpu()]) for i, t in enumerate(texts)]
+            p = pack(texts).to("cuda")
+            whole = model(p)[p.cu[1:].long() - 1]
+            assert (stepped.float() - whole.float()).norm() / whole.float().norm() < 2e-2
+
+
+@pytest.mark.parametrize("shape", [{}, SHAPE], ids=["narrow", "wide"])
+def test_sampled_logprobs_are_the_teacher_forced_ones(make_model, shape):
+    model = make_model(noise=0.1 if not shape else 0.02, **shape).cuda()
     prompts = [d.tolist() for d in documents([3, 9, 1])]
     for s in rollout(model, prompts, max_new=20, n=2, temperature=0.7, seed=1):
         ids = prompts[s.prompt_index] + s.tokens
