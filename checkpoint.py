@@ -222,7 +222,7 @@ def find(where):
         if not wrong:
             return folder
         print(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
-    raise UserError(f"{where}: no checkpoint here (a directory with config.json and {WEIGHTS}, or a run's directory with an undamaged step_*)")
+    raise UserError(f"{where}: no checkpoint here{', but a file' if where.is_file() else ''} (expected a directory with config.json and {WEIGHTS}, or a run's directory with an undamaged step_*)")
 
 
 def load(where, device="cpu"):
@@ -377,6 +377,8 @@ class Run:
 
     def __init__(self, stage, config, free):
         self.stage, self.config, self.free = stage, config, free
+        if stage != "pretrain" and not config.init:
+            raise UserError("--init: name the checkpoint to start from")
         self.device = setup(config.device, config.seed)
         self.path = open_run(config.out, config.resume, config.overwrite)
         self.stop = Stop()
@@ -384,6 +386,16 @@ class Run:
         self.folder = self.resumed or (find(config.init) if config.init else None)  # what weights and tokenizer come from; None: from nothing
         self.info = read_json(self.folder / INFO) if self.folder and (self.folder / INFO).exists() else {}
         self.start, self.best = 0, float("inf")
+
+    def origin(self):
+        """The checkpoint this run began from. Not always what --init finds: that may be a run which has gone on since."""
+        if not self.resumed:
+            return self.folder
+        parent = self.info["lineage"][-1]
+        folder = find(parent["path"])
+        if parent["weights"] not in ("sharded", sha256(folder / WEIGHTS)):
+            raise UserError(f"{folder}: not the weights this run began from (their SHA-256 is another); bring those back, or start another run in a new --out")
+        return folder
 
     def check_same(self, data):
         """UserError unless this is the run that was stopped. data: {what is read: its SHA-256}."""
@@ -407,8 +419,10 @@ class Run:
         if rank() == 0:
             if self.config.resume and not self.resumed:
                 print("no checkpoint is here yet: beginning anew")
+            if self.resumed:
+                print(f"going on after step {self.start}")
             if self.start >= steps:
-                print("nothing is left to do; a larger --steps goes on")
+                print("nothing is left to do" + ("; a larger --steps goes on" if "steps" in self.free else ""))
         return counters
 
     def due(self, step, every):

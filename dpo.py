@@ -180,8 +180,10 @@ def all_logps(model, items, micro_tokens):
 
 def reference_logps(config, run, tok, data, splits, device):
     """{split: fp32 [n, 2]}: the reference's `all_logps`, from the cache where it has those of this reference, data and cut, else computed and kept there."""
-    folder = checkpoint.find(config.reference or config.init)
-    named = {name: checkpoint.sha256(folder / name) for name in (checkpoint.WEIGHTS, "config.json") if (folder / name).exists()} or str(folder)
+    folder = checkpoint.find(config.reference) if config.reference else run.origin()
+    named = {file.name: checkpoint.sha256(file) for file in sorted({folder / "config.json", *checkpoint.weight_files(folder).values()})}
+    if config.reference:
+        data[config.reference] = hashlib.sha256(json.dumps(named).encode()).hexdigest()  # a run goes on with the reference it began with
     items = hashlib.sha256(b"".join(side.ids.tobytes() + side.learnt.tobytes() for split_items in splits.values() for item in split_items for side in item))
     key = hashlib.sha256(json.dumps([named, data, tokenizer.fingerprint(tok), items.hexdigest()], sort_keys=True).encode()).hexdigest()
     cache = Path(config.ref_cache or run.path) / f"reference_{key[:16]}.safetensors"

@@ -15,7 +15,7 @@ Intervals are bootstrap percentiles over documents, problems, prompts or pairs (
     python evaluate.py --model=out/dpo --reference=out/sft --data=out/world/prompts_test.jsonl --reward=data/world.py:gold,out/rm
     python evaluate.py --model=out/rm --pairs=out/world/pairs_val.jsonl
 """
-import importlib.util, json, math
+import dataclasses, importlib.util, json, math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def document_nats(model, tok, documents, micro_tokens):
     totals = np.zeros((len(documents), 3))
     for first, last in split((cut[:, 2] - cut[:, 1]).tolist(), micro_tokens):
         p, targets = corpus.pack_pieces([stream], cut[first:last])
-        logp = linear_logprob(model(p.to(device)), model.head, targets.to(device)).double().cpu().numpy()
+        logp = linear_logprob(model(p.to(device)), model.head, targets.to(device)).cpu().double().numpy()
         documents_of = np.repeat(owner[first:last], np.diff(p.cu.numpy()))
         np.add.at(totals, documents_of, np.stack([-logp, np.ones(len(logp)), sizes[targets.numpy()]], axis=1))
     return totals
@@ -126,7 +126,7 @@ def prefer_first(model, tok, prompts, micro_tokens):
     if longest > model.config.context:
         raise UserError(f"a judge prompt of {longest} tokens exceeds the model's context of {model.config.context}")
     hidden = torch.cat([model(p.to(model.embed.device))[p.cu[1:].long() - 1] for p in packs(documents, micro_tokens)])
-    return torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0].double().cpu().numpy()
+    return torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0].cpu().double().numpy()
 
 
 def judge(model, tok, rows, seed, micro_tokens):
@@ -148,18 +148,23 @@ def judge(model, tok, rows, seed, micro_tokens):
 # Answers
 
 
-def check_room(model, prompts, max_new):
-    """UserError where a prompt leaves no room for an answer; else the longest answer that all prompts leave room for, at most `max_new`."""
-    longest = max(map(len, prompts))
+def rooms(model, prompts, max_new):
+    """The tokens that each prompt leaves for its answer, at most `max_new`. UserError where one leaves none."""
+    longest = max(map(len, prompts), default=0)
     if longest >= model.config.context:
         raise UserError(f"a prompt of {longest} tokens fills the model's context of {model.config.context}; leave it out of the data")
-    return min(max_new, model.config.context - longest)
+    return [min(max_new, model.config.context - len(p)) for p in prompts]
 
 
 def answers(model, tok, conversations, *, max_new, temperature=1.0, n=1, seed=0):
     """Sample `n` answers to each conversation (lists of messages) -> (prompts, samples, texts): token ids, Samples, and what they say."""
-    prompts = [chat.encode_prompt(tok, messages) for messages in conversations]
-    samples = rollout(model, prompts, max_new=check_room(model, prompts, max_new), n=n, temperature=temperature, stop={chat.end_of_turn(tok)}, seed=seed)
+    prompts, samples = [chat.encode_prompt(tok, messages) for messages in conversations], []
+    room = rooms(model, prompts, max_new)
+    for most in sorted(set(room), reverse=True):  # one, but for prompts so long that the context cuts their answers short: theirs only
+        here = [i for i, r in enumerate(room) if r == most]
+        found = rollout(model, [prompts[i] for i in here], max_new=most, n=n, temperature=temperature, stop={chat.end_of_turn(tok)}, seed=seed + max_new - most)
+        samples += [dataclasses.replace(s, prompt_index=here[s.prompt_index]) for s in found]
+    samples.sort(key=lambda s: s.prompt_index)
     return prompts, samples, [chat.decode_answer(tok, s.tokens) for s in samples]
 
 
@@ -174,7 +179,7 @@ def answer_logps(model, prompts, samples, temperature, micro_tokens):
     """float64 [n]: the log-probability of each sampled answer, summed over its tokens, at `temperature`."""
     documents, found = [prompts[s.prompt_index] + s.tokens for s in samples], []
     for first, last in split([len(d) for d in documents], micro_tokens):
-        logp = logprobs(model, pack(documents[first:last]).to(model.embed.device), temperature).double().cpu()
+        logp = logprobs(model, pack(documents[first:last]).to(model.embed.device), temperature).cpu().double()  # Apple's GPUs have no float64
         parts = logp.split([len(d) for d in documents[first:last]])
         found += [part[len(part) - len(s.tokens) :].sum().item() for part, s in zip(parts, samples[first:last])]
     return np.array(found)
@@ -182,8 +187,11 @@ def answer_logps(model, prompts, samples, temperature, micro_tokens):
 
 @torch.no_grad()
 def scores(model, documents, micro_tokens, center=0.0):
-    """float64 [D]: the reward model's score at the last token of each document (token ids), less `center`."""
-    return torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]).double().cpu().numpy() - center
+    """float64 [D]: the reward model's score at the last token of each document (token ids), less `center`. UserError where it cannot read one whole."""
+    longest = max(map(len, documents))
+    if longest > model.config.context:
+        raise UserError(f"a conversation of {longest} tokens exceeds the reward model's context of {model.config.context}")
+    return torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]).cpu().double().numpy() - center
 
 
 def load_reward(name, device, micro_tokens):
@@ -311,6 +319,12 @@ def calibration_error(predicted, agrees, bins=10):
 def pair_figures(model, tok, pairs, micro_tokens, seed):
     """`preference_figures` of a reward model on some pairs."""
     chosen, rejected = pair_documents(tok, pairs)
+    kept = [i for i, sides in enumerate(zip(chosen, rejected)) if max(map(len, sides)) <= model.config.context]
+    if len(kept) < len(pairs):
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs left out, a side of which is longer than the {model.config.context} tokens of the model's context")
+    if not kept:
+        raise UserError(f"--pairs: no pair fits into the {model.config.context} tokens of the model's context")
+    pairs, chosen, rejected = ([some[i] for i in kept] for some in (pairs, chosen, rejected))
     found = scores(model, chosen + rejected, micro_tokens)
     starts = [len(chat.encode_prompt(tok, p.prompt)) for p in pairs]
     lengths = [(len(c) - s, len(r) - s) for c, r, s in zip(chosen, rejected, starts)]

@@ -187,7 +187,7 @@ def main(config):
     if rank() == 0:
         c = model.config
         print(f"{n_parameters:,} parameters: {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; on {describe(device)['hardware']}")
-        print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs" + (f"; going on after step {run.info['step']}" if run.resumed else ""))
+        print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs")
         if config.compile and device.type == "cpu":
             print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
     counters = run.begin(steps, optimizer, data_hashes(config), n_parameters)

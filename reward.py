@@ -120,7 +120,7 @@ def all_leads(model, documents, micro_tokens):
     """float64 [P]: `leads` of all pairs, in evaluation. Every rank measures all of them: there are few."""
     model.eval()
     lengths = [len(c) + len(r) for c, r in zip(*documents)]
-    return torch.cat([leads(model, documents, range(first, last)) for first, last in split(lengths, micro_tokens)]).double().cpu()
+    return torch.cat([leads(model, documents, range(first, last)) for first, last in split(lengths, micro_tokens)]).cpu().double()
 
 
 def fit(pairs, documents, limit, what):
@@ -139,7 +139,7 @@ def main(config):
     device = run.device
 
     # 1. Pairs, and the model: the fine-tuned one under a new head
-    language_model, tok, info = checkpoint.load(config.init)
+    language_model, tok, info = checkpoint.read(run.origin())
     rows, data = chat.read(config.data, chat.preference, config.skip_bad, config.seed)
     val_rows, val_data = chat.read(config.val, chat.preference, config.skip_bad) if config.val else (None, {})
     train_rows, val_rows = (rows, val_rows) if config.val else chat.split_off(rows, config.val_fraction, config.seed)

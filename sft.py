@@ -20,7 +20,7 @@ from common import UserError, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import Chat, pack_chats
 from data.pack import share, split
-from evaluate import answers, exact_match
+from evaluate import answers, exact_match, rooms
 from kernels.head import linear_cross_entropy
 from optim import Optimizer, wsd
 
@@ -74,7 +74,7 @@ def check_flags(config):
 @torch.no_grad()
 def add_chat_tokens(model, tok):
     """(model, tok) that know the tokens of a conversation, as every model of pretrain.py does; one from elsewhere gets rows for them, each the mean of all rows."""
-    tok = tokenizer.with_specials(tok)
+    tok = tokenizer.with_turns(tok)
     missing = tok.n_vocab - model.config.vocab_size
     if missing > 0:
         for name in ("embed", "untied_head"):
@@ -82,7 +82,8 @@ def add_chat_tokens(model, tok):
             if old is not None:
                 setattr(model, name, torch.nn.Parameter(torch.cat([old, old.mean(0, keepdim=True).expand(missing, -1)])))
         model.config.vocab_size = tok.n_vocab
-        print(f"{missing} tokens of a conversation are new to this model: rows of the mean embedding were added for them")
+        if rank() == 0:
+            print(f"{missing} tokens of a conversation are new to this model: rows of the mean embedding were added for them")
     return model, tok
 
 
@@ -162,7 +163,11 @@ def main(config):
     train = fit([chat.encode(tok, messages) for messages in train_rows], context, end, config.data)
     val = fit([chat.encode(tok, messages) for messages in val_rows], context, end, config.val or "held out of it")
     chat.audit(tok, train, config.data)
+    rooms(model, [chat.encode_prompt(tok, messages) for messages, _ in problems], config.max_new)  # now, not at the first validation
+    shown = next(messages for messages in val_rows if chat.whole_turns(chat.encode(tok, messages), context, end))
+    shown = shown[: [m["role"] for m in shown].index("assistant")]  # a first question, answered in samples.txt
     streams = read_replay(config, tok)
+    data |= {name: checkpoint.sha256(Path(name) / "manifest.json" if Path(name).is_dir() else name) for name in config.replay.split(",") if name}
 
     # 2. Optimizer and order of the data, and on a resume all their state
     lengths = np.array([len(c.ids) for c in train])
@@ -210,8 +215,8 @@ def main(config):
                 text += f", {metrics['exact_match']:.1%} of {len(problems)} problems right"
             run.validated(step, metrics, text)
             if rank() == 0:
-                _, _, texts = answers(model, tok, [val_rows[0][:-1]], max_new=config.max_new, seed=config.seed)
-                run.log.sample(step, f"{val_rows[0][-2]['content']}\n--- answers:\n{texts[0]}")
+                _, _, texts = answers(model, tok, [shown], max_new=config.max_new, seed=config.seed)
+                run.log.sample(step, f"{shown[-1]['content']}\n--- answers:\n{texts[0]}")
         if run.due(step, config.save_every) or leaving:
             counters = {"epoch": order.epoch, "index": order.index} | ({"replay_epoch": replay.epoch, "replay_index": replay.index} if replay else {})
             run.save(step, model, tok, optimizer, counters, metrics)

@@ -6,13 +6,16 @@ by itself. A file of your own with such functions works as this one does: --rewa
 import re
 from decimal import Decimal
 
-NUMBER = re.compile(r"-?\$?\d{1,40}(?:,\d{3})*(?:\.\d{1,40})?")  # bounded, so that no completion can make it slow
+NUMBER = re.compile(  # bounded and without a way back, so that no completion can make it slow
+    r"-?\$?\d{1,40}+(?:,\d{3}){0,20}+(?:\.\d{1,40})?+"
+    r"(?![.,]?\d|[eE][-+]?\d| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"  # not the beginning of something else: a longer number, 2e5, 2**5, 1/2
+)
 
 
 def number_after(text, mark="####"):
     """The number after the last `mark` (GSM8K's), as a Decimal: commas, a dollar sign and a minus are understood. None where there is none."""
     _, found, rest = text.rpartition(mark)
-    match = NUMBER.match(rest.lstrip()[:100]) if found else None
+    match = NUMBER.match(rest.lstrip()[:200]) if found else None
     return Decimal(match[0].replace(",", "").replace("$", "")) if match else None
 
 

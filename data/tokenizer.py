@@ -208,10 +208,10 @@ def reserve(name, pattern, ranks, specials):
     return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(s for s in SPECIALS if s not in specials)})
 
 
-def with_specials(tok):
-    """The same tokenizer with those of our SPECIALS appended that it lacks, as a model from elsewhere does before it has learnt our conversations."""
+def with_turns(tok):
+    """The same tokenizer, <|im_start|> and <|im_end|> appended where it lacks them, as one from elsewhere may. What ends its documents and what pads stay."""
     specials, end = dict(tok._special_tokens), tok.n_vocab
-    missing = [s for s in SPECIALS if s not in specials]
+    missing = [s for s in SPECIALS[2:] if s not in specials]
     name = {i: s for s, i in specials.items()}
     return Tokenizer(tok.name, tok._pat_str, tok._mergeable_ranks, specials | {s: end + i for i, s in enumerate(missing)}, tok.nfc, name[tok.eot], name[tok.pad], tok.visible)
 

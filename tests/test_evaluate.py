@@ -92,7 +92,7 @@ def test_main_writes_what_it_prints(make_model, tmp_path, capsys):
     assert set(result["figures"]) == {"nats/token", "bits/byte", "nats/document", "tokens/document"}
     printed = capsys.readouterr().out
     for name, f in result["figures"].items():
-        assert f"{name:<32} {f['value']:8.4f}   [{f['low']:.4f}, {f['high']:.4f}]" in printed
+        assert f"{name:<48} {f['value']:9.4f}   [{f['low']:.4f}, {f['high']:.4f}]" in printed
 
 
 @pytest.mark.parametrize("text, message", [('{"prompt": "a"}\n', r"rows.jsonl:1: no \"answer\" string"), ("", "nothing in it")])
@@ -105,7 +105,7 @@ def test_rows_without_their_fields_are_named(tmp_path, text, message):
 def test_nothing_to_measure_is_said(make_model, tmp_path):
     tok = tokenizer.byte_level()
     checkpoint.save(tmp_path / "run", make_model(vocab_size=tok.n_vocab), tok, {"stage": "pretrain", "step": 1})
-    with pytest.raises(UserError, match="--text, --complete or --judge"):
+    with pytest.raises(UserError, match="give --text, --complete, --judge, --problems, --data or --pairs"):
         evaluate.main(evaluate.Config(model=str(tmp_path / "run"), device="cpu"))
 
 
