@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 from common import UserError, describe, launch, rank, reduce_sum, world_size
 from data import corpus, prepare, tokenizer
-from data.pack import share, split
-from kernels.head import linear_cross_entropy
+from data.pack import fill, share, split
+from kernels.head import IGNORE, linear_cross_entropy
 from model import GPT, config_for
 from optim import Optimizer, wsd
 from rollout import stream
@@ -133,14 +134,28 @@ def multiple(config, step, steps):
     return wsd(step, steps, config.warmup, int(config.decay * steps))
 
 
-def train_step(model, streams, pieces, micro_tokens):
-    """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this rank takes its share. Returns its share of the loss."""
+def one_shape(pack, targets, tokens):
+    """The pack and its targets filled up to `tokens` tokens and a power of two of documents, so that torch.compile sees few shapes; a larger pack as it is."""
+    missing = tokens - len(targets)
+    if missing < 0:
+        return pack, targets
+    documents = len(pack.cu) - 1 + -(-missing // pack.max_len)
+    return fill(pack, tokens, 1 << (documents - 1).bit_length()), F.pad(targets, (0, missing), value=IGNORE)
+
+
+def train_step(model, streams, pieces, micro_tokens, static=False):
+    """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this rank takes its share. Returns its share of the loss.
+
+    static: fill packs up to `micro_tokens`, for a compiled model.
+    """
     model.train()  # sampling leaves it in evaluation
     lengths = (pieces[:, 2] - pieces[:, 1]).tolist()
     begin, end = share(lengths, rank(), world_size())
     loss = torch.zeros((), device=model.embed.device)
     for first, last in split(lengths[begin:end], micro_tokens):
         pack, targets = corpus.pack_pieces(streams, pieces[begin + first : begin + last])
+        if static:
+            pack, targets = one_shape(pack, targets, micro_tokens)
         pack, targets = pack.to(model.embed.device), targets.to(model.embed.device)
         part = linear_cross_entropy(model(pack), model.head, targets) / sum(lengths)  # the batch's count, so that no split changes the gradient
         part.backward()
@@ -199,7 +214,7 @@ def main(config):
     for step in range(run.start + 1, steps + 1):
         rate = multiple(config, step - 1, steps)
         pieces = order.batch(batch_tokens)
-        loss = train_step(model, train, pieces, config.micro_tokens)
+        loss = train_step(model, train, pieces, config.micro_tokens, static=config.compile and device.type == "cuda")
         norm = optimizer.step(rate, config.clip)
         (loss,) = reduce_sum(loss)
         if not norm.isfinite():

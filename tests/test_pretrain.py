@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -24,6 +25,7 @@ import pretrain
 import sample
 from checkpoint import damage, find, load, steps_in
 from common import launch
+from data import corpus
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(depth=2, width=32, heads=2, context=32, batch_tokens=256, eval_every=10, eval_tokens=600, sample_every=20, save_every=20, keep_last=9, device="cpu")
@@ -387,3 +389,24 @@ def test_every_text_file_gives_its_own_end_to_validation(tmp_path):
     tok, (train,), (val,) = pretrain.read_data(pretrain.Config(data=files, out=""), None)
     texts = [tok.decode([t for t in stream.tolist() if t != tok.eot]) for stream in (train, val)]
     assert texts == ["a" * 90 + "c" * 180 + "e" * 9, "b" * 10 + "d" * 20 + "f"]
+
+
+def test_packs_of_one_shape_give_the_same_loss_and_gradients(make_model):
+    """What --compile needs on a GPU: every pack filled up to the same shape, by documents that no loss sees."""
+    generator = np.random.default_rng(0)
+    stream = generator.integers(1, 61, 400).astype(np.int32)
+    stream[np.sort(generator.choice(np.arange(1, 399), 30, replace=False))] = 0
+    stream[[0, -1]] = 0
+    cut = corpus.pieces([stream], 0, 32)
+    found = []
+    for static in (False, True):
+        model = make_model()
+        loss = pretrain.train_step(model, [stream], cut, 90, static)
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for plain, filled in zip(*found):
+        torch.testing.assert_close(filled, plain, rtol=1e-5, atol=1e-6)
+    for lengths in ([5, 3], [1], [30, 30, 30]):
+        pack, targets = corpus.pack_pieces([stream], np.array([(0, 0, n) for n in lengths]))
+        pack, targets = pretrain.one_shape(pack, targets, 90)
+        assert len(pack.tokens) == len(pack.positions) == len(targets) == 90 == pack.cu[-1]
+        assert (len(pack.cu) - 1).bit_count() == 1
