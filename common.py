@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kernels._lib import prove
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the file, line, flag or tensor, and what to do next; `launch` prints it without a traceback."""
@@ -109,7 +111,9 @@ def world_size():
 
 
 def setup(device, seed):
-    """Prepare this process: join torchrun's group if there is one, seed, make what PyTorch offers deterministic. Returns the torch.device.
+    """Prepare this process: join torchrun's group if there is one, seed, make what PyTorch offers deterministic, have the kernels prove themselves.
+
+    Returns the torch.device.
 
     device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
     """
@@ -132,6 +136,7 @@ def setup(device, seed):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself bit for bit only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that comes with the line above and costs a pass over every tensor
+    prove(device)
     torch.manual_seed(seed + 1000003 * rank())  # ranks drop out different units
     return device
 
