@@ -179,13 +179,14 @@ def all_logps(model, items, micro_tokens):
 
 
 def reference_logps(config, run, tok, data, splits, device):
-    """{split: fp32 [n, 2]}: the reference's `all_logps`, from the cache where it has those of this reference, data and cut, else computed and kept there."""
+    """{split: fp32 [n, 2]}: the reference's `all_logps`, from the cache where it has those of this reference for these tokens, else computed and kept there."""
     folder = checkpoint.find(config.reference) if config.reference else run.origin()
     named = {file.name: checkpoint.sha256(file) for file in sorted({folder / "config.json", *checkpoint.weight_files(folder).values()})}
     if config.reference:
         data[config.reference] = hashlib.sha256(json.dumps(named).encode()).hexdigest()  # a run goes on with the reference it began with
     items = hashlib.sha256(b"".join(side.ids.tobytes() + side.learnt.tobytes() for split_items in splits.values() for item in split_items for side in item))
-    key = hashlib.sha256(json.dumps([named, data, tokenizer.fingerprint(tok), items.hexdigest()], sort_keys=True).encode()).hexdigest()
+    sizes = {name: len(split_items) for name, split_items in splits.items()}
+    key = hashlib.sha256(json.dumps([named, sizes, items.hexdigest(), device.type], sort_keys=True).encode()).hexdigest()  # a GPU counts in another precision
     cache = Path(config.ref_cache or run.path) / f"reference_{key[:16]}.safetensors"
     if cache.exists():
         with checkpoint.open_tensors(cache) as f:
@@ -282,7 +283,8 @@ def validate(model, items, known, ref_logps, config):
         good = known > 0.5
         baseline = kto_baseline(ratio[:, 1].sum().item(), len(items))
         losses = kto_loss(ratio[:, 0], good, baseline, config.beta, config.desirable, config.undesirable)
-        chosen, rejected, right = ratio[good, 0].mean(), ratio[~good, 0].mean(), ((ratio[:, 0] > baseline) == good).float().mean()
+        mean = lambda which: ratio[which, 0].sum() / which.sum().clamp(min=1)  # noqa: E731  0 where there are none
+        chosen, rejected, right = mean(good), mean(~good), ((ratio[:, 0] > baseline) == good).float().mean()
     else:
         losses = pair_loss(config, logp, ref_logps, lengths, known)
         lead = ratio if config.loss in ("dpo", "cdpo", "ipo") else logp / lengths
