@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import checkpoint
 from common import UserError, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
-from data.chat import Chat, pack_chats
+from data.chat import Chat, before_learnt, pack_chats
 from data.pack import share, split
 from kernels.head import linear_logprob
 from optim import Optimizer, wsd
@@ -157,10 +157,9 @@ def pair_loss(config, logp, ref_logp, lengths, probability):
 
 def answer_logps(model, chats):
     """fp32 [D]: the log-probability of each conversation's learnt tokens, the answer and its end of turn, given what comes before."""
-    p, targets = pack_chats(chats)
-    device = model.embed.device
-    logp = linear_logprob(model(p.to(device)), model.head, targets.to(device))  # [N], 0 where nothing is learnt
-    return torch.segment_reduce(logp, "sum", offsets=p.cu.to(device, torch.int64))
+    hidden, targets = before_learnt(model, chats)
+    ends = torch.tensor(np.cumsum([0, *(c.learnt.sum() for c in chats)]), device=hidden.device)
+    return torch.segment_reduce(linear_logprob(hidden, model.head, targets), "sum", offsets=ends)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import checkpoint
 from common import UserError, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
-from data.chat import Chat, pack_chats
+from data.chat import Chat, before_learnt, pack_chats
 from data.pack import share, split
 from evaluate import answers, exact_match, rooms
 from kernels.head import linear_cross_entropy
@@ -125,8 +125,8 @@ def train_step(model, chats, micro_tokens):
 
 def nats(model, chats):
     """The sum over the learnt tokens of -log p(token), a scalar."""
-    pack, targets = pack_chats(chats)
-    return linear_cross_entropy(model(pack.to(model.embed.device)), model.head, targets.to(model.embed.device))
+    hidden, targets = before_learnt(model, chats)
+    return linear_cross_entropy(hidden, model.head, targets)
 
 
 @torch.no_grad()

@@ -98,6 +98,17 @@ def pack_chats(chats):
     return p, next_tokens(p, IGNORE).masked_fill(~learnt, IGNORE)
 
 
+def before_learnt(model, chats):
+    """(hidden [M, C], targets [M]): what the model has at each token before a learnt one, in order, and the learnt ones: all that a head need be asked.
+
+    A head over prompts as well costs a DPO step 8 % more where they are a quarter of the tokens. The rows are found before they go to the device, which
+    else would have to be waited for.
+    """
+    p, targets = pack_chats(chats)
+    rows, device = (targets != IGNORE).nonzero()[:, 0], model.embed.device
+    return model(p.to(device)).index_select(0, rows.to(device)), targets[rows].to(device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Rows of a file to messages. A ValueError says what is wrong; `read` adds the file and the line.
 
