@@ -12,7 +12,7 @@ import torch
 import checkpoint
 from checkpoint import damage, find, load, load_state, parent_record, save, steps_in
 from common import UserError
-from data import tokenizer
+from data import chat, tokenizer
 from data.pack import pack
 from model import score
 
@@ -119,6 +119,19 @@ def test_a_reward_model_is_a_sequence_classifier(make_model, tmp_path):
     torch.testing.assert_close(alone, ours, rtol=0, atol=1e-4)
     torch.testing.assert_close(together, ours, rtol=0, atol=1e-4)
     assert load(folder)[0].config == critic.config
+
+
+def test_from_fine_tuning_on_a_checkpoint_ends_with_a_turn_and_knows_the_template(make_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for stage, end, talks in (("pretrain", BYTES.eot, False), ("sft", chat.end_of_turn(BYTES), True), ("dpo", chat.end_of_turn(BYTES), True)):
+        folder = save(tmp_path / stage, make(make_model), BYTES, INFO | {"stage": stage, "step": 1})
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (end, BYTES.eot, BYTES.pad)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert theirs.generation_config.eos_token_id == end  # where their `generate` stops
+        assert (transformers.AutoTokenizer.from_pretrained(folder).chat_template == chat.TEMPLATE) == talks
+        model, tok, info = load(folder)
+        assert model.config == make(make_model).config and info["stage"] == stage and tokenizer.fingerprint(tok) == tokenizer.fingerprint(BYTES)
 
 
 def test_autotokenizer_gives_the_same_ids(make_model, tmp_path, realdata):
@@ -292,9 +305,13 @@ def test_where_a_checkpoint_is_looked_for(make_model, tmp_path):
     for step in (999_999, 1_000_000):
         write(run, make(make_model), step, keep_last=9)
     assert find(run) == run / "step_1000000"  # by number, not by name
-    for nothing in (tmp_path / "absent", tmp_path, run / "step_000009" / "config.json"):
-        with pytest.raises(UserError, match="no checkpoint here"):
+    for nothing in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError, match="no checkpoint here .expected a directory"):
             find(nothing)
+    (tmp_path / "chat.jsonl").write_text("{}")
+    for file in (tmp_path / "chat.jsonl", run / "step_000009" / "config.json"):
+        with pytest.raises(UserError, match="no checkpoint here, but a file"):
+            find(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
