@@ -282,7 +282,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, dq_ptr, lse_ptr, delta_ptr
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     entries = head.to(tl.int64) * N + begin + offs_m
     tl.store(delta_ptr + entries, delta, mask=offs_m < length)
-    lse = tl.load(lse_ptr + entries, mask=offs_m < length, other=float("inf"))  # exp2(s - inf) = 0
+    lse = tl.load(lse_ptr + entries, mask=offs_m < length, other=0.0)
     dq = tl.zeros([BLOCK_M, DH], tl.float32)
     low = tl.maximum(row - WINDOW + 1, 0)
     if WINDOW == 0:
@@ -301,7 +301,7 @@ def dkdv_step(dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, m, length, offs
     """One block of queries of one head, from m on; scores and their gradients stand as [BLOCK_N, BLOCK_M], so that nothing is transposed in registers."""
     q = load_rows(q_ptr, m, offs_m, length, stride_q, DH, True)
     grad = load_rows(grad_ptr, m, offs_m, length, stride_grad, DH, True)
-    lse = tl.load(lse_ptr + m + offs_m, mask=m + offs_m < length, other=float("inf"))
+    lse = tl.load(lse_ptr + m + offs_m, mask=m + offs_m < length, other=0.0)  # behind the end q and grad are 0: such rows add nothing
     delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < length, other=0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * (LOG2E * DH**-0.5) - lse[None, :])
     if MASKED:
@@ -329,7 +329,7 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lse_ptr, delta_pt
     v = load_rows(v_ptr + begin * stride_v + kv_head * DH, row, rows, length, stride_v, DH, True)
     dk = tl.zeros([BLOCK_N, DH], tl.float32)
     dv = tl.zeros([BLOCK_N, DH], tl.float32)
-    behind = row + BLOCK_N  # queries from here on see every key of the block: no mask
+    behind = row + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M  # queries from here on see every key of the block: no mask
     if WINDOW > 0:
         behind += WINDOW - 1  # or none
     steps = tl.cdiv(tl.minimum(behind, length) - row, BLOCK_M)
@@ -406,9 +406,9 @@ class Attention(torch.autograd.Function):
 
 @proof("attention")
 def attention_proof(device):
-    cu = torch.tensor([0, 1, 131, 131, 331], device=device)
+    cu = torch.tensor([0, 1, 150, 150, 230], device=device)
     cases = [(64, 0), (64, 70), (128, 0)]  # head widths, windows
-    inputs = [torch.randn(331, heads, dh, device=device, dtype=torch.bfloat16) for dh, _ in cases for heads in (4, 2, 2)]
+    inputs = [torch.randn(230, heads, dh, device=device, dtype=torch.bfloat16) for dh, _ in cases for heads in (2, 1, 1)]
 
     def run(op, make_layout):
         return lambda *x: tuple(op(*x[3 * i : 3 * i + 3], make_layout(cu, x[0]), window) for i, (_, window) in enumerate(cases))
