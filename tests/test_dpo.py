@@ -4,7 +4,6 @@ import math
 import random
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from runs import SMALL, assert_same_run, losses, pair, refused, save, start, write_rows

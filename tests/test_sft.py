@@ -1,5 +1,4 @@
 """sft.py: the loss against fp64 on full logits, real runs that stop, go on, split their work and learn, and what bad input gets to hear."""
-import dataclasses
 import json
 import os
 import random
@@ -7,13 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, assert_same_run, losses, pair, refused, save, start, write_rows
+from runs import SMALL, assert_same_run, pair, refused, save, start, write_rows
 from test_pretrain import kill, logged, records, results, succeeds, train_steps, wait_until
 
 import checkpoint
 import evaluate
 import sft
-from common import UserError
 from data import chat, corpus, tokenizer
 from data.pack import pack
 
