@@ -41,7 +41,7 @@ def rows(config):
         ("evaluate base", ["evaluate.py", f"--model={out}/base", f"--text={out}/world/stories_val.jsonl", f"--complete={out}/world/sums_test.jsonl",
                            f"--judge={out}/world/judge_test.jsonl", *measure, "--reward=data/world.py:gold", f"--out={out}/base.json"]),
         ("sft", ["sft.py", f"--init={out}/base", f"--data={out}/world/chat.jsonl", f"--val={out}/world/chat_val.jsonl", *tuning, f"--out={out}/sft"]),
-        ("reward", ["reward.py", f"--init={out}/sft", *pairs, "--max_new=64", *tuning, f"--out={out}/rm"]),
+        ("reward", ["reward.py", f"--init={out}/sft", *pairs, "--lr=1.5e-3", "--max_new=64", *tuning, f"--out={out}/rm"]),
         ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, *tuning, f"--out={out}/dpo"]),
         ("evaluate sft", ["evaluate.py", f"--model={out}/sft", f"--problems={out}/world/problems_test.jsonl", *measure,
                           f"--reward=data/world.py:gold,{out}/rm", f"--out={out}/sft.json"]),

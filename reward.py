@@ -39,7 +39,7 @@ class Config:
     batch: int = 64  # pairs an optimizer step, over all ranks
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
     context: int = 0  # longest prompt and answer, in tokens; pairs with a longer one are left out and counted; 0: the model's
-    lr: float = 0.0  # peak rate of AdamW; 0: 3e-4 (128 / width)^1.5
+    lr: float = 0.0  # peak rate of AdamW; 0: 1e-3 (128 / width)^1.5
     warmup: float = 0.05  # first share of the steps, over which the rate rises; after that it falls to 0
     weight_decay: float = 0.01  # of the matrices
     clip: float = 1.0  # largest gradient norm let through; 0: any
@@ -163,7 +163,7 @@ def main(config):
 
     # 2. Optimizer and order of the data, and on a resume all their state
     steps = config.steps or max(1, round(config.epochs * len(train_rows) / config.batch))
-    lr = config.lr or 3e-4 * (128 / model.config.width) ** 1.5
+    lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     order = corpus.Order(lambda random: (np.arange(len(train_rows)), np.ones(len(train_rows))), config.seed)
     if config.compile:

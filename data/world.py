@@ -35,7 +35,7 @@ class Config:
     stories: int = 40_000  # in pretrain.jsonl
     notes: int = 20_000  # in pretrain.jsonl
     chats: int = 8_000  # in chat.jsonl
-    pairs: int = 4_000  # in pairs.jsonl
+    pairs: int = 8_000  # in pairs.jsonl
     problems: int = 4_000  # in problems.jsonl, and as many in prompts.jsonl
     tests: int = 500  # rows of each *_val and *_test file
     overwrite: bool = False  # replace the world in --out
