@@ -159,11 +159,12 @@ def cross_entropy_kernel(
             for start in tl.range(0, V, BLOCK):
                 tl.store(row_ptr + start + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=start + cols < stride)
     else:
-        # Before the sums, whose barriers keep it ahead of the stores below. A target that is no token makes the loss nan: not found out, but found.
-        z_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
         m, d, _ = row_statistics(row_ptr, V, stride, 1.0, LOWEST, False, BLOCK)
+        # A target that is no token makes the loss nan: not found out, but found.
+        z_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
         tl.store(loss_ptr + row, tl.log(d) - (z_target - m))
         if GRAD:
+            tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
             r = 1 / d
             for start in tl.range(0, V, BLOCK):
                 z = tl.load(row_ptr + start + cols, mask=start + cols < stride, other=0.0).to(tl.float32)
@@ -180,8 +181,8 @@ def logprob_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     target = tl.load(targets_ptr + row).to(tl.int32)
-    y_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32) * scale
     m, d, s = row_statistics(row_ptr, V, stride, scale, LOWEST, ENTROPY, BLOCK)
+    y_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32) * scale
     tl.store(logp_ptr + row, tl.where(target == IGNORE, 0.0, y_target - m - tl.log(d)))
     tl.store(lse_ptr + row, m + tl.log(d))
     if ENTROPY:

@@ -716,6 +716,16 @@ def test_gradient_of_a_mean_is_not_rounded_on_the_way(device):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [*SMALL, torch.float16])
+def test_chunks_add_up_in_fp32(dtype, device):
+    total = torch.zeros(7, 5, device=device)
+    a, b = [x.to(device, dtype) for x in normal(0, (7, 300), (300, 5))]
+    for part in (slice(0, 128), slice(128, 256), slice(256, 300)):
+        head.accumulate(total, a[:, part], b[part])
+    assert error(total, a.double() @ b.double()) < 2e-6  # rounded to bf16 a chunk: 2e-3
+
+
+@needs_triton
 def test_chunks_of_the_kernels_cover_the_tokens_and_bound_the_logits(device):
     for n, v, mb, dtype in [(1, 10, 1, torch.float32), (300, 517, 0, torch.float32), (1000, 517, 1, torch.bfloat16), (128, 5, 64, torch.bfloat16)]:
         hidden, w = [x.to(device, dtype) for x in normal(0, (n, 2), (v, 2))]
