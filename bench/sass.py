@@ -32,7 +32,7 @@ ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (22
 # The rules
 
 
-SPILLS = {}  # {(kernel, architecture): most bytes of stack}: none, today
+SPILLS = {("dkdv_kernel", 80): 32}  # {(kernel, architecture): most bytes of stack}: a few registers of 255, and smaller blocks would cost more
 SUMS = {"logprob_kernel", "cross_entropy_kernel", "combine_kernel"}  # write a small part of what they read (the second: where no gradient is wanted)
 SMALL_DOTS = {"decode_kernel"}  # their products have 16 rows: HGMMA and UTCHMMA begin at 64, so HMMA it is everywhere
 
@@ -271,6 +271,20 @@ def table(rows):
     return "\n".join(lines)
 
 
+def summary(rows):
+    """A line a kernel: registers, bytes of stack, KiB of shared memory on each architecture, the most of its bf16 cases."""
+    by_kernel = {}
+    for row in rows:
+        if row["dtype"] == "bf16":
+            by_kernel.setdefault(row["kernel"], {}).setdefault(row["arch"], []).append(row)
+    lines = [f"{'registers/stack/KiB, bf16':<30}" + "".join(f"{f'sm_{arch}':<18}" for arch in ARCHS).rstrip()]
+    for kernel, archs in by_kernel.items():
+        most = lambda arch, column: max(row[column] for row in archs[arch])  # noqa: E731
+        cells = [f"{most(a, 'registers')}/{most(a, 'stack')}/{most(a, 'smem') / 1024:.0f}" if a in archs else "" for a in ARCHS]
+        lines.append((f"{kernel:<30}" + "".join(f"{cell:<18}" for cell in cells)).rstrip())
+    return "\n".join(lines)
+
+
 def main(config):
     if config.arch and config.arch not in ARCHS:
         raise UserError(f"--arch={config.arch}: one of {', '.join(map(str, ARCHS))}, or 0 for all")
@@ -286,7 +300,7 @@ def main(config):
             rows = [row for rows in pool.map(compile_all, archs, [config.only] * len(archs)) for row in rows]
     if not rows:
         raise UserError(f"--only={config.only}: no case begins so, or it launches no kernel")
-    print(f"torch {torch.__version__}, triton {triton.__version__}; loads and stores: 128-bit or by TMA / all global ones\n\n{table(rows)}")
+    print(f"torch {torch.__version__}, triton {triton.__version__}; loads and stores: 128-bit or by TMA / all global ones\n\n{table(rows)}\n\n{summary(rows)}")
     if config.out:
         Path(config.out).write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     wrong = [row for row in rows if row["broken"]]

@@ -3,7 +3,7 @@
 # PyTorch's own requirement of one triton does not matter here: nothing is launched, and a folder ahead of it on PYTHONPATH brings the other one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-source ./venv.sh || exit 1
+source ./venv.sh "" || exit 1  # no extras, and not the words given here
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 other=$(mktemp -d)
 trap 'rm -rf "$other"' EXIT

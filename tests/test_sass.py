@@ -54,6 +54,11 @@ def test_the_judge_sees_what_is_wrong(planted, word):
     assert any(word in rule for rule in sass.broken(SOUND | planted))
 
 
+def test_the_stated_exception_goes_no_further_than_stated():
+    row = SOUND | {"kernel": "dkdv_kernel", "arch": 80, "smem": 100_000, "tensor": {"HMMA": 64}}
+    assert sass.broken(row | {"stack": 32}) == [] and sass.broken(row | {"stack": 40}) and sass.broken(row | {"stack": 8, "arch": 90, "tensor": {"HGMMA": 1}})
+
+
 PLANTED = '''
 import json, sys, torch
 from bench import sass
