@@ -25,7 +25,7 @@ class Config:
     texts: str  # directory with wikitext2_valid.txt, shakespeare.txt, instructions_{train,test}.jsonl, ai_preferences_{train,test}.jsonl
     out: str = "out/bench_realdata"  # directory of everything; what is finished there is not run again
     width: int = 128  # of the model, of 4 layers
-    steps: int = 1500  # of pretraining, of 4,096 tokens
+    steps: int = 800  # of pretraining, of 4,096 tokens
     folds: int = 5  # of the reward model's cross-validation over both preference files; 0: none
     seed: int = 0  # of everything
 
