@@ -192,11 +192,11 @@ def attention_pairs(lengths, window=0):
 
 
 def attention_contests(make):
-    tokens, width = (128, 64) if make.tiny else (16384, 2048)
+    tokens, width = (64, 64) if make.tiny else (16384, 2048)
     asked = {  # (Dh, length): TF/s
         (128, 2048): 360, (128, 4096): 400, (128, 8192): 430, (128, 16384): 450, (64, 2048): 300, (64, 4096): 340, (64, 8192): 360, (64, 16384): 370,
     }  # fmt: skip
-    for dh, length, group in [(32, 64, 1), (32, 64, 2)] if make.tiny else [*((*key, 1) for key in asked), (128, 4096, 4), (64, 1024, 1)]:
+    for dh, length, group in [(32, 32, 2)] if make.tiny else [*((*key, 1) for key in asked), (128, 4096, 4), (64, 1024, 1)]:
         heads, documents = width // dh, tokens // length
         q, k, v = make.normal(tokens, heads, dh), make.normal(tokens, heads // group, dh), make.normal(tokens, heads // group, dh)
         cu = boundaries(make, [length] * documents)
@@ -220,7 +220,7 @@ def attention_contests(make):
 def packed_contests(make):
     """Documents of log-normal length, some 700 tokens in the mean, as a web corpus has them; and a window of 512 over long ones. Everything is timed that
     a new pack asks for: our table of tiles, Flex's mask."""
-    tokens = 128 if make.tiny else 32768
+    tokens = 64 if make.tiny else 32768
     generator, ragged = torch.Generator().manual_seed(0), []
     while sum(ragged) < tokens:
         length = int(torch.empty(1).log_normal_(math.log(400), 1.05, generator=generator).clamp(16, 8192)) // (20 if make.tiny else 1) + 1
@@ -297,7 +297,7 @@ def liger(targets):
 
 
 def head_contests(make):
-    n = 48 if make.tiny else 32768
+    n = 7 if make.tiny else 32768
     for V, C in [(61, 16)] if make.tiny else [(50304, 768), (65536, 1024), (131072, 2048)]:
         hidden, weight, targets = make.normal(n, C), make.normal(V, C, std=C**-0.5, dtype=torch.float32), make.integers(V, n)
         shape, gemm = f"N{n} V{V} C{C}", 2 * n * V * C
