@@ -3,7 +3,7 @@
 A script is a `Config` dataclass (one commented line a field; every field is a flag), pure functions, and `main(config)`; it ends in
 `launch(main, Config)`.
 """
-import dataclasses, inspect, json, os, platform, re, shutil, signal, sys, time
+import ctypes, dataclasses, inspect, json, os, platform, re, shutil, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -134,6 +134,12 @@ def setup(device, seed):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself bit for bit only with this
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Memory that is freed stays with this process. As it comes, glibc gives large tensors back to the system, which clears each page of the next one at
+        # its first touch: an eighth of the time of a step of 6,000 tokens. The price is a twentieth more memory.
+        no_mappings, never_trim = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        for option in (no_mappings, never_trim):
+            ctypes.CDLL(None).mallopt(*option)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that comes with the line above and costs a pass over every tensor
     prove(device)
@@ -201,7 +207,7 @@ class Stop:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The run directory and its log
 
-OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*", "reference_*.safetensors")  # what --overwrite may delete
+OURS = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*")  # what --overwrite may delete
 
 
 def open_run(out, resume, overwrite):

@@ -15,7 +15,7 @@ Left out: online variants; sample from the model, label with rlaif.py or a rewar
     python dpo.py --init=out/sft --data=pairs.jsonl --loss=dpo --out=out/dpo
     torchrun --nproc_per_node=8 dpo.py --init=out/sft --data=pairs.jsonl --out=out/dpo
 """
-import hashlib, json
+import hashlib, json, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Config:
     reference: str = ""  # checkpoint that the policy is held to; "": --init
     ref_cache: str = ""  # directory that keeps the reference's log-probabilities, for other runs too; "": the run's own
     beta: float = 0.0  # how closely it is held, or simpo's and orpo's scale; 0: 0.1, simpo 2, orpo 0.1
-    smoothing: float = 0.0  # cdpo: how many of the labels to take for wrong
+    smoothing: float = 0.0  # cdpo: how many of the labels to take for wrong; 0: 0.1
     gamma: float = 0.0  # simpo: by how much the chosen side is to lead
     desirable: float = 1.0  # kto: weight of good answers
     undesirable: float = 1.0  # kto: weight of bad ones
@@ -199,8 +199,9 @@ def reference_logps(config, run, tok, data, splits, device):
     if rank() == 0:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(found, cache.with_suffix(".tmp"))
-            cache.with_suffix(".tmp").replace(cache)
+            temporary = cache.with_suffix(f".{os.getpid()}")  # two runs may share a cache
+            safetensors.torch.save_file(found, temporary)
+            temporary.replace(cache)
         except (OSError, safetensors.SafetensorError) as e:
             raise UserError(f"{cache}: {e}; --ref_cache names another directory for it") from None
     return found
@@ -294,6 +295,7 @@ def validate(model, items, known, ref_logps, config):
 def main(config):
     check_flags(config)
     config.beta = config.beta or BETA[config.loss]
+    config.smoothing = config.smoothing or (0.1 if config.loss == "cdpo" else 0.0)
     run = checkpoint.Run("dpo", config, FREE)
     device, kto = run.device, config.loss == "kto"
 

@@ -15,7 +15,7 @@ import numpy as np
 import checkpoint
 from common import UserError, describe, launch, replace_text
 from data import chat
-from evaluate import pair_documents, preference_figures, rows_of, scores, show
+from evaluate import pair_documents, preference_figures, scores, show
 
 FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "instructions_test.jsonl", "ai_preferences_train.jsonl", "ai_preferences_test.jsonl")
 
@@ -36,7 +36,7 @@ def commands(config):
     corpus = f"{text('wikitext2_valid.txt')},{text('shakespeare.txt')}"
     shape = ["--depth=4", f"--width={config.width}", "--context=1024", "--batch_tokens=4096", f"--steps={config.steps}"]
     quiet = ["--print_every=50", "--eval_every=50", seed]
-    pairs = [f"--data={text('ai_preferences_train.jsonl')}", f"--val={text('ai_preferences_test.jsonl')}"]
+    pairs = [f"--data={text('ai_preferences_train.jsonl')}", f"--val={text('ai_preferences_test.jsonl')}", "--skip_bad"]  # in two rows both answers are the same
     return [
         ("tokenizer", ["-m", "data.tokenizer", f"--data={corpus}", "--vocab_size=4096", f"--out={out}/tokenizer"]),
         ("base", ["pretrain.py", f"--data={corpus}", f"--tokenizer={out}/tokenizer", *shape, "--print_every=100", seed, f"--out={out}/base"]),
@@ -59,7 +59,7 @@ def run(words):
 
 def cross_validated(config, sft):
     """`preference_figures` over all pairs of both files, each judged by a reward model that did not learn from it."""
-    pairs = rows_of(f"{config.texts}/ai_preferences_train.jsonl,{config.texts}/ai_preferences_test.jsonl", chat.preference, 0)
+    pairs, _ = chat.read(f"{config.texts}/ai_preferences_train.jsonl,{config.texts}/ai_preferences_test.jsonl", chat.preference, skip_bad=True)
     fold_of = np.random.default_rng(config.seed).permutation(len(pairs)) % config.folds
     kept, margins, lengths = [], [], []
     for fold in range(config.folds):
