@@ -10,14 +10,14 @@ the whole process at its peak, and what was added after imports and weights; on 
 
     python -m bench.peers --data=../shared/realdata/ai_preferences_train.jsonl      pip install trl transformers, or the extra "peers"
 """
-import hashlib, importlib.metadata, json, logging, os, tempfile, warnings
+import hashlib, importlib.metadata, json, logging, os, tempfile, time, warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import checkpoint, dpo
-from bench.preference import apart, clock, forget_peak, fresh, memory
+from bench.preference import apart, clock, fresh, memory
 from common import UserError, describe, launch, setup
 from data import chat, tokenizer
 from kernels import _lib
@@ -51,7 +51,7 @@ class Meter:
         self.device, self.losses, self.batches = device, [], []
 
     def begin(self):
-        self.held, self.start = memory(self.device), clock(self.device)
+        self.held, self.start, self.cpu_start = memory(self.device), clock(self.device), time.process_time()
 
     def step(self, loss, ids):
         """Note a step's loss, and what was in its batch: ids, all real tokens in order."""
@@ -59,9 +59,9 @@ class Meter:
         self.batches.append((len(ids), hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()))
 
     def end(self, *packages):
-        seconds, peak = clock(self.device) - self.start, memory(self.device, peak=True)
+        seconds, cpu_seconds, peak = clock(self.device) - self.start, time.process_time() - self.cpu_start, memory(self.device, peak=True)
         versions = {name: importlib.metadata.version(name) for name in packages}
-        return {"seconds": seconds, "peak": peak, "added": peak - self.held, "losses": self.losses, "batches": self.batches, "versions": versions}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak, "added": peak - self.held, "losses": self.losses, "batches": self.batches, "versions": versions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -93,13 +93,12 @@ def trl_dpo(config, folder, pairs, precompute):
     os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    import datasets, transformers
     from trl import DPOConfig, DPOTrainer
 
-    device = setup(config.device, 0)
-    torch.use_deterministic_algorithms(False)  # its users do not ask for them
-    model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
+    device = torch.device(config.device)  # without `setup`: what that does to PyTorch and to the C library, its users do not do
+    model, tok = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
     message = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
     rows = [{"prompt": pair.prompt, "chosen": message(pair.chosen), "rejected": message(pair.rejected)} for pair in pairs]
     meter = Meter(device)
@@ -118,13 +117,13 @@ def trl_dpo(config, folder, pairs, precompute):
             save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
         meter.begin()
-        trainer = Trainer(model, args=flags, train_dataset=Dataset.from_list(rows), processing_class=tok)
-        trainer.remove_callback(PrinterCallback)
+        trainer = Trainer(model, args=flags, train_dataset=datasets.Dataset.from_list(rows), processing_class=tok)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         return meter.end("trl", "transformers", "torch")
 
 
-def dpo_contest(config, device):
+def dpo_contest(config):
     """{contender: row} and what was asked of ours, after all have trained the same model on the same pairs."""
     if config.pairs % config.batch:
         raise UserError(f"--pairs={config.pairs}: whole batches of --batch={config.batch} are needed, for the two may end an epoch differently")
@@ -175,8 +174,9 @@ def main(config):
     except importlib.metadata.PackageNotFoundError:
         raise UserError("TRL is not installed: pip install trl transformers") from None
     device = setup(config.device, 0)
-    print(describe(device))
-    print(json.dumps({name: CONTESTS[name](config, device) for name in names} | {"asked": ASKED}))
+    config.device = str(device)
+    print(describe(device), flush=True)
+    print(json.dumps({name: CONTESTS[name](config) for name in names} | {"asked": ASKED}))
 
 
 if __name__ == "__main__":
