@@ -148,7 +148,7 @@ BLOCKS = {
     (90, 64): ((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2)),
     (90, 128): ((128, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2)),
     (100, 64): ((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2)),
-    (100, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 32, 8, 2)),
+    (100, 128): ((128, 64, 8, 3), (32, 128, 8, 3), (128, 32, 8, 2)),
 }
 BLOCKS_FP32 = ((16, 16, 8, 1),) * 3  # exact products know no tensor cores, and want registers
 
@@ -301,7 +301,7 @@ def dkdv_step(dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, m, length, offs
     """One block of queries of one head, from m on; scores and their gradients stand as [BLOCK_N, BLOCK_M], so that nothing is transposed in registers."""
     q = load_rows(q_ptr, m, offs_m, length, stride_q, DH, True)
     grad = load_rows(grad_ptr, m, offs_m, length, stride_grad, DH, True)
-    lse = tl.load(lse_ptr + m + offs_m, mask=m + offs_m < length, other=0.0)  # behind the end q and grad are 0: such rows add nothing
+    lse = tl.load(lse_ptr + m + offs_m, mask=m + offs_m < length, other=float("inf"))  # behind the end p = exp2(s - inf) = 0
     delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < length, other=0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * (LOG2E * DH**-0.5) - lse[None, :])
     if MASKED:
