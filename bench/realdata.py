@@ -1,6 +1,6 @@
 """The stages on real files: a base model from WikiText and Shakespeare, then SFT, the reward model (also cross-validated) and DPO on people's data.
 
-A model of a few million parameters and minutes of training: what counts is that every stage runs to its end on real text, that validation falls, and
+A model of a million parameters and minutes of training: what counts is that every stage runs to its end on real text, that validation falls, and
 how the reward model stands against "the longer answer wins", in a paired bootstrap and among pairs of nearly equal length. Each stage is the command a
 user would type. Last line of output: JSON of all figures.
 
@@ -24,8 +24,9 @@ FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "
 class Config:
     texts: str  # directory with wikitext2_valid.txt, shakespeare.txt, instructions_{train,test}.jsonl, ai_preferences_{train,test}.jsonl
     out: str = "out/bench_realdata"  # directory of everything; what is finished there is not run again
-    width: int = 128  # of the model, of 4 layers
-    steps: int = 800  # of pretraining, of 4,096 tokens
+    depth: int = 2  # layers of the model
+    width: int = 128  # of the model
+    steps: int = 400  # of pretraining, of 4,096 tokens
     folds: int = 5  # of the reward model's cross-validation over both preference files; 0: none
     seed: int = 0  # of everything
 
@@ -34,7 +35,7 @@ def commands(config):
     """[(name, words)] of the stages in order."""
     text, out, seed = (f"{config.texts}/{{}}".format, config.out, f"--seed={config.seed}")
     corpus = f"{text('wikitext2_valid.txt')},{text('shakespeare.txt')}"
-    shape = ["--depth=4", f"--width={config.width}", "--context=1024", "--batch_tokens=4096", f"--steps={config.steps}"]
+    shape = [f"--depth={config.depth}", f"--width={config.width}", "--context=1024", "--batch_tokens=4096", f"--steps={config.steps}"]
     quiet = ["--print_every=50", "--eval_every=50", seed]
     pairs = [f"--data={text('ai_preferences_train.jsonl')}", f"--val={text('ai_preferences_test.jsonl')}", "--skip_bad"]  # in two rows both answers are the same
     return [
