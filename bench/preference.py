@@ -6,13 +6,13 @@ Contenders take turns on the same batches, drawn at random from the file as a pl
     padded       the same on a batch filled up to its longest conversation: rows of [B, T], dense causal attention, the padding masked in the loss
     no cache     dpo.py's, packed, with the reference's forward in every step instead of its log-probabilities from before the first
 
-Padded and packed thus have the same operations on every token, and must have the same loss and gradients; that is proved first. A padded loop that holds
-the logits whole, or adds a mask to its attention, is slower and larger than this one. Tokens are real tokens. Memory is the peak that training adds to a
+Padded and packed thus have the same operations on every token, and must have the same loss and gradients; that is proved first. A padded loop that puts
+prompts and padding through its head, or a mask into its attention, is slower and larger than this one. Tokens are real tokens. Memory is the peak that training adds to a
 process of its own: activations, gradients, the optimizer's moments, on a CPU resident memory. Last line of output: JSON.
 
     python -m bench.preference --data=../shared/realdata/ai_preferences_train.jsonl
 """
-import copy, json, re, statistics, sys, time
+import json, re, statistics, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
