@@ -10,7 +10,7 @@ trap 'rm -rf "$other"' EXIT
 python -m pip install -q --no-deps --target "$other" triton==3.6.0 || exit 1
 status=0
 {
-    echo "commit $(git rev-parse --short HEAD); bash bench/sass.sh"
+    echo "commit $(git describe --always --dirty); bash bench/sass.sh"
     echo
     PYTHONPATH=$other python -m bench.sass "$@" || status=1
     echo
