@@ -12,6 +12,8 @@ import torch
 import quickstart
 from checkpoint import INFO, find, read_json
 from common import describe, launch
+from data.read import read_jsonl
+from data.world import features
 
 TARGETS = {  # figure: (what is asked of every seed, whether more is better)
     "nats a token above the floor": (0.03, False),
@@ -32,6 +34,15 @@ class Config:
     out: str = "out/bench_world"  # one quick start a seed below it
 
 
+def order_by_manners(pairs):
+    """How many of the pairs that gold tells apart would be ordered as gold does by somebody who knows all of it but whether the sum is right; ties count half."""
+    gold = [p["gold_chosen"] - p["gold_rejected"] for p in pairs]
+    sums = [features(p["chosen"], p["answer"])["right"] - features(p["rejected"], p["answer"])["right"] for p in pairs]
+    manners = [round(g - r, 6) for g, r in zip(gold, sums)]
+    found = [0.5 if m == 0 else float((m > 0) == (g > 0)) for m, g in zip(manners, gold) if g]
+    return sum(found) / len(found)
+
+
 def figures(out):
     """{figure: value} of a finished quick start."""
     base, sft, dpo = (read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo"))
@@ -49,6 +60,7 @@ def figures(out):
         "RM: pairs ordered as labelled": rm["accuracy"]["value"],
         "RM: accuracy that noise allows (Bayes)": rm["accuracy that noise allows (Bayes)"]["value"],
         "RM: pairs ordered as gold's": rm["order as gold's"]["value"],
+        "RM: the same by one who cannot add": order_by_manners([row for _, row in read_jsonl(f"{out}/world/pairs_val.jsonl")]),
         "DPO: gold reward": dpo[gold]["value"],
         "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": dpo[gold]["low"] - sft[gold]["high"],
         "DPO: win rate against SFT, by gold": dpo["win rate by data/world.py:gold"]["value"],
