@@ -17,7 +17,7 @@ from data.pack import pack
 from model import score
 
 TOK = tokenizer.byte_level()
-TINY = dict(batch=16, eval_every=10, save_every=10, keep_last=9, center_samples=12, max_new=8, device="cpu")
+TINY = dict(batch=16, lr=0.003, eval_every=10, save_every=10, keep_last=9, center_samples=12, max_new=8, device="cpu")
 
 
 def some_rows(n, seed, flipped=False):
