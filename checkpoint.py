@@ -397,6 +397,12 @@ class Run:
             raise UserError(f"{folder}: not the weights this run began from (their SHA-256 is another); bring those back, or start another run in a new --out")
         return folder
 
+    def context(self, model):
+        """The longest document in tokens: --context, or where that is 0 all that the model reaches. UserError where it asks for more."""
+        if self.config.context > model.config.context:
+            raise UserError(f"--context={self.config.context}: the model of --init={self.config.init} reaches {model.config.context} tokens")
+        return self.config.context or model.config.context
+
     def check_same(self, data):
         """UserError unless this is the run that was stopped. data: {what is read: its SHA-256}."""
         check_same_run(self.info, self.stage, dataclasses.asdict(self.config), data, self.free)

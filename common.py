@@ -77,6 +77,13 @@ def convert(name, text, kind):
     return value
 
 
+def check(config, good):
+    """UserError that names the first flag whose entry in `good`, {flag: bool}, is False: a value of the right type and without meaning."""
+    for name, fine in good.items():
+        if not fine:
+            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+
+
 def print_help(Config):
     comments = field_comments(Config)
     print((inspect.getmodule(Config).__doc__ or "").strip(), "\n\nflags:")

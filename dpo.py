@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from common import UserError, describe, launch, rank, reduce_sum, world_size
+from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import Chat, before_learnt, pack_chats
 from data.pack import share, split
@@ -87,9 +87,7 @@ def check_flags(config):
     good = {**finite, "val_fraction": 0 < config.val_fraction < 1, "smoothing": 0 <= config.smoothing <= 0.5, "epochs": 0 < config.epochs < float("inf"),
             "batch": config.batch > 0, "warmup": 0 <= config.warmup <= 1, "keep_last": config.keep_last > 0, "print_every": config.print_every > 0,
             }  # fmt: skip
-    for name in good:
-        if not good[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+    check(config, good)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -304,13 +302,8 @@ def main(config):
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
     parse = chat.judged if kto else chat.preference
-    rows, data = chat.read(config.data, parse, config.skip_bad, config.seed)
-    val_rows, val_data = chat.read(config.val, parse, config.skip_bad) if config.val else (None, {})
-    train_rows, val_rows = (rows, val_rows) if config.val else chat.split_off(rows, config.val_fraction, config.seed)
-    data |= val_data
-    context = min(config.context or model.config.context, model.config.context)
-    if config.context > context:
-        raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
+    train_rows, val_rows, data = chat.read_split(config, parse)
+    context = run.context(model)
     train, known = fit(*read_items(tok, train_rows, kto), context, config.data)
     val, val_known = fit(*read_items(tok, val_rows, kto), context, config.val or "held out of it")
     chat.audit(tok, [first for first, _ in train], config.data)

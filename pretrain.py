@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from common import UserError, describe, launch, rank, reduce_sum, world_size
+from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import corpus, prepare, tokenizer
 from data.pack import fill, share, split
 from kernels.head import IGNORE, linear_cross_entropy
@@ -86,9 +86,7 @@ def check_flags(config):
     for name in ("tokenizer", "val", "val_fraction"):
         if Path(config.data).is_dir() and vars(config)[name] != defaults[name]:
             raise UserError(f"--{name}={vars(config)[name]}: prepared data bring their own; leave it out")
-    for name in good:
-        if not good[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+    check(config, good)
 
 
 def data_hashes(config):

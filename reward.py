@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from common import UserError, describe, launch, rank, reduce_sum, world_size
+from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus
 from data.chat import Chat
 from data.pack import pack, share, split
@@ -69,9 +69,7 @@ def check_flags(config):
             "margin": 0 <= config.margin < float("inf"), "smoothing": 0 <= config.smoothing < 0.5, "center_samples": config.center_samples > 0,
             "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "max_new": config.max_new > 0,
             }  # fmt: skip
-    for name in good:
-        if not good[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+    check(config, good)
 
 
 def preference_loss(lead, probability, margin=0.0, smoothing=0.0):
@@ -140,13 +138,8 @@ def main(config):
 
     # 1. Pairs, and the model: the fine-tuned one under a new head
     language_model, tok, info = checkpoint.read(run.origin())
-    rows, data = chat.read(config.data, chat.preference, config.skip_bad, config.seed)
-    val_rows, val_data = chat.read(config.val, chat.preference, config.skip_bad) if config.val else (None, {})
-    train_rows, val_rows = (rows, val_rows) if config.val else chat.split_off(rows, config.val_fraction, config.seed)
-    data |= val_data
-    context = min(config.context or language_model.config.context, language_model.config.context)
-    if config.context > context:
-        raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
+    train_rows, val_rows, data = chat.read_split(config, chat.preference)
+    context = run.context(language_model)
     train_rows, train = fit(train_rows, pair_documents(tok, train_rows), context, config.data)
     val_rows, val = fit(val_rows, pair_documents(tok, val_rows), context, config.val or "held out of it")
     probability, val_probability = (torch.tensor([p.probability for p in some]) for some in (train_rows, val_rows))

@@ -8,7 +8,7 @@ import codecs
 from dataclasses import dataclass
 
 import checkpoint
-from common import UserError, launch, setup
+from common import UserError, check, launch, setup
 from data import chat
 from rollout import stream
 
@@ -27,9 +27,7 @@ class Config:
 
 def main(config):
     good = {"temperature": config.temperature >= 0, "top_k": config.top_k >= 0, "top_p": 0 < config.top_p <= 1, "max_new": config.max_new > 0}
-    for name in good:
-        if not good[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+    check(config, good)
     device = setup(config.device, config.seed)
     model, tok, info = checkpoint.load(config.model, device)
     if model.config.scalar_head:

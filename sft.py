@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from common import UserError, describe, launch, rank, reduce_sum, world_size
+from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import Chat, before_learnt, pack_chats
 from data.pack import share, split
@@ -66,9 +66,7 @@ def check_flags(config):
             "lr": 0 <= config.lr < float("inf"), "warmup": 0 <= config.warmup <= 1, "weight_decay": 0 <= config.weight_decay < float("inf"),
             "clip": 0 <= config.clip < float("inf"), "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "max_new": config.max_new > 0,
             }  # fmt: skip
-    for name in good:
-        if not good[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: that cannot be; --help says what it means")
+    check(config, good)
 
 
 @torch.no_grad()
@@ -151,14 +149,9 @@ def main(config):
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
     model, tok = add_chat_tokens(model, tok)
     model = model.to(device)
-    rows, data = chat.read(config.data, chat.conversation, config.skip_bad, config.seed)
-    val_rows, val_data = chat.read(config.val, chat.conversation, config.skip_bad) if config.val else (None, {})
+    train_rows, val_rows, data = chat.read_split(config, chat.conversation)
     problems, _ = chat.read(config.problems, chat.problem, config.skip_bad) if config.problems else ([], {})
-    train_rows, val_rows = (rows, val_rows) if config.val else chat.split_off(rows, config.val_fraction, config.seed)
-    data |= val_data
-    context = min(config.context or model.config.context, model.config.context)
-    if config.context > context:
-        raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
+    context = run.context(model)
     end = chat.end_of_turn(tok)
     train = fit([chat.encode(tok, messages) for messages in train_rows], context, end, config.data)
     val = fit([chat.encode(tok, messages) for messages in val_rows], context, end, config.val or "held out of it")

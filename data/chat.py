@@ -327,6 +327,15 @@ def split_off(rows, fraction, seed):
     return [rows[i] for i in np.sort(order[n:])], [rows[i] for i in np.sort(order[:n])]
 
 
+def read_split(config, parse):
+    """(train rows, validation rows, {source: SHA-256}) of --data and --val, or with a part of --data held out."""
+    rows, data = read(config.data, parse, config.skip_bad, config.seed)
+    if not config.val:
+        return *split_off(rows, config.val_fraction, config.seed), data
+    val_rows, val_data = read(config.val, parse, config.skip_bad)
+    return rows, val_rows, data | val_data
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The audit before step 0
 
