@@ -56,6 +56,7 @@ def figures(out):
         "judge: be brief, both orders": base["judge: be brief, both orders"]["value"],
         "judge: be right, both orders": base["judge: be right, both orders"]["value"],
         "SFT: answers finished": sft["answers finished"]["value"],
+        "base: gold reward": base[gold]["value"],
         "SFT: gold reward": sft[gold]["value"],
         "RM: pairs ordered as labelled": rm["accuracy"]["value"],
         "RM: accuracy that noise allows (Bayes)": rm["accuracy that noise allows (Bayes)"]["value"],
