@@ -23,6 +23,7 @@ from kernels.act import swiglu
 from kernels.attention import attention, layout
 from kernels.decode import append_rope, decode_attention
 from kernels.head import IGNORE, linear_logprob
+from kernels.linear import linear
 from kernels.norm import add_rms_norm
 from kernels.rope import qk_norm_rope
 
@@ -67,11 +68,6 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, context=1
     multiple = 16 if width < 512 else 128  # what the matrix units like
     ffn = ffn or 8 * width // 3 // multiple * multiple
     return GPTConfig(vocab_size, depth, width, heads, kv_heads or heads, head_dim, ffn, context, tied=tied)
-
-
-def linear(x, weight, bias=None):
-    """x [N, in] W^T (+ b), in x's dtype whatever the parameters' is."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Block(nn.Module):

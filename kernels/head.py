@@ -9,6 +9,7 @@ Log-sum-exp and all that follows from it is fp32 (fp64 for fp64 input). The matr
 import torch
 
 from kernels._lib import LOG2E, proof, register, tl, triton, use
+from kernels.linear import product
 
 IGNORE = -100  # a target that asks for nothing
 
@@ -37,15 +38,15 @@ class LinearCrossEntropyReference(torch.autograd.Function):
             x, target = hidden[part], targets[part, None]
             asked = (target != IGNORE).to(wide)  # [n, 1]
             target = target.clamp(min=0)
-            logits = (x @ w.T).to(wide)  # [n, V]
+            logits = product(x, w).to(wide)  # [n, V]
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
             loss += ((lse - logits.gather(1, target)) * asked).sum()
             if want_hidden or want_weight:
                 d_logits = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse)).mul_(asked).to(hidden.dtype)  # (p - 1[target]) asked
             if want_hidden:
-                d_hidden[part] = d_logits @ w
+                d_hidden[part] = product(d_logits, w.T)
             if want_weight:
-                d_weight += d_logits.T @ x
+                d_weight += product(d_logits.T, x.T)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -66,7 +67,7 @@ class LinearLogprobReference(torch.autograd.Function):
         logp, lse, ent = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
         for part in chunks(len(hidden), len(weight), chunk_mb):
             target = targets[part, None]
-            logits = (hidden[part] @ w.T).to(wide).div_(temperature)  # [n, V]
+            logits = product(hidden[part], w).to(wide).div_(temperature)  # [n, V]
             lse[part] = torch.logsumexp(logits, dim=-1)
             logp[part] = (logits.gather(1, target.clamp(min=0))[:, 0] - lse[part]).masked_fill_(target[:, 0] == IGNORE, 0.0)
             if entropy:
@@ -86,7 +87,7 @@ class LinearLogprobReference(torch.autograd.Function):
         for part in chunks(len(hidden), len(weight), ctx.chunk_mb):
             x, target = hidden[part], targets[part, None]
             g = (d_logp[part, None] * (target != IGNORE)).to(lse.dtype)  # [n, 1]
-            log_p = (x @ w.T).to(lse.dtype).div_(ctx.temperature).sub_(lse[part, None])
+            log_p = product(x, w).to(lse.dtype).div_(ctx.temperature).sub_(lse[part, None])
             p = log_p.exp()
             d_logits = p * -g  # g (1[target] - p) - d_ent p (log p + H)
             d_logits.scatter_add_(1, target.clamp(min=0), g)
@@ -94,9 +95,9 @@ class LinearLogprobReference(torch.autograd.Function):
                 d_logits -= d_ent[part, None] * p * (log_p + ent[part, None])
             d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
             if want_hidden:
-                d_hidden[part] = d_logits @ w
+                d_hidden[part] = product(d_logits, w.T)
             if want_weight:
-                d_weight += d_logits.T @ x
+                d_weight += product(d_logits.T, x.T)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from torch.autograd import gradcheck
 
-from kernels import _lib, act, head, norm, rope
+from kernels import _lib, act, head, linear, norm, rope
 from kernels.act import swiglu, swiglu_reference
 from kernels.attention import attention_reference, batches
 from kernels.decode import decode_attention_reference
@@ -917,3 +917,16 @@ def test_kernels_can_be_interpreted_by_anyone():
     code = "import torch; from kernels import act; x = torch.randn(3, 10); assert act.use('swiglu', x)\n"
     done = run_python(code + "assert torch.allclose(act.swiglu(x), act.swiglu_reference(x), atol=1e-6)", FEINSCHLIFF_KERNELS="interpret")
     assert done.returncode == 0, done.stderr
+
+
+def test_products_of_layers_are_exact_whichever_library_multiplies():
+    for rows in (1, linear.ROWS - 1, linear.ROWS, 200):
+        x, w, bias = torch.randn(rows, 40, requires_grad=True), torch.randn(24, 40, requires_grad=True), torch.randn(24, requires_grad=True)
+        upstream = torch.randn(rows, 24)
+        inputs = (x, w, bias)
+        want = torch.autograd.grad(torch.nn.functional.linear(*(t.double() for t in inputs)), inputs, upstream.double())
+        got = torch.autograd.grad(linear.linear(*inputs), inputs, upstream)
+        torch.testing.assert_close(linear.linear(*inputs), torch.nn.functional.linear(*inputs), rtol=1e-5, atol=1e-5)
+        for g, t in zip(got, want):
+            torch.testing.assert_close(g, t.float(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(linear.product(upstream.T, x.T), (upstream.T.double() @ x.double()).float(), rtol=1e-5, atol=1e-4)
