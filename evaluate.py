@@ -8,14 +8,17 @@
                 half) on the same prompts and KL(model || reference), estimated by the mean over answers of the sum of log p - log p_ref
     pairs       a reward model on preferences: accuracy, also of pairs alike in length, beside "the longer wins" and what noise allows; calibration
 
-A reward is FILE.py:FUNCTION, reward(prompt, completion, row) -> float (your own code, run with your rights), or a reward model's directory.
+A reward is FILE.py:FUNCTION, reward(prompt, completion, row) -> float (your own code, run with your rights), a reward model's directory, or judge:DIR.
+--best_of=N answers each prompt N times and keeps the best: the plainest way to follow a reward. With --samples=FILE these answers are data for sft.py:
+rejection-sampling fine-tuning (Llama 2, arXiv 2307.09288, section 3.2.3).
 Intervals are bootstrap percentiles over documents, problems, prompts or pairs (Efron 1979).
 
     python evaluate.py --model=out/base --text=out/world/stories_val.jsonl --complete=out/world/sums_test.jsonl --judge=out/world/judge_test.jsonl
     python evaluate.py --model=out/dpo --reference=out/sft --data=out/world/prompts_test.jsonl --reward=data/world.py:gold,out/rm
+    python evaluate.py --model=out/sft --data=out/world/prompts.jsonl --reward=out/rm --best_of=8 --samples=best.jsonl
     python evaluate.py --model=out/rm --pairs=out/world/pairs_val.jsonl
 """
-import dataclasses, importlib.util, json, math
+import json, math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +32,9 @@ from data import chat, corpus, tokenizer
 from data.pack import pack, split
 from data.read import read_jsonl
 from data.rewards import final_number
-from data.world import judge_prompt
 from kernels.head import linear_logprob
-from model import logprobs, score
-from rollout import rollout
+from model import logprobs
+from rollout import answers, judge_score, load_rewards, question, rollout, scores
 
 
 @dataclass
@@ -44,7 +46,9 @@ class Config:
     problems: str = ""  # {"prompt" or "question", "answer"}: the number after the answer's last "####" is compared
     data: str = ""  # prompts to answer: {"prompt"} as text or messages, or whole conversations, whose last answer is left out
     pairs: str = ""  # preferences {"prompt", "chosen", "rejected"} for a reward model
-    reward: str = ""  # what to score the answers to --data with, comma-separated: FILE.py:FUNCTION or a reward model's directory
+    reward: str = ""  # what to score the answers to --data with, comma-separated: FILE.py:FUNCTION, a reward model's directory or judge:DIR
+    constitution: str = ""  # for the reward judge:DIR: a file of principles, one a line
+    best_of: int = 1  # sample so many answers to each prompt of --data and keep the one that the first --reward likes best
     reference: str = ""  # checkpoint to compare the answers to --data with
     temperature: float = 1.0  # at which --data is answered
     max_new: int = 256  # longest answer, in tokens
@@ -69,12 +73,6 @@ def interval(statistic, rows, seed, draws=1000):
 def mean_interval(values, seed):
     """The mean of some numbers, with its interval."""
     return interval(lambda sums: sums[0] / sums[1], [(v, 1) for v in values], seed)
-
-
-def packs(documents, micro_tokens):
-    """Packs of at most `micro_tokens` tokens of the given token lists, in order."""
-    for first, last in split([len(d) for d in documents], micro_tokens):
-        yield pack(documents[first:last])
 
 
 @torch.no_grad()
@@ -114,58 +112,23 @@ def completions_right(model, tok, rows):
     return [int(t.startswith(a) and not t[len(a) :][:1].isalnum()) for t, a in zip(texts, answers)]
 
 
-@torch.no_grad()
-def prefer_first(model, tok, prompts, micro_tokens):
-    """float64 [n]: the probability of " A" against " B" after each judge prompt."""
-    labels = [tok.encode_ordinary(text) for text in (" A", " B")]
-    if any(len(ids) != 1 for ids in labels):
-        raise UserError('" A" and " B" are not single tokens of this tokenizer, so it cannot be a judge')
-    head = model.head[[ids[0] for ids in labels]].float()
-    documents = [[tok.eot, *tok.encode_ordinary(text)] for text in prompts]
-    longest = max(map(len, documents))
-    if longest > model.config.context:
-        raise UserError(f"a judge prompt of {longest} tokens exceeds the model's context of {model.config.context}")
-    hidden = torch.cat([model(p.to(model.embed.device))[p.cu[1:].long() - 1] for p in packs(documents, micro_tokens)])
-    return torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0].cpu().double().numpy()
-
-
 def judge(model, tok, rows, seed, micro_tokens):
     """Agreement with the labels by principle: both orders averaged, one order alone; and how often " A" is said where both orders are asked."""
-    ask = lambda row, first, second: judge_prompt(row["prompt"], row[first], row[second], row["principle"])  # noqa: E731
-    forward = prefer_first(model, tok, [ask(r, "reply_a", "reply_b") for r in rows], micro_tokens)
-    backward = prefer_first(model, tok, [ask(r, "reply_b", "reply_a") for r in rows], micro_tokens)
-    a_is_better = np.array([r["better"] == "A" for r in rows])
-    both, one = ((forward + 1 - backward) / 2 > 0.5) == a_is_better, (forward > 0.5) == a_is_better
-    found = {"position bias": mean_interval((forward + backward) / 2, seed)}
+    found, bias = {}, []
     for principle in dict.fromkeys(r["principle"] for r in rows):
-        mine = [r["principle"] == principle for r in rows]
+        mine = [r for r in rows if r["principle"] == principle]
+        p = judge_score(model, tok, [(r["prompt"], r["reply_a"], r["reply_b"]) for r in mine], principle, micro_tokens)  # that reply A is better, [n, 2]
+        a_is_better = np.array([r["better"] == "A" for r in mine])
         name = principle.partition(":")[0].strip(".").lower()
-        found |= {f"{name}, both orders": mean_interval(both[mine], seed), f"{name}, one order": mean_interval(one[mine], seed)}
+        found[f"{name}, both orders"] = mean_interval((p.mean(1) > 0.5) == a_is_better, seed)
+        found[f"{name}, one order"] = mean_interval((p[:, 0] > 0.5) == a_is_better, seed)
+        bias.extend((p[:, 0] + 1 - p[:, 1]) / 2)  # how much " A" is said
+    found["position bias"] = mean_interval(bias, seed)
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Answers
-
-
-def rooms(model, prompts, max_new):
-    """The tokens that each prompt leaves for its answer, at most `max_new`. UserError where one leaves none."""
-    longest = max(map(len, prompts), default=0)
-    if longest >= model.config.context:
-        raise UserError(f"a prompt of {longest} tokens fills the model's context of {model.config.context}; leave it out of the data")
-    return [min(max_new, model.config.context - len(p)) for p in prompts]
-
-
-def answers(model, tok, conversations, *, max_new, temperature=1.0, n=1, seed=0):
-    """Sample `n` answers to each conversation (lists of messages) -> (prompts, samples, texts): token ids, Samples, and what they say."""
-    prompts, samples = [chat.encode_prompt(tok, messages) for messages in conversations], []
-    room = rooms(model, prompts, max_new)
-    for most in sorted(set(room), reverse=True):  # one, but for prompts so long that the context cuts their answers short: theirs only
-        here = [i for i, r in enumerate(room) if r == most]
-        found = rollout(model, [prompts[i] for i in here], max_new=most, n=n, temperature=temperature, stop={chat.end_of_turn(tok)}, seed=seed + max_new - most)
-        samples += [dataclasses.replace(s, prompt_index=here[s.prompt_index]) for s in found]
-    samples.sort(key=lambda s: s.prompt_index)
-    return prompts, samples, [chat.decode_answer(tok, s.tokens) for s in samples]
 
 
 def exact_match(model, tok, problems, max_new):
@@ -185,50 +148,6 @@ def answer_logps(model, prompts, samples, temperature, micro_tokens):
     return np.array(found)
 
 
-@torch.no_grad()
-def scores(model, documents, micro_tokens, center=0.0):
-    """float64 [D]: the reward model's score at the last token of each document (token ids), less `center`. UserError where it cannot read one whole."""
-    longest = max(map(len, documents))
-    if longest > model.config.context:
-        raise UserError(f"a conversation of {longest} tokens exceeds the reward model's context of {model.config.context}")
-    return torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]).cpu().double().numpy() - center
-
-
-def load_reward(name, device, micro_tokens):
-    """A reward of the command line -> function(conversations, rows, samples, texts) -> float64 [n], with sample i answering conversation i."""
-    file, colon, function = name.rpartition(":")
-    if colon and file.endswith(".py"):
-        reward = load_function(file, function)
-        return lambda conversations, rows, samples, texts: np.array(
-            [reward(m[-1]["content"] if len(m) == 1 else m, t, row | {"finished": s.finished}) for m, t, row, s in zip(conversations, texts, rows, samples)], dtype=np.float64
-        )
-    model, tok, info = checkpoint.load(name, device)
-    if not model.config.scalar_head:
-        raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
-    model.eval()
-
-    def judge(conversations, rows, samples, texts):  # an unfinished answer is scored as it stands: it has no end-of-turn token to read at
-        documents = [chat.encode_prompt(tok, m) + (chat.encode_answer(tok, t) if s.finished else tok.encode_ordinary(t)) for m, t, s in zip(conversations, texts, samples)]
-        return scores(model, documents, micro_tokens, info.get("center", 0.0))
-
-    return judge
-
-
-def load_function(file, name):
-    """A function of a Python file, which is run: the user's own code. UserError where there is none."""
-    if not Path(file).is_file():
-        raise UserError(f"--reward={file}:{name}: {file} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        raise UserError(f"--reward={file}:{name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
-    if not callable(vars(module).get(name)):
-        raise UserError(f"--reward={file}:{name}: {file} has no function {name}")
-    return vars(module)[name]
-
-
 def distinct(texts, n):
     """Of the n-grams of words in all texts together, the share that is different (Li et al. 2016, arXiv 1510.03055): 1 never repeats, 0 always does."""
     grams = Counter(tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1))
@@ -238,14 +157,22 @@ def distinct(texts, n):
 def answer_figures(config, model, tok, rows, device):
     """Figures of sampled answers to the prompts of --data, and rows {"prompt", "answer", rewards} of what was said."""
     conversations, rows = [messages for messages, _ in rows], [row for _, row in rows]
-    rewards = {name: load_reward(name, device, config.micro_tokens) for name in config.reward.split(",") if name}
-    prompts, samples, texts = answers(model, tok, conversations, max_new=config.max_new, temperature=config.temperature, seed=config.seed)
+    rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution)
+    how = dict(max_new=config.max_new, temperature=config.temperature, seed=config.seed)
+    prompts, samples, texts = answers(model, tok, conversations, n=config.best_of, **how)
     mean = lambda values: mean_interval(values, config.seed)  # noqa: E731
-    figures = {"answer tokens": mean([len(s.tokens) for s in samples]), "answers finished": mean([s.finished for s in samples])}
+    owner = [s.prompt_index for s in samples]
+    score = lambda samples, texts, owner: {name: reward([conversations[i] for i in owner], [rows[i] for i in owner], samples, texts) for name, _, reward in rewards}  # noqa: E731
+    found, figures = score(samples, texts, owner), {}
+    if config.best_of > 1:  # of each prompt's answers the one that the first reward likes best, a finished one where there is any
+        choice = np.where([s.finished for s in samples], found[rewards[0][0]], -np.inf).reshape(-1, config.best_of).argmax(1) + np.arange(0, len(samples), config.best_of)
+        samples, texts, found = [samples[i] for i in choice], [texts[i] for i in choice], {name: v[choice] for name, v in found.items()}
+        bound = math.log(config.best_of) - (config.best_of - 1) / config.best_of  # exact where no two answers are worth the same (Hilton 2023; Beirami et al. 2024, arXiv 2401.01879)
+        figures["KL(best || any answer), at most, nats an answer"] = {"value": bound, "low": None, "high": None}
+    figures |= {"answer tokens": mean([len(s.tokens) for s in samples]), "answers finished": mean([s.finished for s in samples])}
     figures |= {f"distinct-{n}": {"value": distinct(texts, n), "low": None, "high": None} for n in (1, 2)}
-    found = {name: reward(conversations, rows, samples, texts) for name, reward in rewards.items()}
     figures |= {f"reward {name}": mean(values) for name, values in found.items()}
-    said = [{"prompt": m[-1]["content"], "completion": t, "finished": s.finished} | {name: float(v[i]) for name, v in found.items()} for i, (m, t, s) in enumerate(zip(conversations, texts, samples))]
+    said = [{"prompt": question(m), "completion": t, "finished": s.finished} | {name: float(v[i]) for name, v in found.items()} for i, (m, t, s) in enumerate(zip(conversations, texts, samples))]
     if config.reference:
         reference, their_tok, _ = checkpoint.load(config.reference, device)
         if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
@@ -254,9 +181,8 @@ def answer_figures(config, model, tok, rows, device):
         temperature = config.temperature or 1.0
         logp, ref_logp = (answer_logps(m, prompts, samples, temperature, config.micro_tokens) for m in (model, reference))
         figures["KL to the reference, nats an answer"] = mean(logp - ref_logp)
-        _, theirs, their_texts = answers(reference, tok, conversations, max_new=config.max_new, temperature=config.temperature, seed=config.seed)
-        for name, reward in rewards.items():
-            other = reward(conversations, rows, theirs, their_texts)
+        _, theirs, their_texts = answers(reference, tok, conversations, **how)
+        for name, other in score(theirs, their_texts, range(len(theirs))).items():
             figures[f"reference's reward {name}"] = mean(other)
             figures[f"win rate by {name}"] = mean((found[name] > other) + 0.5 * (found[name] == other))
     return figures, said
@@ -358,6 +284,8 @@ def rows_of(source, parse, limit):
 def main(config):
     if config.temperature < 0 or config.max_new < 1:
         raise UserError("--temperature and --max_new: at least 0, and at least 1")
+    if config.best_of < 1 or (config.best_of > 1 and not config.reward):
+        raise UserError("--best_of: at least 1, and for more than 1 it needs a --reward to choose by")
     for flag in ("reward", "reference", "samples"):
         if vars(config)[flag] and not config.data:
             raise UserError(f"--{flag}: needs --data, the prompts to answer")
@@ -395,6 +323,10 @@ def main(config):
         raise UserError("nothing to measure: give --text, --complete, --judge, --problems, --data or --pairs")
     print(show(figures))
     if config.samples:
+        if config.best_of > 1:
+            said, all_said = [row for row in said if row["finished"]], said  # sft.py would teach the others to end where they were cut
+            if len(said) < len(all_said):
+                print(f"{config.samples}: {len(all_said) - len(said)} of {len(all_said)} prompts left out, to which no answer came to its end")
         replace_text(Path(config.samples), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said))
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0), "figures": figures}

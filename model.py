@@ -11,6 +11,7 @@ Left out, because nothing here uses them: sliding windows, mixtures of experts, 
 Dimension letters, here and everywhere: N tokens in a pack, D documents, B rollout slots, T time, C width, H query heads, K key-value heads,
 Dh head width, V vocabulary, L layers.
 """
+import copy
 import dataclasses
 
 import torch
@@ -200,6 +201,18 @@ class KVCache:
         c = model.config
         self.k, self.v = torch.zeros(2, c.layers, slots, length, c.kv_heads, c.head_dim, dtype=model.compute_dtype, device=model.embed.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.embed.device)
+
+    def first(self, n):
+        """A view of the first n slots."""
+        view = copy.copy(self)
+        view.k, view.v, view.lengths = self.k[:, :n], self.v[:, :n], self.lengths[:n]
+        return view
+
+    def copy(self, source, to, lengths, longest):
+        """Have the slots `to` hold the first `lengths` tokens of the slots `source` (int64 [n] each), none of them more than `longest`."""
+        for x in (self.k, self.v):
+            x[:, to, :longest] = x[:, source, :longest]
+        self.lengths[to] = lengths
 
 
 def rotary_tables(c):

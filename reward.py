@@ -22,9 +22,10 @@ from common import UserError, check, describe, launch, rank, reduce_sum, world_s
 from data import chat, corpus
 from data.chat import Chat
 from data.pack import pack, share, split
-from evaluate import answers, pair_documents, preference_figures, scores, show
+from evaluate import pair_documents, preference_figures, show
 from model import GPT, score
 from optim import Optimizer, wsd
+from rollout import answers, scores
 
 
 @dataclass

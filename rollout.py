@@ -1,14 +1,27 @@
-"""Sampling: next tokens drawn from the model through a KV cache, one stream for people, batches for evaluation and RL.
+"""Sampling: next tokens drawn from the model through a cache of keys and values; and what is made of samples: answers to conversations, and their rewards.
 
-The plain form: batches of equal-length steps, every slot runs until the last one of its batch has finished. Used by sample, evaluate, rlaif, ppo, grpo.
+    p(token) = softmax(logits / temperature), cut to the `top_k` likeliest or to the fewest that hold `top_p`; its log is what Sample.logprobs has
+
+`rollout` is continuous batching: B slots, each writing one sample. Prompts of any length are read as one pack; samples of one prompt share that reading, its
+keys are copied. Slots that finish are given to waiting samples, and where none wait the live ones close up, so that no step works for the dead. On CUDA
+a step is one captured graph that holds the drawing too, and the CPU looks at what has finished every 16 steps only.
+
+`stream` writes one text for a reader. `answers` and `load_rewards` are used by evaluate, reward, rlaif, ppo and grpo.
 """
-import dataclasses
+import contextlib, dataclasses, importlib.util, signal, traceback
+from collections import deque
+from pathlib import Path
 
+import numpy as np
 import torch
 
+import checkpoint
 from common import UserError
-from data.pack import pack
-from model import KVCache
+from data import chat
+from data.pack import pack, split
+from data.world import judge_prompt
+from kernels.linear import linear
+from model import GPT, KVCache, score
 
 
 @dataclasses.dataclass
@@ -16,7 +29,11 @@ class Sample:
     prompt_index: int
     tokens: list  # the new token ids, with the stop token if it came
     logprobs: list  # of each token, under the very distribution it was drawn from
-    finished: bool  # ended by a stop token, not by `max_new`
+    finished: bool  # ended by a stop token, not by `max_new` or the model's context
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Drawing
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -27,52 +44,165 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
-    if top_k and top_k < logp.shape[-1]:
-        logp = logp.masked_fill(logp < logp.topk(top_k).values[:, -1:], -torch.inf).log_softmax(-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered, order = logp.sort(descending=True, stable=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of everything likelier
-        logp = logp.masked_fill(torch.zeros_like(logp, dtype=torch.bool).scatter(1, order, (before >= top_p) & (before > 0)), -torch.inf).log_softmax(-1)
-    cumulative = logp.exp().double().cumsum(-1)  # [B, V]
-    tokens = torch.searchsorted(cumulative, u.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return tokens, logp.gather(1, tokens[:, None])[:, 0]
+        ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
+        before = running_sum(ordered) - ordered  # probability of everything likelier
+        logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, (before >= top_p) & (before > 0)), -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    tokens = invert((logits - lse).exp_(), u)
+    return tokens, logits.gather(1, tokens[:, None])[:, 0] - lse[:, 0]
+
+
+def running_sum(x):
+    """cumsum over the last dimension in fp64, as a product: CUDA's cumsum does not promise the same bits twice."""
+    return x.double() @ torch.ones(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device).triu()
+
+
+def invert(p, u):
+    """The first token whose cumulative probability exceeds u: p fp32 [B, V], u [B] -> int64 [B]. In two levels, blocks and then tokens, for p is read once."""
+    B, V = p.shape
+    width = int(V**0.5) + 1
+    blocks = torch.nn.functional.pad(p, (0, -V % width)).view(B, -1, width)
+    upto = running_sum(blocks.sum(-1, dtype=torch.float64))  # [B, blocks]
+    target = u.double() * upto[:, -1]
+    block = (upto <= target[:, None]).sum(-1)
+    inside = running_sum(blocks[torch.arange(B, device=p.device), block])  # [B, width]
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    rest = torch.minimum(target - before, inside[:, -1] * (1 - 1e-12))  # a rounding must not carry it past the block's last token
+    return block * width + (inside <= rest[:, None]).sum(-1)
+
+
+def logits_of(model, hidden):
+    """fp32 [B, V]. On CUDA bf16 is multiplied and fp32 comes out, as in the head that trains."""
+    if hidden.is_cuda:
+        return torch.mm(hidden, model.head.T.to(hidden.dtype), out_dtype=torch.float32)
+    return linear(hidden, model.head)
+
+
+def sampling_weights(model):
+    """The model with its matrices in the dtype it computes in: the numbers `linear` makes of them at every use, made once. A step is as fast as weights are read."""
+    if model.compute_dtype == model.embed.dtype:
+        return model
+    with torch.device("meta"):
+        lean = GPT(model.config)
+    lean.load_state_dict({name: p.to(model.compute_dtype) if p.dim() > 1 else p for name, p in model.state_dict().items()}, assign=True)
+    lean.cos, lean.sin = model.cos, model.sin
+    return lean.eval()
+
+
+def rooms(model, prompts, max_new):
+    """The tokens that each prompt leaves for its sample, at most `max_new`. UserError where one leaves none."""
+    longest = max(map(len, prompts), default=0)
+    if longest >= model.config.context:
+        raise UserError(f"a prompt of {longest} tokens fills the model's context of {model.config.context}; leave it out of the data")
+    return [min(max_new, model.config.context - len(p)) for p in prompts]
 
 
 @torch.no_grad()
-def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, slots=128):
+def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, slots=128, first=0):
     """Sample `n` continuations of every prompt -> list of Sample, ordered by prompt and then by sample.
 
-    prompts: lists of token ids, each of at least one; stop: ids that end a sample. The same seed gives the same samples whatever `slots`:
-    sample j's t-th draw uses the (j, t)-th of one table of uniform numbers. UserError where a prompt and `max_new` exceed the model's context.
+    prompts: lists of token ids, each of at least one; stop: ids that end a sample. A sample has at most `max_new` tokens, or as many as its prompt leaves
+    in the model's context. The same seed gives the same samples whatever `slots`: sample j's t-th draw uses the t-th number of its own stream, that of
+    (seed, first + j); `first` lets ranks share the prompts. UserError where a prompt leaves no room.
     """
-    longest = max(map(len, prompts))
-    if longest + max_new > model.config.context:
-        raise UserError(f"a prompt of {longest} tokens and max_new={max_new} exceed the model's context of {model.config.context}")
+    room = rooms(model, prompts, max_new)
     model.eval()
-    device = model.embed.device
-    stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
+    model, device = sampling_weights(model), model.embed.device
     jobs = [i for i in range(len(prompts)) for _ in range(n)]
-    u = torch.rand(len(jobs), max_new, generator=torch.Generator().manual_seed(seed)).to(device)
+    J, B = len(jobs), min(slots, len(jobs))
+    # One row a sample, and a last one for whatever dead slots draw.
+    u = torch.from_numpy(np.stack([np.random.default_rng([seed, first + j]).random(max_new, dtype=np.float32) for j in range(J)] + [np.zeros(max_new, dtype=np.float32)])).to(device)
+    tokens, logps = torch.zeros(J + 1, max_new, dtype=torch.int64, device=device), torch.zeros(J + 1, max_new, device=device)
+    limit = torch.tensor([room[i] for i in jobs] + [max_new], device=device)
+    is_stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+    is_stop[list(stop)] = True
+    # One entry a slot: the row of the sample it writes, how many tokens that has, the last of them, and whether it goes on.
+    row, drawn, last = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
+    alive = torch.zeros(B, dtype=torch.bool, device=device)
+    cache = KVCache(model, B, max(len(p) + r for p, r in zip(prompts, room)))
+    waiting, job_of, starts = deque(range(J)), [None] * B, {}  # starts: what the model has after each prompt
+
+    def draw_next(hidden, at):
+        """Draw a token for each of the slots `at`, which may be some that have finished, from what the model has after their last."""
+        mine, t = torch.where(alive[at], row[at], J), drawn[at].clamp(max=max_new - 1)
+        token, logp = draw(logits_of(model, hidden), u[mine, t], temperature, top_k, top_p)
+        tokens[mine, t], logps[mine, t] = token, logp
+        drawn[at] += alive[at]
+        last[at] = token
+        alive[at] &= ~is_stop[token] & (drawn[at] < limit[mine])
+
+    def admit(free):
+        """Give the slots `free` to the next samples. Their prompts are read, unless a live slot has done so: then its keys are copied."""
+        taken = [(slot, waiting.popleft()) for slot, _ in zip(free, range(len(waiting)))]
+        reader = {jobs[j]: slot for slot, j in enumerate(job_of) if j is not None}  # the slot that has a prompt's keys
+        read = {jobs[j]: slot for slot, j in reversed(taken) if jobs[j] not in reader}  # reversed: the first of a prompt's slots
+        index = lambda some: torch.tensor(list(some), dtype=torch.int64, device=device)  # noqa: E731
+        if read:
+            p = pack([prompts[i] for i in read]).to(device)
+            hidden = model.forward(p, cache, index(read.values()))[p.cu[1:].long() - 1]  # `forward`: a model compiled for training would be compiled anew
+            starts.update(zip(read, hidden))
+        copies = [(slot, (reader | read)[jobs[j]], jobs[j]) for slot, j in taken if read.get(jobs[j]) != slot]
+        if copies:
+            to, source, of = zip(*copies)
+            cache.copy(index(source), index(to), index(len(prompts[i]) for i in of), max(len(prompts[i]) for i in of))
+        for slot, j in taken:
+            job_of[slot] = j
+        at = index(slot for slot, _ in taken)
+        row[at], drawn[at], alive[at] = index(j for _, j in taken), 0, True
+        draw_next(torch.stack([starts[jobs[j]] for _, j in taken]), at)
+
+    def close_up(live):
+        """Move the last live slots into the holes before them, so that the live ones are the first len(live)."""
+        holes = [slot for slot in range(len(live)) if job_of[slot] is None]
+        if holes:
+            moved = live[-len(holes) :]
+            source, to = torch.tensor(moved, device=device), torch.tensor(holes, device=device)
+            longest = max(len(prompts[jobs[job_of[slot]]]) for slot in moved) + max_new
+            cache.copy(source, to, cache.lengths[source], min(longest, cache.k.shape[2]))
+            for state in (row, drawn, last, alive):
+                state[to] = state[source]
+            alive[source] = False
+            for a, b in zip(moved, holes):
+                job_of[b], job_of[a] = job_of[a], None
+
+    def step(B):
+        draw_next(model.step(last[:B], cache.first(B)), slice(0, B))
+        cache.lengths[:B] *= alive[:B]  # a dead slot stays short, and cheap
+
+    width, graph = 0, None  # slots that a step works on, and the graph that does it
+    while True:
+        going = alive.tolist()
+        for slot, j in enumerate(job_of):
+            if j is not None and not going[slot]:
+                job_of[slot] = None
+        live = [slot for slot in range(B) if job_of[slot] is not None]
+        if waiting and (not live or B - len(live) >= max(1, B // 8)):  # a few at a time, for reading one short prompt is hardly faster than reading ten
+            admit([slot for slot in range(B) if job_of[slot] is None])
+            continue
+        if not live:
+            break
+        if device.type != "cuda":
+            close_up(live)
+            step(len(live))
+            continue
+        if not width or len(live) <= width // 2 or max(live) >= width:
+            close_up(live)
+            width = len(live) if not waiting else B
+            step(width)  # by hand, which compiles what is then captured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(width)
+        for _ in range(16):
+            graph.replay()
+    ids, logprobs = tokens.tolist(), logps.tolist()
     samples = []
-    for first in range(0, len(jobs), slots):
-        batch = jobs[first : first + slots]
-        cache = KVCache(model, len(batch), longest + max_new)
-        p = pack([prompts[i] for i in batch]).to(device)
-        # `forward`, not the call: a model compiled for training would be compiled again for every new length.
-        hidden = model.forward(p, cache, torch.arange(len(batch), device=device))[p.cu[1:].long() - 1]  # [B, C] at each prompt's last token
-        tokens, logps, done = [], [], torch.zeros(len(batch), dtype=torch.bool, device=device)
-        for t in range(max_new):
-            token, logp = draw(hidden @ model.head.T.to(hidden.dtype), u[first : first + slots, t], temperature, top_k, top_p)
-            tokens.append(token)
-            logps.append(logp)
-            done |= torch.isin(token, stops)
-            if done.all() or t + 1 == max_new:
-                break
-            hidden = model.step(token, cache)
-        for i, ids, logp in zip(batch, torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()):
-            end = next((t + 1 for t, token in enumerate(ids) if token in stop), len(ids))
-            samples.append(Sample(i, ids[:end], logp[:end], ids[end - 1] in stop))
+    for j, i in enumerate(jobs):
+        end = next((t + 1 for t, token in enumerate(ids[j][: room[i]]) if token in stop), room[i])
+        samples.append(Sample(i, ids[j][:end], logprobs[j][:end], ids[j][end - 1] in stop))
     return samples
 
 
@@ -90,8 +220,190 @@ def stream(model, prompt, *, max_new, temperature=1.0, top_k=0, top_p=1.0, stop=
             hidden = model.forward(pack([text]).to(device), cache, torch.zeros(1, dtype=torch.int64, device=device))[-1:]
         else:
             hidden = model.step(torch.tensor(text[-1:], device=device), cache)
-        token, _ = draw(hidden @ model.head.T.to(hidden.dtype), torch.rand(1, generator=generator).to(device), temperature, top_k, top_p)
+        token, _ = draw(logits_of(model, hidden), torch.rand(1, generator=generator).to(device), temperature, top_k, top_p)
         text.append(int(token))
         yield text[-1]
         if text[-1] in stop:
             return
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Answers to conversations
+
+
+def answers(model, tok, conversations, *, max_new, temperature=1.0, n=1, seed=0, slots=128, first=0):
+    """Sample `n` answers to each conversation (lists of messages) -> (prompts, samples, texts): token ids, Samples, and what they say."""
+    prompts = [chat.encode_prompt(tok, messages) for messages in conversations]
+    samples = rollout(model, prompts, max_new=max_new, n=n, temperature=temperature, stop={chat.end_of_turn(tok)}, seed=seed, slots=slots, first=first)
+    return prompts, samples, [chat.decode_answer(tok, s.tokens) for s in samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Rewards of answers. Each is function(conversations, rows, samples, texts) -> float64 [n], with sample i answering conversation i, whose data row is rows[i].
+
+
+def packs(documents, micro_tokens):
+    """Packs of at most `micro_tokens` tokens of the given token lists, in order."""
+    for first, last in split([len(d) for d in documents], micro_tokens):
+        yield pack(documents[first:last])
+
+
+@torch.no_grad()
+def scores(model, documents, micro_tokens, center=0.0):
+    """float64 [D]: the reward model's score at the last token of each document (token ids), less `center`. UserError where it cannot read one whole."""
+    longest = max(map(len, documents))
+    if longest > model.config.context:
+        raise UserError(f"a conversation of {longest} tokens exceeds the reward model's context of {model.config.context}")
+    return torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]).cpu().double().numpy() - center
+
+
+@torch.no_grad()
+def prefer_first(model, tok, prompts, micro_tokens):
+    """float64 [n]: the probability of " A" against " B" after each judge prompt."""
+    labels = [tok.encode_ordinary(text) for text in (" A", " B")]
+    if any(len(ids) != 1 for ids in labels):
+        raise UserError('" A" and " B" are not single tokens of this tokenizer, so it cannot be a judge')
+    head = model.head[[ids[0] for ids in labels]].float()
+    documents = [[tok.eot, *tok.encode_ordinary(text)] for text in prompts]
+    longest = max(map(len, documents))
+    if longest > model.config.context:
+        raise UserError(f"a judge prompt of {longest} tokens exceeds the model's context of {model.config.context}")
+    hidden = torch.cat([model(p.to(model.embed.device))[p.cu[1:].long() - 1] for p in packs(documents, micro_tokens)])
+    return torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0].cpu().double().numpy()
+
+
+def judge_score(model, tok, triples, principle, micro_tokens):
+    """float64 [n, 2]: the probability that the first of two replies is the better by a principle, asked in this order and in the other. triples: (prompt, reply, reply)."""
+    asked = [judge_prompt(p, a, b, principle) for p, a, b in triples] + [judge_prompt(p, b, a, principle) for p, a, b in triples]
+    forward, backward = np.split(prefer_first(model, tok, asked, micro_tokens), 2)
+    return np.stack([forward, 1 - backward], axis=1)
+
+
+def read_constitution(path):
+    """The principles of a constitution: a text file with one a line; empty lines and those that begin with # are left out."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--constitution={path}: {e}") from None
+    principles = [line for line in lines if line and not line.startswith("#")]
+    if not principles:
+        raise UserError(f"--constitution={path}: no principle in it; one a line is expected")
+    return principles
+
+
+def question(messages):
+    """What a reward or a judge is shown as the prompt: the user's text where that is all, else the messages."""
+    return messages[-1]["content"] if len(messages) == 1 else messages
+
+
+def transcript(messages):
+    """A conversation as one text."""
+    return messages[-1]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0):
+    """The rewards of a command line -> [(name, weight, function)].
+
+    names: comma-separated, each with or without *WEIGHT: FILE.py:FUNCTION, a reward model's directory, or judge:DIR with a constitution's principles.
+    timeout: seconds that a FUNCTION may take over one answer.
+    """
+    found = []
+    for text in filter(None, names.split(",")):
+        name, star, weight = text.rpartition("*")
+        try:
+            name, weight = (name, float(weight)) if star else (text, 1.0)
+        except ValueError:
+            raise UserError(f"--reward={text}: {weight!r} is no weight; NAME*0.5 is one") from None
+        file, colon, function = name.rpartition(":")
+        if name.startswith("judge:"):
+            found.append((name, weight, judge_reward(name, device, micro_tokens, constitution)))
+        elif colon and file.endswith(".py"):
+            found.append((name, weight, function_reward(name, load_function(file, function), timeout)))
+        else:
+            found.append((name, weight, model_reward(name, device, micro_tokens)))
+    return found
+
+
+def function_reward(name, function, timeout):
+    def reward(conversations, rows, samples, texts):
+        values = np.zeros(len(samples))
+        for i, (messages, row, sample, text) in enumerate(zip(conversations, rows, samples, texts)):
+            try:
+                with time_limit(timeout):
+                    values[i] = function(question(messages), text, row | {"finished": sample.finished})
+            except Exception as e:
+                where = traceback.extract_tb(e.__traceback__)[-1]
+                raise UserError(f"--reward={name}: {type(e).__name__}: {e} ({where.filename}:{where.lineno}), for the completion {text[:200]!r} and the row {str(row)[:200]}") from None
+            if not np.isfinite(values[i]):
+                raise UserError(f"--reward={name}: {values[i]} for the completion {text[:200]!r}; a finite number was expected")
+        return values
+
+    return reward
+
+
+def model_reward(name, device, micro_tokens):
+    model, tok, info = checkpoint.load(name, device)
+    if not model.config.scalar_head:
+        raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
+    model.eval()
+
+    def reward(conversations, rows, samples, texts):  # an unfinished answer is scored as it stands: it has no end-of-turn token to read at
+        documents = [chat.encode_prompt(tok, m) + (chat.encode_answer(tok, t) if s.finished else tok.encode_ordinary(t)) for m, t, s in zip(conversations, texts, samples)]
+        return scores(model, documents, micro_tokens, info.get("center", 0.0))
+
+    return reward
+
+
+def judge_reward(name, device, micro_tokens, constitution):
+    """How often an answer is better than the next one to the same prompt, by the judge's own probability, over both orders and all principles (Lee et al. 2023, arXiv 2309.00267)."""
+    if not constitution:
+        raise UserError(f"--reward={name}: a judge needs principles, one a line of a file: --constitution=data/constitution.txt")
+    principles = read_constitution(constitution)
+    model, tok, _ = checkpoint.load(name.removeprefix("judge:"), device)
+    model.eval()
+
+    def reward(conversations, rows, samples, texts):
+        group = {}
+        for i, s in enumerate(samples):
+            group.setdefault(s.prompt_index, []).append(i)
+        if any(len(own) < 2 for own in group.values()):
+            raise UserError(f"--reward={name}: a judge compares the answers to one prompt, so there must be at least two of them (--group=2)")
+        opponent = {i: own[(k + 1) % len(own)] for own in group.values() for k, i in enumerate(own)}
+        triples = [(transcript(m), texts[i], texts[opponent[i]]) for i, m in enumerate(conversations)]
+        return np.mean([judge_score(model, tok, triples, principle, micro_tokens).mean(1) for principle in principles], axis=0)
+
+    return reward
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """TimeoutError if what is done within takes longer. By a signal, so in the main thread and on POSIX only; elsewhere there is no limit."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expired(number, frame):
+        raise TimeoutError(f"took longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def load_function(file, name):
+    """A function of a Python file, which is run: the user's own code, with all the user's rights. UserError where there is none."""
+    if not Path(file).is_file():
+        raise UserError(f"--reward={file}:{name}: {file} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"--reward={file}:{name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
+    if not callable(vars(module).get(name)):
+        raise UserError(f"--reward={file}:{name}: {file} has no function {name}")
+    return vars(module)[name]

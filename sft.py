@@ -20,9 +20,10 @@ from common import UserError, check, describe, launch, rank, reduce_sum, world_s
 from data import chat, corpus, tokenizer
 from data.chat import Chat, before_learnt, pack_chats
 from data.pack import share, split
-from evaluate import answers, exact_match, rooms
+from evaluate import exact_match
 from kernels.head import linear_cross_entropy
 from optim import Optimizer, wsd
+from rollout import answers, rooms
 
 
 @dataclass

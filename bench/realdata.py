@@ -15,7 +15,7 @@ import numpy as np
 import checkpoint
 from common import UserError, describe, launch, replace_text
 from data import chat
-from evaluate import pair_documents, preference_figures, scores, show
+from evaluate import pair_documents, preference_figures, show
 
 FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "instructions_test.jsonl", "ai_preferences_train.jsonl", "ai_preferences_test.jsonl")
 

@@ -12,6 +12,7 @@ from runs import SMALL, refused, save, start, write_rows
 
 import checkpoint
 import evaluate
+import rollout
 from common import UserError
 from data import chat, tokenizer
 from data.pack import pack
@@ -76,7 +77,7 @@ def test_a_judge_that_always_says_a_is_all_position_bias(make_model):
 def test_a_tokenizer_without_single_labels_is_refused(make_model):
     tok = tokenizer.byte_level()
     with pytest.raises(UserError, match="single tokens"):
-        evaluate.prefer_first(constant_model(make_model, tok, {}), tok, ["?"], 100)
+        rollout.prefer_first(constant_model(make_model, tok, {}), tok, ["?"], 100)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -146,18 +147,18 @@ def speaker(make_model, said, **shape):
 def test_long_prompts_cut_their_own_answers_and_no_others(make_model):
     model = make_model(**SMALL)  # context 96; a prompt's frame takes 19 tokens
     room = {text: 96 - len(chat.encode_prompt(TOK, *ask(text))) for text in ("a", "b" * 60, "c" * 70, "d")}
-    prompts, samples, texts = evaluate.answers(model, TOK, ask(*room), max_new=30, n=3, seed=1)
+    prompts, samples, texts = rollout.answers(model, TOK, ask(*room), max_new=30, n=3, seed=1)
     assert [s.prompt_index for s in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 and len(texts) == 12
     for s, wanted in zip(samples[::3], room.values()):
         longest = min(30, wanted)
         assert len(s.tokens) == longest or s.finished and len(s.tokens) < longest
     assert min(room.values()) < 30
-    _, alone, _ = evaluate.answers(model, TOK, ask("a", "d"), max_new=30, n=3, seed=1)
-    assert [s.tokens for s in alone] == [s.tokens for s in samples if s.prompt_index in (0, 3)]
+    _, alone, _ = rollout.answers(model, TOK, ask("a", "short", "short too", "d"), max_new=30, n=3, seed=1)
+    assert [s.tokens for s in alone if s.prompt_index in (0, 3)] == [s.tokens for s in samples if s.prompt_index in (0, 3)]
     totals = evaluate.answer_logps(model, prompts, samples, 1.0, 200)
     np.testing.assert_allclose(totals, [sum(s.logprobs) for s in samples], atol=1e-3)  # what was sampled from is what is measured
     with pytest.raises(UserError, match="a prompt of 96 tokens fills the model's context of 96"):
-        evaluate.answers(model, TOK, ask("a", "e" * (room["a"] + 1)), max_new=30)
+        rollout.answers(model, TOK, ask("a", "e" * (room["a"] + 1)), max_new=30)
 
 
 def test_answers_end_as_often_as_the_model_ends_them(make_model, tmp_path):
@@ -217,17 +218,17 @@ def test_rewards_of_a_file_and_of_a_reward_model_and_what_is_written(make_model,
     evaluate.main(config)
     figures = json.loads((tmp_path / "new/out.json").read_text())["figures"]
     said = [json.loads(line) for line in (tmp_path / "new/said.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in said] == [f"q{i}" for i in range(6)] + ["second"] * 2
+    assert [row["prompt"] for row in said] == [f"q{i}" for i in range(6)] + [turns] * 2  # as sft.py reads them
     model = checkpoint.load(folder)[0]
     conversations = [chat.prompt(row) for row in rows]
-    prompts, samples, texts = evaluate.answers(model, TOK, conversations, max_new=12)
+    prompts, samples, texts = rollout.answers(model, TOK, conversations, max_new=12)
     assert [row["completion"] for row in said] == texts and [row["finished"] for row in said] == [s.finished for s in samples]
     assert [row[mine] for row in said] == pytest.approx([i + len(t) / 100 - s.finished for i, (t, s) in enumerate(zip(texts, samples))])
     read = [chat.encode_prompt(TOK, m) + TOK.encode_ordinary(t) + [END] * s.finished for m, t, s in zip(conversations, texts, samples)]
     wanted = [score(judge, pack([ids])).item() - 2.5 for ids in read]
     assert [row[by] for row in said] == pytest.approx(wanted, abs=1e-4) and np.std(wanted) > 0.1
     assert figures[f"reward {by}"]["value"] == pytest.approx(np.mean(wanted), abs=1e-4)
-    theirs = evaluate.answers(checkpoint.load(other)[0], TOK, conversations, max_new=12)
+    theirs = rollout.answers(checkpoint.load(other)[0], TOK, conversations, max_new=12)
     their_worth = [i + len(t) / 100 - s.finished for i, (t, s) in enumerate(zip(theirs[2], theirs[1]))]
     wins = [float(a > b) + 0.5 * (a == b) for a, b in zip([row[mine] for row in said], their_worth)]
     assert figures[f"win rate by {mine}"]["value"] == pytest.approx(np.mean(wins)) and figures[f"reference's reward {mine}"]["value"] == pytest.approx(np.mean(their_worth))

@@ -335,11 +335,11 @@ def test_greedy_rollouts_take_the_likeliest_token(make_model):
         assert s.tokens == best[len(text) - 7 : -1]
 
 
-def test_rollouts_beyond_the_context_are_refused(make_model):
+def test_the_context_bounds_a_rollout_and_a_prompt_that_fills_it_is_refused(make_model):
     model = make_model(context=16)
-    assert len(rollout(model, [[1] * 10], max_new=6)[0].tokens) == 6
+    assert [len(s.tokens) for s in rollout(model, [[1] * 10, [1] * 15, [1, 2]], max_new=7)] == [6, 1, 7]
     with pytest.raises(UserError, match="context of 16"):
-        rollout(model, [[1, 2], [1] * 10], max_new=7)
+        rollout(model, [[1, 2], [1] * 16], max_new=7)
 
 
 def test_the_stream_goes_on_past_the_context(make_model):

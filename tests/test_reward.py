@@ -10,6 +10,7 @@ from test_pretrain import kill, logged, records, results, succeeds, train_steps,
 
 import checkpoint
 import evaluate
+import rollout
 import reward
 from data import chat, tokenizer
 from data.chat import Pair
@@ -113,7 +114,7 @@ def test_a_score_does_not_depend_on_packing_order_or_neighbours(make_model):
     np.testing.assert_allclose(reward.all_leads(model, tuple([side[i] for i in order] for side in documents), 300), whole[order], atol=1e-5)
     flat = [d for side in documents for d in side]
     for micro_tokens in (1, 100, 10**6):
-        np.testing.assert_allclose(evaluate.scores(model, flat, micro_tokens, center=0.5), score(model, pack(flat)).detach() - 0.5, atol=1e-5)
+        np.testing.assert_allclose(rollout.scores(model, flat, micro_tokens, center=0.5), score(model, pack(flat)).detach() - 0.5, atol=1e-5)
 
 
 def test_a_score_is_read_at_the_end_of_the_answer_and_sees_all_of_it(make_model):
@@ -162,8 +163,8 @@ def test_an_order_is_learnt_and_flipped_labels_teach_the_opposite(train, tmp_pat
 
     # The answers of the model it came from score 0 on average: of the training rows, which come first
     rows, _ = chat.split_off(pairs_of(some_rows(160, 1, flipped=True)), 0.05, 0)
-    starts, samples, _ = evaluate.answers(checkpoint.load(files["init"])[0], TOK, [p.prompt for p in rows[:12]], max_new=8, seed=0)
-    found = evaluate.scores(model, [starts[s.prompt_index] + s.tokens for s in samples], 10**6, info["center"])
+    starts, samples, _ = rollout.answers(checkpoint.load(files["init"])[0], TOK, [p.prompt for p in rows[:12]], max_new=8, seed=0)
+    found = rollout.scores(model, [starts[s.prompt_index] + s.tokens for s in samples], 10**6, info["center"])
     assert found.mean() == pytest.approx(0, abs=1e-5) and found.std() > 0 and info["center"] != 0
 
     # transformers scores as we do

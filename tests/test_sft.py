@@ -11,6 +11,7 @@ from test_pretrain import kill, logged, records, results, succeeds, train_steps,
 
 import checkpoint
 import evaluate
+import rollout
 import sft
 from data import chat, corpus, tokenizer
 from data.pack import pack
@@ -189,7 +190,7 @@ def test_a_handful_of_chats_is_learnt_by_heart_and_the_model_stops_by_itself(tun
     run = tmp_path / "run"
     output = succeeds(tune(run, data=data, val=data, problems=problems, steps=120, lr=0.02, eval_every=4, save_every=40, max_new=30))
     model, tok, info = checkpoint.load(run)
-    _, samples, texts = evaluate.answers(model, tok, [[{"role": "user", "content": row["prompt"]}] for row in rows], max_new=60, temperature=0)
+    _, samples, texts = rollout.answers(model, tok, [[{"role": "user", "content": row["prompt"]}] for row in rows], max_new=60, temperature=0)
     assert texts == said and all(s.finished for s in samples)
     found = [r for r in records(run) if "val_loss" in r]
     saved = [r for r in found if r["step"] % 40 == 0]
