@@ -184,6 +184,12 @@ def sha256(path):
         raise UserError(f"{path}: {e.strerror}") from None
 
 
+def fingerprint(folder):
+    """Hex SHA-256 over what a checkpoint computes: its configuration and its weights."""
+    named = {file.name: sha256(file) for file in sorted({folder / "config.json", *weight_files(folder).values()})}
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
 def damage(folder):
     """What is wrong with a checkpoint of ours, in words; "" if every file is as it was written."""
     try:
@@ -309,10 +315,11 @@ def flush(path):
         os.close(handle)
 
 
-def save(run, model, tok, info, state=None, keep_last=2, best=False):
+def save(run, model, tok, info, state=None, keep_last=2, best=False, beside=None):
     """Write run/step_<info["step"]>, then drop all but the `keep_last` newest and the best. Returns its path.
 
-    info: at least {"stage", "step"}; state: (tensors, counters) to resume from. `best=True` makes this the run's best.
+    info: at least {"stage", "step"}; state: (tensors, counters) to resume from. `best=True` makes this the run's best. beside: {name: model}, further
+    models of the same tokenizer (PPO's critic), each in a directory of that name within.
     UserError where the disk refuses: nothing half-written stays behind, and no older checkpoint is touched.
     """
     run, step = Path(run), info["step"]
@@ -323,16 +330,18 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False):
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         if not final.exists():
             temporary.mkdir(parents=True)
-            safetensors.torch.save_file(to_hf(model), temporary / WEIGHTS, metadata={"format": "pt"})
             talks = info["stage"] != "pretrain"  # from fine-tuning on a checkpoint knows turns, and ends them
-            write_json(temporary / "config.json", config_to_hf(model.config, tok) | ({"eos_token_id": chat.end_of_turn(tok)} if talks else {}))
-            tokenizer.save(tok, temporary, chat.TEMPLATE if talks else "")
+            for folder, each in [(temporary, model), *((temporary / name, other) for name, other in (beside or {}).items())]:
+                folder.mkdir(exist_ok=True)
+                safetensors.torch.save_file(to_hf(each), folder / WEIGHTS, metadata={"format": "pt"})
+                write_json(folder / "config.json", config_to_hf(each.config, tok) | ({"eos_token_id": chat.end_of_turn(tok)} if talks else {}))
+                tokenizer.save(tok, folder, chat.TEMPLATE if talks else "")
             write_json(temporary / INFO, info)
             if state:
                 safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in state[0].items()}, temporary / STATE)
                 write_json(temporary / COUNTERS, state[1])
-            write_json(temporary / MANIFEST, {p.name: sha256(p) for p in sorted(temporary.iterdir())})
-            for path in [*temporary.iterdir(), temporary]:
+            write_json(temporary / MANIFEST, {p.relative_to(temporary).as_posix(): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()})
+            for path in [*temporary.rglob("*"), temporary]:
                 flush(path)
             os.replace(temporary, final)
             flush(run)
@@ -407,12 +416,16 @@ class Run:
         """UserError unless this is the run that was stopped. data: {what is read: its SHA-256}."""
         check_same_run(self.info, self.stage, dataclasses.asdict(self.config), data, self.free)
 
-    def begin(self, steps, optimizer, data, n_parameters):
-        """Take back the state of the run that was stopped, open the log -> the counters given to the last `save`, {} for a fresh run."""
+    def begin(self, steps, optimizers, data, n_parameters):
+        """Take back the state of the run that was stopped, open the log -> the counters given to the last `save`, {} for a fresh run.
+
+        optimizers: {prefix of their tensors' names in what was saved: Optimizer}.
+        """
         counters = {}
         if self.resumed:
             tensors, counters = load_state(self.resumed)
-            optimizer.load_state(tensors)
+            for prefix, optimizer in optimizers.items():
+                optimizer.load_state({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
             set_random_state(tensors, self.device)
             self.start, self.best, self.lineage = self.info["step"], counters["best"], self.info["lineage"]
         else:
@@ -444,19 +457,21 @@ class Run:
             print(f"step {step}/{self.steps} | validation {text}", flush=True)
         return metrics
 
-    def save(self, step, model, tok, optimizer, counters, metrics, **more):
-        """Save after `step`; the best so far by metrics["val_loss"] is kept beside the newest. more: further fields of feinschliff.json.
+    def save(self, step, model, tok, state, counters, metrics, beside=None, **more):
+        """Save after `step`; the best so far by metrics["val_loss"] is kept beside the newest.
+
+        state: tensors that the next step depends on, the optimizer's; beside: {name: model} to save within; more: further fields of feinschliff.json.
 
         A disk that refuses costs this save, not the run, unless it is the last one.
         """
         before, self.best = self.best, min(self.best, metrics.get("val_loss", self.best))
-        tensors = optimizer.state() | random_state(self.device)
+        tensors = state | random_state(self.device)
         if rank() == 0:
             record = {"stage": self.stage, "step": step, "config": dataclasses.asdict(self.config), "data": self.data, "metrics": metrics, **more}
             record |= {"lineage": self.lineage, "code": code_hash(), **describe(self.device)}
             try:
                 self.log.sync()
-                save(self.path, model, tok, record, (tensors, {"best": self.best, **counters}), self.config.keep_last, best=self.best < before)
+                save(self.path, model, tok, record, (tensors, {"best": self.best, **counters}), self.config.keep_last, self.best < before, beside)
             except UserError as e:
                 self.best = before
                 if step == self.steps or self.stop.asked:

@@ -313,11 +313,11 @@ class Log:
             except OSError as e:
                 raise UserError(f"{self.path}: {e.strerror}") from None
 
-    def step(self, step, tokens, flops_per_token, device, **values):
-        """Log update number `step` (from 1): its `tokens` (all ranks), speed, MFU where the GPU's peak is known, time left, and `values`."""
+    def step(self, step, tokens, flops_per_token, device, quiet={}, **values):
+        """Log update number `step` (from 1): its `tokens` (all ranks), speed, MFU where the GPU's peak is known, time left, and `values`; `quiet` ones not on the terminal."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        record = {"step": step, **values, "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
+        record = {"step": step, **values, **quiet, "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
         peak = peak_flops(device)
         if peak:
             record["mfu"] = round(tokens * flops_per_token / seconds / (peak * world_size()), 4)

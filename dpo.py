@@ -27,9 +27,8 @@ import torch.nn.functional as F
 import checkpoint
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
-from data.chat import Chat, before_learnt, pack_chats
+from data.chat import learnt_logprobs, pack_chats
 from data.pack import share, split
-from kernels.head import linear_logprob
 from optim import Optimizer, wsd
 
 
@@ -155,9 +154,8 @@ def pair_loss(config, logp, ref_logp, lengths, probability):
 
 def answer_logps(model, chats):
     """fp32 [D]: the log-probability of each conversation's learnt tokens, the answer and its end of turn, given what comes before."""
-    hidden, targets = before_learnt(model, chats)
-    ends = torch.tensor(np.cumsum([0, *(c.learnt.sum() for c in chats)]), device=hidden.device)
-    return torch.segment_reduce(linear_logprob(hidden, model.head, targets), "sum", offsets=ends)
+    ends = torch.tensor(np.cumsum([0, *(c.learnt.sum() for c in chats)]), device=model.embed.device)
+    return torch.segment_reduce(learnt_logprobs(model, chats), "sum", offsets=ends)
 
 
 @torch.no_grad()
@@ -178,12 +176,12 @@ def all_logps(model, items, micro_tokens):
 def reference_logps(config, run, tok, data, splits, device):
     """{split: fp32 [n, 2]}: the reference's `all_logps`, from the cache where it has those of this reference for these tokens, else computed and kept there."""
     folder = checkpoint.find(config.reference) if config.reference else run.origin()
-    named = {file.name: checkpoint.sha256(file) for file in sorted({folder / "config.json", *checkpoint.weight_files(folder).values()})}
+    weights = checkpoint.fingerprint(folder)
     if config.reference:
-        data[config.reference] = hashlib.sha256(json.dumps(named).encode()).hexdigest()  # a run goes on with the reference it began with
+        data[config.reference] = weights  # a run goes on with the reference it began with
     items = hashlib.sha256(b"".join(side.ids.tobytes() + side.learnt.tobytes() for split_items in splits.values() for item in split_items for side in item))
     sizes = {name: len(split_items) for name, split_items in splits.items()}
-    key = hashlib.sha256(json.dumps([named, sizes, items.hexdigest(), device.type], sort_keys=True).encode()).hexdigest()  # a GPU counts in another precision
+    key = hashlib.sha256(json.dumps([weights, sizes, items.hexdigest(), device.type], sort_keys=True).encode()).hexdigest()  # a GPU counts in another precision
     cache = Path(config.ref_cache or run.path) / f"reference_{key[:16]}.safetensors"
     if cache.exists():
         with checkpoint.open_tensors(cache) as f:
@@ -211,8 +209,7 @@ def reference_logps(config, run, tok, data, splits, device):
 
 def answered(tok, messages, text):
     """The conversation with this answer, of which the answer is learnt and no earlier one."""
-    prompt, answer = chat.encode_prompt(tok, messages), chat.encode_answer(tok, text)
-    return Chat(np.array(prompt + answer, dtype=np.int32), np.arange(len(prompt) + len(answer)) >= len(prompt))
+    return chat.answered(chat.encode_prompt(tok, messages), chat.encode_answer(tok, text))
 
 
 def read_items(tok, rows, kto):
@@ -321,7 +318,7 @@ def main(config):
         print(f"{len(train):,} pairs; {steps} steps of {config.batch}; peak rate {lr:.3g}; " + ("" if kto else f"chosen answers are {gap:+.1f} tokens longer; ") + f"on {describe(device)['hardware']}")
     if run.resumed:
         run.check_same(data)
-    counters = run.begin(steps, optimizer, data, sum(p.numel() for p in model.parameters()))
+    counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
     flops = model.flops_per_token(int(np.mean([len(side.ids) for item in train for side in item])))
@@ -351,7 +348,7 @@ def main(config):
                 warned = True
                 print(f"warning: chosen answers have become {-metrics['chosen_ratio']:.2f} nats less likely than they were; so it often goes, --nll=1, a larger --beta or a lower --lr hold them up")
         if run.due(step, config.save_every) or leaving:
-            run.save(step, model, tok, optimizer, {"epoch": order.epoch, "index": order.index}, metrics)
+            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics)
         if leaving and step < steps:
             run.stop.leave(step)
         run.log.skip_time()

@@ -34,7 +34,7 @@ from data.read import read_jsonl
 from data.rewards import final_number
 from kernels.head import linear_logprob
 from model import logprobs
-from rollout import answers, judge_score, load_rewards, question, rollout, scores
+from rollout import answers, judge_score, load_rewards, question, reward_answers, rollout, scores
 
 
 @dataclass
@@ -156,14 +156,12 @@ def distinct(texts, n):
 
 def answer_figures(config, model, tok, rows, device):
     """Figures of sampled answers to the prompts of --data, and rows {"prompt", "answer", rewards} of what was said."""
-    conversations, rows = [messages for messages, _ in rows], [row for _, row in rows]
+    conversations = [messages for messages, _ in rows]
     rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution)
     how = dict(max_new=config.max_new, temperature=config.temperature, seed=config.seed)
     prompts, samples, texts = answers(model, tok, conversations, n=config.best_of, **how)
     mean = lambda values: mean_interval(values, config.seed)  # noqa: E731
-    owner = [s.prompt_index for s in samples]
-    score = lambda samples, texts, owner: {name: reward([conversations[i] for i in owner], [rows[i] for i in owner], samples, texts) for name, _, reward in rewards}  # noqa: E731
-    found, figures = score(samples, texts, owner), {}
+    (_, found), figures = reward_answers(rewards, rows, samples, texts), {}
     if config.best_of > 1:  # of each prompt's answers the one that the first reward likes best, a finished one where there is any
         choice = np.where([s.finished for s in samples], found[rewards[0][0]], -np.inf).reshape(-1, config.best_of).argmax(1) + np.arange(0, len(samples), config.best_of)
         samples, texts, found = [samples[i] for i in choice], [texts[i] for i in choice], {name: v[choice] for name, v in found.items()}
@@ -182,7 +180,7 @@ def answer_figures(config, model, tok, rows, device):
         logp, ref_logp = (answer_logps(m, prompts, samples, temperature, config.micro_tokens) for m in (model, reference))
         figures["KL to the reference, nats an answer"] = mean(logp - ref_logp)
         _, theirs, their_texts = answers(reference, tok, conversations, **how)
-        for name, other in score(theirs, their_texts, range(len(theirs))).items():
+        for name, other in reward_answers(rewards, rows, theirs, their_texts)[1].items():
             figures[f"reference's reward {name}"] = mean(other)
             figures[f"win rate by {name}"] = mean((found[name] > other) + 0.5 * (found[name] == other))
     return figures, said

@@ -203,7 +203,7 @@ def main(config):
         print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs")
         if config.compile and device.type == "cpu":
             print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
-    counters = run.begin(steps, optimizer, data_hashes(config), n_parameters)
+    counters = run.begin(steps, {"": optimizer}, data_hashes(config), n_parameters)
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
     flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.items])))
@@ -228,7 +228,7 @@ def main(config):
         if rank() == 0 and config.sample_every and run.due(step, config.sample_every):
             run.log.sample(step, continuation(model, tok, prompt, config.seed))
         if run.due(step, config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
-            run.save(step, model, tok, optimizer, {"epoch": order.epoch, "index": order.index}, metrics)
+            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics)
         if leaving and step < steps:
             run.stop.leave(step)
         run.log.skip_time()

@@ -166,7 +166,7 @@ def main(config):
         print(f"{len(train_rows):,} pairs; {steps} steps of {config.batch}; peak rate {lr:.3g}; on {describe(device)['hardware']}")
     if run.resumed:
         run.check_same(data)
-    counters = run.begin(steps, optimizer, data, sum(p.numel() for p in model.parameters()))
+    counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
     flops = model.flops_per_token(int(np.mean([len(d) for side in train for d in side])))
@@ -199,7 +199,7 @@ def main(config):
             if typical:
                 model.eval()
                 center = float(scores(model, typical, config.micro_tokens).mean())
-            run.save(step, model, tok, optimizer, {"epoch": order.epoch, "index": order.index}, metrics, center=center)
+            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics, center=center)
         if leaving and step < steps:
             run.stop.leave(step)
         run.log.skip_time()

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from common import UserError
+from common import UserError, rank, reduce_sum, world_size
 from data import chat
-from data.pack import pack, split
+from data.chat import learnt_logprobs
+from data.pack import pack, share, split
 from data.world import judge_prompt
 from kernels.linear import linear
 from model import GPT, KVCache, score
@@ -324,6 +325,23 @@ def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0):
     return found
 
 
+def reward_hashes(names, constitution=""):
+    """{name: SHA-256} of what the rewards of a command line are made of, so that a run goes on with those it began with."""
+    found = {constitution: checkpoint.sha256(constitution)} if constitution else {}
+    for text in filter(None, names.split(",")):
+        name = text.rpartition("*")[0] or text
+        file, colon, function = name.rpartition(":")
+        found[name] = checkpoint.sha256(file) if colon and file.endswith(".py") else checkpoint.fingerprint(checkpoint.find(name.removeprefix("judge:")))
+    return found
+
+
+def reward_answers(rewards, rows, samples, texts):
+    """(weighted sum float64 [n], {name: float64 [n]}) of what `load_rewards` gave, for samples that answer the rows (messages, row) of their prompt_index."""
+    asked = [rows[s.prompt_index] for s in samples]
+    parts = {name: function([messages for messages, _ in asked], [row for _, row in asked], samples, texts) for name, _, function in rewards}
+    return sum((weight * parts[name] for name, weight, _ in rewards), np.zeros(len(samples))), parts
+
+
 def function_reward(name, function, timeout):
     def reward(conversations, rows, samples, texts):
         values = np.zeros(len(samples))
@@ -407,3 +425,50 @@ def load_function(file, name):
     if not callable(vars(module).get(name)):
         raise UserError(f"--reward={file}:{name}: {file} has no function {name}")
     return vars(module)[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What ppo.py and grpo.py ask of every policy
+
+
+def check_one_distribution(model, chats, samples, logp, ref_logp, temperature, micro_tokens):
+    """What is sampled from must be what is differentiated. -> mean |log p by the sampler - by the trainer| over the samples of all ranks.
+
+    logp [M]: the trainer's, of the samples' tokens in `chats`; ref_logp [M]: the same, where the policy still is its own reference, else None. UserError
+    where the same pack does not give the same log-probabilities twice (ratio != 1 before the first update), where they differ from the reference's
+    (KL != 0), or where sampler and trainer lie further apart than rounding explains.
+    """
+    n = next((last for _, last in split([len(c.ids) for c in chats], micro_tokens)), 0)
+    model.train()
+    again = learnt_logprobs(model, chats[:n], temperature).detach() if n else logp
+    sampled = torch.tensor([x for s in samples for x in s.logprobs], device=logp.device)
+    apart, gap = not torch.equal(again, logp[: len(again)]), (sampled - logp).abs().sum()
+    gap, tokens, apart, not_zero = reduce_sum(gap, len(logp), apart, ref_logp is not None and not torch.equal(logp, ref_logp))
+    bound = 1e-5 if model.compute_dtype == torch.float32 else 1e-2
+    if apart:
+        raise UserError("the same tokens had another probability in training than before the first update (ratio != 1): is there dropout, or an op that does not repeat itself?")
+    if not_zero:
+        raise UserError("policy and reference are the same checkpoint, yet their log-probabilities differ (KL != 0 before the first update)")
+    gap /= max(1, tokens)
+    if gap > bound:
+        raise UserError(f"sampler and trainer disagree: mean |log p difference| {gap:.2e}, at most {bound:.0e} is rounding; what is learnt would not be what was sampled")
+    return gap
+
+
+def validate(model, reference, tok, rewards, rows, config, beta, penalty=0.0):
+    """({"val_loss", "reward", "kl", "finished", "answer_tokens", ...}, an answer) to held-out rows, always with the same random numbers; the ranks share them.
+
+    penalty: taken from the reward of an answer without an end. reference: None where there is none, and no "kl" then. val_loss: beta kl - reward.
+    """
+    begin, end = share([1] * len(rows), rank(), world_size())
+    n = config.group if "judge:" in config.reward else 1
+    prompts, samples, texts = answers(model, tok, [m for m, _ in rows[begin:end]], n=n, max_new=config.max_new, temperature=config.temperature, seed=config.seed, first=begin * n)
+    score, parts = reward_answers(rewards, rows[begin:end], samples, texts)
+    chats = [chat.answered(prompts[s.prompt_index], s.tokens) for s in samples]
+    logp, ref_logp = (chat.constant_logprobs(m, chats, config.temperature, config.micro_tokens) if reference else torch.zeros(1) for m in (model, reference))
+    score = score - penalty * np.array([not s.finished for s in samples])
+    sums = reduce_sum(len(samples), score.sum(), (logp - ref_logp).sum(), sum(s.finished for s in samples), sum(len(s.tokens) for s in samples), *(v.sum() for v in parts.values()))
+    reward, kl, finished, tokens, *others = (x / sums[0] for x in sums[1:])
+    named = {f"reward {name}": value for name, value in zip(parts, others)} if len(parts) > 1 else {}
+    held = {"kl": kl} if reference else {}
+    return {"val_loss": beta * kl - reward, "reward": reward, **held, "finished": finished, "answer_tokens": tokens, **named}, texts[0]

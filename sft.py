@@ -178,7 +178,7 @@ def main(config):
         print(f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text; peak rate {lr:.3g}; on {describe(device)['hardware']}")
     if run.resumed:
         run.check_same(data)
-    counters = run.begin(steps, optimizer, data, sum(p.numel() for p in model.parameters()))
+    counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
         if replay:
@@ -213,7 +213,7 @@ def main(config):
                 run.log.sample(step, f"{shown[-1]['content']}\n--- answers:\n{texts[0]}")
         if run.due(step, config.save_every) or leaving:
             counters = {"epoch": order.epoch, "index": order.index} | ({"replay_epoch": replay.epoch, "replay_index": replay.index} if replay else {})
-            run.save(step, model, tok, optimizer, counters, metrics)
+            run.save(step, model, tok, optimizer.state(), counters, metrics)
         if leaving and step < steps:
             run.stop.leave(step)
         run.log.skip_time()

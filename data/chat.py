@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from common import UserError, rank
-from data.pack import next_tokens, pack
+from data.pack import next_tokens, pack, split
 from data.read import parse_mixture, read_rows
 from data.rewards import right_number
-from kernels.head import IGNORE
+from kernels.head import IGNORE, linear_logprob
 
 TEMPLATE = (  # the same in Jinja, for `transformers`. The line end comes before a turn, so that a finished conversation ends at <|im_end|>
     "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -91,6 +91,11 @@ def decode_answer(tok, ids):
     return tok.decode([i for i in ids if i not in tok._special_tokens.values()]).strip()
 
 
+def answered(prompt, answer):
+    """The Chat of a prompt's ids and an answer's, of which the answer is learnt and no earlier one."""
+    return Chat(np.array(prompt + answer, dtype=np.int32), np.arange(len(prompt) + len(answer)) >= len(prompt))
+
+
 def pack_chats(chats):
     """[Chat, ...] -> (pack, targets int64 [N]): the token after each one where that is learnt, IGNORE elsewhere."""
     p = pack([c.ids for c in chats])
@@ -107,6 +112,21 @@ def before_learnt(model, chats):
     p, targets = pack_chats(chats)
     rows, device = (targets != IGNORE).nonzero()[:, 0], model.embed.device
     return model(p.to(device)).index_select(0, rows.to(device)), targets[rows].to(device)
+
+
+def learnt_logprobs(model, chats, temperature=1.0):
+    """fp32 [M]: the log-probability of each learnt token, in order."""
+    hidden, targets = before_learnt(model, chats)
+    return linear_logprob(hidden, model.head, targets, temperature)
+
+
+@torch.no_grad()
+def constant_logprobs(model, chats, temperature, micro_tokens):
+    """`learnt_logprobs` in evaluation, without a gradient, at most `micro_tokens` tokens at once."""
+    model.eval()
+    if not chats:  # a rank's share may be empty
+        return torch.zeros(0, device=model.embed.device)
+    return torch.cat([learnt_logprobs(model, chats[first:last], temperature) for first, last in split([len(c.ids) for c in chats], micro_tokens)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -334,6 +354,22 @@ def read_split(config, parse):
         return *split_off(rows, config.val_fraction, config.seed), data
     val_rows, val_data = read(config.val, parse, config.skip_bad)
     return rows, val_rows, data | val_data
+
+
+def read_prompts(config, tok, context):
+    """(train, val, {source: SHA-256}) of --data and --val: rows (messages, row) whose prompt leaves room for an answer of --max_new. Says how many do not."""
+    if config.max_new >= context:
+        raise UserError(f"--max_new={config.max_new}: the model's context is {context} tokens, and a prompt must go in as well")
+    train, val, data = read_split(config, prompt_only)
+    kept = []
+    for rows, what in ((train, config.data), (val, config.val or "held out of it")):
+        fits = [row for row in rows if len(encode_prompt(tok, row[0])) + config.max_new <= context]
+        if rank() == 0 and len(fits) < len(rows):
+            print(f"{what}: {len(rows) - len(fits)} of {len(rows)} prompts left out, which leave less than --max_new={config.max_new} of the context's {context} tokens")
+        if not fits:
+            raise UserError(f"{what}: no prompt leaves room for an answer of --max_new={config.max_new} tokens; lower that")
+        kept.append(fits)
+    return *kept, data
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
