@@ -162,11 +162,17 @@ def answer_figures(config, model, tok, rows, device):
     prompts, samples, texts = answers(model, tok, conversations, n=config.best_of, **how)
     mean = lambda values: mean_interval(values, config.seed)  # noqa: E731
     (_, found), figures = reward_answers(rewards, rows, samples, texts), {}
-    if config.best_of > 1:  # of each prompt's answers the one that the first reward likes best, a finished one where there is any
-        choice = np.where([s.finished for s in samples], found[rewards[0][0]], -np.inf).reshape(-1, config.best_of).argmax(1) + np.arange(0, len(samples), config.best_of)
-        samples, texts, found = [samples[i] for i in choice], [texts[i] for i in choice], {name: v[choice] for name, v in found.items()}
-        bound = math.log(config.best_of) - (config.best_of - 1) / config.best_of  # exact where no two answers are worth the same (Hilton 2023; Beirami et al. 2024, arXiv 2401.01879)
-        figures["KL(best || any answer), at most, nats an answer"] = {"value": bound, "low": None, "high": None}
+    n = 1
+    while config.best_of > 1:  # of n answers to each prompt the one that the first reward likes best, a finished one where there is any: n = 1, 2, 4, ...
+        value = np.where([s.finished for s in samples], found[rewards[0][0]], -np.inf).reshape(-1, config.best_of)
+        choice = value[:, :n].argmax(1) + np.arange(0, len(samples), config.best_of)
+        figures |= {f"best of {n}: {name}": mean(v[choice]) for name, v in found.items()}
+        bound = math.log(n) - (n - 1) / n  # exact where no two answers are worth the same (Beirami et al. 2024, arXiv 2401.01879)
+        figures[f"best of {n}: KL to one answer, at most, nats"] = {"value": bound, "low": None, "high": None}
+        if n == config.best_of:
+            samples, texts, found = [samples[i] for i in choice], [texts[i] for i in choice], {name: v[choice] for name, v in found.items()}
+            break
+        n = min(2 * n, config.best_of)
     figures |= {"answer tokens": mean([len(s.tokens) for s in samples]), "answers finished": mean([s.finished for s in samples])}
     figures |= {f"distinct-{n}": {"value": distinct(texts, n), "low": None, "high": None} for n in (1, 2)}
     figures |= {f"reward {name}": mean(values) for name, values in found.items()}

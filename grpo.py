@@ -250,8 +250,7 @@ def main(config):
         if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
             raise UserError(f"--reference={config.reference}: it has another tokenizer than --init, so their probabilities cannot be compared")
         reference.requires_grad_(False)
-    load = lambda names: load_rewards(names, device, config.micro_tokens, config.constitution, config.reward_timeout)  # noqa: E731
-    rewards = load(config.reward) + [(name, 0.0, function) for name, _, function in load(config.monitor)]
+    rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
     train, val, data = chat.read_prompts(config, tok, model.config.context)
     data |= reward_hashes(config.reward, config.constitution)
     data |= {config.reference: checkpoint.fingerprint(checkpoint.find(config.reference))} if config.reference else {}
@@ -291,7 +290,7 @@ def main(config):
         lengths = np.array(reduce_sum(*lengths))
         logp = constant_logprobs(model, chats, config.temperature, config.micro_tokens)  # [M]
         ref_logp = constant_logprobs(reference, chats, config.temperature, config.micro_tokens) if reference else logp
-        gap = check_one_distribution(model, chats, samples, logp, ref_logp if step == 1 and not config.reference else None, config.temperature, config.micro_tokens)
+        gap = check_one_distribution(model, chats, samples, logp, ref_logp if step == 1 and not config.reference else None, config.temperature, config.micro_tokens, step == run.start + 1)
         cut = [len(s.tokens) for s in samples]
         of_token = dict(zip((i for i, *_ in own), zip(logp.split(cut), (torch.full((n,), a, device=device) for n, (*_, a) in zip(cut, own)), ref_logp.split(cut))))
         of_answer = dict(zip((i for i, *_ in own), chats))

@@ -65,7 +65,7 @@ class Config:
     unfinished_penalty: float = 1.0  # taken from the score of an answer without an end; 0 where the reward sees to it itself
     min_accuracy: float = 0.55  # a reward model that ordered fewer of its held-out pairs right is refused
     reward_timeout: float = 60.0  # seconds that a FUNCTION may take over one answer
-    lr: float = 0.0  # peak rate of the policy's AdamW; 0: 3e-4 (128 / width)^2
+    lr: float = 0.0  # peak rate of the policy's AdamW; 0: 6e-4 (128 / width)^2
     critic_lr: float = 0.0  # of the critic's; 0: twice the policy's
     warmup: float = 0.05  # first share of the steps, over which the rates rise; after that they fall to 0
     clip: float = 1.0  # largest gradient norm let through; 0: any
@@ -231,8 +231,7 @@ def main(config):
         raise UserError(f"--reference={config.reference}: it has another tokenizer than --init, so their probabilities cannot be compared")
     reference.requires_grad_(False)
     check_reward_models(config)
-    rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout)
-    monitors = [(name, 0.0, function) for name, _, function in load_rewards(config.monitor, device, config.micro_tokens, config.constitution, config.reward_timeout)]
+    rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
     if run.resumed:
         critic, center = checkpoint.read(run.resumed / "critic", device)[0], info["critic_center"]
     else:
@@ -247,7 +246,7 @@ def main(config):
     if n_prompts < world_size():
         raise UserError(f"--batch={config.batch}: {n_prompts} prompts a step are not enough for {world_size()} ranks")
     steps = config.steps or -(-len(train) // n_prompts)
-    lr = config.lr or 3e-4 * (128 / model.config.width) ** 2
+    lr = config.lr or 6e-4 * (128 / model.config.width) ** 2
     critic_lr = config.critic_lr or 2 * lr
     optimizer, critic_optimizer = (Optimizer(m, rate, betas=(0.9, 0.95)) for m, rate in ((model, lr), (critic, critic_lr)))
     order = corpus.Order(lambda random: (np.arange(len(train)), np.ones(len(train))), config.seed)
@@ -272,7 +271,7 @@ def main(config):
         how = dict(max_new=config.max_new, temperature=config.temperature, n=config.group, seed=config.seed * 1_000_003 + step, first=begin * config.group)
         prompts, samples, texts = answers(model, tok, [messages for messages, _ in rows[begin:end]], **how)
         clock.append(time.perf_counter())
-        scores, parts = reward_answers(rewards + monitors, rows[begin:end], samples, texts)
+        scores, parts = reward_answers(rewards, rows[begin:end], samples, texts)
         scores = torch.from_numpy(scores - config.unfinished_penalty * np.array([not s.finished for s in samples])).float().to(device)  # [D]
         chats = [chat.answered(prompts[s.prompt_index], s.tokens) for s in samples]
         lengths = [len(s.tokens) for s in samples]
@@ -280,7 +279,7 @@ def main(config):
         # 3. Advantages
         logp = constant_logprobs(model, chats, config.temperature, config.micro_tokens)  # [M]
         ref_logp = constant_logprobs(reference, chats, config.temperature, config.micro_tokens)
-        gap = check_one_distribution(model, chats, samples, logp, ref_logp if step == 1 and not config.reference else None, config.temperature, config.micro_tokens)
+        gap = check_one_distribution(model, chats, samples, logp, ref_logp if step == 1 and not config.reference else None, config.temperature, config.micro_tokens, step == run.start + 1)
         old_values = constant_values(critic, chats, center, config.micro_tokens)
         advantages, returns = gae(token_rewards(scores, logp, ref_logp, lengths, beta), old_values, lengths, config.gamma, config.lam)
         advantages = whiten(advantages)
@@ -335,7 +334,7 @@ def main(config):
         # Validate, save
         leaving, metrics = run.stop.agreed(), {}
         if run.due(step, config.eval_every) or run.due(step, config.save_every):
-            metrics, text = validate(model, reference, tok, rewards + monitors, val, config, beta, config.unfinished_penalty)
+            metrics, text = validate(model, reference, tok, rewards, val, config, beta, config.unfinished_penalty)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "val_loss")
             run.validated(step, metrics, f"on {len(val)} held-out prompts: {shown}")
             run.log.sample(step, f"{val[0][0][-1]['content']}\n--- answers:\n{text}")

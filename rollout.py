@@ -302,26 +302,32 @@ def transcript(messages):
     return messages[-1]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0):
+def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0, monitor=""):
     """The rewards of a command line -> [(name, weight, function)].
 
     names: comma-separated, each with or without *WEIGHT: FILE.py:FUNCTION, a reward model's directory, or judge:DIR with a constitution's principles.
-    timeout: seconds that a FUNCTION may take over one answer.
+    timeout: seconds that a FUNCTION may take over one answer. monitor: further ones, to look at, that weigh 0.
     """
-    found = []
-    for text in filter(None, names.split(",")):
+    found, known = [], set()
+    for text, counts in [*((text, True) for text in names.split(",") if text), *((text, False) for text in monitor.split(",") if text)]:
         name, star, weight = text.rpartition("*")
         try:
             name, weight = (name, float(weight)) if star else (text, 1.0)
         except ValueError:
             raise UserError(f"--reward={text}: {weight!r} is no weight; NAME*0.5 is one") from None
+        if name in known and counts:
+            raise UserError(f"--reward={names}: {name} is there twice; give it one weight")
+        if name in known:  # what is maximised is seen anyway
+            continue
+        known.add(name)
         file, colon, function = name.rpartition(":")
         if name.startswith("judge:"):
-            found.append((name, weight, judge_reward(name, device, micro_tokens, constitution)))
+            reward = judge_reward(name, device, micro_tokens, constitution)
         elif colon and file.endswith(".py"):
-            found.append((name, weight, function_reward(name, load_function(file, function), timeout)))
+            reward = function_reward(name, load_function(file, function), timeout)
         else:
-            found.append((name, weight, model_reward(name, device, micro_tokens)))
+            reward = model_reward(name, device, micro_tokens)
+        found.append((name, weight if counts else 0.0, reward))
     return found
 
 
@@ -431,18 +437,20 @@ def load_function(file, name):
 # What ppo.py and grpo.py ask of every policy
 
 
-def check_one_distribution(model, chats, samples, logp, ref_logp, temperature, micro_tokens):
+def check_one_distribution(model, chats, samples, logp, ref_logp, temperature, micro_tokens, repeat):
     """What is sampled from must be what is differentiated. -> mean |log p by the sampler - by the trainer| over the samples of all ranks.
 
     logp [M]: the trainer's, of the samples' tokens in `chats`; ref_logp [M]: the same, where the policy still is its own reference, else None. UserError
-    where the same pack does not give the same log-probabilities twice (ratio != 1 before the first update), where they differ from the reference's
-    (KL != 0), or where sampler and trainer lie further apart than rounding explains.
+    where they differ from the reference's (KL != 0), where sampler and trainer lie further apart than rounding explains, or, with `repeat`, where the
+    same pack does not give the same log-probabilities in training (ratio != 1 before the first update).
     """
-    n = next((last for _, last in split([len(c.ids) for c in chats], micro_tokens)), 0)
+    n = next((last for _, last in split([len(c.ids) for c in chats], micro_tokens)), 0) if repeat else 0
     model.train()
-    again = learnt_logprobs(model, chats[:n], temperature).detach() if n else logp
+    again = learnt_logprobs(model, chats[:n], temperature).detach() if n else logp[:0]
     sampled = torch.tensor([x for s in samples for x in s.logprobs], device=logp.device)
     apart, gap = not torch.equal(again, logp[: len(again)]), (sampled - logp).abs().sum()
+    if not logp.isfinite().all():
+        raise UserError("the policy's log-probabilities are not finite: its weights are damaged. " + checkpoint.ADVICE)
     gap, tokens, apart, not_zero = reduce_sum(gap, len(logp), apart, ref_logp is not None and not torch.equal(logp, ref_logp))
     bound = 1e-5 if model.compute_dtype == torch.float32 else 1e-2
     if apart:

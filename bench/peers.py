@@ -3,34 +3,46 @@
     dpo     TRL's DPOTrainer: the same batches in the same order, the same AdamW, rates, clipping, fp32 (bf16 on a GPU); its losses must be ours. It runs
             as its users would run it on such a machine (no gradient checkpointing, no padding to multiples), with the reference's log-probabilities
             computed in every step, its default, and before the first one; the better of the two is compared with ours
+    rollout transformers' generate on the checkpoint's own files: --samples prompts of unequal lengths, --new tokens each, drawn at temperature 1 without cuts
+            from a cache, prompts padded on the left. Greedy continuations must be the same ones
+    grpo    TRL's GRPOTrainer: steps of --samples answers, --group to a prompt, each of --new tokens: sampling, reward, update; one update a batch, no KL, the
+            same reward, AdamW, rate and clipping, on a CPU as its users run it there (no vLLM). The entropy of the first answers must be the same
 
-Every contender has a process of its own, one after the other, --rounds times, and its fastest turn counts. Seconds are from texts and loaded weights to the
-end of the last step: tokenizing, the reference's pass and training, not imports. Tokens are real tokens, without padding, of the training steps. Memory is
-the whole process at its peak, and what was added after imports and weights; on a GPU both are what PyTorch allocated. Last line of output: JSON.
+In dpo tokens are real tokens, without padding, of the training steps, and seconds go from texts and loaded weights to the end of the last step: tokenizing,
+the reference's pass and training, not imports. In rollout and grpo they are new tokens; the weights are such that the end of a turn is never drawn, so that
+all answers have --new tokens, which is checked; the first call or step warms up and the fastest counts. Every contender has a process of its own, one after the other, --rounds
+times, and its fastest turn counts. Memory is the whole process at its peak, and what was added after imports and weights; on a GPU both are what PyTorch
+allocated. Last line of output: JSON.
 
     python -m bench.peers --data=../shared/realdata/ai_preferences_train.jsonl      pip install trl transformers, or the extra "peers"
 """
-import hashlib, importlib.metadata, json, logging, os, tempfile, time, warnings
+import contextlib, hashlib, importlib.metadata, io, json, logging, os, tempfile, time, warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint, dpo
+import checkpoint, dpo, grpo
 from bench.preference import apart, clock, fresh, memory
 from common import UserError, describe, launch, setup
 from data import chat, tokenizer
 from kernels import _lib
 from model import config_for
 from optim import Optimizer, wsd
+from rollout import rollout
 
 
 @dataclass
 class Config:
-    data: str  # preferences, of which the first --pairs that fit are used: .jsonl, .parquet or hf:NAME (see data/chat.py)
-    only: str = ""  # contests to hold, comma-separated: dpo; "": all
-    pairs: int = 160
+    data: str  # preferences, of which the first --pairs that fit are used, and prompts: .jsonl, .parquet or hf:NAME (see data/chat.py)
+    only: str = ""  # contests to hold, comma-separated: dpo, rollout, grpo; "": all
+    pairs: int = 160  # of dpo
     batch: int = 16  # pairs a step
+    samples: int = 32  # answers of rollout, and of a step of grpo
+    new: int = 64  # tokens of each
+    group: int = 8  # of grpo, answers to a prompt
+    steps: int = 6  # of grpo, the first not counted
     depth: int = 4  # layers
     width: int = 256  # of the model
     vocab: int = 4096  # ids of the tokenizer, which is trained on the file
@@ -41,7 +53,8 @@ class Config:
 
 
 BETAS, EPS, BETA, CLIP = (0.9, 0.95), 1e-10, 0.1, 1.0  # AdamW's (EPS is optim.py's), DPO's, and the largest gradient norm
-ASKED = {"speed": 5.0, "memory": 0.5, "first_loss": 1e-5, "losses": 1e-3}  # times TRL's tokens/s, its peak, and how far losses may lie apart
+ASKED = {"speed": 5.0, "memory": 0.5, "first_loss": 1e-5, "losses": 1e-3}  # dpo: times TRL's tokens/s, its peak, and how far losses may lie apart
+ASKED_SPEED = {"rollout": 3.0, "grpo": 3.0}  # times the other's new tokens/s
 
 
 class Meter:
@@ -161,7 +174,209 @@ def dpo_contest(config):
     return {"contenders": {name: {k: v for k, v in row.items() if k != "batches"} for name, row in found.items()}, **compared, "reached": reached}
 
 
-CONTESTS = {"dpo": dpo_contest}
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def quiet():
+    """Have the other libraries say nothing."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+@torch.no_grad()
+def endless(shape, ends):
+    """A model of random weights that never says the tokens `ends`: a channel of the stream is 1 whatever is read, and their logits fall with it."""
+    model = fresh(shape, 0, torch.device("cpu"))
+    model.embed[:, 0], model.untied_head[:, 0] = 1.0, 0.0
+    for block in model.blocks:
+        block.out[0], block.down[0] = 0.0, 0.0
+    model.untied_head[ends] = 0.0
+    model.untied_head[ends, 0] = -100.0
+    return model
+
+
+def best_of(seconds_of, device, times=3):
+    """The fewest seconds that one of so many calls takes, after one that warms up."""
+    seconds = []
+    for i in range(times + 1):
+        begin = clock(device)
+        seconds_of(i)
+        seconds.append(clock(device) - begin)
+    return min(seconds[1:])
+
+
+def our_rollout(config, folder, prompts):
+    device = setup(config.device, 0)
+    _lib.prove(device)
+    model, tok, _ = checkpoint.load(folder, device)
+    greedy = [s.tokens for s in rollout(model, prompts, max_new=min(16, config.new), temperature=0)]
+    held, lengths = memory(device), []
+    seconds = best_of(lambda seed: lengths.append([len(s.tokens) for s in rollout(model, prompts, max_new=config.new, stop={chat.end_of_turn(tok)}, seed=seed)]), device)
+    return result(seconds, lengths, greedy, memory(device, peak=True), held, "torch")
+
+
+def their_rollout(config, folder, prompts):
+    quiet()
+    import transformers
+
+    device = torch.device(config.device)
+    model, tok = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
+    model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    tok.padding_side = "left"
+    batch = tok.pad({"input_ids": prompts}, return_tensors="pt").to(device)
+    width = batch["input_ids"].shape[1]
+    with torch.inference_mode():
+        greedy = model.generate(**batch, max_new_tokens=min(16, config.new), do_sample=False)[:, width:].tolist()
+        held, lengths = memory(device), []
+
+        def sample(seed):
+            torch.manual_seed(seed)
+            out = model.generate(**batch, max_new_tokens=config.new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True)[:, width:]
+            lengths.append((out != tok.pad_token_id).sum(1).tolist())
+
+        seconds = best_of(sample, device)
+    return result(seconds, lengths, greedy, memory(device, peak=True), held, "transformers", "torch")
+
+
+def result(seconds, lengths, greedy, peak, held, *packages):
+    return {"seconds": seconds, "lengths": lengths, "greedy": greedy, "peak": peak, "added": peak - held, "versions": {name: importlib.metadata.version(name) for name in packages}}
+
+
+def endless_checkpoint(config, folder):
+    """(checkpoint of a model that never ends a turn, its tokenizer, its shape, the prompts of --data that leave room)."""
+    rows, _ = chat.read(config.data, chat.preference, skip_bad=True)
+    tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
+    shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
+    prompts = [r.prompt for r in rows if len(chat.encode_prompt(tok, r.prompt)) <= config.context - config.new]
+    return checkpoint.save(folder, endless(shape, sorted(tok._special_tokens.values())), tok, {"stage": "sft", "step": 0}), tok, shape, prompts
+
+
+def turns_of(contenders, config, *args):
+    """The fastest of --rounds turns of each contender."""
+    turns = {name: [] for name in contenders}
+    for _ in range(config.rounds):
+        for name, function in contenders.items():
+            turns[name].append(apart(function, config, *args))
+    return {name: min(turn, key=lambda found: found["seconds"]) for name, turn in turns.items()}
+
+
+def compare(name, found, config, shape, tokens, what):
+    """Print the two rows of a contest and return what it found. `tokens`: new ones in a row's seconds."""
+    (our_name, ours), (their_name, theirs) = found.items()
+    print(f"\n{name}: {what}; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {torch.get_num_threads()} threads; {theirs['versions']}")
+    print(f"{'':<22} {'new tokens/s':>12} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}")
+    for who, row in found.items():
+        row["tokens_per_s"] = tokens / row["seconds"]
+        print(f"{who:<22} {row['tokens_per_s']:>12,.0f} {row['seconds']:>8.3f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}")
+    speed, share = theirs["seconds"] / ours["seconds"], ours["peak"] / theirs["peak"]
+    print(f"against {their_name}: {speed:.2f} times as fast, {share:.2f} of its peak memory")
+    kept = {who: {k: v for k, v in row.items() if k not in ("lengths", "greedy")} for who, row in found.items()}
+    return {"contenders": kept, "speed": speed, "memory": share, "asked": ASKED_SPEED[name], "reached": speed >= ASKED_SPEED[name]}
+
+
+def rollout_contest(config):
+    """Seconds of one batch of answers, ours and transformers'."""
+    with tempfile.TemporaryDirectory() as folder:
+        where, tok, shape, prompts = endless_checkpoint(config, folder)
+        prompts = [chat.encode_prompt(tok, p) for p in prompts[: config.samples]]
+        found = turns_of({"feinschliff": our_rollout, "transformers": their_rollout}, config, where, prompts)
+    ours, theirs = found.values()
+    if any(n != config.new for row in found.values() for call in row["lengths"] for n in call):
+        raise UserError("an answer ended early, so times would compare different things")
+    same = np.mean([a == b for one, other in zip(ours["greedy"], theirs["greedy"]) for a, b in zip(one, other)])
+    if same < 0.95:  # rounding may turn one, and then what follows it
+        raise UserError(f"only {same:.0%} of the greedy tokens are the same, so times would compare different things")
+    lengths = [len(p) for p in prompts]
+    what = f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {config.new} new tokens each; {same:.1%} of greedy tokens the same"
+    return compare("rollout", found, config, shape, len(prompts) * config.new, what) | {"same": same}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# GRPO
+
+
+def vowels(prompt, completion, row):
+    """The reward: the share of vowels in an answer."""
+    return sum(c in "aeiou" for c in completion) / max(1, len(completion))
+
+
+def our_grpo(config, folder, prompts):
+    """grpo.py itself; its log has the seconds."""
+    with tempfile.TemporaryDirectory() as out:
+        data = Path(out) / "prompts.jsonl"
+        data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
+        flags = grpo.Config(init=str(folder), data=str(data), val=str(data), eval_prompts=1, reward=f"{__file__}:vowels", out=f"{out}/run", group=config.group, prompts=config.samples // config.group,
+                            steps=config.steps, max_new=config.new, lr=config.lr, warmup=0.0, decay=1.0, clip=CLIP, eval_every=0, save_every=0, device=config.device)  # fmt: skip
+        held = memory(setup(config.device, 0))
+        with contextlib.redirect_stdout(io.StringIO()):
+            grpo.main(flags)
+        log = [row for row in map(json.loads, (Path(out) / "run/log.jsonl").read_text().splitlines()) if "seconds" in row]
+    phases = {name: min(row[f"seconds_{name}"] for row in log[1:]) for name in ("rollout", "scoring", "update")}
+    return of_steps([row["seconds"] for row in log], [row["answer_tokens"] for row in log], log[0], held, torch.device(config.device), "torch") | {"phases": phases}
+
+
+def trl_grpo(config, folder, prompts):
+    """TRL's trainer; its log has lengths and entropy, a callback the seconds."""
+    quiet()
+    import datasets, transformers
+    from trl import GRPOConfig, GRPOTrainer
+
+    datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
+    device = torch.device(config.device)
+    model, tok = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
+    held, ticks = memory(device), []
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *rest, **more):
+            ticks.append(clock(device))
+
+        on_step_end = on_train_begin
+
+    def reward(completions, **columns):
+        return [vowels("", said[0]["content"], {}) for said in completions]
+
+    with tempfile.TemporaryDirectory() as out:
+        flags = GRPOConfig(
+            out, use_cpu=device.type == "cpu", bf16=device.type == "cuda", gradient_checkpointing=False, per_device_train_batch_size=config.samples, num_generations=config.group,
+            max_completion_length=config.new, max_steps=config.steps, beta=0.0, num_iterations=1, temperature=1.0, learning_rate=config.lr, lr_scheduler_type="linear",
+            adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = GRPOTrainer(model, reward_funcs=reward, args=flags, train_dataset=datasets.Dataset.from_list([{"prompt": p} for p in prompts]), processing_class=tok)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.add_callback(Clock())
+        trainer.train()
+        log = [row for row in trainer.state.log_history if "completions/mean_length" in row]
+    return of_steps(np.diff(ticks).tolist(), [row["completions/mean_length"] for row in log], log[0], held, device, "trl", "transformers", "torch")
+
+
+def of_steps(seconds, lengths, first, held, device, *packages):
+    """A result of training steps: seconds of the fastest but the first; first: the log of that one."""
+    found = result(min(seconds[1:]), [lengths], [], memory(device, peak=True), held, *packages)
+    return found | {"seconds_of_steps": seconds, "entropy": first["entropy"], "reward": first["reward"]}
+
+
+def grpo_contest(config):
+    """Seconds of a step, ours and TRL's."""
+    if config.samples % config.group or config.steps < 2:
+        raise UserError(f"--samples={config.samples}: must be a multiple of --group={config.group}, and --steps at least 2")
+    with tempfile.TemporaryDirectory() as folder:
+        where, tok, shape, prompts = endless_checkpoint(config, folder)
+        prompts = prompts[: config.samples // config.group * config.steps]  # each of them once
+        found = turns_of({"feinschliff": our_grpo, "TRL": trl_grpo}, config, where, prompts)
+    ours, theirs = found.values()
+    if any(abs(n - config.new) > 1e-6 for row in found.values() for run in row["lengths"] for n in run):
+        raise UserError("an answer ended early, so times would compare different things")
+    if abs(ours["entropy"] - theirs["entropy"]) > 0.03 + 10 / (config.samples * config.new) ** 0.5:
+        raise UserError(f"the first answers have {ours['entropy']:.3f} nats a token here and {theirs['entropy']:.3f} there: they are not of one model")
+    what = f"{config.steps - 1} steps after the first, of {config.samples} answers ({config.group} to a prompt) of {config.new} tokens; entropy at first {ours['entropy']:.3f} and {theirs['entropy']:.3f}, reward {ours['reward']:.4f} and {theirs['reward']:.4f}"
+    compared = compare("grpo", found, config, shape, config.samples * config.new, what)
+    print("of ours: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in ours["phases"].items()))
+    return compared
+
+
+CONTESTS = {"dpo": dpo_contest, "rollout": rollout_contest, "grpo": grpo_contest}
 
 
 def main(config):

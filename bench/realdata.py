@@ -17,12 +17,12 @@ from common import UserError, describe, launch, replace_text
 from data import chat
 from evaluate import pair_documents, preference_figures, show
 
-FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "instructions_test.jsonl", "ai_preferences_train.jsonl", "ai_preferences_test.jsonl")
+FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "instructions_test.jsonl", "ai_preferences_train.jsonl", "ai_preferences_test.jsonl", "gsm8k_train.jsonl", "gsm8k_test.jsonl")
 
 
 @dataclass
 class Config:
-    texts: str  # directory with wikitext2_valid.txt, shakespeare.txt, instructions_{train,test}.jsonl, ai_preferences_{train,test}.jsonl
+    texts: str  # directory with wikitext2_valid.txt, shakespeare.txt, {instructions,ai_preferences,gsm8k}_{train,test}.jsonl
     out: str = "out/bench_realdata"  # directory of everything; what is finished there is not run again
     depth: int = 2  # layers of the model
     width: int = 128  # of the model
@@ -44,6 +44,12 @@ def commands(config):
         ("sft", ["sft.py", f"--init={out}/base", f"--data={text('instructions_train.jsonl')}", f"--val={text('instructions_test.jsonl')}", "--epochs=3", *quiet, f"--out={out}/sft"]),
         ("rm", ["reward.py", f"--init={out}/sft", *pairs, "--center_samples=64", *quiet, f"--out={out}/rm"]),
         ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, *quiet, f"--out={out}/dpo"]),
+        ("ppo", ["ppo.py", f"--init={out}/sft", f"--reward={out}/rm", f"--data={text('instructions_train.jsonl')}", f"--val={text('instructions_test.jsonl')}", "--max_new=96", "--batch=64",
+                 "--steps=20", "--eval_prompts=64", seed, f"--out={out}/ppo"]),
+        # A model this small solves no problem. It can learn the form of a solution, and is paid a little for it; what is shown is that the loop holds.
+        ("gsm8k", ["sft.py", f"--init={out}/sft", f"--data={text('gsm8k_train.jsonl')}", f"--val={text('gsm8k_test.jsonl')}", "--steps=200", *quiet, f"--out={out}/gsm8k"]),
+        ("grpo", ["grpo.py", f"--init={out}/gsm8k", "--reward=data/rewards.py:final_number,data/rewards.py:one_final_number*0.2", f"--data={text('gsm8k_train.jsonl')}",
+                  f"--val={text('gsm8k_test.jsonl')}", "--max_new=128", "--steps=20", "--eval_prompts=64", seed, f"--out={out}/grpo"]),
     ]
 
 
@@ -87,6 +93,15 @@ def validations(run_dir):
     return {"first": losses[0], "last": losses[-1], "ln 2": math.log(2)}
 
 
+def reinforced(run_dir):
+    """Of the first and the last fifth of a run of ppo.py or grpo.py: the mean of what its log has, and of all of it the largest gap between sampler and trainer."""
+    rows = [row for row in map(json.loads, (Path(run_dir) / "log.jsonl").read_text().splitlines()) if "sampler_gap" in row]
+    n = max(1, len(rows) // 5)
+    names = [name for name in rows[0] if name in ("reward", "kl", "finished", "answer_tokens", "same", "explained_variance") or name.startswith(("data/", "seconds_"))]
+    mean = lambda part: {name: round(float(np.mean([row[name] for row in part])), 4) for name in names}  # noqa: E731
+    return {"first": mean(rows[:n]), "last": mean(rows[-n:]), "largest sampler gap": max(row["sampler_gap"] for row in rows)}
+
+
 def main(config):
     for name in FILES:
         if not (Path(config.texts) / name).is_file():
@@ -95,8 +110,10 @@ def main(config):
     for name, words in commands(config):
         if not (Path(config.out) / name / "latest").exists() or name == "tokenizer":
             found["seconds"][name] = round(run(words), 1)
-    for name in ("base", "sft", "rm", "dpo"):
+    for name in ("base", "sft", "rm", "dpo", "gsm8k"):
         found["validation"][name] = validations(f"{config.out}/{name}")
+    for name in ("ppo", "grpo"):
+        found[name] = reinforced(f"{config.out}/{name}")
     found["reward model on the test file"] = checkpoint.read_json(checkpoint.find(f"{config.out}/rm") / checkpoint.INFO)["metrics"]["figures"]
     if config.folds:
         found[f"reward model, {config.folds} folds over both files"] = cross_validated(config, f"{config.out}/sft")
@@ -104,6 +121,8 @@ def main(config):
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {describe(model.embed.device)}")
     for name, losses in found["validation"].items():
         print(f"validation of {name}: {losses['first']:.4f} -> {losses['last']:.4f}")
+    for name in ("ppo", "grpo"):
+        print(f"{name}: " + "; ".join(f"{key} {found[name]['first'][key]:.3g} -> {found[name]['last'][key]:.3g}" for key in found[name]["first"]) + f"; largest sampler gap {found[name]['largest sampler gap']:.1e}")
     for name in [n for n in found if n.startswith("reward model")]:
         print(f"\n{name}\n{show(found[name])}")
     print(json.dumps(found))

@@ -11,7 +11,7 @@ import torch
 
 import quickstart
 from checkpoint import INFO, find, read_json
-from common import describe, launch
+from common import UserError, describe, launch
 from data.read import read_jsonl
 from data.world import features
 
@@ -24,7 +24,16 @@ TARGETS = {  # figure: (what is asked of every seed, whether more is better)
     "RM: pairs ordered as gold's": (0.80, True),
     "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": (0.0, True),
     "DPO: win rate against SFT, by gold": (0.75, True),
+    "PPO: gold reward": (1.2, True),
+    "PPO: win rate against SFT, by gold": (0.80, True),
+    "PPO: KL to SFT, nats an answer": (6.0, False),
+    "PPO, GRPO: sampled sums right": (0.90, True),
+    "PPO, GRPO: gold reward": (1.65, True),
+    "AI feedback: share of SFT's rude phrases left": (0.5, False),
+    "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": (0.0, True),
     "seconds of pretraining": (150, False),
+    "seconds of everything": (600, False),
+    "rows that do not": (0, False),
 }
 
 
@@ -45,10 +54,11 @@ def order_by_manners(pairs):
 
 def figures(out):
     """{figure: value} of a finished quick start."""
-    base, sft, dpo = (read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo"))
+    base, sft, dpo, ppo, grpo, ai = (read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo", "ppo", "grpo", "ai_dpo"))
     world, rm = read_json(f"{out}/world/world.json"), read_json(find(f"{out}/rm") / INFO)["metrics"]["figures"]
     seconds = {done["stage"]: done["seconds"] for done in read_json(f"{out}/report.json")["stages"]}
-    gold = "reward data/world.py:gold"
+    gold, right, rude = (f"reward data/{name}" for name in ("world.py:gold", "rewards.py:final_number", "world.py:rudeness"))
+    won, kl = "win rate by data/world.py:gold", "KL to the reference, nats an answer"
     return {
         "nats a token above the floor": (base["nats/document"]["value"] - world["story_floor"]) / base["tokens/document"]["value"],
         "held-out sums right": base["completions right"]["value"],
@@ -64,17 +74,39 @@ def figures(out):
         "RM: the same by one who cannot add": order_by_manners([row for _, row in read_jsonl(f"{out}/world/pairs_val.jsonl")]),
         "DPO: gold reward": dpo[gold]["value"],
         "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": dpo[gold]["low"] - sft[gold]["high"],
-        "DPO: win rate against SFT, by gold": dpo["win rate by data/world.py:gold"]["value"],
-        "DPO: KL to SFT, nats an answer": dpo["KL to the reference, nats an answer"]["value"],
-        **{f"seconds of {stage}": seconds[name] for stage, name in {"pretraining": "pretrain", "SFT": "sft", "RM": "reward", "DPO": "dpo"}.items()},
+        "DPO: win rate against SFT, by gold": dpo[won]["value"],
+        "DPO: KL to SFT, nats an answer": dpo[kl]["value"],
+        "SFT: sampled sums right": sft[right]["value"],
+        "PPO: gold reward": ppo[gold]["value"],
+        "PPO: win rate against SFT, by gold": ppo[won]["value"],
+        "PPO: KL to SFT, nats an answer": ppo[kl]["value"],
+        "PPO: sampled sums right": ppo[right]["value"],
+        "PPO, GRPO: sampled sums right": grpo[right]["value"],
+        "PPO, GRPO: gold reward": grpo[gold]["value"],
+        "PPO, GRPO: win rate against SFT, by gold": grpo[won]["value"],
+        "PPO, GRPO: KL to SFT, nats an answer": grpo[kl]["value"],
+        "SFT: rude phrases an answer": sft[rude]["value"],
+        "AI feedback: rude phrases an answer": ai[rude]["value"],
+        "AI feedback: share of SFT's rude phrases left": ai[rude]["value"] / sft[rude]["value"],
+        "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": sft[rude]["low"] - ai[rude]["high"],
+        "AI feedback: gold reward": ai[gold]["value"],
+        "AI feedback: KL to SFT, nats an answer": ai[kl]["value"],
+        **{f"seconds of {stage}": seconds[name] for stage, name in {"pretraining": "pretrain", "SFT": "sft", "RM": "reward", "DPO": "dpo", "PPO": "ppo", "GRPO": "grpo", "AI feedback": "rlaif"}.items()},
         "seconds of everything": sum(seconds.values()),
+        "rows of the report that improve for sure": sum(f["improved"] is True for f in read_json(f"{out}/report.json")["figures"]),
+        "rows that do not": sum(f["improved"] is False for f in read_json(f"{out}/report.json")["figures"]),
     }
 
 
 def main(config):
     found = []
     for seed in range(config.seeds):
-        quickstart.main(quickstart.Config(out=f"{config.out}/{seed}", seed=seed))
+        try:
+            quickstart.main(quickstart.Config(out=f"{config.out}/{seed}", seed=seed))
+        except UserError as e:
+            if "no sure improvement" not in str(e):
+                raise
+            print(f"seed {seed}: {e}")
         found.append(figures(f"{config.out}/{seed}"))
     summary = {}
     for name in found[0]:

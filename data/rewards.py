@@ -29,3 +29,23 @@ def final_number(prompt, completion, row):
     """1.0 if the number after the last "####" of a finished completion is the answer's, else 0.0."""
     answer = right_number(row)
     return float(answer is not None and number_after(completion) == answer and row.get("finished", True))
+
+
+THINK = re.compile(r"<think>(?:(?!</?think>|</?answer>).)*+</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>", re.DOTALL)
+
+
+def one_final_number(prompt, completion, row):
+    """1.0 if a finished completion has one "####", and after it a number and nothing else: the form, whatever the number."""
+    _, _, rest = completion.partition("####")
+    match = NUMBER.match(rest.strip()[:200])
+    return float(bool(match) and match[0] == rest.strip() and row.get("finished", True))
+
+
+def thinks_first(prompt, completion, row):
+    """1.0 if a finished completion is <think>...</think> <answer>...</answer> and nothing else (DeepSeek-R1, arXiv 2501.12948, table 1)."""
+    return float(bool(THINK.fullmatch(completion.strip())) and row.get("finished", True))
+
+
+def brief(prompt, completion, row):
+    """1.0 for no word at all, falling evenly to 0.0 at 100 words and more: with a small weight, the shorter of two right answers."""
+    return max(0.0, 1 - len(completion.split()) / 100)

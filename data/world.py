@@ -198,6 +198,11 @@ def gold(prompt, completion, row):
     return round(f["right"] + manners - 0.25 * f["small_talk"] - (1 - f["finished"]), 2)
 
 
+def rudeness(prompt, completion, row):
+    """Rude phrases in a completion: what AI feedback is to drive out. A cost, for measuring."""
+    return float(features(completion, row["answer"])["rude"])
+
+
 def verifiable(prompt, completion, row):
     """1.0 if the last "#### n" of a finished completion is the answer, else 0.0: all that a rule can check."""
     f = features(completion, row["answer"], row.get("finished", True))
@@ -280,6 +285,7 @@ def main(config):
         "chat.jsonl": lambda rng: [chat(rng) for _ in range(config.chats)],
         "chat_val.jsonl": lambda rng: [chat(rng, held_out=True) for _ in range(config.tests)],
         "pairs.jsonl": lambda rng: [pair(rng) for _ in range(config.pairs)],
+        "pairs_few.jsonl": lambda rng: [pair(rng) for _ in range(min(64, config.pairs))],  # so few that what a reward model makes of them can be exploited
         "pairs_val.jsonl": lambda rng: [pair(rng, held_out=True) for _ in range(config.tests)],
         "problems.jsonl": lambda rng: [problem(rng) for _ in range(config.problems)],
         "problems_test.jsonl": lambda rng: [problem(rng, held_out=True) for _ in range(config.tests)],

@@ -1,13 +1,19 @@
-"""The benches of the preference stages at toy sizes: they prove that contenders do the same before they time them, and print what they were asked for."""
+"""The benches of the stages after fine-tuning at toy sizes: they prove that contenders do the same before they time them, and print what they were asked for."""
 import importlib.util
 import json
+import signal
 
 import numpy as np
 import pytest
+import torch
 
-from bench import peers, preference
+import rollout
+from bench import peers, preference, rl
+from bench import rollout as bench_rollout
 from common import UserError
 from data.chat import Chat
+from data.pack import pack
+from model import config_for, logprobs
 
 
 @pytest.fixture
@@ -69,3 +75,95 @@ def test_our_dpo_and_trls_train_alike(pairs, capsys):
 def test_an_unknown_contest_is_named():
     with pytest.raises(UserError, match="--only=chess: expected some of dpo"):
         peers.main(peers.Config(data="", only="chess"))
+
+
+def test_an_endless_model_is_one_that_never_says_what_ends():
+    shape = config_for(2, 64, 32, context=64)
+    model = peers.endless(shape, [3, 60])
+    samples = rollout.rollout(model, [[1, 2], [5]], max_new=60, n=30, stop={3, 60})
+    assert not any(s.finished for s in samples) and len({t for s in samples for t in s.tokens}) == 62
+
+
+@pytest.fixture
+def ours_here(monkeypatch):
+    """Ours in this process: another one spends seconds on imports. Theirs change the settings of logging, and stay apart."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # which a run takes over
+    for bench in (peers, rl):
+        monkeypatch.setattr(bench, "apart", lambda function, *args: preference.apart(function, *args) if function.__name__.startswith(("trl_", "their_")) else function(*args))
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+def test_our_rollout_and_transformers_generate(pairs, capsys, ours_here):
+    peers.main(peers.Config(data=str(pairs), only="rollout", samples=6, new=12, rounds=1, **SIZES))
+    found = last_line(capsys)["rollout"]
+    assert set(found["contenders"]) == {"feinschliff", "transformers"} and found["same"] >= 0.95 and found["asked"] == 3.0
+    assert all(row["tokens_per_s"] > 0 for row in found["contenders"].values())
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed")
+def test_our_grpo_and_trls(pairs, capsys, ours_here):
+    peers.main(peers.Config(data=str(pairs), only="grpo", samples=4, group=2, new=8, steps=2, rounds=1, **SIZES))
+    found = last_line(capsys)["grpo"]
+    ours, theirs = (found["contenders"][name] for name in ("feinschliff", "TRL"))
+    assert ours["entropy"] == pytest.approx(theirs["entropy"], abs=1) and len(ours["seconds_of_steps"]) == len(theirs["seconds_of_steps"]) == 2
+
+
+def test_answers_that_end_early_are_not_timed(pairs, monkeypatch):
+    monkeypatch.setattr(peers, "apart", lambda function, *args: {"seconds": 1.0, "lengths": [[12, 11]], "greedy": [[1]]})
+    with pytest.raises(UserError, match="ended early"):
+        peers.main(peers.Config(data=str(pairs), only="rollout", samples=6, new=12, rounds=1, **SIZES))
+
+
+ROLLOUT = dict(depth=1, width=32, vocab=300, slots="4,2", prompts="5", news="12", waves=2, rounds=1, device="cpu")
+
+
+def test_the_engine_and_the_plain_loops_are_the_same_model_and_timed(capsys):
+    bench_rollout.main(bench_rollout.Config(**ROLLOUT))
+    found = last_line(capsys)
+    assert {(row["slots"], row["varying"]) for row in found["rows"]} == {(4, False), (2, False), (4, True), (2, True)}
+    assert {"rollout", "plain"} <= {row["contender"] for row in found["rows"]} and isinstance(found["reached"], bool)
+    for row in found["rows"]:
+        assert row["tokens_per_s"] > 0 and (1 <= row["mean_length"] < 12 if row["varying"] else row["mean_length"] == 12)
+
+
+def test_the_plain_loop_is_the_model(make_model):
+    model = make_model(vocab_size=40).eval()
+    loop, prompts = bench_rollout.Plain(model), [[3, 4, 5, 6], [7, 8, 9, 1]]
+    tokens, logps = loop.sample(prompts, 7, set())
+    packed = pack([a + b for a, b in zip(prompts, tokens.tolist())])
+    for whole, part in zip(logprobs(model, packed).detach().split(11), logps):
+        torch.testing.assert_close(whole[4:], part, rtol=0, atol=1e-5)
+    assert loop.sample(prompts, 7, set(range(40)))[0].shape == (2, 1)  # all have ended
+
+
+def test_a_contender_of_another_model_is_not_timed(monkeypatch):
+    monkeypatch.setitem(bench_rollout.CONTENDERS, "plain", lambda model, device: bench_rollout.plain(preference.fresh(model.config, 5, device), device))
+    with pytest.raises(UserError, match="rollout: only .* of its greedy tokens"):
+        bench_rollout.main(bench_rollout.Config(**ROLLOUT))
+
+
+def test_the_floor_of_a_rollout_by_hand(make_model):
+    model = make_model(vocab_size=10, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, ffn=6)
+    weights = 4 * (16 * 8 + 8 * 8 + 12 * 8 + 6 * 8 + 10 * 8)  # qkv, out, gate and up, down, head
+    read = 2 * 4 * 4 * ((5 + 1) + (5 + 2) + (5 + 3) + (5 + 1))  # two answers of 3 and of 1 tokens to prompts of 5; keys and values
+    assert bench_rollout.floor(model, [3, 1], 2, 5, 1000.0) == pytest.approx((weights * 4 / 2 + read) / 1000)
+
+
+def test_a_steps_seconds_are_split(capsys, monkeypatch):
+    monkeypatch.setattr(rl, "run", lambda script, *args: [{"seconds": 4.0, "seconds_rollout": r, "seconds_scoring": 1.0, "seconds_update": 1.0, "answer_tokens": 6.0, "updates": 1} for r in (9.0, 2.0, 2.0)])
+    monkeypatch.setattr(rl, "apart", lambda function, *args: function(*args))
+    rl.main(rl.Config(answers=4, group=2, max_new=6, depth=1, width=32, vocab=320, device="cpu"))
+    assert last_line(capsys)["ppo"] == {"seconds": 4.0, "tokens_per_s": 6.0, "seconds_rollout": 2.0, "seconds_scoring": 1.0, "seconds_update": 1.0, "updates": 1}
+
+
+def test_the_real_scripts_give_a_steps_seconds(capsys, ours_here):
+    rl.main(rl.Config(answers=4, group=2, prompt=6, max_new=6, steps=2, depth=1, width=32, vocab=320, device="cpu"))
+    found = last_line(capsys)
+    for script in ("ppo", "grpo"):
+        row = found[script]
+        assert row["tokens_per_s"] > 0 and 0 < row["seconds_rollout"] + row["seconds_scoring"] + row["seconds_update"] <= row["seconds"] + 0.01
+    with pytest.raises(UserError, match="multiple of --group"):
+        rl.main(rl.Config(answers=5, group=2))
