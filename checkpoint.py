@@ -246,6 +246,16 @@ def read(folder, device="cpu"):
     return model.to(device), tok, read_json(folder / INFO) if (folder / INFO).exists() else {}
 
 
+def companion(folder, model, tok, flag):
+    """The model of another checkpoint, on the same device, that is to read what `model` reads. UserError that names `flag` where its tokenizer is another or its context shorter."""
+    other, their_tok, _ = read(folder, model.embed.device)
+    if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
+        raise UserError(f"{flag}: it has another tokenizer than --init, so what the two say of the same tokens cannot be compared")
+    if other.config.context < model.config.context:
+        raise UserError(f"{flag}: its context of {other.config.context} tokens is shorter than the {model.config.context} of --init")
+    return other
+
+
 def load_state(folder):
     """(tensors, counters) that `save` was given as `state`."""
     with open_tensors(folder / STATE) as f:

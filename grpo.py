@@ -26,7 +26,7 @@ import torch
 
 import checkpoint
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
-from data import chat, corpus, tokenizer
+from data import chat, corpus
 from data.chat import constant_logprobs, learnt_logprobs, pack_chats
 from data.pack import share, split
 from optim import Optimizer, wsd
@@ -210,11 +210,11 @@ def sample_groups(model, tok, rewards, order, train, step, config):
         clock.append(time.perf_counter())
         seconds = {phase: seconds[phase] + b - a for phase, a, b in zip(seconds, clock, clock[1:])}
         sums += torch.tensor([len(samples), sum(s.finished for s in samples), sum(len(s.tokens) for s in samples), scores.sum(), *(v.sum() for v in parts.values())])
-        scores = torch.from_numpy(scores).float().view(-1, G)
+        scores = torch.from_numpy(scores).float().view(len(prompts), G)
         groups += [(seen + begin + i, prompts[i], samples[i * G : (i + 1) * G], scores[i]) for i in differs(scores).nonzero()[:, 0].tolist()]
         seen += missing
         missing = config.prompts - int(reduce_sum(len(groups))[0])
-        if missing < world_size():  # a rank without a prompt has nothing to sample
+        if not missing:
             break
     return groups, seen, reduce_sum(*sums), seconds
 
@@ -246,9 +246,7 @@ def main(config):
     reference = None
     if config.kl != "none":
         renewed = run.resumed / "reference" if run.resumed and (run.resumed / "reference").exists() else None
-        reference, their_tok, _ = checkpoint.read(renewed or (checkpoint.find(config.reference) if config.reference else run.origin()), device)
-        if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
-            raise UserError(f"--reference={config.reference}: it has another tokenizer than --init, so their probabilities cannot be compared")
+        reference = checkpoint.companion(renewed or (checkpoint.find(config.reference) if config.reference else run.origin()), model, tok, f"--reference={config.reference}")
         reference.requires_grad_(False)
     rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
     train, val, data = chat.read_prompts(config, tok, model.config.context)

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
-from data import chat, corpus, tokenizer
+from data import chat, corpus
 from data.chat import before_learnt, constant_logprobs, learnt_logprobs, pack_chats
 from data.pack import share, split
 from model import GPT
@@ -206,11 +206,11 @@ def first_critic(config, model, tok):
     models = [text.rpartition("*")[0] or text for text in config.reward.split(",") if ".py:" not in text and not text.startswith("judge:")]
     name = config.critic or next(iter(models), "")
     if name:
-        critic, their_tok, info = checkpoint.load(name, model.embed.device)
+        folder = checkpoint.find(name)
+        critic = checkpoint.companion(folder, model, tok, f"--critic={name}")
         if not critic.config.scalar_head:
             raise UserError(f"--critic={name}: not a reward model (it has no scalar head)")
-        if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
-            raise UserError(f"--critic={name}: it has another tokenizer than --init; give --critic a reward model that has the same")
+        info = checkpoint.read_json(folder / checkpoint.INFO) if (folder / checkpoint.INFO).exists() else {}
         return critic, info.get("center", 0.0)
     critic = GPT(dataclasses.replace(model.config, scalar_head=True))
     critic.load_state_dict({name: p for name, p in model.state_dict().items() if name != "untied_head"} | {"score": torch.zeros(1, model.config.width)})
@@ -226,9 +226,7 @@ def main(config):
     model, tok, info = checkpoint.read(run.folder, device)
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which writes nothing; start from the model it was trained from")
-    reference, their_tok, _ = checkpoint.read(checkpoint.find(config.reference) if config.reference else run.origin(), device)
-    if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
-        raise UserError(f"--reference={config.reference}: it has another tokenizer than --init, so their probabilities cannot be compared")
+    reference = checkpoint.companion(checkpoint.find(config.reference) if config.reference else run.origin(), model, tok, f"--reference={config.reference}")
     reference.requires_grad_(False)
     check_reward_models(config)
     rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
@@ -317,12 +315,11 @@ def main(config):
         D, M, reward, kl, finished, entropy, squared, of_returns, returns_squared, *others = sums
         variance = returns_squared / M - (of_returns / M) ** 2
         policy, value, approx_kl, clipped, ratio = (found / max(1, updates)).tolist()
+        tokens, *tops = reduce_sum(sum(len(c.ids) for c in chats), *(largest * (r == rank()) for r in range(world_size())))
         log = {"reward": reward / D, **{name: v / D for name, v in zip(parts, others) if len(parts) > 1}, "kl": kl / D, "loss": policy, "value_loss": value, "approx_kl": approx_kl}
-        quiet = {"finished": finished / D, "answer_tokens": M / D, "clip_fraction": clipped, "ratio": ratio, "largest_ratio": largest, "updates": updates, "entropy": entropy / M}
+        quiet = {"finished": finished / D, "answer_tokens": M / D, "clip_fraction": clipped, "ratio": ratio, "largest_ratio": max(tops), "updates": updates, "entropy": entropy / M}
         quiet |= {"explained_variance": 1 - squared / M / max(variance, 1e-12), "sampler_gap": gap, "beta": beta, "lr": lr * rate}
         quiet |= {f"seconds_{phase}": round(b - a, 4) for phase, a, b in zip(("rollout", "scoring", "update"), clock, clock[1:])}
-        tokens = sum(len(c.ids) for c in chats)
-        (tokens,) = reduce_sum(tokens)
         run.log.step(step, int(tokens), model.flops_per_token(int(tokens / D)) * (2 * config.epochs + 5 / 3), device, quiet, **log)
         usual = usual or [finished / D, M / D]
         if not warned and rank() == 0 and (finished / D < usual[0] - 0.2 or M / D > 2 * usual[1]):

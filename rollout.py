@@ -110,6 +110,8 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
     in the model's context. The same seed gives the same samples whatever `slots`: sample j's t-th draw uses the t-th number of its own stream, that of
     (seed, first + j); `first` lets ranks share the prompts. UserError where a prompt leaves no room.
     """
+    if not prompts:
+        return []
     room = rooms(model, prompts, max_new)
     model.eval()
     model, device = sampling_weights(model), model.embed.device
@@ -199,6 +201,8 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
                 step(width)
         for _ in range(16):
             graph.replay()
+    if not logps.isfinite().all():
+        raise UserError("the log-probabilities of what was sampled are not finite: the model's weights are damaged. " + checkpoint.ADVICE)
     ids, logprobs = tokens.tolist(), logps.tolist()
     samples = []
     for j, i in enumerate(jobs):
@@ -343,6 +347,8 @@ def reward_hashes(names, constitution=""):
 
 def reward_answers(rewards, rows, samples, texts):
     """(weighted sum float64 [n], {name: float64 [n]}) of what `load_rewards` gave, for samples that answer the rows (messages, row) of their prompt_index."""
+    if not samples:  # a rank's share may be empty
+        return np.zeros(0), {name: np.zeros(0) for name, _, _ in rewards}
     asked = [rows[s.prompt_index] for s in samples]
     parts = {name: function([messages for messages, _ in asked], [row for _, row in asked], samples, texts) for name, _, function in rewards}
     return sum((weight * parts[name] for name, weight, _ in rewards), np.zeros(len(samples))), parts
@@ -449,8 +455,6 @@ def check_one_distribution(model, chats, samples, logp, ref_logp, temperature, m
     again = learnt_logprobs(model, chats[:n], temperature).detach() if n else logp[:0]
     sampled = torch.tensor([x for s in samples for x in s.logprobs], device=logp.device)
     apart, gap = not torch.equal(again, logp[: len(again)]), (sampled - logp).abs().sum()
-    if not logp.isfinite().all():
-        raise UserError("the policy's log-probabilities are not finite: its weights are damaged. " + checkpoint.ADVICE)
     gap, tokens, apart, not_zero = reduce_sum(gap, len(logp), apart, ref_logp is not None and not torch.equal(logp, ref_logp))
     bound = 1e-5 if model.compute_dtype == torch.float32 else 1e-2
     if apart:
@@ -468,8 +472,8 @@ def validate(model, reference, tok, rewards, rows, config, beta, penalty=0.0):
 
     penalty: taken from the reward of an answer without an end. reference: None where there is none, and no "kl" then. val_loss: beta kl - reward.
     """
-    begin, end = share([1] * len(rows), rank(), world_size())
-    n = config.group if "judge:" in config.reward else 1
+    begin, end = share([1] * len(rows), rank(), world_size()) if len(rows) >= world_size() else (0, len(rows))  # a few are answered by every rank: the means stay
+    n = config.group if "judge:" in config.reward + config.monitor else 1
     prompts, samples, texts = answers(model, tok, [m for m, _ in rows[begin:end]], n=n, max_new=config.max_new, temperature=config.temperature, seed=config.seed, first=begin * n)
     score, parts = reward_answers(rewards, rows[begin:end], samples, texts)
     chats = [chat.answered(prompts[s.prompt_index], s.tokens) for s in samples]

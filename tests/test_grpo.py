@@ -358,19 +358,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train, make_model, files, t
     """With refilled groups and a reference that is renewed; even where the model it began from has been trained further since."""
     init = tmp_path / "sft"
     shutil.copytree(files / "sft", init, symlinks=True)
-    straight, killed, how = tmp_path / "straight", tmp_path / "killed", dict(init=init, kl="k2", beta=0.1, refill=2, reference_every=4, minibatches=2, steps=10, save_every=3)
+    straight, killed, how = tmp_path / "straight", tmp_path / "killed", dict(init=init, kl="k2", beta=0.1, refill=2, reference_every=4, minibatches=2, steps=16, save_every=3)
     succeeds(train(straight, **how))
     child = train(killed, **how)
     wait_until(lambda: logged(killed, 7), child)
     assert kill(child)[0] == -9
     checkpoint.save(init, make_model(9, **SMALL), TOK, {"stage": "sft", "step": 2})
     assert "going on after step" in succeeds(train(killed, resume=True, **how))
-    assert train_steps(killed) == list(range(1, 11)) and max(steps_of(killed, "prompts_seen")) > 4
-    assert_same(straight, killed, [3, 6, 9, 10])
+    assert train_steps(killed) == list(range(1, 17)) and max(steps_of(killed, "prompts_seen")) > 4
+    assert_same(straight, killed, [3, 6, 9, 12, 15, 16])
     assert not (killed / "step_000003/reference").exists()
-    renewed = {name: safetensors.torch.load_file(killed / name) for name in ("step_000006/reference/model.safetensors", "step_000009/reference/model.safetensors", "step_000010/reference/model.safetensors")}
-    first, second, third = renewed.values()
-    assert any(not torch.equal(first[k], second[k]) for k in first) and all(torch.equal(second[k], third[k]) for k in second)
+    first, second, third, policy = (safetensors.torch.load_file(killed / f"{name}/model.safetensors") for name in ("step_000006/reference", "step_000009/reference", "step_000012/reference", "step_000012"))
+    assert any(not torch.equal(first[k], second[k]) for k in first) and all(torch.equal(third[k], policy[k]) for k in policy)
     for flags, named in [({"kl": "k3"}, "--kl=k3: this run was started with --kl=k2"), ({"recipe": "dapo"}, "--recipe=dapo"), ({"refill": 1}, "--refill=1")]:
         assert named in refused(train(killed, resume=True, **(how | flags)))
 
@@ -434,10 +433,8 @@ def test_a_damaged_policy_is_called_that(train, files, tmp_path):  # noqa: F811
 def test_answers_without_an_end_teach_nothing_where_they_are_masked(train, files, tmp_path):  # noqa: F811
     """Of at most one token, none has an end."""
     how = dict(reward=f"{files}/rewards.py:first", max_new=1, eval_every=0)
-    (files / "rewards.py").write_text(REWARDS + "\ndef first(prompt, completion, row):\n    return float(completion == 'y')\n")
     succeeds(train(tmp_path / "masked", overlong="mask", **how))
     succeeds(train(tmp_path / "plain", **how))
-    (files / "rewards.py").write_text(REWARDS)
     assert steps_of(tmp_path / "masked", "finished") == [0, 0, 0] == steps_of(tmp_path / "masked", "updates") and sum(steps_of(tmp_path / "plain", "updates")) > 0
     before, after = (safetensors.torch.load_file(next(folder.glob("step_*")) / "model.safetensors") for folder in (files / "sft", tmp_path / "masked"))
     assert all(torch.equal(before[k], after[k]) for k in before)

@@ -32,6 +32,9 @@ def yes(prompt, completion, row):
     assert isinstance(prompt, str) and isinstance(row["finished"], bool)
     return float(completion == "yes")
 
+def first(prompt, completion, row):
+    return float(completion == "y")
+
 def no(prompt, completion, row):
     return -yes(prompt, completion, row)
 
@@ -483,16 +486,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train, make_model, files, t
     """Critic, both optimizers, steered beta and order; even where the model it began from has been trained further since: that is not its reference."""
     init = tmp_path / "sft"
     shutil.copytree(files / "sft", init, symlinks=True)
-    straight, killed, how = tmp_path / "straight", tmp_path / "killed", dict(init=init, reward=f"{files}/rm,{files}/rewards.py:yes", kl_target=0.1, kl_horizon=50, steps=10, save_every=3)
+    straight, killed, how = tmp_path / "straight", tmp_path / "killed", dict(init=init, reward=f"{files}/rm,{files}/rewards.py:yes", kl_target=0.1, kl_horizon=50, steps=13, save_every=3)
     succeeds(train(straight, **how))
     child = train(killed, **how)
     wait_until(lambda: logged(killed, 4), child)
     assert kill(child)[0] == -9
     checkpoint.save(init, make_model(9, **SMALL), TOK, {"stage": "sft", "step": 2})
     assert "going on after step" in succeeds(train(killed, resume=True, **how))
-    assert train_steps(killed) == list(range(1, 11)) and len(set(steps_of(killed, "beta"))) > 1
-    assert_same(straight, killed, [3, 6, 9, 10])
-    assert {p.name for p in (killed / "step_000010").iterdir()} >= {"critic", "model.safetensors"} and checkpoint.load(killed / "step_000010/critic")[0].config.scalar_head
+    assert train_steps(killed) == list(range(1, 14)) and len(set(steps_of(killed, "beta"))) > 1
+    assert_same(straight, killed, [3, 6, 9, 12, 13])
+    assert {p.name for p in (killed / "step_000013").iterdir()} >= {"critic", "model.safetensors"} and checkpoint.load(killed / "step_000013/critic")[0].config.scalar_head
     assert "--beta=0.2: this run was started with --beta=0.05" in refused(train(killed, resume=True, **how, beta=0.2))
 
 
