@@ -168,25 +168,26 @@ def overlong_penalty(length, max_new, share):
 def update_step(model, chats, parts, n_tokens, n_answers, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, of `n_tokens` tokens and `n_answers` answers on all ranks.
 
-    parts: for each chat (old_logp, advantages, ref_logp). Returns this rank's share of (loss, KL to the policy that sampled as its estimator k3, share of tokens
-    clipped, mean ratio), fp32 [4].
+    parts: for each chat (old_logp, advantages, ref_logp); old_logp is None where no update came between: then it is what this pass finds. Returns this rank's
+    share of (loss, KL to the policy that sampled as its estimator k3, share of tokens clipped, mean ratio), fp32 [4], and the log-probabilities it found [M].
     """
     model.train()
-    total = torch.zeros(4, device=model.embed.device)
+    total, logps = torch.zeros(4, device=model.embed.device), []
     for first, last in split([len(c.ids) for c in chats], config.micro_tokens):
-        old_logp, advantages, ref_logp = (torch.cat(x) for x in zip(*parts[first:last]))
         logp = learnt_logprobs(model, chats[first:last], config.temperature)
+        old_logp, advantages, ref_logp = (logp.detach() if x[0] is None else torch.cat(x) for x in zip(*parts[first:last]))
         losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_low, config.clip_high)
         if config.kl != "none":
             losses = losses + config.beta * kl_loss(logp, ref_logp, ratio, config.kl)
-        weights = token_weights([len(p[0]) for p in parts[first:last]], config.loss, n_tokens, n_answers, config.max_new).to(logp.device)
+        weights = token_weights([len(p[1]) for p in parts[first:last]], config.loss, n_tokens, n_answers, config.max_new).to(logp.device)
         loss = (weights * losses).sum()
         loss.backward()
         with torch.no_grad():
             d = logp - old_logp
             clipped = ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).float()
             total += torch.stack([loss, *(x.sum() / n_tokens for x in (torch.exp(d) - 1 - d, clipped, ratio))])
-    return total
+        logps.append(logp.detach())
+    return total, torch.cat(logps) if logps else total[:0]
 
 
 def sample_groups(model, tok, rewards, order, train, step, config):
@@ -286,21 +287,27 @@ def main(config):
         lengths = np.zeros(n_groups * config.group)  # of all ranks' answers; 0 where one teaches nothing
         lengths[[i for i, *_ in own]] = [len(s.tokens) for s in samples]
         lengths = np.array(reduce_sum(*lengths))
-        logp = constant_logprobs(model, chats, config.temperature, config.micro_tokens)  # [M]
-        ref_logp = constant_logprobs(reference, chats, config.temperature, config.micro_tokens) if reference else logp
-        gap = check_one_distribution(model, chats, samples, logp, ref_logp if step == 1 and not config.reference else None, config.temperature, config.micro_tokens, step == run.start + 1)
         cut = [len(s.tokens) for s in samples]
-        of_token = dict(zip((i for i, *_ in own), zip(logp.split(cut), (torch.full((n,), a, device=device) for n, (*_, a) in zip(cut, own)), ref_logp.split(cut))))
+        ref_logp = constant_logprobs(reference, chats, config.temperature, config.micro_tokens) if reference else torch.zeros(sum(cut), device=device)  # [M]
+        # Of a batch that is updated once, the update's own pass has the old log-probabilities. The first step of a process checks that this is true.
+        once = config.epochs * config.minibatches == 1 and step > run.start + 1
+        if not once:
+            logp = constant_logprobs(model, chats, config.temperature, config.micro_tokens)
+            own_reference = ref_logp if reference and step == 1 and not config.reference else None
+            gap = check_one_distribution(model, chats, samples, logp, own_reference, config.temperature, config.micro_tokens, step == run.start + 1)
+        old = [None] * len(cut) if once else logp.split(cut)
+        of_token = dict(zip((i for i, *_ in own), zip(old, (torch.full((n,), a, device=device) for n, (*_, a) in zip(cut, own)), ref_logp.split(cut))))
         of_answer = dict(zip((i for i, *_ in own), chats))
 
         # 3. Update
-        found, updates, norm = torch.zeros(4), 0, torch.zeros(())
+        found, updates, norm, logps = torch.zeros(4), 0, torch.zeros(()), torch.zeros(0, device=device)
         for minibatch in minibatches(len(lengths), step, config):
             mine = [i for i in minibatch if i in of_answer]
             n_tokens, n_answers = lengths[minibatch].sum(), np.count_nonzero(lengths[minibatch])
             if not n_tokens:
                 continue
-            total = torch.tensor(reduce_sum(*update_step(model, [of_answer[i] for i in mine], [of_token[i] for i in mine], n_tokens, n_answers, config)))
+            total, logps = update_step(model, [of_answer[i] for i in mine], [of_token[i] for i in mine], n_tokens, n_answers, config)
+            total = torch.tensor(reduce_sum(*total))
             if config.target_kl and total[1] > config.target_kl:  # the step itself is left out: a loss of 0 would still have moved the weights by Adam's momentum
                 optimizer.zero_grad()
                 break
@@ -309,11 +316,14 @@ def main(config):
                 p, targets = pack_chats(chats)
                 checkpoint.refuse_nonfinite(run.path, step, float(total[0]), {"tokens": p.tokens, "cu": p.cu, "targets": targets})
             found, updates = found + total, updates + 1
+        if once:
+            logp = logps
+            gap = check_one_distribution(model, chats, samples, logp, None, config.temperature, config.micro_tokens, repeat=False)
         seconds["update"] = time.perf_counter() - clock
 
         # What happened
         n, finished, tokens, score, *others = sums
-        kl, entropy, M, trained = reduce_sum((logp - ref_logp).sum(), -logp.sum(), len(logp), sum(len(c.ids) for c in chats))
+        kl, entropy, M, trained = reduce_sum((logp - ref_logp).sum() if reference else 0.0, -logp.sum(), len(logp), sum(len(c.ids) for c in chats))
         loss, approx_kl, clipped, ratio = (found / max(1, updates)).tolist()
         shown = {"reward": score / n, **{name: v / n for (name, *_), v in zip(rewards, others) if len(rewards) > 1 or config.overlong == "punish"}, "same": 1 - n_groups / seen}
         shown |= ({"kl": kl / max(1, np.count_nonzero(lengths))} if reference else {}) | {"answer_tokens": tokens / n, "loss": loss}

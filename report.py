@@ -34,6 +34,7 @@ p { max-width: 46rem } .soft { color: var(--soft) } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; width: 100% } th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td.n { white-space: nowrap; font-variant-numeric: tabular-nums } code { font-size: .85em; overflow-wrap: anywhere }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem } figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) }
+@media (max-width: 40rem) { table { font-size: .8rem } td.n { white-space: normal } td, th { padding-right: .5rem } td code { font-size: .75em } }
 svg { width: 100%; height: auto } .good { color: var(--good) } .bad { color: var(--bad) } details { margin: .4rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
 """
 
@@ -150,8 +151,8 @@ def frontier(found, gold):
             if len(line) > 1:
                 axes.plot(*zip(*line), ".--", color=colour, label=f"{name}: best of 1, 2, 4 ...", linewidth=1)
         for (name, run), colour in zip(found["runs"].items(), COLOURS[::-1] * 9):
-            (_, x), (_, y) = series(run["log"], "kl"), series(run["log"], gold)
-            if len(x) == len(y) > 1 and len(run["info"].get("lineage", [])) == 2:  # from the fine-tuned model itself; what goes on from elsewhere has another zero
+            x, y = zip(*([(r["kl"], r[gold]) for r in run["log"] if "kl" in r and gold in r] or [((), ())]))
+            if len(x) > 1 and len(run["info"].get("lineage", [])) == 2:  # from the fine-tuned model itself; what goes on from elsewhere has another zero
                 axes.plot(smooth(x), smooth(y), color=colour, linewidth=0.8, alpha=0.6, label=f"{name} while it learns")
 
     return chart(plot, "What answers are truly worth against how far the model has moved from the fine-tuned one: points are finished models, with 95 % intervals", "KL, nats an answer", "gold reward")
@@ -234,8 +235,12 @@ def make(out, record):
     if drawn:
         parts.append(f'<h2>Reward, and what it costs</h2><div class="charts">{drawn}</div>')
     judged = [(text(name), text(figure.removeprefix("judge: ")), show(f)) for name, figures in found["figures"].items() for figure, f in figures.items() if figure.startswith("judge")]
+    for file in sorted(out.glob("*.log.jsonl")):  # of rlaif.py: its last line has sums and counts of all pairs
+        last = read_lines(file)[-1]
+        judged += [(text(file.stem.removesuffix(".log")), text(name), f"{total / n:.3g} of {n:,}") for name, (total, n) in last.get("figures", {}).items() if n]
+        judged += [(text(file.stem.removesuffix(".log")), text(name), f"{n:,}") for name, n in last.get("counts", {}).items()]
     if judged:
-        parts.append("<h2>The judge</h2>" + grid(("model", "agreement with the truth", ""), judged, {2}))
+        parts.append("<h2>The judge</h2>" + grid(("model or pairs", "agreement with the truth, and what was counted", ""), judged, {2}))
     if found["answers"]:
         parts.append("<h2>The same prompts, answered by every stage</h2>" + reply_table(found["answers"]))
     if found["runs"]:

@@ -1,4 +1,4 @@
-"""The stages on real files: a base model from WikiText and Shakespeare, then SFT, the reward model (also cross-validated) and DPO on people's data.
+"""The stages on real files: a base model from WikiText and Shakespeare, then SFT, the reward model (also cross-validated), DPO, PPO and GRPO on people's data.
 
 A model of a million parameters and minutes of training: what counts is that every stage runs to its end on real text, that validation falls, and
 how the reward model stands against "the longer answer wins", in a paired bootstrap and among pairs of nearly equal length. Each stage is the command a
@@ -50,6 +50,9 @@ def commands(config):
         ("gsm8k", ["sft.py", f"--init={out}/sft", f"--data={text('gsm8k_train.jsonl')}", f"--val={text('gsm8k_test.jsonl')}", "--steps=200", *quiet, f"--out={out}/gsm8k"]),
         ("grpo", ["grpo.py", f"--init={out}/gsm8k", "--reward=data/rewards.py:final_number,data/rewards.py:one_final_number*0.2", f"--data={text('gsm8k_train.jsonl')}",
                   f"--val={text('gsm8k_test.jsonl')}", "--max_new=128", "--steps=20", "--eval_prompts=64", seed, f"--out={out}/grpo"]),
+        # Two answers that GPT-4 has compared, judged by a model that has read a little Wikipedia: near chance, in both orders.
+        ("judge", ["rlaif.py", f"--judge={out}/base", f"--constitution={out}/constitution.txt", f"--data={text('ai_preferences_test.jsonl')}", "--min_margin=0", "--skip_bad", seed,
+                   f"--out={out}/judged.jsonl"]),
     ]
 
 
@@ -107,11 +110,15 @@ def main(config):
         if not (Path(config.texts) / name).is_file():
             raise UserError(f"--texts={config.texts}: {name} is not there")
     found = {"seconds": {}, "validation": {}}
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    replace_text(Path(config.out) / "constitution.txt", "The better reply is the one that helps more.\nThe better reply is the one that is true.\n")
     for name, words in commands(config):
         if not (Path(config.out) / name / "latest").exists() or name == "tokenizer":
             found["seconds"][name] = round(run(words), 1)
     for name in ("base", "sft", "rm", "dpo", "gsm8k"):
         found["validation"][name] = validations(f"{config.out}/{name}")
+    judged = json.loads((Path(config.out) / "judged.log.jsonl").read_text().splitlines()[-1])
+    found["judge"] = {name: round(total / n, 4) for name, (total, n) in judged["figures"].items() if n} | judged["counts"] | {"seconds": judged["seconds"]}
     for name in ("ppo", "grpo"):
         found[name] = reinforced(f"{config.out}/{name}")
     found["reward model on the test file"] = checkpoint.read_json(checkpoint.find(f"{config.out}/rm") / checkpoint.INFO)["metrics"]["figures"]
@@ -123,6 +130,7 @@ def main(config):
         print(f"validation of {name}: {losses['first']:.4f} -> {losses['last']:.4f}")
     for name in ("ppo", "grpo"):
         print(f"{name}: " + "; ".join(f"{key} {found[name]['first'][key]:.3g} -> {found[name]['last'][key]:.3g}" for key in found[name]["first"]) + f"; largest sampler gap {found[name]['largest sampler gap']:.1e}")
+    print("judge: " + "; ".join(f"{name} {value:.4g}" for name, value in found["judge"].items()))
     for name in [n for n in found if n.startswith("reward model")]:
         print(f"\n{name}\n{show(found[name])}")
     print(json.dumps(found))

@@ -16,7 +16,7 @@ import rollout
 from common import UserError
 from data import chat, tokenizer
 from data.pack import pack
-from data.rewards import final_number, number_after, right_number
+from data.rewards import brief, final_number, number_after, one_final_number, right_number, thinks_first
 from model import logprobs, score
 from optim import Optimizer
 
@@ -342,3 +342,22 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
     ]:  # fmt: skip
         line = refused(start(fork, evaluate, **({"model": sft, "device": "cpu", "max_new": 5} | flags)))
         assert named in line, (flags, line)
+
+
+def test_rewards_of_form_and_length():
+    for said, worth in {"2 + 3 = 5 #### 5": 1, "#### 5 #### 6": 0, "#### 5.": 0, "#### five": 0, "5": 0, "####  $1,000 ": 1, "": 0}.items():
+        assert one_final_number("", said, {}) == worth, said
+        assert one_final_number("", said, {"finished": False}) == 0
+    for said, worth in {"<think>a\nb</think>\n<answer>4</answer>": 1, "<think></think><answer>4</answer>": 0, "x <think>a</think><answer>4</answer>": 0, "<think>a</think>": 0,
+                        "<think>a<think>b</think><answer>4</answer>": 0, "<think>a</think> so <answer>4</answer>": 0, "<think>a</think><answer>4</answer><answer>5</answer>": 0}.items():  # fmt: skip
+        assert thinks_first("", said, {}) == worth, said
+    assert brief("", "", {}) == 1 and brief("", "a " * 50, {}) == 0.5 and brief("", "a " * 1000, {}) == 0
+    begin = time.perf_counter()
+    for nasty in ("<think>" * 30000, "<think>" + "<answer" * 30000, "<think>a</think>" + " " * 100000 + "<answer>", "####" * 50000, "#### " + "1," * 50000):
+        assert thinks_first("", nasty, {}) == one_final_number("", nasty, {}) == 0
+    assert time.perf_counter() - begin < 1
+
+
+@given(st.text())
+def test_rewards_of_form_and_length_take_any_text(said):
+    assert {one_final_number("", said, {}), thinks_first("", said, {})} <= {0.0, 1.0} and 0 <= brief("", said, {}) <= 1

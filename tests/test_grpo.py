@@ -213,7 +213,7 @@ def test_gradients_are_those_of_full_logits_however_the_answers_are_split_and_or
         config = configure(temperature=T, clip_low=0.1, clip_high=0.15, loss=loss, max_new=6, micro_tokens=micro_tokens, **({} if kl == "none" else {"kl": kl, "beta": 0.3}))
         for order in (np.arange(len(chats)), random.permutation(len(chats))):
             model.zero_grad()
-            total = grpo.update_step(model, [chats[i] for i in order], [parts[i] for i in order], n_tokens, n_answers, config)
+            total, _ = grpo.update_step(model, [chats[i] for i in order], [parts[i] for i in order], n_tokens, n_answers, config)
             for p, g in zip(model.parameters(), wanted):
                 torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
             x = (logp - old_logp).detach()
@@ -229,7 +229,7 @@ def test_before_the_first_update_every_ratio_is_1(make_model, temperature):
     lengths = [len(s.tokens) for s in samples]
     parts = list(zip(logp.split(lengths), torch.ones_like(logp).split(lengths), logp.split(lengths)))
     config = configure(temperature=temperature, micro_tokens=70, kl="k3", beta=0.5)
-    loss, k3, clipped, ratio = grpo.update_step(model, chats, parts, len(logp), len(chats), config)
+    (loss, k3, clipped, ratio), _ = grpo.update_step(model, chats, parts, len(logp), len(chats), config)
     assert k3 == 0 and clipped == 0 and ratio.item() == pytest.approx(1, abs=1e-6) and loss.item() == pytest.approx(-1, abs=1e-6)
 
 

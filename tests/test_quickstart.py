@@ -1,12 +1,43 @@
 """The quick start, whole but tiny: it ends in a report, is not run twice, and goes on where it was interrupted."""
 import json
+import re
 import shlex
+from html.parser import HTMLParser
 
 import pytest
 
 import checkpoint
 import quickstart
+import report as page_maker
 from common import UserError
+from report import pyplot
+
+
+def check_page(page, words):
+    """One whole HTML file that asks nothing of the network, with these words in it."""
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open, tags.open
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)|url\((?!#)|@import|<script""", page)
+    for word in words:
+        assert word in page or pyplot is None, word
+    assert pyplot is None or page.count("<svg") == page.count("</svg>") > 1 and "#123456" not in page
+
+
+class Tags(HTMLParser):
+    """The elements that are open and never closed, or closed and never opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
 
 
 @pytest.mark.xdist_group("quickstart")
@@ -34,22 +65,31 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     assert "world: done already" in printed and "prepare: done already" in printed
     assert "going on after step 10" in printed
     report = json.loads((out / "report.json").read_text())
-    assert [s["stage"] for s in report["stages"]] == [
-        "world", "tokenizer", "prepare", "pretrain", "sample", "evaluate base", "sft", "reward", "dpo", "evaluate sft", "evaluate dpo"
-    ]  # fmt: skip
+    assert [s["stage"] for s in report["stages"]] == [stage for stage, _ in rows]
     steps = [r["step"] for r in map(json.loads, (out / "base/log.jsonl").read_text().splitlines()) if "loss" in r]
     assert steps == list(range(1, 21))
-    figures = {f["figure"]: f for f in report["figures"]}
-    assert 0 < float(figures["story loss, nats a token"]["after"].split()[0]) < float(figures["story loss, nats a token"]["before"])  # even 20 steps learn something
-    assert figures["win rate against SFT, by gold"]["before"] == "0.5" and 0 <= float(figures["win rate against SFT, by gold"]["after"].split()[0]) <= 1
-    for run, parents in {"sft": ["pretrain"], "rm": ["pretrain", "sft"], "dpo": ["pretrain", "sft"]}.items():
+    figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
+    loss = figures["pretrain", "story loss, nats a token"]
+    assert 0 < loss["after"]["value"] < loss["before"]["value"] and loss["improved"]  # even 20 steps learn something
+    for stage in ("ppo", "grpo, after ppo", "dpo", "rlaif + dpo"):
+        assert 0 <= figures[stage, "win rate against SFT, by gold"]["after"]["value"] <= 1 and figures[stage, "KL to SFT, nats an answer"]["after"]["value"] > 0
+    assert figures["grpo, after ppo", "gold reward, PPO's before"]["before"] == figures["ppo", "gold reward, SFT's before"]["after"]
+    check_page((out / "report.html").read_text(), ["grpo.py --init=", "Calibration", "best of 1, 2", "pretrain", "The same prompts"])
+    for run, parents in {"sft": ["pretrain"], "rm": ["pretrain", "sft"], "dpo": ["pretrain", "sft"], "ppo": ["pretrain", "sft"], "grpo": ["pretrain", "sft", "ppo"]}.items():
         info = json.loads((checkpoint.find(out / run) / checkpoint.INFO).read_text())
         assert [p["stage"] for p in info["lineage"]] == parents
     assert report["code"] and report["torch"]
 
     quickstart.main(config)  # a third time: nothing is left to do, and the table is printed again
     printed = capfd.readouterr().out
-    assert printed.count("done already") == 11 and "story loss" in printed
+    assert printed.count("done already") == len(rows) and "story loss" in printed
+
+    # A report of runs alone: a directory that no quick start made.
+    (tmp_path / "mine").mkdir()
+    for name in ("sft", "grpo"):
+        (tmp_path / "mine" / name).symlink_to(out / name)
+    quickstart.main(quickstart.Config(out=str(tmp_path / "mine"), report_only=True))
+    check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
 def test_every_command_is_one_that_a_user_can_type():
@@ -67,3 +107,29 @@ def test_another_command_of_the_same_stage_is_refused(tmp_path):
 def test_a_stage_that_fails_is_named(tmp_path):
     with pytest.raises(UserError, match="sample ended with status 1"):
         quickstart.run("sample", ["sample.py", f"--model={tmp_path}"])
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to report"):
+        quickstart.main(quickstart.Config(out=str(tmp_path), report_only=True))
+
+
+def test_what_people_and_models_say_is_text_in_the_report(tmp_path):
+    evil = "<script>alert(1)</script> & <b>"
+    (tmp_path / "m_answers.jsonl").write_text(json.dumps({"prompt": evil, "completion": evil, "finished": False}) + "\n")
+    page = page_maker.make(tmp_path, {}).read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page and "unfinished" in page
+
+
+def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatch):
+    """After all rows have run, the table shown and the report written."""
+    figure = lambda value, low, high: {"value": value, "low": low, "high": high}  # noqa: E731
+    found = [{"stage": "ppo", "figure": "gold reward", "before": figure(0.3, 0.2, 0.4), "after": figure(0.5, 0.35, 0.6), "bound": "1.9", "improved": False}]
+    monkeypatch.setattr(quickstart, "rows", lambda config: [])
+    monkeypatch.setattr(quickstart, "figures", lambda out: found)
+    (tmp_path / "m_answers.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "finished": True}) + "\n")
+    with pytest.raises(UserError, match="no sure improvement.*ppo: gold reward"):
+        quickstart.main(quickstart.Config(out=str(tmp_path)))
+    assert "✗" in (tmp_path / "report.html").read_text()
+    found[0]["improved"] = True
+    quickstart.main(quickstart.Config(out=str(tmp_path)))
