@@ -31,7 +31,7 @@ def final_number(prompt, completion, row):
     return float(answer is not None and number_after(completion) == answer and row.get("finished", True))
 
 
-THINK = re.compile(r"<think>(?:(?!</?think>|</?answer>).)*+</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>", re.DOTALL)
+THINK = re.compile(r"<think>(?:(?!</?think>|</?answer>).)++</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>", re.DOTALL)
 
 
 def one_final_number(prompt, completion, row):
