@@ -18,9 +18,11 @@ part() { # seconds, file, command...: runs it, output on screen and in the file
 nvidia-smi | tee "$out/gpu.txt"
 part 120 gpu_tests.txt python3 -m pytest -q tests/test_cuda.py --durations=5
 part 90 gpu_tests_native.txt python3 -m pytest -q tests/test_kernels.py tests/test_attention.py tests/test_model.py tests/test_optim.py --durations=5
-part 160 kernels_gpu.txt python3 -m bench.kernels --rounds=2 --out="$out"
-part 120 train_gpu.txt python3 -m bench.train --depths=12 --contexts=1024,8192 --steps=3 --out="$out"
+part 130 kernels_gpu.txt python3 -m bench.kernels --rounds=2 --out="$out"
+part 90 train_gpu.txt python3 -m bench.train --depths=12 --contexts=1024,8192 --steps=3 --out="$out"
+part 60 rollout_gpu.txt python3 -m bench.rollout --depth=12 --width=768 --vocab=50304 --slots=128 --prompts=256 --news=256 --waves=2 --rounds=1
+part 40 rl_gpu.txt python3 -m bench.rl
 if [ ! -f "$text" ]; then
     python3 -m data.world --out=out/gpu_first --overwrite && python3 -c 'import json, sys; [print(json.loads(line)["text"]) for line in open(sys.argv[1])]' out/gpu_first/pretrain.jsonl >"$text"
 fi
-part 90 shakespeare_gpu.txt python3 -m bench.shakespeare --text="$text" --size=gpu --steps=500 --short=0.25
+part 60 shakespeare_gpu.txt python3 -m bench.shakespeare --text="$text" --size=gpu --steps=500 --short=0.25
