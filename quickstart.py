@@ -52,7 +52,7 @@ def rows(config):
                            f"--judge={out}/world/judge_test.jsonl", *measure, "--reward=data/world.py:gold", *said("base")]),
         ("sft", ["sft.py", f"--init={out}/base", f"--data={out}/world/chat.jsonl", f"--val={out}/world/chat_val.jsonl", *tuning, f"--out={out}/sft"]),
         ("reward", ["reward.py", f"--init={out}/sft", *pairs, "--lr=1.5e-3", "--max_new=64", *tuning, f"--out={out}/rm"]),
-        ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, *tuning, f"--out={out}/dpo"]),
+        ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, "--nll=0.2", *tuning, f"--out={out}/dpo"]),
         ("ppo", ["ppo.py", f"--init={out}/sft", f"--reward={out}/rm", f"--data={out}/world/prompts.jsonl", *rl, *rounds(24),
                  *(["--min_accuracy=0"] if config.fast else []), f"--out={out}/ppo"]),
         ("grpo", ["grpo.py", f"--init={out}/ppo", f"--reward=data/rewards.py:final_number,{out}/rm*0.3", "--kl=k2", "--beta=0.02", f"--data={out}/world/problems.jsonl", *rl,
