@@ -246,9 +246,14 @@ def read(folder, device="cpu"):
     return model.to(device), tok, read_json(folder / INFO) if (folder / INFO).exists() else {}
 
 
-def companion(folder, model, tok, flag):
-    """The model of another checkpoint, on the same device, that is to read what `model` reads. UserError that names `flag` where its tokenizer is another or its context shorter."""
+def companion(folder, model, tok, flag, scalar=False):
+    """The model of another checkpoint, on the same device, that is to read what `model` reads: one that writes, or with `scalar` a reward model.
+
+    UserError that names `flag` where it is the other, its tokenizer another, or its context shorter.
+    """
     other, their_tok, _ = read(folder, model.embed.device)
+    if other.config.scalar_head != scalar:
+        raise UserError(f"{flag}: " + ("not a reward model (it has no scalar head)" if scalar else "a reward model, which gives no probabilities"))
     if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
         raise UserError(f"{flag}: it has another tokenizer than --init, so what the two say of the same tokens cannot be compared")
     if other.config.context < model.config.context:

@@ -189,6 +189,8 @@ def reference_logps(config, run, tok, data, splits, device):
                 print(f"the reference's log-probabilities are those of {cache}")
             return {name: f.get_tensor(name) for name in splits}
     model, their_tok, _ = checkpoint.read(folder, device)
+    if model.config.scalar_head:
+        raise UserError(f"--reference={config.reference}: a reward model, which gives no probabilities")
     if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
         raise UserError(f"--reference={config.reference}: it has another tokenizer than --init, so their probabilities cannot be compared")
     found = {name: all_logps(model, split_items, config.micro_tokens) for name, split_items in splits.items()}

@@ -34,7 +34,7 @@ from data.read import read_jsonl
 from data.rewards import final_number
 from kernels.head import linear_logprob
 from model import logprobs
-from rollout import answers, judge_score, load_rewards, question, reward_answers, rollout, scores
+from rollout import answers, judge_score, load_rewards, question, reward_answers, reward_names, rollout, scores
 
 
 @dataclass
@@ -179,12 +179,14 @@ def answer_figures(config, model, tok, rows, device):
     said = [{"prompt": question(m), "completion": t, "finished": s.finished} | {name: float(v[i]) for name, v in found.items()} for i, (m, t, s) in enumerate(zip(conversations, texts, samples))]
     if config.reference:
         reference, their_tok, _ = checkpoint.load(config.reference, device)
+        if reference.config.scalar_head:
+            raise UserError(f"--reference={config.reference}: a reward model, which gives no probabilities")
         if tokenizer.fingerprint(their_tok) != tokenizer.fingerprint(tok):
             raise UserError(f"--reference={config.reference}: it has another tokenizer than --model, so their probabilities cannot be compared")
         reference.eval()
-        temperature = config.temperature or 1.0
-        logp, ref_logp = (answer_logps(m, prompts, samples, temperature, config.micro_tokens) for m in (model, reference))
-        figures["KL to the reference, nats an answer"] = mean(logp - ref_logp)
+        if config.temperature and config.best_of == 1:  # else these are no fair draws, and the mean would not be a KL
+            logp, ref_logp = (answer_logps(m, prompts, samples, config.temperature, config.micro_tokens) for m in (model, reference))
+            figures["KL to the reference, nats an answer"] = mean(logp - ref_logp)
         _, theirs, their_texts = answers(reference, tok, conversations, **how)
         for name, other in reward_answers(rewards, rows, theirs, their_texts)[1].items():
             figures[f"reference's reward {name}"] = mean(other)
@@ -290,6 +292,11 @@ def main(config):
         raise UserError("--temperature and --max_new: at least 0, and at least 1")
     if config.best_of < 1 or (config.best_of > 1 and not config.reward):
         raise UserError("--best_of: at least 1, and for more than 1 it needs a --reward to choose by")
+    rewards = reward_names(config.reward)
+    if any(weight != 1 for _, weight in rewards):
+        raise UserError(f"--reward={config.reward}: a weight says nothing here, every reward is shown by itself; name the one that --best_of is to choose by first")
+    if any(name.startswith("judge:") for name, _ in rewards) and (config.best_of < 2 or config.reference):
+        raise UserError("--reward=judge:...: it compares the answers to one prompt with each other: --best_of must be 2 or more, and there can be no --reference")
     for flag in ("reward", "reference", "samples"):
         if vars(config)[flag] and not config.data:
             raise UserError(f"--{flag}: needs --data, the prompts to answer")

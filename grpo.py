@@ -4,7 +4,7 @@
 
 DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can check: R1 learnt to reason by it (2501.12948). Rewards are
 FILE.py:FUNCTION (data/rewards.py has some), reward models, or a judge, added up with weights. A group whose answers are all worth the same teaches
-nothing and is left out; --refill samples others in its place. --recipe sets the flags as a paper has them, and flags of your own win over it:
+nothing and is left out, also of the mean that the papers take over it; --refill samples others in its place. --recipe sets the flags as a paper has them, and flags of your own win over it:
 
     deepseekmath   std, mean over each answer and then over answers, k3, one update a batch                     (2402.03300, section 4.2)
     r1             the same with a clip of 10, a small beta, minibatches, a reference renewed every 400 steps   (2501.12948, as in Nature 645, 2025)
@@ -107,6 +107,8 @@ def fill_in(config):
             raise UserError(f"--{name}={vars(config)[name]}: expected one of {', '.join(known)}")
     if (config.beta > 0) != (config.kl != "none"):
         raise UserError(f"--beta={config.beta} and --kl={config.kl}: a price needs an estimator and an estimator a price (--kl=k2 --beta=0.02), or neither")
+    if config.kl == "none" and (config.reference or config.reference_every):
+        raise UserError("--reference and --reference_every: without --kl there is none; --kl=k2 --beta=0.001 holds the policy to it, hardly, and logs the KL")
     finite = {name: 0 <= vars(config)[name] < float("inf") for name in ("beta", "clip_low", "clip_high", "target_kl", "lr", "clip")}
     count = {name: vars(config)[name] > 0 for name in ("prompts", "steps", "epochs", "minibatches", "max_new", "eval_prompts", "keep_last", "print_every")}
     good = {**finite, **count, "group": config.group > 1, "refill": config.refill >= 0, "reference_every": config.reference_every >= 0, "temperature": 0 < config.temperature < float("inf"),

@@ -30,7 +30,7 @@ from data.chat import before_learnt, constant_logprobs, learnt_logprobs, pack_ch
 from data.pack import share, split
 from model import GPT
 from optim import Optimizer, wsd
-from rollout import answers, check_one_distribution, load_rewards, reward_answers, reward_hashes, validate
+from rollout import answers, check_one_distribution, is_model, load_rewards, reward_answers, reward_hashes, reward_names, validate
 
 
 @dataclass
@@ -91,6 +91,8 @@ def check_flags(config):
     good = {**finite, **above, **count, "val_fraction": 0 < config.val_fraction < 1, "gamma": 0 <= config.gamma <= 1, "lam": 0 <= config.lam <= 1, "warmup": 0 <= config.warmup <= 1,
             "batch": config.batch >= max(config.group, config.minibatches), "reward": bool(config.reward)}  # fmt: skip
     check(config, good)
+    if config.kl_target and (not config.beta or config.batch >= 5 * config.kl_horizon):
+        raise UserError(f"--kl_target={config.kl_target}: steers --beta={config.beta}, which must not be 0, over --kl_horizon={config.kl_horizon}, which must be more than a fifth of --batch={config.batch}")
     if config.batch % config.group:
         raise UserError(f"--batch={config.batch}: must be a multiple of --group={config.group}")
 
@@ -122,7 +124,8 @@ def gae(rewards, values, lengths, gamma, lam):
 
 def whiten(x):
     """x less its mean, over its standard deviation: of all tokens of the step, on all ranks."""
-    n, total, squares = reduce_sum(len(x), x.double().sum(), x.double().square().sum())
+    wide = x.cpu().double()  # Apple's GPUs have no fp64
+    n, total, squares = reduce_sum(len(x), wide.sum(), wide.square().sum())
     variance = max(0.0, squares / n - (total / n) ** 2)
     return (x - total / n) / (variance**0.5 + 1e-8)
 
@@ -187,10 +190,7 @@ def update_step(model, critic, chats, parts, n_tokens, config, center):
 
 def check_reward_models(config):
     """UserError where a reward model of --reward ordered too few of its held-out pairs right: what it rewards would be noise."""
-    for text in config.reward.split(","):
-        name = text.rpartition("*")[0] or text
-        if name.startswith("judge:") or ".py:" in name:
-            continue
+    for name in [name for name, _ in reward_names(config.reward) if is_model(name)]:
         folder = checkpoint.find(name)
         info = checkpoint.read_json(folder / checkpoint.INFO) if (folder / checkpoint.INFO).exists() else {}
         metrics = info.get("metrics", {})
@@ -202,16 +202,14 @@ def check_reward_models(config):
 
 
 def first_critic(config, model, tok):
-    """(critic, its center): the reward model of --critic or --reward, or the policy's trunk under a head of zeros."""
-    models = [text.rpartition("*")[0] or text for text in config.reward.split(",") if ".py:" not in text and not text.startswith("judge:")]
-    name = config.critic or next(iter(models), "")
+    """(critic, its center): the reward model of --critic or of --reward (as much of it as its weight says), or the policy's trunk under a head of zeros."""
+    name, weight = next(((name, weight) for name, weight in [(config.critic, 1.0), *reward_names(config.reward)] if name and is_model(name)), ("", 1.0))
     if name:
         folder = checkpoint.find(name)
-        critic = checkpoint.companion(folder, model, tok, f"--critic={name}")
-        if not critic.config.scalar_head:
-            raise UserError(f"--critic={name}: not a reward model (it has no scalar head)")
+        critic = checkpoint.companion(folder, model, tok, f"--critic={name}", scalar=True)
+        critic.score.data *= weight
         info = checkpoint.read_json(folder / checkpoint.INFO) if (folder / checkpoint.INFO).exists() else {}
-        return critic, info.get("center", 0.0)
+        return critic, info.get("center", 0.0) * weight
     critic = GPT(dataclasses.replace(model.config, scalar_head=True))
     critic.load_state_dict({name: p for name, p in model.state_dict().items() if name != "untied_head"} | {"score": torch.zeros(1, model.config.width)})
     return critic.to(model.embed.device), 0.0
@@ -309,16 +307,17 @@ def main(config):
         clock.append(time.perf_counter())
 
         # What happened, by its true names
-        kl, squared, of_returns, returns_squared = (logp - ref_logp).sum(), (returns - old_values).square().sum(), returns.sum(), returns.square().sum()
-        finished = sum(s.finished for s in samples)
-        sums = reduce_sum(len(samples), len(logp), scores.sum(), kl, finished, -logp.sum(), squared, of_returns, returns_squared, *(v.sum() for v in parts.values()))
-        D, M, reward, kl, finished, entropy, squared, of_returns, returns_squared, *others = sums
-        variance = returns_squared / M - (of_returns / M) ** 2
+        kl, finished, missed = (logp - ref_logp).sum(), sum(s.finished for s in samples), returns - old_values
+        moments = [x for y in (missed, returns) for x in (y.sum(), y.square().sum())]
+        sums = reduce_sum(len(samples), len(logp), scores.sum(), kl, finished, -logp.sum(), *moments, *(v.sum() for v in parts.values()))
+        D, M, reward, kl, finished, entropy, *sums = sums
+        missed, returned = (square / M - (total / M) ** 2 for total, square in (sums[:2], sums[2:4]))  # their variances
+        others = sums[4:]
         policy, value, approx_kl, clipped, ratio = (found / max(1, updates)).tolist()
         tokens, *tops = reduce_sum(sum(len(c.ids) for c in chats), *(largest * (r == rank()) for r in range(world_size())))
         log = {"reward": reward / D, **{name: v / D for name, v in zip(parts, others) if len(parts) > 1}, "kl": kl / D, "loss": policy, "value_loss": value, "approx_kl": approx_kl}
         quiet = {"finished": finished / D, "answer_tokens": M / D, "clip_fraction": clipped, "ratio": ratio, "largest_ratio": max(tops), "updates": updates, "entropy": entropy / M}
-        quiet |= {"explained_variance": 1 - squared / M / max(variance, 1e-12), "sampler_gap": gap, "beta": beta, "lr": lr * rate}
+        quiet |= {"explained_variance": 1 - missed / max(returned, 1e-12), "sampler_gap": gap, "beta": beta, "lr": lr * rate}
         quiet |= {f"seconds_{phase}": round(b - a, 4) for phase, a, b in zip(("rollout", "scoring", "update"), clock, clock[1:])}
         run.log.step(step, int(tokens), model.flops_per_token(int(tokens / D)) * (2 * config.epochs + 5 / 3), device, quiet, **log)
         usual = usual or [finished / D, M / D]

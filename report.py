@@ -94,7 +94,11 @@ def collect(out):
         found = checkpoint.steps_in(log.parent)
         runs[log.parent.name] = {"log": read_lines(log), "info": checkpoint.read_json(found[-1] / checkpoint.INFO) if found else {}}
     for file in by_age("*.json"):
-        found = checkpoint.read_json(file).get("figures")
+        try:
+            found = checkpoint.read_json(file).get("figures")
+        except UserError as e:  # begun by an evaluation that was interrupted, or nothing of ours
+            print(f"left out: {e}")
+            continue
         if isinstance(found, dict):
             figures[file.stem] = found
     return {"runs": runs, "figures": figures, "answers": {file.stem.removesuffix("_answers"): read_lines(file) for file in by_age("*_answers.jsonl")}}
@@ -146,7 +150,8 @@ def frontier(found, gold):
         for (name, figures), colour in zip(found["figures"].items(), COLOURS * 9):
             if kl in figures and f"reward {gold}" in figures:
                 x, y = figures[kl], figures[f"reward {gold}"]
-                axes.errorbar(x["value"], y["value"], yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]], fmt="o", color=colour, label=name, markersize=5)
+                low, high = (y["value"] if y[end] is None else y[end] for end in ("low", "high"))
+                axes.errorbar(x["value"], y["value"], yerr=[[y["value"] - low], [high - y["value"]]], fmt="o", color=colour, label=name, markersize=5)
             line = best_of(figures, gold)
             if len(line) > 1:
                 axes.plot(*zip(*line), ".--", color=colour, label=f"{name}: best of 1, 2, 4 ...", linewidth=1)
@@ -189,17 +194,16 @@ def calibration(figures):
 
 def reply_table(answers):
     """The same six prompts answered by every stage."""
-    names = list(answers)
+    by_prompt = {name: {json.dumps(row["prompt"]): row for row in rows} for name, rows in answers.items()}
+    shared = [p for p in next(iter(by_prompt.values()), {}) if all(p in rows for rows in by_prompt.values())][:6]
     blocks = []
-    for i in range(min([6, *(len(rows) for rows in answers.values())], default=0)):
-        asked = answers[names[0]][i]["prompt"]
-        asked = asked if isinstance(asked, str) else asked[-1]["content"]
+    for i, key in enumerate(shared):
+        asked = json.loads(key)
         rows = []
-        for name in names:
-            row = answers[name][i]
+        for name, row in ((name, rows[key]) for name, rows in by_prompt.items()):
             worth = next((f"{v:.2f}" for k, v in row.items() if k.endswith(":gold")), "")
             rows.append((f"<b>{text(name)}</b>", text(row["completion"]) + ("" if row.get("finished", True) else ' <span class="soft">(unfinished)</span>'), worth))
-        blocks.append(f"<details{' open' if i < 2 else ''}><summary>{text(asked)}</summary>{grid(('model', 'answer', 'gold'), rows, {2})}</details>")
+        blocks.append(f"<details{' open' if i < 2 else ''}><summary>{text(asked if isinstance(asked, str) else asked[-1]['content'])}</summary>{grid(('model', 'answer', 'gold'), rows, {2})}</details>")
     return "".join(blocks)
 
 
@@ -209,7 +213,7 @@ def lineage(runs):
     for name, run in runs.items():
         info = run["info"]
         if info:
-            line = " → ".join([*(f"{p['stage']} <code>{p['weights'][:8]}</code>" for p in info["lineage"]), f"<b>{text(name)}</b>"])
+            line = " → ".join([*(f"{text(p.get('stage', Path(p['path']).name))} <code>{p['weights'][:8]}</code>" for p in info["lineage"]), f"<b>{text(name)}</b>"])
             data = "<br>".join(f"{text(Path(path).name)} <code>{digest[:8]}</code>" for path, digest in info["data"].items())
             rows.append((line, str(info["step"]), data, f"<code>{info['code'][:8]}</code>"))
     return grid(("lineage (SHA-256 of weights)", "steps", "data (SHA-256)", "code"), rows) if rows else ""

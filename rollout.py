@@ -8,12 +8,13 @@ a step is one captured graph that holds the drawing too, and the CPU looks at wh
 
 `stream` writes one text for a reader. `answers` and `load_rewards` are used by evaluate, reward, rlaif, ppo and grpo.
 """
-import contextlib, dataclasses, importlib.util, signal, traceback
+import contextlib, dataclasses, importlib.util, signal, sys, traceback
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 from common import UserError, rank, reduce_sum, world_size
@@ -21,6 +22,8 @@ from data import chat
 from data.chat import learnt_logprobs
 from data.pack import pack, share, split
 from data.world import judge_prompt
+from kernels._lib import use
+from kernels.attention import WIDTHS
 from kernels.linear import linear
 from model import GPT, KVCache, score
 
@@ -58,21 +61,25 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def running_sum(x):
-    """cumsum over the last dimension in fp64, as a product: CUDA's cumsum does not promise the same bits twice."""
-    return x.double() @ torch.ones(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device).triu()
+    """cumsum over the last dimension, in fp64 (fp32 on Apple's GPUs, which have no fp64), by products: CUDA's cumsum does not promise the same bits twice."""
+    x = x if x.device.type == "mps" else x.double()
+    width = int(x.shape[-1] ** 0.5) + 1
+    blocks = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
+    inside = blocks @ x.new_ones(width, width).triu()
+    before = blocks.sum(-1) @ x.new_ones(blocks.shape[-2], blocks.shape[-2]).triu(1)
+    return (inside + before[..., None]).flatten(-2)[..., : x.shape[-1]]
 
 
 def invert(p, u):
     """The first token whose cumulative probability exceeds u: p fp32 [B, V], u [B] -> int64 [B]. In two levels, blocks and then tokens, for p is read once."""
-    B, V = p.shape
-    width = int(V**0.5) + 1
-    blocks = torch.nn.functional.pad(p, (0, -V % width)).view(B, -1, width)
-    upto = running_sum(blocks.sum(-1, dtype=torch.float64))  # [B, blocks]
-    target = u.double() * upto[:, -1]
-    block = (upto <= target[:, None]).sum(-1)
-    inside = running_sum(blocks[torch.arange(B, device=p.device), block])  # [B, width]
+    width = int(p.shape[-1] ** 0.5) + 1
+    blocks = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width))  # [B, blocks, width]
+    upto = running_sum(blocks.sum(-1, dtype=p.dtype if p.device.type == "mps" else torch.float64))
+    target = u.to(upto.dtype) * upto[:, -1]
+    block = (upto <= target[:, None]).sum(-1).clamp(max=upto.shape[1] - 1)
+    inside = running_sum(blocks[torch.arange(len(p), device=p.device), block])  # [B, width]
     before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    rest = torch.minimum(target - before, inside[:, -1] * (1 - 1e-12))  # a rounding must not carry it past the block's last token
+    rest = torch.minimum(target - before, inside[:, -1] * (1 - torch.finfo(upto.dtype).eps * 4))  # a rounding must not carry it past the block's last token
     return block * width + (inside <= rest[:, None]).sum(-1)
 
 
@@ -102,6 +109,14 @@ def rooms(model, prompts, max_new):
     return [min(max_new, model.config.context - len(p)) for p in prompts]
 
 
+def affordable_slots(model, length):
+    """How many slots of `length` tokens fit into half of a GPU's free memory, at least one. On a CPU any number."""
+    if not model.embed.is_cuda:
+        return 2**31
+    c = model.config
+    return max(1, torch.cuda.mem_get_info(model.embed.device)[0] // 2 // (2 * c.layers * length * c.kv_heads * c.head_dim * 2))
+
+
 @torch.no_grad()
 def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, slots=128, first=0):
     """Sample `n` continuations of every prompt -> list of Sample, ordered by prompt and then by sample.
@@ -116,7 +131,8 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
     model.eval()
     model, device = sampling_weights(model), model.embed.device
     jobs = [i for i in range(len(prompts)) for _ in range(n)]
-    J, B = len(jobs), min(slots, len(jobs))
+    longest = max(len(p) + r for p, r in zip(prompts, room))
+    J, B = len(jobs), min(slots, len(jobs), affordable_slots(model, longest))
     # One row a sample, and a last one for whatever dead slots draw.
     u = torch.from_numpy(np.stack([np.random.default_rng([seed, first + j]).random(max_new, dtype=np.float32) for j in range(J)] + [np.zeros(max_new, dtype=np.float32)])).to(device)
     tokens, logps = torch.zeros(J + 1, max_new, dtype=torch.int64, device=device), torch.zeros(J + 1, max_new, device=device)
@@ -126,7 +142,7 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
     # One entry a slot: the row of the sample it writes, how many tokens that has, the last of them, and whether it goes on.
     row, drawn, last = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
     alive = torch.zeros(B, dtype=torch.bool, device=device)
-    cache = KVCache(model, B, max(len(p) + r for p, r in zip(prompts, room)))
+    cache = KVCache(model, B, longest)
     waiting, job_of, starts = deque(range(J)), [None] * B, {}  # starts: what the model has after each prompt
 
     def draw_next(hidden, at):
@@ -144,10 +160,11 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
         reader = {jobs[j]: slot for slot, j in enumerate(job_of) if j is not None}  # the slot that has a prompt's keys
         read = {jobs[j]: slot for slot, j in reversed(taken) if jobs[j] not in reader}  # reversed: the first of a prompt's slots
         index = lambda some: torch.tensor(list(some), dtype=torch.int64, device=device)  # noqa: E731
-        if read:
-            p = pack([prompts[i] for i in read]).to(device)
-            hidden = model.forward(p, cache, index(read.values()))[p.cu[1:].long() - 1]  # `forward`: a model compiled for training would be compiled anew
-            starts.update(zip(read, hidden))
+        for begin, end in split([len(prompts[i]) for i in read], 16384):
+            here = list(read)[begin:end]
+            p = pack([prompts[i] for i in here]).to(device)
+            hidden = model.forward(p, cache, index(read[i] for i in here))[p.cu[1:].long() - 1]  # `forward`: a model compiled for training would be compiled anew
+            starts.update(zip(here, hidden))
         copies = [(slot, (reader | read)[jobs[j]], jobs[j]) for slot, j in taken if read.get(jobs[j]) != slot]
         if copies:
             to, source, of = zip(*copies)
@@ -164,8 +181,8 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
         if holes:
             moved = live[-len(holes) :]
             source, to = torch.tensor(moved, device=device), torch.tensor(holes, device=device)
-            longest = max(len(prompts[jobs[job_of[slot]]]) for slot in moved) + max_new
-            cache.copy(source, to, cache.lengths[source], min(longest, cache.k.shape[2]))
+            most = max(len(prompts[jobs[job_of[slot]]]) for slot in moved) + max_new
+            cache.copy(source, to, cache.lengths[source], min(most, longest))
             for state in (row, drawn, last, alive):
                 state[to] = state[source]
             alive[source] = False
@@ -176,6 +193,8 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
         draw_next(model.step(last[:B], cache.first(B)), slice(0, B))
         cache.lengths[:B] *= alive[:B]  # a dead slot stays short, and cheap
 
+    # The references of these ops ask for the longest length, which no graph can hold; they stand in where a kernel is off or a head has an odd width.
+    captured = device.type == "cuda" and model.config.head_dim in WIDTHS and use("decode_attention", cache.k) and use("append_rope", cache.k)
     width, graph = 0, None  # slots that a step works on, and the graph that does it
     while True:
         going = alive.tolist()
@@ -188,7 +207,7 @@ def rollout(model, prompts, *, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0
             continue
         if not live:
             break
-        if device.type != "cuda":
+        if not captured:
             close_up(live)
             step(len(live))
             continue
@@ -306,6 +325,23 @@ def transcript(messages):
     return messages[-1]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
+def reward_names(text):
+    """[(name, weight)] of a --reward flag. UserError where a weight is none."""
+    found = []
+    for piece in filter(None, text.split(",")):
+        name, star, weight = piece.rpartition("*")
+        try:
+            found.append((name, float(weight)) if star else (piece, 1.0))
+        except ValueError:
+            raise UserError(f"--reward={piece}: {weight!r} is no weight; NAME*0.5 is one") from None
+    return found
+
+
+def is_model(name):
+    """True for a reward that is a reward model's directory, neither a function nor a judge."""
+    return not name.startswith("judge:") and not name.rpartition(":")[0].endswith(".py")
+
+
 def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0, monitor=""):
     """The rewards of a command line -> [(name, weight, function)].
 
@@ -313,12 +349,7 @@ def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0, mon
     timeout: seconds that a FUNCTION may take over one answer. monitor: further ones, to look at, that weigh 0.
     """
     found, known = [], set()
-    for text, counts in [*((text, True) for text in names.split(",") if text), *((text, False) for text in monitor.split(",") if text)]:
-        name, star, weight = text.rpartition("*")
-        try:
-            name, weight = (name, float(weight)) if star else (text, 1.0)
-        except ValueError:
-            raise UserError(f"--reward={text}: {weight!r} is no weight; NAME*0.5 is one") from None
+    for name, weight, counts in [*((*pair, True) for pair in reward_names(names)), *((*pair, False) for pair in reward_names(monitor))]:
         if name in known and counts:
             raise UserError(f"--reward={names}: {name} is there twice; give it one weight")
         if name in known:  # what is maximised is seen anyway
@@ -338,8 +369,7 @@ def load_rewards(names, device, micro_tokens, constitution="", timeout=60.0, mon
 def reward_hashes(names, constitution=""):
     """{name: SHA-256} of what the rewards of a command line are made of, so that a run goes on with those it began with."""
     found = {constitution: checkpoint.sha256(constitution)} if constitution else {}
-    for text in filter(None, names.split(",")):
-        name = text.rpartition("*")[0] or text
+    for name, _ in reward_names(names):
         file, colon, function = name.rpartition(":")
         found[name] = checkpoint.sha256(file) if colon and file.endswith(".py") else checkpoint.fingerprint(checkpoint.find(name.removeprefix("judge:")))
     return found
@@ -376,9 +406,14 @@ def model_reward(name, device, micro_tokens):
     if not model.config.scalar_head:
         raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
     model.eval()
+    said = []
 
     def reward(conversations, rows, samples, texts):  # an unfinished answer is scored as it stands: it has no end-of-turn token to read at
         documents = [chat.encode_prompt(tok, m) + (chat.encode_answer(tok, t) if s.finished else tok.encode_ordinary(t)) for m, t, s in zip(conversations, texts, samples)]
+        long = sum(len(d) > model.config.context for d in documents)
+        if long and not said:
+            said.append(print(f"warning: {name}: {long} of {len(documents)} conversations exceed its context of {model.config.context} tokens; it reads their ends. Said once", flush=True))
+        documents = [d[-model.config.context :] for d in documents]
         return scores(model, documents, micro_tokens, info.get("center", 0.0))
 
     return reward
@@ -390,7 +425,10 @@ def judge_reward(name, device, micro_tokens, constitution):
         raise UserError(f"--reward={name}: a judge needs principles, one a line of a file: --constitution=data/constitution.txt")
     principles = read_constitution(constitution)
     model, tok, _ = checkpoint.load(name.removeprefix("judge:"), device)
+    if model.config.scalar_head:
+        raise UserError(f"--reward={name}: a reward model, which says nothing; without judge: it is a reward itself")
     model.eval()
+    said = []
 
     def reward(conversations, rows, samples, texts):
         group = {}
@@ -400,7 +438,15 @@ def judge_reward(name, device, micro_tokens, constitution):
             raise UserError(f"--reward={name}: a judge compares the answers to one prompt, so there must be at least two of them (--group=2)")
         opponent = {i: own[(k + 1) % len(own)] for own in group.values() for k, i in enumerate(own)}
         triples = [(transcript(m), texts[i], texts[opponent[i]]) for i, m in enumerate(conversations)]
-        return np.mean([judge_score(model, tok, triples, principle, micro_tokens).mean(1) for principle in principles], axis=0)
+        room = model.config.context - 1 - max(len(tok.encode_ordinary(principle)) for principle in principles)
+        fits = np.array([len(tok.encode_ordinary(judge_prompt(*triple, ""))) + 8 <= room for triple in triples])
+        if not fits.all() and not said:
+            said.append(print(f"warning: {name}: {(~fits).sum()} of {len(triples)} comparisons exceed its context of {model.config.context} tokens and count as ties. Said once", flush=True))
+        found = np.full(len(triples), 0.5)
+        if fits.any():
+            asked = [triple for triple, fit in zip(triples, fits) if fit]
+            found[fits] = np.mean([judge_score(model, tok, asked, principle, micro_tokens).mean(1) for principle in principles], axis=0)
+        return found
 
     return reward
 
@@ -428,12 +474,17 @@ def load_function(file, name):
     """A function of a Python file, which is run: the user's own code, with all the user's rights. UserError where there is none."""
     if not Path(file).is_file():
         raise UserError(f"--reward={file}:{name}: {file} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        raise UserError(f"--reward={file}:{name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
+    path = Path(file).resolve()
+    if str(path) not in sys.modules:  # two functions of one file share it; and what lies beside it can be imported
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:
+            del sys.modules[str(path)]
+            raise UserError(f"--reward={file}:{name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
+    module = sys.modules[str(path)]
     if not callable(vars(module).get(name)):
         raise UserError(f"--reward={file}:{name}: {file} has no function {name}")
     return vars(module)[name]

@@ -21,8 +21,9 @@ def number_after(text, mark="####"):
 
 def right_number(row):
     """The number of a row's "answer": after its last "####", or a number by itself. None where there is neither."""
-    marked = number_after(row["answer"])
-    return number_after("####" + row["answer"]) if marked is None else marked
+    answer = str(row["answer"])  # a JSON number is one as well
+    marked = number_after(answer)
+    return number_after("####" + answer) if marked is None else marked
 
 
 def final_number(prompt, completion, row):

@@ -393,9 +393,10 @@ def test_the_critic_begins_as_the_reward_model_or_as_nothing_expected(make_model
     assert center == 0 and ppo.constant_values(critic, chats, center, 10**6).abs().max() == 0
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in critic.named_parameters() if name != "score")
     rm = checkpoint.load(files / "rm")[0]
-    for flags in ({"reward": f"a.py:b,{files}/rm*2"}, {"critic": f"{files}/rm"}):
+    for flags, weight in (({"reward": f"a.py:b,{files}/rm*2"}, 2), ({"critic": f"{files}/rm"}, 1)):  # as much as the reward model counts in the reward
         critic, center = first(**flags)
-        assert center == 0.25 and all(torch.equal(p, q) for p, q in zip(critic.parameters(), rm.parameters()))
+        ours, theirs = critic.state_dict(), rm.state_dict()
+        assert center == 0.25 * weight and torch.equal(ours.pop("score"), weight * theirs.pop("score")) and all(torch.equal(ours[name], p) for name, p in theirs.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def test_one_step_by_hand(train, files, make_model, tmp_path):
     prompts, samples, texts = rollout.answers(model, TOK, [m for m, _ in rows], max_new=3, temperature=0.8, seed=1)
     chats = [chat.answered(prompts[s.prompt_index], s.tokens) for s in samples]
     logp, ref_logp = full_logps(model, chats, 0.8), full_logps(ref, chats, 0.8)
-    values = full_values(rm, chats, 0.25)
+    values = 2 * full_values(rm, chats, 0.25)  # the reward model counts twice
     scored = [(rm(pack([c.ids]))[-1] * rm.score[0]).sum().item() - 0.25 for c in chats]
     scores = [2 * r + float(t == "yes") - 1.5 * (not s.finished) for r, t, s in zip(scored, texts, samples)]
     assert {s.finished for s in samples} == {True, False}
@@ -426,7 +427,7 @@ def test_one_step_by_hand(train, files, make_model, tmp_path):
     advantages, _ = ppo.gae(torch.cat(rewards), values, lengths, 0.9, 0.8)
     wanted = {"reward": np.mean(scores), f"{files}/rm": np.mean(scored), f"{files}/rewards.py:length": np.mean([len(t) - 10 * s.finished for t, s in zip(texts, samples)]), "kl": (logp - ref_logp).sum().item() / 12,
               "value_loss": 0.5 * advantages.square().mean().item(), "loss": 0, "approx_kl": 0, "ratio": 1, "clip_fraction": 0, "entropy": -logp.mean().item(), "updates": 1, "beta": 0.5,
-              "finished": np.mean([s.finished for s in samples]), "answer_tokens": np.mean(lengths), "explained_variance": 1 - (advantages.square().mean() / (advantages + values).var(correction=0)).item()}  # fmt: skip
+              "finished": np.mean([s.finished for s in samples]), "answer_tokens": np.mean(lengths), "explained_variance": 1 - (advantages.var(correction=0) / (advantages + values).var(correction=0)).item()}  # fmt: skip
     assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
@@ -563,7 +564,7 @@ def test_with_and_without_a_reward_model_and_a_critic(train, files, tmp_path, re
     names = reward.format(files)
     output = succeeds(train(tmp_path / "run", reward=names, critic=critic and files / critic, monitor=f"{files}/rewards.py:length", steps=2))
     model, _, info = checkpoint.load(tmp_path / "run")
-    assert info["stage"] == "ppo" and [x["stage"] for x in info["lineage"]] == ["sft"] and info["critic_center"] == (0.25 if critic or "rm" in reward.replace("rewards", "") else 0)
+    assert info["stage"] == "ppo" and [x["stage"] for x in info["lineage"]] == ["sft"] and info["critic_center"] == (0.25 if critic else 0.25 * ("{0}/rm" in reward) * (0.5 if "rm*0.5" in reward else 1))
     last = [r for r in records(tmp_path / "run") if "loss" in r][-1]
     assert math.isfinite(last["loss"]) and f"{files}/rewards.py:length" in last and "validation on 4 held-out prompts: reward" in output
     parts = [(name.partition("*")[0], float(name.partition("*")[2] or 1)) for name in names.split(",")]
@@ -626,3 +627,10 @@ def test_a_critic_or_reference_that_reaches_less_far_than_the_policy_is_refused(
 def test_a_reward_function_that_fails_is_named_with_the_answer_it_failed_on(train, files, tmp_path, name, named):
     line = refused(train(tmp_path / "run", reward=f"{files}/rewards.py:{name}", reward_timeout=0.2, steps=1))
     assert f"--reward={files}/rewards.py:{name}: {named}" in line and "completion" in line
+
+
+def test_beta_is_steered_only_where_it_can_be():
+    for flags in ({"beta": 0.0}, {"kl_horizon": 19.0}):
+        with pytest.raises(UserError, match="--kl_target"):
+            ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", kl_target=6.0, **flags))
+    ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", kl_target=6.0))

@@ -403,3 +403,31 @@ def test_the_bound_on_what_best_of_n_costs_holds_where_answers_tie():
         below = np.concatenate([[0], p.cumsum()])
         best = below[1:] ** n - below[:-1] ** n  # of answers in the order of their rewards
         assert 0.6 * (math.log(n) - (n - 1) / n) < np.sum(best * np.log(best / p)) < math.log(n) - (n - 1) / n
+
+
+def test_a_reward_model_that_reaches_less_far_reads_the_ends_and_says_so(make_model, tmp_path, capsys):
+    rm = save(make_model, tmp_path / "rm", "reward", context=24, scalar_head=True)
+    (_, _, reward), = load_rewards(str(rm), torch.device("cpu"), 10**6)
+    samples = [Sample(0, [1], [0.0], True), Sample(1, [1], [0.0], True)]
+    found = reward([m for m in ask("a" * 30, "b" * 30)], [{}, {}], samples, ["yes", "yes"])
+    reward([m for m in ask("a" * 30, "b" * 30)], [{}, {}], samples, ["yes", "yes"])
+    model = checkpoint.load(rm)[0]
+    documents = [(chat.encode_prompt(TOK, m) + chat.encode_answer(TOK, "yes"))[-24:] for m in ask("a" * 30, "b" * 30)]
+    np.testing.assert_allclose(found, rollout.scores(model, documents, 10**6), atol=1e-6)
+    printed = capsys.readouterr().out
+    assert printed.count("2 of 2 conversations exceed its context of 24 tokens") == 1
+
+
+def test_two_functions_of_a_file_share_it_and_find_what_lies_beside(tmp_path):
+    (tmp_path / "beside.py").write_text("WORTH = 3.0\n")
+    (tmp_path / "both.py").write_text("import dataclasses\nimport beside\nloads = []\nloads.append(1)\n\n@dataclasses.dataclass\nclass State:\n    n: int = 0\n\nstate = State()\n\n"
+                                      "def one(p, c, r):\n    state.n += 1\n    return beside.WORTH\n\ndef two(p, c, r):\n    return float(state.n)\n")  # fmt: skip
+    first, second = load_rewards(f"{tmp_path}/both.py:one,{tmp_path}/both.py:two", torch.device("cpu"), 1)
+    sample = [Sample(0, [1], [0.0], True)]
+    assert first[2](ask("q"), [{}], sample, ["a"]) == [3.0] and second[2](ask("q"), [{}], sample, ["a"]) == [1.0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 300, 50_000])
+def test_running_sums_are_cumsums_without_a_square_of_the_vocabulary(size):
+    x = torch.rand(3, size)
+    torch.testing.assert_close(rollout.running_sum(x), x.double().cumsum(-1), rtol=1e-12, atol=1e-12)
