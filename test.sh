@@ -2,6 +2,6 @@
 # Run every test, alone on a fresh machine with Python >= 3.11: makes .venv, installs, tests. Words given are passed on to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./venv.sh test
+source ./venv.sh test,report
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1  # the tests are many small things: processes beat threads
 exec python -m pytest -q -n "$(nproc 2>/dev/null || sysctl -n hw.ncpu)" --dist=loadgroup "$@"
