@@ -1,11 +1,10 @@
 """The README's figure, drawn from the logs of a quick start: how a model learns to speak, and then to be kind and right.
 
-Left the loss of pretraining, with the entropy of the stories, below which no model can fall. Right the gold reward of the answers sampled while PPO learns from
+Left the loss of pretraining, on stories and notes. Right the gold reward of the answers sampled while PPO learns from
 the reward model and then GRPO from the sums, with their smoothed course; gold is what the stages never see. The colours suit a light and a dark page.
 
     python -m bench.figure --quickstart=out/quickstart --out=docs/quickstart.svg
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +32,13 @@ def main(config):
     if pyplot is None:
         raise UserError("matplotlib is not there: pip install matplotlib, or the extra \"report\"")
     start = Path(config.quickstart)
-    world, base = (json.loads((start / name).read_text()) for name in ("world/world.json", "base.json"))
-    floor = world["story_floor"] / base["figures"]["tokens/document"]["value"]
     with pyplot.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "feinschliff", "axes.spines.top": False, "axes.spines.right": False,
                             **{name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}}):  # fmt: skip
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(1, 1.5))
         left.plot(*series(read_lines(start / "base/log.jsonl"), "loss"), color="#3b76c4", linewidth=1.2)
-        left.axhline(floor, color=INK, linestyle=":", linewidth=1)
-        left.text(left.get_xlim()[1], floor, "entropy of the stories ", ha="right", va="bottom", fontsize=8)
-        left.set(xlabel="step of pretrain.py", ylabel="nats a token", yscale="log", title="learning to speak")
+        left.plot(*series(read_lines(start / "base/log.jsonl"), "val_loss"), "o", color=INK, markersize=3, label="on held-out text")
+        left.set(xlabel="step of pretrain.py", ylabel="loss, nats a token", title="learning to speak", ylim=(0, None))
+        left.legend(frameon=False)
         begun, bound = 0, 1.9
         for name, colour in (("ppo", "#d9822b"), ("grpo", "#3d9a50")):
             steps, gold = series(read_lines(start / name / "log.jsonl"), "data/world.py:gold")

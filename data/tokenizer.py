@@ -23,12 +23,12 @@ import regex
 import tiktoken
 
 from common import UserError, launch
-from data.read import read_jsonl, read_lines
+from data.read import parse_mixture, read_lines, read_rows
 
 
 @dataclass
 class Config:
-    data: str  # comma-separated files: .jsonl with a string "text" in each row, anything else plain text
+    data: str  # comma-separated: .jsonl or hf:NAME[configuration,split,rows] with a string "text" in each row, anything else plain text
     out: str  # folder that gets tokenizer.json and tokenizer_config.json
     vocab_size: int = 4096  # ids in all: 256 bytes, merges, 4 special tokens (bpe only)
     kind: str = "bpe"  # bpe, char (the characters of the data) or byte
@@ -424,10 +424,10 @@ def token_bytes(tok):
 
 
 def read_documents(names):
-    """The texts of .jsonl files, and the lines of other files in stretches of a million characters, so that a large file is never held whole."""
+    """The texts of .jsonl files and of hf:NAME[...], and the lines of other files in stretches of a million characters, so that a large file is never held whole."""
     for name in names:
-        if name.endswith(".jsonl"):
-            for number, row in read_jsonl(name):
+        if name.endswith(".jsonl") or name.startswith("hf:"):
+            for number, row in read_rows(name):
                 if not isinstance(row.get("text"), str):
                     raise UserError(f'{name}:{number}: no string "text"')
                 yield row["text"]
@@ -436,7 +436,8 @@ def read_documents(names):
 
 
 def main(config):
-    names, target, begin = config.data.split(","), Path(config.out) / "tokenizer.json", time.perf_counter()
+    names = [name for name, _ in parse_mixture(config.data)] if config.data else []  # weights are for data.prepare
+    target, begin = Path(config.out) / "tokenizer.json", time.perf_counter()
     if target.exists() and not config.overwrite:
         raise UserError(f"{target}: exists; --overwrite replaces it")
     if config.kind not in ("bpe", "char", "byte"):
