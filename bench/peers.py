@@ -376,6 +376,7 @@ def grpo_contest(config):
     return compared
 
 
+NEEDED = {"dpo": ["trl", "transformers", "datasets"], "rollout": ["transformers"], "grpo": ["trl", "transformers", "datasets"]}
 CONTESTS = {"dpo": dpo_contest, "rollout": rollout_contest, "grpo": grpo_contest}
 
 
@@ -384,10 +385,9 @@ def main(config):
     for name in names:
         if name not in CONTESTS:
             raise UserError(f"--only={config.only}: expected some of {', '.join(CONTESTS)}")
-    try:
-        importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("TRL is not installed: pip install trl transformers") from None
+        for package in NEEDED[name]:
+            if not importlib.util.find_spec(package):
+                raise UserError(f"{package} is not installed, which {name} is compared with: pip install {package}, or the extra \"peers\"")
     device = setup(config.device, 0)
     config.device = str(device)
     print(describe(device), flush=True)
