@@ -16,7 +16,7 @@ allocated. Last line of output: JSON.
 
     python -m bench.peers --data=../shared/realdata/ai_preferences_train.jsonl      pip install trl transformers, or the extra "peers"
 """
-import contextlib, hashlib, importlib.metadata, io, json, logging, os, tempfile, time, warnings
+import contextlib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
