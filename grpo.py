@@ -4,7 +4,8 @@
 
 DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can check: R1 learnt to reason by it (2501.12948). Rewards are
 FILE.py:FUNCTION (data/rewards.py has some), reward models, or a judge, added up with weights. A group whose answers are all worth the same teaches
-nothing and is left out, also of the mean that the papers take over it; --refill samples others in its place. --recipe sets the flags as a paper has them, and flags of your own win over it:
+nothing and is left out, also of the mean that the papers take over it; --refill samples others in its place. --recipe sets the flags as a paper has them,
+and flags of your own win over it:
 
     deepseekmath   std, mean over each answer and then over answers, k3, one update a batch                     (2402.03300, section 4.2)
     r1             the same with a clip of 10, a small beta, minibatches, a reference renewed every 400 steps   (2501.12948, as in Nature 645, 2025)

@@ -29,7 +29,8 @@ def rows(config):
     out, seed = config.out, f"--seed={config.seed}"
     world = ["--stories=600", "--notes=200", "--chats=200", "--pairs=100", "--problems=50", "--tests=40"] if config.fast else []
     steps = ["--steps=20", "--batch_tokens=1024"] if config.fast else ["--steps=600", "--batch_tokens=3072"]
-    tuning = ["--epochs=1", "--print_every=25", "--eval_every=50", seed]
+    small = "--micro_tokens=4096"  # a quick start is to fit into 4 GB
+    tuning = ["--epochs=1", "--print_every=25", "--eval_every=50", small, seed]
     pairs = [f"--data={out}/world/pairs.jsonl", f"--val={out}/world/pairs_val.jsonl"]
     measure = [f"--data={out}/world/prompts_test.jsonl", "--max_new=64", seed]
     against = [f"--problems={out}/world/problems_test.jsonl", *measure, f"--reward=data/world.py:gold,data/world.py:rudeness,data/rewards.py:final_number,{out}/rm"]
@@ -59,7 +60,7 @@ def rows(config):
                   *rounds(40), f"--out={out}/grpo"]),
         ("rlaif", ["rlaif.py", *judged, f"--judge={out}/base", "--constitution=data/constitution.txt", "--principles=vote", "--reward=data/world.py:gold", seed,
                    f"--out={out}/ai_pairs.jsonl"]),
-        ("dpo of rlaif's", ["dpo.py", f"--init={out}/sft", f"--data={out}/ai_pairs.jsonl", "--nll=0.4", "--print_every=25", seed, *rounds(60), f"--out={out}/ai_dpo"]),
+        ("dpo of rlaif's", ["dpo.py", f"--init={out}/sft", f"--data={out}/ai_pairs.jsonl", "--nll=0.4", "--print_every=25", small, seed, *rounds(60), f"--out={out}/ai_dpo"]),
         ("weak reward", ["reward.py", f"--init={out}/sft", f"--data={out}/world/pairs_few.jsonl", pairs[1], "--lr=1.5e-3", "--max_new=64", "--epochs=30", "--print_every=25", seed,
                          f"--out={out}/weak_rm"]),
         ("best of n", ["evaluate.py", f"--model={out}/sft", *measure, f"--reward={out}/rm,data/world.py:gold", *many, f"--out={out}/best.json"]),

@@ -384,6 +384,16 @@ def reward_answers(rewards, rows, samples, texts):
     return sum((weight * parts[name] for name, weight, _ in rewards), np.zeros(len(samples))), parts
 
 
+SAID = set()  # the rewards that have been said to reach less far than what they are to read
+
+
+def say_once(name, text):
+    """Print a warning about a reward, the first time only: it would come at every step."""
+    if name not in SAID:
+        SAID.add(name)
+        print(f"warning: {name}: {text} (said once)", flush=True)
+
+
 def function_reward(name, function, timeout):
     def reward(conversations, rows, samples, texts):
         values = np.zeros(len(samples))
@@ -406,13 +416,12 @@ def model_reward(name, device, micro_tokens):
     if not model.config.scalar_head:
         raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
     model.eval()
-    said = []
 
     def reward(conversations, rows, samples, texts):  # an unfinished answer is scored as it stands: it has no end-of-turn token to read at
         documents = [chat.encode_prompt(tok, m) + (chat.encode_answer(tok, t) if s.finished else tok.encode_ordinary(t)) for m, t, s in zip(conversations, texts, samples)]
         long = sum(len(d) > model.config.context for d in documents)
-        if long and not said:
-            said.append(print(f"warning: {name}: {long} of {len(documents)} conversations exceed its context of {model.config.context} tokens; it reads their ends. Said once", flush=True))
+        if long:
+            say_once(name, f"{long} of {len(documents)} conversations exceed its context of {model.config.context} tokens; it reads their ends")
         documents = [d[-model.config.context :] for d in documents]
         return scores(model, documents, micro_tokens, info.get("center", 0.0))
 
@@ -428,7 +437,6 @@ def judge_reward(name, device, micro_tokens, constitution):
     if model.config.scalar_head:
         raise UserError(f"--reward={name}: a reward model, which says nothing; without judge: it is a reward itself")
     model.eval()
-    said = []
 
     def reward(conversations, rows, samples, texts):
         group = {}
@@ -440,8 +448,8 @@ def judge_reward(name, device, micro_tokens, constitution):
         triples = [(transcript(m), texts[i], texts[opponent[i]]) for i, m in enumerate(conversations)]
         room = model.config.context - 1 - max(len(tok.encode_ordinary(principle)) for principle in principles)
         fits = np.array([len(tok.encode_ordinary(judge_prompt(*triple, ""))) + 8 <= room for triple in triples])
-        if not fits.all() and not said:
-            said.append(print(f"warning: {name}: {(~fits).sum()} of {len(triples)} comparisons exceed its context of {model.config.context} tokens and count as ties. Said once", flush=True))
+        if not fits.all():
+            say_once(name, f"{(~fits).sum()} of {len(triples)} comparisons exceed its context of {model.config.context} tokens and count as ties")
         found = np.full(len(triples), 0.5)
         if fits.any():
             asked = [triple for triple, fit in zip(triples, fits) if fit]

@@ -1,7 +1,7 @@
 """The matrix product of every layer: y = x W^T. There is no kernel of ours in it: cuBLAS multiplies on CUDA, and on a CPU one of the two libraries PyTorch has.
 
 PyTorch asks MKL for fp32 products, and MKL gives AMD's processors its AVX2 code though they have AVX-512. oneDNN does not ask who made the processor: on
-an EPYC of two cores it multiplies 2.3 times as fast from some 16 rows on, 3 times slower than MKL for a single one.
+a core of an EPYC it multiplies up to 2.4 times as fast from some 16 rows on, and a third as fast for a single one (python -m bench.products).
 """
 import sys
 

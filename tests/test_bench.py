@@ -167,3 +167,11 @@ def test_the_real_scripts_give_a_steps_seconds(capsys, ours_here):
         assert row["tokens_per_s"] > 0 and 0 < row["seconds_rollout"] + row["seconds_scoring"] + row["seconds_update"] <= row["seconds"] + 0.01
     with pytest.raises(UserError, match="multiple of --group"):
         rl.main(rl.Config(answers=5, group=2))
+
+
+def test_both_libraries_multiply_and_are_timed(capsys):
+    from bench import products
+
+    products.main(products.Config(rows="1,20", shapes="8x16", turns=1))
+    found = last_line(capsys)
+    assert {(row["rows"], row["product"]) for row in found} == {(rows, name) for rows in (1, 20) for name in ("y", "dx", "dW")} and all(row["plain"] > 0 < row["onednn"] for row in found)
