@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rollout
-from bench import peers, preference, rl
+from bench import peers, preference, products, rl
 from bench import rollout as bench_rollout
 from common import UserError
 from data.chat import Chat
@@ -170,8 +170,6 @@ def test_the_real_scripts_give_a_steps_seconds(capsys, ours_here):
 
 
 def test_both_libraries_multiply_and_are_timed(capsys):
-    from bench import products
-
-    products.main(products.Config(rows="1,20", shapes="8x16", turns=1))
+    products.main(products.Config(rows="1,20", shapes="256x256", turns=1))
     found = last_line(capsys)
     assert {(row["rows"], row["product"]) for row in found} == {(rows, name) for rows in (1, 20) for name in ("y", "dx", "dW")} and all(row["plain"] > 0 < row["onednn"] for row in found)
