@@ -16,9 +16,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common import Log, Stop, UserError, clear_run, describe, open_run, random_state, rank, set_random_state, setup
+from common import Log, Stop, UserError, clear_run, describe, open_run, random_state, rank, reduce_sum, set_random_state, setup
 from data import chat, tokenizer
 from model import GPT, GPTConfig
+from shard import unsharded, whole
 
 WEIGHTS, INFO, MANIFEST = "model.safetensors", "feinschliff.json", "manifest.json"
 STATE, COUNTERS = "train_state.safetensors", "train_state.json"
@@ -480,7 +481,13 @@ class Run:
         A disk that refuses costs this save, not the run, unless it is the last one.
         """
         before, self.best = self.best, min(self.best, metrics.get("val_loss", self.best))
-        tensors = state | random_state(self.device)
+        tensors, model = {}, unsharded(model, "cpu", keep=rank() == 0)
+        for name, tensor in state.items():
+            gathered = whole(tensor)  # one at a time: sharded state need not fit whole on a GPU
+            if rank() == 0:
+                tensors[name] = gathered.cpu()
+        tensors |= random_state(self.device)
+        failed = ""
         if rank() == 0:
             record = {"stage": self.stage, "step": step, "config": dataclasses.asdict(self.config), "data": self.data, "metrics": metrics, **more}
             record |= {"lineage": self.lineage, "code": code_hash(), **describe(self.device)}
@@ -488,7 +495,10 @@ class Run:
                 self.log.sync()
                 save(self.path, model, tok, record, (tensors, {"best": self.best, **counters}), self.config.keep_last, self.best < before, beside)
             except UserError as e:
-                self.best = before
-                if step == self.steps or self.stop.asked:
-                    raise
-                print(f"warning: {e}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)
+                failed = str(e)
+        if reduce_sum(bool(failed))[0]:  # all ranks wait here: none may end, and have torchrun end the others, while rank 0 writes
+            self.best = before
+            if step == self.steps or self.stop.asked:
+                raise UserError(failed or "rank 0 could not save")
+            if failed:
+                print(f"warning: {failed}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)

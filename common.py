@@ -94,15 +94,25 @@ def print_help(Config):
 
 def launch(main, Config):
     """Run a script: parse its flags, call `main(config)`, turn a UserError into one line on stderr and exit status 1."""
+    status = 0
     try:
         main(parse_cli(Config))
     except UserError as e:
-        sys.exit(f"error: {e}")
+        status = f"error: {e}"
+    except SystemExit as e:
+        status = e.code
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        status = 128 + 13
+    if dist.is_initialized():
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1 if isinstance(status, str) else status or 0)  # gloo's threads, still at work while Python takes itself down, abort the process now and then
+    if status:
+        sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@
     AdamW:  W <- (1 - lr wd) W - lr m / (sqrt(v) + eps)          (m, v: bias-corrected running means of G and G^2)
 
 polar(U S V^T) = U V^T, by Newton-Schulz iterations: an update that moves all directions of a matrix equally far (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon). Data parallelism lives here too: one all-reduce of all gradients, laid flat, inside `step`.
-Left out: sharding the optimizer state over ranks; at the sizes of this repository it fits.
+https://kellerjordan.github.io/posts/muon). Data parallelism lives here too: one all-reduce of all gradients, laid flat, inside `step`; of a sharded
+model (shard.py) each rank keeps the state of its own shards, and Newton-Schulz, which needs a matrix whole, gathers one parameter at a time.
 """
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from shard import own, whole
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, the optimal quintics for bf16): x <- a x + (b A + c A^2) x with A = x x^T
 POLAR = [
@@ -43,6 +46,9 @@ def wsd(step, steps, warmup, decay):
 def sync_gradients(parameters):
     """Add up the gradients of all ranks in one flat all-reduce. A sum, not a mean: every loss is already divided by the global count."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    if isinstance(parameters[0], DTensor):  # the backward has added them up already, and divided by the number of ranks
+        torch._foreach_mul_([p.grad.to_local() for p in parameters], float(dist.get_world_size()))
         return
     for p in parameters:
         if p.grad is None:  # this rank had no document in the batch
@@ -86,7 +92,7 @@ class Optimizer:
         """
         sync_gradients(self.parameters)
         with_grad = [p for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in with_grad]))
         if norm.isfinite():
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(with_grad, clip, norm)
@@ -104,16 +110,25 @@ class Optimizer:
         grads, momenta = [self.matrices[n].grad for n in names], [self.momenta[n] for n in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean
-        parts = [(p, u) for n, up in zip(names, updates) for p, u in zip(self.matrices[n].split(self.rows[n]), up.split(self.rows[n]))]
-        by_shape = {}  # equal shapes go through Newton-Schulz as one batch, a tall matrix as its transpose
-        for p, u in parts:
-            by_shape.setdefault(tuple(sorted(p.shape)), []).append((p, u if len(u) <= u.shape[1] else u.mT))
-        for pairs in by_shape.values():
-            directions = polar(torch.stack([u for _, u in pairs]), self.dtype).to(grads[0].dtype).unbind()
-            for (p, _), u in zip(pairs, directions):
+        together = [[i] for i in range(len(names))] if isinstance(grads[0], DTensor) else [range(len(names))]  # sharded: one whole at a time
+        for some in together:
+            directions = [whole(updates[i]) for i in some]
+            self.orthogonalise([part for i, u in zip(some, directions) for part in u.split(self.rows[names[i]])])
+            for i, u in zip(some, directions):
+                p = self.matrices[names[i]]
                 if self.weight_decay:
                     p.mul_(1 - lr * self.weight_decay)
-                p.add_(u if p.shape == u.shape else u.mT, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+                p.add_(own(u, p), alpha=-lr)
+
+    def orthogonalise(self, updates):
+        """Replace each update, a matrix, by the direction of Muon's step, in place. Equal shapes go through Newton-Schulz as one batch, a tall matrix as its transpose."""
+        by_shape = {}
+        for u in updates:
+            by_shape.setdefault(tuple(sorted(u.shape)), []).append(u)
+        for same in by_shape.values():
+            directions = polar(torch.stack([u if len(u) <= u.shape[1] else u.mT for u in same]), self.dtype)
+            for u, d in zip(same, directions):
+                u.copy_(d if d.shape == u.shape else d.mT).mul_(max(1.0, u.shape[0] / u.shape[1]) ** 0.5)
 
     def state(self):
         """Everything the next step depends on besides the weights: {"kind/parameter name": tensor}."""
@@ -125,8 +140,8 @@ class Optimizer:
     def load_state(self, tensors):
         """Take back what `state` gave; tensors may lie on any device."""
         for name, m in self.momenta.items():
-            m.copy_(tensors[f"momentum/{name}"])
+            m.copy_(own(tensors[f"momentum/{name}"], m))
         for name, p in self.others.items():
             if f"step/{name}" in tensors:
-                keep = lambda kind: tensors[f"{kind}/{name}"].to(p.device, copy=True)  # noqa: E731
-                self.adamw.state[p] = {kind: keep(kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+                keep = lambda kind: own(tensors[f"{kind}/{name}"].to(p.device, copy=True), p)  # noqa: E731
+                self.adamw.state[p] = {"step": tensors[f"step/{name}"].to(p.device, copy=True), "exp_avg": keep("exp_avg"), "exp_avg_sq": keep("exp_avg_sq")}

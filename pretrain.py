@@ -8,6 +8,7 @@ byte, which no choice of tokenizer changes. Left out: curricula and other change
     python pretrain.py --data=shakespeare.txt --out=out/shakespeare --depth=4 --width=128 --context=64 --batch_tokens=768 --steps=2000
     python pretrain.py --data=out/data/world --out=out/base --depth=4
     torchrun --nproc_per_node=8 pretrain.py --data=out/data/fineweb --out=out/base --depth=12 --compile
+    torchrun --nproc_per_node=8 pretrain.py --data=out/data/fineweb --out=out/base --depth=32 --shard=fsdp
 """
 import dataclasses
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kernels.head import IGNORE, linear_cross_entropy
 from model import GPT, config_for
 from optim import Optimizer, wsd
 from rollout import stream
+from shard import keep_company, shard, unsharded
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Config:
     seed: int = 0  # of weights, data order and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: bool = False  # torch.compile the model
+    shard: str = ""  # fsdp: divide parameters, gradients and optimizer state over torchrun's ranks; "": each rank has them all
     print_every: int = 1  # steps between lines on the terminal; log.jsonl has every step
     eval_every: int = 250  # steps between validations (there is one at the end); 0: none between
     eval_tokens: int = 1_000_000  # at most so many validation tokens
@@ -70,14 +73,14 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
 
 
 def check_flags(config):
     """UserError for a value that has the right type and no meaning."""
     rates = {name: 0 <= vars(config)[name] < float("inf") for name in ("embed_lr", "head_lr", "gain_lr", "weight_decay", "clip")}
     good = {**rates, "val_fraction": 0 < config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "lr": 0 < config.lr < float("inf"), "momentum": 0 <= config.momentum < 1,
-            "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "seed": config.seed < 2**63, "polar": config.polar in ("auto", "bf16", "fp32"),
+            "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "seed": config.seed < 2**63, "polar": config.polar in ("auto", "bf16", "fp32"), "shard": config.shard in ("", "fsdp"),
             }  # fmt: skip
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     for name in ("depth", "width", "heads", "kv_heads", "ffn", "tied", "tokenizer"):
@@ -158,6 +161,7 @@ def train_step(model, streams, pieces, micro_tokens, static=False):
         part = linear_cross_entropy(model(pack), model.head, targets) / sum(lengths)  # the batch's count, so that no split changes the gradient
         part.backward()
         loss += part.detach()
+    keep_company(model, lengths, micro_tokens)
     return loss
 
 
@@ -177,7 +181,8 @@ def main(config):
     if run.resumed:
         run.check_same(data_hashes(config))
     tok, train, val = read_data(config, tok)
-    model = (model or make_model(config, tok)).to(device)
+    model = model or make_model(config, tok)
+    model = shard(model, device) if config.shard else model.to(device)
     context = min(config.context, model.config.context)
     if config.init and config.context not in (Config.context, context):
         raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
@@ -225,8 +230,10 @@ def main(config):
         if run.due(step, config.eval_every) or run.due(step, config.save_every):
             loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
             metrics = run.validated(step, {"val_loss": loss, "val_bpb": bpb}, f"{loss:.4f} nats/token, {bpb:.4f} bits/byte")
-        if rank() == 0 and config.sample_every and run.due(step, config.sample_every):
-            run.log.sample(step, continuation(model, tok, prompt, config.seed))
+        if config.sample_every and run.due(step, config.sample_every):
+            writer = unsharded(model, device, keep=rank() == 0)
+            if rank() == 0:
+                run.log.sample(step, continuation(writer, tok, prompt, config.seed))
         if run.due(step, config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
             run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics)
         if leaving and step < steps:

@@ -24,6 +24,7 @@ from evaluate import exact_match
 from kernels.head import linear_cross_entropy
 from optim import Optimizer, wsd
 from rollout import answers, rooms
+from shard import keep_company, shard, unsharded
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Config:
     seed: int = 0  # of the order of the data and of what is held out
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: bool = False  # torch.compile the model
+    shard: str = ""  # fsdp: divide parameters, gradients and optimizer state over torchrun's ranks; "": each rank has them all
     print_every: int = 1  # steps between lines on the terminal; log.jsonl has every step
     eval_every: int = 100  # steps between validations (there is one at the end); 0: none between
     save_every: int = 500  # steps between checkpoints (there is one at the end); 0: none between
@@ -58,14 +60,14 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "max_new", "problems"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "max_new", "problems"}
 
 
 def check_flags(config):
     """UserError for a value that has the right type and no meaning."""
     good = {"val_fraction": 0 < config.val_fraction < 1, "replay_share": 0 < config.replay_share < 1, "epochs": 0 < config.epochs < float("inf"),
             "lr": 0 <= config.lr < float("inf"), "warmup": 0 <= config.warmup <= 1, "weight_decay": 0 <= config.weight_decay < float("inf"),
-            "clip": 0 <= config.clip < float("inf"), "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "max_new": config.max_new > 0,
+            "clip": 0 <= config.clip < float("inf"), "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "max_new": config.max_new > 0, "shard": config.shard in ("", "fsdp"),
             }  # fmt: skip
     check(config, good)
 
@@ -119,6 +121,7 @@ def train_step(model, chats, micro_tokens):
         part = nats(model, chats[begin + first : begin + last]) / learnt  # the batch's count, so that no split changes the gradient
         part.backward()
         loss += part.detach()
+    keep_company(model, lengths, micro_tokens)
     return loss
 
 
@@ -136,6 +139,7 @@ def validation_loss(model, chats, micro_tokens):
     begin, end = share(lengths, rank(), world_size())
     for first, last in split(lengths[begin:end], micro_tokens):
         total += nats(model, chats[begin + first : begin + last]).item()
+    keep_company(model, lengths, micro_tokens)
     return reduce_sum(total)[0] / sum(int(c.learnt.sum()) for c in chats)
 
 
@@ -149,7 +153,7 @@ def main(config):
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
     model, tok = add_chat_tokens(model, tok)
-    model = model.to(device)
+    model = shard(model, device) if config.shard else model.to(device)
     train_rows, val_rows, data = chat.read_split(config, chat.conversation)
     problems, _ = chat.read(config.problems, chat.problem, config.skip_bad) if config.problems else ([], {})
     context = run.context(model)
@@ -204,12 +208,13 @@ def main(config):
         if run.due(step, config.eval_every) or run.due(step, config.save_every):
             metrics = {"val_loss": validation_loss(model, val, config.micro_tokens)}
             text = f"{metrics['val_loss']:.4f} nats a learnt token"
+            writer = unsharded(model, device)
             if problems:
-                metrics["exact_match"] = float(np.mean(exact_match(model, tok, problems, config.max_new)))
+                metrics["exact_match"] = float(np.mean(exact_match(writer, tok, problems, config.max_new)))
                 text += f", {metrics['exact_match']:.1%} of {len(problems)} problems right"
             run.validated(step, metrics, text)
             if rank() == 0:
-                _, _, texts = answers(model, tok, [shown], max_new=config.max_new, seed=config.seed)
+                _, _, texts = answers(writer, tok, [shown], max_new=config.max_new, seed=config.seed)
                 run.log.sample(step, f"{shown[-1]['content']}\n--- answers:\n{texts[0]}")
         if run.due(step, config.save_every) or leaving:
             counters = {"epoch": order.epoch, "index": order.index} | ({"replay_epoch": replay.epoch, "replay_index": replay.index} if replay else {})

@@ -15,6 +15,7 @@ from data import prepare
 from data.pack import pack, share, split
 from data.read import read_jsonl, read_text
 from kernels.head import linear_cross_entropy
+from shard import keep_company
 
 
 def read_documents(path):
@@ -138,6 +139,7 @@ def evaluate(model, streams, cut, sizes, micro_tokens):
         size += int(sizes[targets.numpy()].sum())
         tokens += len(targets)
         nats += linear_cross_entropy(model(p.to(device)), model.head, targets.to(device)).item()
+    keep_company(model, lengths, micro_tokens)
     model.train(training)
     nats, tokens, size = reduce_sum(nats, tokens, size)
     return nats / tokens, nats / math.log(2) / max(1, size)

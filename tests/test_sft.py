@@ -232,8 +232,9 @@ def test_one_process_micro_batches_and_two_processes_agree(tune, fork, tmp_path,
     succeeds(tune(tmp_path / "micro", micro_tokens=1, **how))
     outputs = pair(fork, sft, **(TINY | how | {"init": files["init"], "data": files["data"], "out": tmp_path / "pair"}))
     assert "step 10/10" in outputs[0] and not outputs[1].strip()  # one of them speaks
+    pair(fork, sft, **(TINY | how | {"init": files["init"], "data": files["data"], "out": tmp_path / "sharded", "shard": "fsdp", "micro_tokens": 60}))
     truth = results(tmp_path / "whole")
-    for name in ("micro", "pair"):
+    for name in ("micro", "pair", "sharded"):
         for ours, theirs in zip(results(tmp_path / name), truth, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), name
 
