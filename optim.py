@@ -21,6 +21,7 @@ POLAR = [
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
+MUON_BATCH = 1 << 24  # elements that go through Newton-Schulz at once: enough to fill a GPU, and 64 MB a temporary
 
 
 def polar(x, dtype):
@@ -109,10 +110,10 @@ class Optimizer:
             return
         grads, momenta = [self.matrices[n].grad for n in names], [self.momenta[n] for n in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        updates = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean
+        torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean. No one needs the gradients any more
         together = [[i] for i in range(len(names))] if isinstance(grads[0], DTensor) else [range(len(names))]  # sharded: one whole at a time
         for some in together:
-            directions = [whole(updates[i]) for i in some]
+            directions = [whole(grads[i]) for i in some]
             self.orthogonalise([part for i, u in zip(some, directions) for part in u.split(self.rows[names[i]])])
             for i, u in zip(some, directions):
                 p = self.matrices[names[i]]
@@ -126,9 +127,11 @@ class Optimizer:
         for u in updates:
             by_shape.setdefault(tuple(sorted(u.shape)), []).append(u)
         for same in by_shape.values():
-            directions = polar(torch.stack([u if len(u) <= u.shape[1] else u.mT for u in same]), self.dtype)
-            for u, d in zip(same, directions):
-                u.copy_(d if d.shape == u.shape else d.mT).mul_(max(1.0, u.shape[0] / u.shape[1]) ** 0.5)
+            n = max(1, MUON_BATCH // same[0].numel())
+            for some in (same[i : i + n] for i in range(0, len(same), n)):
+                directions = polar(torch.stack([u if len(u) <= u.shape[1] else u.mT for u in some]), self.dtype)
+                for u, d in zip(some, directions):
+                    u.copy_(d if d.shape == u.shape else d.mT).mul_(max(1.0, u.shape[0] / u.shape[1]) ** 0.5)
 
     def state(self):
         """Everything the next step depends on besides the weights: {"kind/parameter name": tensor}."""
