@@ -123,10 +123,13 @@ class Optimizer:
         return tensors
 
     def load_state(self, tensors):
-        """Take back what `state` gave; tensors may lie on any device."""
+        """Take back what `state` gave; tensors may lie on any device. KeyError, RuntimeError or ValueError where they are those of another model."""
         for name, m in self.momenta.items():
             m.copy_(tensors[f"momentum/{name}"])
         for name, p in self.others.items():
             if f"step/{name}" in tensors:
                 keep = lambda kind: tensors[f"{kind}/{name}"].to(p.device, copy=True)  # noqa: E731
-                self.adamw.state[p] = {kind: keep(kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+                state = self.adamw.state[p] = {kind: keep(kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+                if [(t.shape, t.dtype) for t in state.values()] != [((), torch.float32), *2 * [(p.shape, p.dtype)]]:
+                    raise ValueError(f"the moments of {name} have not its shape or type")  # fused AdamW would read and write beyond their ends
+

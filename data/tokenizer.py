@@ -23,7 +23,7 @@ import regex
 import tiktoken
 
 from common import UserError, launch
-from data.read import parse_mixture, read_lines, read_rows
+from data.read import parse_mixture, read_json, read_lines, read_rows
 
 
 @dataclass
@@ -257,16 +257,6 @@ def gpt2(folder):
     merges = [line.split() for _, line in islice(read_lines(file.with_name("vocab.bpe")), 1, None)]  # the first line is "#version: 0.2"
     specials = {"<|endoftext|>": vocab.get("<|endoftext|>")}
     return reserve("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
-
-
-def read_json(path):
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); download or write it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; download or write it again")
-    return found
 
 
 def read_tokenizer_json(path):
