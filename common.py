@@ -103,6 +103,10 @@ def launch(main, Config):
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
+    except OSError as e:  # a path too long for a name, or in a directory of somebody else's, fails already where one asks whether it exists
+        if e.filename is None:
+            raise
+        sys.exit(f"error: {e.filename}: {e.strerror}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

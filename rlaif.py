@@ -98,7 +98,7 @@ def others(row):
 def two_answers(row):
     """A preference, or {"prompt", "reply_a", "reply_b"} with or without "better": "A" or "B" -> (messages, row, (answer, answer), probability that the first is better or nan)."""
     if "reply_a" in row or "reply_b" in row:
-        label = {"A": 1.0, "B": 0.0}.get(row.get("better"), math.nan)
+        label = 1.0 if row.get("better") == "A" else 0.0 if row.get("better") == "B" else math.nan
         return chat.prompt(row), row, tuple(chat.text_of(row.get(name), name).strip() for name in ("reply_a", "reply_b")), label
     if "chosen" not in row:
         raise ValueError(f'no pair of answers in the fields {", ".join(row) or "(none)"}, neither "chosen" and "rejected" nor "reply_a" and "reply_b"; --policy=CHECKPOINT samples them')
