@@ -13,7 +13,7 @@ Read, besides {"messages"}: {"prompt", "completion"}, Alpaca ({"instruction", "i
 "question", "answer"}); preferences whose sides are strings or messages, with the prompt apart, or inside both sides, or both (UltraFeedback, HH).
 Left out: tools and images.
 """
-import hashlib, json, os, re, reprlib, sys
+import hashlib, json, math, os, re, reprlib, sys
 from typing import NamedTuple
 
 import numpy as np
@@ -278,6 +278,12 @@ def preference(row):
     if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
         raise ValueError(f'"probability" is {reprlib.repr(probability)}; a number from 0 to 1 was expected')
     return Pair(asked, chosen, rejected, float(probability), row)
+
+
+def gold_lead(row):
+    """By how much "chosen" is better than "rejected" in truth, where a row knows it ("gold_chosen", "gold_rejected"); else nan."""
+    gold = [row.get(name) for name in ("gold_chosen", "gold_rejected")]
+    return float(gold[0] - gold[1]) if all(isinstance(g, (int, float)) and abs(g) < 1e100 for g in gold) else math.nan
 
 
 def judged(row):

@@ -316,7 +316,7 @@ def split_pattern(path, steps):
             probe = "".join(a + b for a in one_of_each for b in one_of_each) + "".join(a * 100 for a in one_of_each)
             tiktoken.Encoding("", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={})  # ValueError for recursion and the like, on which `regex` takes all memory
             try:
-                pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.5)]
+                pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
             except (TimeoutError, MemoryError):
                 raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
             if "" in pieces or "".join(pieces) != probe:
