@@ -186,8 +186,8 @@ def model_from_hf(c, folder):
                     raise UserError(f"{where[hf_name]}: tensor {hf_name} is {shape}, config.json says {list(target.shape)}")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise UserError(f"{where[hf_name]}: tensor {hf_name} is of {dtype}, where F32, F16 or BF16 was expected; quantised weights are not read")
-                parts.append(f.get_tensor(hf_name).float())
-        found[name] = torch.cat(parts)  # a copy: what safetensors gives may lie in the file
+                parts.append(f.get_tensor(hf_name))
+        found[name] = torch.cat(parts).float()  # a copy: what safetensors gives may lie in the file
     model.load_state_dict(found, assign=True)
     model.cos, model.sin = rotary_tables(c)
     return model
@@ -271,12 +271,16 @@ def read(folder, device="cpu"):
 def read_info(folder):
     """The feinschliff.json of a checkpoint, {} for a stranger's. UserError where a field that others rely on is not what `save` writes."""
     path = folder / INFO
-    info = read_json(path) if path.exists() else {}
-    kinds = {"stage": str, "step": int, "config": dict, "data": dict, "lineage": list} if info else {}
-    known = [isinstance(info.get(name), kind) for name, kind in kinds.items()]
-    known += [isinstance(p, dict) and isinstance(p.get("path"), str) and isinstance(p.get("weights"), str) for p in info.get("lineage", [])]
-    known += [isinstance(info[name], (int, float)) and math.isfinite(info[name]) for name in ("center", "critic_center") if name in info]
-    if not all(known):
+    if not path.exists():
+        return {}
+    info = {"config": {}, "data": {}, "lineage": []} | read_json(path)
+    kinds = {"stage": str, "step": int, "config": dict, "data": dict, "lineage": list}
+    centers = [info[name] for name in ("center", "critic_center") if name in info]
+    if not (
+        all(isinstance(info.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(p, dict) and isinstance(p.get("path"), str) and isinstance(p.get("weights"), str) for p in info["lineage"])
+        and all(isinstance(center, (int, float)) and abs(center) < 1e30 for center in centers)
+    ):
         raise UserError(f"{path}: damaged: one of {', '.join(kinds)}, center is not of its kind; take another checkpoint")
     return info
 

@@ -15,6 +15,10 @@ from kernels._lib import prove
 class UserError(Exception):
     """Something the user can mend. The message names the file, line, flag or tensor, and what to do next; `launch` prints it without a traceback."""
 
+    def __str__(self):
+        """One line: what stands in a file could else begin further ones, or command the terminal."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The command line

@@ -275,7 +275,7 @@ def begin(config, head):
 def is_record(r):
     """False where a line of the log is not what `main` writes. TypeError, KeyError or AttributeError where it is still less."""
     numbers = [r["seconds"], *r["counts"].values(), *(x for total, n in r["figures"].values() for x in (total, n))]
-    return type(r["rows"]) is type(r["bytes"]) is int and min(r["rows"], r["bytes"]) >= 0 and all(type(x) in (int, float) for x in numbers)
+    return r["counts"] and type(r["rows"]) is type(r["bytes"]) is int and min(r["rows"], r["bytes"]) >= 0 and all(type(x) in (int, float) for x in numbers)
 
 
 def append(path, text):

@@ -105,7 +105,7 @@ def allowed(read, *names):
         return read()
     except UserError as e:
         said = str(e)
-        assert "\n" not in said and len(said) < 8000 and any(str(name) in said for name in names), said
+        assert said.isprintable() and len(said) < 8000 and any(str(name) in said for name in names), said
         return None
 
 
@@ -161,7 +161,7 @@ def test_rows_of_conversations(folder, name, line):
     parse, path = PARSERS[name], folder / "rows.jsonl"
     good = next(json.dumps(row).encode() for row in ROWS if fine(parse, row))
     path.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
-    found = allowed(lambda: chat.read(str(path), parse), f"{path}:2", f"{path}:3")
+    found = allowed(lambda: chat.read(str(path), parse), f"{path}:")
     kept = chat.read(str(path), parse, skip_bad=True)
     for row in kept[0]:
         use(name, row)
@@ -228,11 +228,14 @@ def test_flags_of_every_script(given_):
         return
     for f in dataclasses.fields(script.Config):
         value = getattr(config, f.name)
-        assert type(value) is f.type and (f.type is not int or value >= 0) and value == value
-    again = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(script.Config)]
+        assert type(value) is f.type and (f.type is not int or value >= 0 or value == f.default) and value == value
+    again = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(script.Config) if getattr(config, f.name) != f.default]
     assert parse_cli(script.Config, again) == config
     if "check_flags" in vars(script):
-        allowed(lambda: script.check_flags(config), "--")
+        try:
+            allowed(lambda: script.check_flags(config), "--")
+        except OSError as e:  # `launch` says it: see test_security.py
+            assert e.filename is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
