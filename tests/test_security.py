@@ -134,6 +134,7 @@ def raw(path, **changes):
 
 def become(kind, path):
     """Put something else than a plain, small file in its place."""
+    good = path.read_bytes() if path.exists() else b"{}"
     path.unlink(missing_ok=True)
     if kind == "/dev/zero":
         path.symlink_to(kind)
@@ -142,8 +143,7 @@ def become(kind, path):
     elif kind == "directory":
         path.mkdir()
     else:
-        with open(path, "wb") as f:
-            f.truncate(LARGEST_JSON + 1)
+        path.write_bytes(good + b" " * LARGEST_JSON)
 
 
 DEEP = "[" * 100_000
@@ -172,7 +172,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(theirs, key):
 
 @pytest.mark.parametrize("changes", [
     {"hidden_size": "1048576", "num_attention_heads": "1048576", "intermediate_size": "1048576", "head_dim": "1048576", "num_hidden_layers": "1048576"},
-    {"rms_norm_eps": NESTED}, {"rms_norm_eps": "9" * 400}, {"rope_parameters": "[1]"}, {"rope_parameters": '"llama3"'}, {"rope_parameters": '{"rope_type": ["llama3"]}'},
+    {"rms_norm_eps": NESTED}, {"rms_norm_eps": '"' + "x" * 10**6 + '"'}, {"rms_norm_eps": "9" * 400}, {"rope_parameters": "[1]"}, {"rope_parameters": '"llama3"'}, {"rope_parameters": '{"rope_type": ["llama3"]}'},
     {"rope_parameters": '{"rope_type": "default", "rope_theta": ' + "9" * 400 + "}"}, {"architectures": NESTED, "rms_norm_eps": "0"}, {"layer_types": "7", "vocab_size": "0"},
     {"model_type": NESTED}, {"model_type": '"' + "x" * 10**6 + '"'}, {"hidden_act": NESTED}, {"tie_word_embeddings": '"false"'}, {"attention_bias": NESTED},
     {"rope_parameters": '{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}'},
@@ -248,11 +248,12 @@ def test_headers_are_not_believed(theirs, header):
     refuses(lambda: load(theirs), theirs)
 
 
-NAMES = ["../../etc/passwd", "..", ".", "", "/etc/passwd", "/dev/zero", "a\0b", "./model.safetensors", "model.safetensors/", "x//y", "nothing.safetensors", "x" * 300, 7, None, ["model.safetensors"]]
+NAMES = ["../outside", "../../etc/passwd", "..", ".", "", "/etc/passwd", "/dev/zero", "a\0b", "./model.safetensors", "model.safetensors/", "x//y", "nothing.safetensors", "x" * 300, 7, None, ["model.safetensors"]]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_an_index_leads_to_nothing_outside(theirs, name):
+    shutil.copy(theirs / "model.safetensors", theirs.parent / "outside")  # were it followed, all would be well
     (theirs / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {EMBED: name}}))
     refuses(lambda: load(theirs), theirs)
 
@@ -276,8 +277,9 @@ def sign(folder):
 @pytest.mark.parametrize("name", [n for n in NAMES if isinstance(n, str)], ids=repr)
 def test_a_manifest_leads_to_nothing_outside(ours, tmp_path, name):
     folder = shutil.copytree(ours, tmp_path / "copy")
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside")
     digest = sha256("/etc/passwd") if "passwd" in name else sha256(folder / "model.safetensors")
-    raw(folder / "manifest.json", **{name.replace('"', ""): json.dumps(digest)})
+    (folder / "manifest.json").write_text(json.dumps(json.loads((folder / "manifest.json").read_text()) | {name: digest}))
     refuses(lambda: load(folder), folder)
 
 
@@ -418,12 +420,15 @@ def prepared(tmp_path):
     """A function: ({field of the manifest: JSON}, {field of the one shard's entry: value}, tokens) -> a directory as data/prepare.py leaves it, but for these."""
 
     def make(fields={}, entry={}, tokens=(256, 104, 105, 256)):
-        np.array(tokens, dtype=np.uint16).tofile(tmp_path / "train_00000.bin")
-        shard = {"file": "train_00000.bin", "tokens": len(tokens), "documents": 1, "bytes": 2, "sha256": sha256(tmp_path / "train_00000.bin")} | entry
+        folder = tmp_path / "data"
+        folder.mkdir()
+        for path in (folder / "train_00000.bin", tmp_path / "outside"):
+            np.array(tokens, dtype=np.uint16).tofile(path)
+        shard = {"file": "train_00000.bin", "tokens": len(tokens), "documents": 1, "bytes": 2, "sha256": sha256(tmp_path / "outside")} | entry
         manifest = {"format": 1, "tokenizer": tokenizer.fingerprint(BYTES), "n_vocab": 260, "dtype": "uint16", "eot": 256, "splits": {"train": [shard], "val": []}}
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        raw(tmp_path / "manifest.json", **fields)
-        return tmp_path
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        raw(folder / "manifest.json", **fields)
+        return folder
 
     return make
 
