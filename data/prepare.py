@@ -428,7 +428,7 @@ def load_manifest(folder):
             raise ValueError("dtype is neither uint16 nor uint32, or there is nothing to train on")
         for entry in manifest["splits"]["train"] + manifest["splits"]["val"]:
             shard, size = inside(path, entry["file"]), entry["tokens"] * np.dtype(manifest["dtype"]).itemsize
-            if not shard.is_file():
+            if not shard.exists():
                 raise UserError(f"{shard}: missing; {again}")
             if shard.stat().st_size != size or not size:
                 raise UserError(f"{shard}: {shard.stat().st_size} bytes, not {reprlib.repr(size)}: truncated or changed; {again}")

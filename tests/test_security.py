@@ -18,10 +18,11 @@ from runs import refused, save, start, write_rows
 from test_sft import TINY, some_rows
 from test_pretrain import succeeds
 
+import report
 import sft
 from checkpoint import damage, find, load, load_state, sha256
 from common import UserError
-from data import chat, prepare, tokenizer
+from data import chat, corpus, prepare, tokenizer
 from data.read import LARGEST_JSON
 from optim import Optimizer
 
@@ -173,13 +174,21 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(theirs, key):
 @pytest.mark.parametrize("changes", [
     {"hidden_size": "1048576", "num_attention_heads": "1048576", "intermediate_size": "1048576", "head_dim": "1048576", "num_hidden_layers": "1048576"},
     {"rms_norm_eps": NESTED}, {"rms_norm_eps": '"' + "x" * 10**6 + '"'}, {"rms_norm_eps": "9" * 400}, {"rope_parameters": "[1]"}, {"rope_parameters": '"llama3"'}, {"rope_parameters": '{"rope_type": ["llama3"]}'},
-    {"rope_parameters": '{"rope_type": "default", "rope_theta": ' + "9" * 400 + "}"}, {"architectures": NESTED, "rms_norm_eps": "0"}, {"layer_types": "7", "vocab_size": "0"},
+    {"rope_parameters": '{"rope_type": "default", "rope_theta": ' + "9" * 400 + "}"}, {"architectures": "[7]", "head_dim": "7"}, {"vocab_size": "1000000000000", "hidden_size": "1000000000000"}, {"layer_types": "7", "vocab_size": "0"},
     {"model_type": NESTED}, {"model_type": '"' + "x" * 10**6 + '"'}, {"hidden_act": NESTED}, {"tie_word_embeddings": '"false"'}, {"attention_bias": NESTED},
     {"rope_parameters": '{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}'},
 ])  # fmt: skip
 def test_other_absurd_fields_are_refused(theirs, changes):
     raw(theirs / "config.json", **changes)
-    refuses(lambda: load(theirs), theirs / "config.json" if len(changes) < 3 else theirs)
+    refuses(lambda: load(theirs), theirs if "hidden_size" in changes else theirs / "config.json")
+
+
+def test_layers_are_not_made_before_their_tensors_are_seen(theirs):
+    """Two million would fit into the bytes of this file, and take minutes to make."""
+    raw(theirs / "config.json", hidden_size="1", num_attention_heads="1", num_key_value_heads="1", head_dim="2", intermediate_size="1", num_hidden_layers="2000000")
+    header, data = parts_of(theirs / "model.safetensors")
+    put(theirs / "model.safetensors", header | {"x": {"dtype": "U8", "shape": [20_000_000], "data_offsets": [len(data), len(data) + 20_000_000]}}, data + bytes(20_000_000))
+    refuses(lambda: load(theirs), theirs, "2000000 layers")
 
 
 @pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "directory", "huge"])
@@ -240,6 +249,12 @@ def test_header_lengths_are_not_believed(theirs, length):
     path = theirs / "model.safetensors"
     put(path, *parts_of(path), length=length)
     refuses(lambda: load(theirs), path)
+
+
+def test_a_header_has_a_sensible_size(theirs):
+    header, data = parts_of(theirs / "model.safetensors")
+    put(theirs / "model.safetensors", header | {"__metadata__": {"a": "x" * 2**23}}, data)
+    refuses(lambda: load(theirs), theirs / "model.safetensors", "header")
 
 
 @pytest.mark.parametrize("header", ["[" * 10**6, '{"a":' * 10**5, "{}", "[]", "null", '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', '{"": 1}'])
@@ -311,6 +326,22 @@ def test_the_counters_of_a_run_are_numbers(ours, tmp_path, changes):
 @pytest.mark.parametrize("where", ["/dev/zero", "/etc/passwd", "/dev", "/proc/self", "../" * 50, "a\0b", ""])
 def test_a_lineage_leads_to_no_checkpoint_that_is_none(where):
     refuses(lambda: find(where), "no checkpoint here")
+
+
+def test_a_directory_that_only_looks_like_a_step_is_none(tmp_path):
+    (tmp_path / "step_²").mkdir()
+    refuses(lambda: find(tmp_path), tmp_path, "no checkpoint here")
+
+
+def test_a_place_in_the_data_beyond_its_end_is_the_next_epochs_beginning():
+    stream = np.array([256, 104, 105, 256])
+    order = corpus.text_order([stream], 256, 8, 0, index=10**12)
+    assert len(order.batch(8)) and order.epoch >= 1
+
+
+def test_a_report_shows_what_a_stranger_wrote_and_does_not_obey_it():
+    info = {"lineage": [{"path": "<script>", "weights": "<script>"}], "data": {"<script>": "<script>"}, "step": 1, "code": "<script>", "stage": "sft", "config": {}}
+    assert "<script" not in report.lineage({"<script>": {"info": info}})
 
 
 def test_a_path_that_cannot_be_asked_for_is_named(tmp_path, fork):
@@ -443,7 +474,7 @@ def test_a_shard_is_what_its_entry_says_and_lies_in_the_folder(prepared, entry):
     refuses(lambda: prepare.check(folder, BYTES), folder)
 
 
-@pytest.mark.parametrize("fields", [{"dtype": '"O"'}, {"dtype": '"object"'}, {"dtype": '"uint8"'}, {"dtype": '"V1000000000"'}, {"dtype": "[]"}, {"dtype": "null"}, {"format": NESTED}, {"format": "2"}, {"splits": "[]"},
+@pytest.mark.parametrize("fields", [{"dtype": '"int16"'}, {"dtype": '">u2"'}, {"dtype": '"V2"'}, {"dtype": '"O"'}, {"dtype": '"object"'}, {"dtype": '"uint8"'}, {"dtype": '"V1000000000"'}, {"dtype": "[]"}, {"dtype": "null"}, {"format": NESTED}, {"format": "2"}, {"splits": "[]"},
                                     {"splits": '{"train": [], "val": []}'}, {"splits": '{"train": [7], "val": []}'}, {"splits": '{"train": {}, "val": {}}'}, {"splits": DEEP}, {"tokenizer": "[]"}], ids=lambda f: repr(f)[:40])  # fmt: skip
 def test_a_manifest_of_data_is_not_believed(prepared, fields):
     folder = prepared(fields)
