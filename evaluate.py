@@ -230,7 +230,8 @@ def preference_figures(pairs, margins, lengths, seed):
     gold = np.array([chat.gold_lead(p.row) for p in pairs])
     if np.isfinite(gold).all():
         apart = gold != 0
-        figures["order as gold's"] = mean_interval((margins > 0)[apart] == (gold > 0)[apart], seed)
+        if apart.any():
+            figures["order as gold's"] = mean_interval((margins > 0)[apart] == (gold > 0)[apart], seed)
         figures["accuracy that noise allows (Bayes)"] = mean_interval((1 + np.tanh(2 * np.abs(gold))) / 2, seed)  # sigmoid(4 |gold|)
     return figures
 

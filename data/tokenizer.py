@@ -314,10 +314,9 @@ def split_pattern(path, steps):
                 raise UserError(f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; rewrite it")
             one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
             probe = "".join(a + b for a in one_of_each for b in one_of_each) + "".join(a * 100 for a in one_of_each)
-            tiktoken.Encoding("", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={})  # ValueError for recursion and the like, on which `regex` takes all memory
             try:
                 pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
-            except (TimeoutError, MemoryError):
+            except (TimeoutError, MemoryError):  # recursion, which tiktoken knows not, takes memory without end
                 raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
             if "" in pieces or "".join(pieces) != probe:
                 raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
