@@ -9,7 +9,7 @@
 A checkpoint is written beside its final name, flushed to the disk, then renamed: whenever a run is killed, a directory called step_* is whole.
 No pickle anywhere.
 """
-import dataclasses, hashlib, json, math, os, shutil, sys
+import contextlib, dataclasses, hashlib, json, math, os, re, reprlib, shutil, sys
 from pathlib import Path
 
 import safetensors
@@ -18,11 +18,15 @@ import torch
 
 from common import Log, Stop, UserError, clear_run, describe, open_run, random_state, rank, reduce_sum, set_random_state, setup
 from data import chat, tokenizer
-from model import GPT, GPTConfig
+from data.read import inside, read_json
+from model import GPT, GPTConfig, rotary_tables
 from shard import unsharded, whole
 
 WEIGHTS, INFO, MANIFEST = "model.safetensors", "feinschliff.json", "manifest.json"
 STATE, COUNTERS = "train_state.safetensors", "train_state.json"
+# What a stranger's file may claim. Beyond them a few bytes would cost gigabytes or minutes before anything is found out.
+LARGEST_HEADER = 2**23  # bytes of a safetensors file's header: some hundred thousand tensors
+LARGEST_TABLE = 2**27  # numbers of the rotary tables: a million positions for heads of 128
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -93,87 +97,105 @@ def config_from_hf(path):
 
     def number(key, kind, default=None, section=h):
         value = default if section.get(key) is None else section[key]  # a null asks for the default
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {key} is {value!r}; a positive {kind.__name__} was expected")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**63:
+            raise UserError(f"{path}: {key} is {reprlib.repr(value)}; a positive {kind.__name__} was expected")
         return kind(value)
+
+    def listed(key):
+        return h[key] if isinstance(h.get(key), list) else []
 
     family = h.get("model_type")
     if family not in ("llama", "qwen2", "qwen3"):
-        raise UserError(f"{path}: model_type {family!r} is not one this GPT can be; it reads llama, qwen2 and qwen3")
+        raise UserError(f"{path}: model_type {reprlib.repr(family)} is not one this GPT can be; it reads llama, qwen2 and qwen3")
     rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters or rope_scaling is no JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {"hidden_act": h.get("hidden_act", "silu") != "silu", "mlp_bias": h.get("mlp_bias", False), "use_sliding_window": h.get("use_sliding_window", False),
-               "attention_bias": h.get("attention_bias", False) and family != "qwen2", "rope_type": kind not in ("default", "llama3"), "layer_types": "sliding_attention" in (h.get("layer_types") or [])}  # fmt: skip
+               "attention_bias": h.get("attention_bias", False) and family != "qwen2", "rope_type": kind not in ("default", "llama3"), "layer_types": "sliding_attention" in listed("layer_types"), "tie_word_embeddings": h.get("tie_word_embeddings") not in (None, True, False)}  # fmt: skip
     for key, found in refused.items():
         if found:
-            raise UserError(f"{path}: {key}={kind if key == 'rope_type' else h[key]!r} is not supported by this GPT")
+            raise UserError(f"{path}: {key}={reprlib.repr(kind if key == 'rope_type' else h[key])} is not supported by this GPT")
     heads, width = number("num_attention_heads", int), number("hidden_size", int)
     c = GPTConfig(
         vocab_size=number("vocab_size", int), layers=number("num_hidden_layers", int), width=width, heads=heads,
         kv_heads=number("num_key_value_heads", int, heads), head_dim=number("head_dim", int, width // heads), ffn=number("intermediate_size", int),
         context=number("max_position_embeddings", int, 2048), norm_eps=number("rms_norm_eps", float, 1e-6), tied=bool(h.get("tie_word_embeddings", False)),
         rope_theta=number("rope_theta", float, number("rope_theta", float, 10000.0), rope),
-        qk_norm=family == "qwen3", qkv_bias=family == "qwen2", scalar_head="ForSequenceClassification" in str(h.get("architectures")),
+        qk_norm=family == "qwen3", qkv_bias=family == "qwen2", scalar_head=any(isinstance(a, str) and "ForSequenceClassification" in a for a in listed("architectures")),
     )  # fmt: skip
     if kind == "llama3":
         c.rope_scaling = tuple(number(k, float, None, rope) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        if c.rope_scaling[1] >= c.rope_scaling[2]:
+            raise UserError(f"{path}: low_freq_factor is {c.rope_scaling[1]}, not less than the high_freq_factor of {c.rope_scaling[2]}")
     if c.heads % c.kv_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.heads} heads of {c.head_dim} with {c.kv_heads} key-value heads: heads must divide evenly, head_dim must be even")
+    if c.context * c.head_dim > LARGEST_TABLE:
+        raise UserError(f"{path}: max_position_embeddings is {c.context}, heads have {c.head_dim}: rotary tables would hold more than {LARGEST_TABLE} numbers; lower the first")
     return c
 
 
 def weight_files(folder):
     """{tensor name: file that holds it} of a directory with model.safetensors or its sharded form."""
     index = folder / (WEIGHTS + ".index.json")
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    names = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: no weight_map, which would say what file holds a tensor; download it again")
     where = {}
-    for file in files:
-        if Path(file).name != file:
-            raise UserError(f"{index}: {file!r} is not the name of a file beside it")
-        with open_tensors(folder / file) as f:
-            where.update({name: folder / file for name in f.keys()})
+    for file in sorted({inside(index, name) for name in names.values()}):
+        with open_tensors(file) as f:
+            where.update({name: file for name in f.keys()})
     return where
 
 
+@contextlib.contextmanager
 def open_tensors(path):
-    """safetensors.safe_open, its errors naming the file."""
+    """safetensors.safe_open, its errors, and those of reading a tensor, naming the file."""
     try:
-        return safetensors.safe_open(path, framework="pt")
+        if path.exists() and not path.is_file():
+            raise OSError("not a plain file")
+        with open(path, "rb") as f:
+            if int.from_bytes(f.read(8), "little") > LARGEST_HEADER:
+                raise OSError(f"its header is said to have more than {LARGEST_HEADER} bytes")
+        with safetensors.safe_open(path, framework="pt") as f:
+            yield f
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f"{path}: cannot be read as safetensors ({e}); copy or download it again") from None
 
 
 @torch.no_grad()
-def weights_from_hf(model, folder):
-    """Fill the model from a Hugging Face directory, whatever the dtype there. UserError names a tensor that is missing or has another shape."""
+def model_from_hf(c, folder):
+    """The GPT of a Hugging Face directory, floats of any kind there. UserError names a tensor that is missing or is not what the configuration says.
+
+    A config.json can claim any size: memory is taken for a tensor only once the file is seen to hold it.
+    """
     where = weight_files(folder)
-    parameters = dict(model.named_parameters())
-    for name, theirs in hf_names(model.config).items():
-        for target, hf_name in zip(split_fused(model.config, theirs, parameters[name]), theirs):
+    held, claimed = sum(file.stat().st_size for file in set(where.values())), (c.vocab_size + c.layers * (sum(c.qkv_rows) + 3 * c.ffn)) * c.width
+    if claimed > held or c.layers > len(where):
+        raise UserError(f"{folder}: config.json says {c.layers} layers and at least {claimed} weights; {len(where)} tensors in {held} bytes cannot hold them")
+    with torch.device("meta"):
+        model = GPT(c)
+    parameters, found = dict(model.named_parameters()), {}
+    for name, theirs in hf_names(c).items():
+        parts = []
+        for target, hf_name in zip(split_fused(c, theirs, parameters[name]), theirs):
             if hf_name not in where:
                 raise UserError(f"{folder}: tensor {hf_name} is missing")
             with open_tensors(where[hf_name]) as f:
-                tensor = f.get_tensor(hf_name)
-            if tensor.shape != target.shape:
-                raise UserError(f"{where[hf_name]}: tensor {hf_name} is {list(tensor.shape)}, config.json says {list(target.shape)}")
-            target.copy_(tensor)
+                shape, dtype = f.get_slice(hf_name).get_shape(), f.get_slice(hf_name).get_dtype()
+                if shape != list(target.shape):
+                    raise UserError(f"{where[hf_name]}: tensor {hf_name} is {shape}, config.json says {list(target.shape)}")
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(f"{where[hf_name]}: tensor {hf_name} is of {dtype}, where F32, F16 or BF16 was expected; quantised weights are not read")
+                parts.append(f.get_tensor(hf_name))
+        found[name] = torch.cat(parts).float()  # a copy: what safetensors gives may lie in the file
+    model.load_state_dict(found, assign=True)
+    model.cos, model.sin = rotary_tables(c)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-def read_json(path):
-    """The JSON object in a file; UserError names the file where it is missing or broken."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}")
-    return value
 
 
 def sha256(path):
@@ -198,9 +220,10 @@ def damage(folder):
         if WEIGHTS not in written:
             return f"{MANIFEST} does not name {WEIGHTS}"
         for name, digest in written.items():
-            if not (folder / name).is_file():
+            path = inside(folder / MANIFEST, name)
+            if not path.is_file():
                 return f"{name} is missing"
-            if sha256(folder / name) != digest:
+            if sha256(path) != digest:
                 return f"{name} is not what was written (its SHA-256 differs)"
     except (UserError, OSError) as e:
         return str(e)
@@ -209,7 +232,7 @@ def damage(folder):
 
 def steps_in(run):
     """The checkpoints of a run directory, oldest first."""
-    return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in Path(run).glob("step_*") if re.fullmatch("[0-9]+", p.name[5:])), key=lambda p: int(p.name[5:]))
 
 
 def find(where):
@@ -239,12 +262,28 @@ def load(where, device="cpu"):
 
 def read(folder, device="cpu"):
     """`load` of a directory that `find` has verified already."""
-    model = GPT(config_from_hf(folder / "config.json"))
-    weights_from_hf(model, folder)
+    model = model_from_hf(config_from_hf(folder / "config.json"), folder)
     tok = tokenizer.load(folder)
     if tok.n_vocab > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tok.n_vocab} ids, the model {model.config.vocab_size}")
-    return model.to(device), tok, read_json(folder / INFO) if (folder / INFO).exists() else {}
+    return model.to(device), tok, read_info(folder)
+
+
+def read_info(folder):
+    """The feinschliff.json of a checkpoint, {} for a stranger's. UserError where a field that others rely on is not what `save` writes."""
+    path = folder / INFO
+    if not path.exists():
+        return {}
+    info = {"config": {}, "data": {}, "lineage": []} | read_json(path)
+    kinds = {"stage": str, "step": int, "config": dict, "data": dict, "lineage": list}
+    centers = [info[name] for name in ("center", "critic_center") if name in info]
+    if not (
+        all(isinstance(info.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(p, dict) and isinstance(p.get("path"), str) and isinstance(p.get("weights"), str) for p in info["lineage"])
+        and all(isinstance(center, (int, float)) and abs(center) < 1e30 for center in centers)
+    ):
+        raise UserError(f"{path}: damaged: one of {', '.join(kinds)}, center is not of its kind; take another checkpoint")
+    return info
 
 
 def companion(folder, model, tok, flag, scalar=False):
@@ -263,9 +302,14 @@ def companion(folder, model, tok, flag, scalar=False):
 
 
 def load_state(folder):
-    """(tensors, counters) that `save` was given as `state`."""
+    """(tensors, counters) that `save` was given as `state`. UserError names the file that is damaged."""
+    counters = read_json(folder / COUNTERS)
+    numbers = [n for value in counters.values() for n in (value if isinstance(value, list) else [value]) if n is not None]
+    places = [counters.get("epoch"), counters.get("index"), *(value for name, value in counters.items() if name.endswith(("epoch", "index")))]
+    if not all(type(n) in (int, float) and n == n for n in numbers) or not all(type(n) is int and 0 <= n < 2**63 for n in places):
+        raise UserError(f"{folder / COUNTERS}: damaged: counts of epochs and of items, and further numbers, were expected; take another checkpoint")
     with open_tensors(folder / STATE) as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, read_json(folder / COUNTERS)
+        return {name: f.get_tensor(name) for name in f.keys()}, counters
 
 
 def check_same_run(info, stage, config, data, free):
@@ -409,7 +453,7 @@ class Run:
         self.stop = Stop()
         self.resumed = find(self.path) if config.resume and steps_in(self.path) else None
         self.folder = self.resumed or (find(config.init) if config.init else None)  # what weights and tokenizer come from; None: from nothing
-        self.info = read_json(self.folder / INFO) if self.folder and (self.folder / INFO).exists() else {}
+        self.info = read_info(self.folder) if self.folder else {}
         self.start, self.best = 0, float("inf")
 
     def origin(self):
@@ -440,10 +484,13 @@ class Run:
         counters = {}
         if self.resumed:
             tensors, counters = load_state(self.resumed)
-            for prefix, optimizer in optimizers.items():
-                optimizer.load_state({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
-            set_random_state(tensors, self.device)
-            self.start, self.best, self.lineage = self.info["step"], counters["best"], self.info["lineage"]
+            try:
+                for prefix, optimizer in optimizers.items():
+                    optimizer.load_state({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+                set_random_state(tensors, self.device)
+                self.start, self.best, self.lineage = self.info["step"], counters["best"], self.info["lineage"]
+            except (KeyError, RuntimeError, TypeError, ValueError) as e:
+                raise UserError(f"{self.resumed}: its train_state is damaged, or not of this model ({e}); take another checkpoint with --init") from None
         else:
             self.lineage = self.info.get("lineage", []) + [parent_record(self.folder, self.info)] if self.folder else []
         self.steps, self.data = steps, data

@@ -15,6 +15,10 @@ from kernels._lib import prove
 class UserError(Exception):
     """Something the user can mend. The message names the file, line, flag or tensor, and what to do next; `launch` prints it without a traceback."""
 
+    def __str__(self):
+        """One line: what stands in a file could else begin further ones, or command the terminal."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -106,6 +110,10 @@ def launch(main, Config):
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + 13
+    except OSError as e:  # a path too long for a name, or in a directory of somebody else's, fails already where one asks whether it exists
+        if e.filename is None:
+            raise
+        status = f"error: {e.filename}: {e.strerror}"
     if dist.is_initialized():
         if isinstance(status, str):
             print(status, file=sys.stderr)

@@ -227,10 +227,11 @@ def preference_figures(pairs, margins, lengths, seed):
         here = (predicted >= low) & (predicted < low + 0.1 + (low == 0.9))
         if here.any():
             figures[f"right where it says {predicted[here].mean():.2f} ({here.sum()} pairs)"] = mean_interval(agrees[here], seed)
-    if all("gold_chosen" in p.row and "gold_rejected" in p.row for p in pairs):
-        gold = np.array([p.row["gold_chosen"] - p.row["gold_rejected"] for p in pairs])
+    gold = np.array([chat.gold_lead(p.row) for p in pairs])
+    if np.isfinite(gold).all():
         apart = gold != 0
-        figures["order as gold's"] = mean_interval((margins > 0)[apart] == (gold > 0)[apart], seed)
+        if apart.any():
+            figures["order as gold's"] = mean_interval((margins > 0)[apart] == (gold > 0)[apart], seed)
         figures["accuracy that noise allows (Bayes)"] = mean_interval((1 + np.tanh(2 * np.abs(gold))) / 2, seed)  # sigmoid(4 |gold|)
     return figures
 

@@ -141,10 +141,12 @@ class Optimizer:
         return tensors
 
     def load_state(self, tensors):
-        """Take back what `state` gave; tensors may lie on any device."""
+        """Take back what `state` gave; tensors may lie on any device. KeyError, RuntimeError or ValueError where they are those of another model."""
         for name, m in self.momenta.items():
             m.copy_(own(tensors[f"momentum/{name}"], m))
         for name, p in self.others.items():
             if f"step/{name}" in tensors:
                 keep = lambda kind: own(tensors[f"{kind}/{name}"].to(p.device, copy=True), p)  # noqa: E731
-                self.adamw.state[p] = {"step": tensors[f"step/{name}"].to(p.device, copy=True), "exp_avg": keep("exp_avg"), "exp_avg_sq": keep("exp_avg_sq")}
+                state = self.adamw.state[p] = {"step": tensors[f"step/{name}"].to(p.device, copy=True), "exp_avg": keep("exp_avg"), "exp_avg_sq": keep("exp_avg_sq")}
+                if [(t.shape, t.dtype) for t in state.values()] != [((), torch.float32), *2 * [(p.shape, p.dtype)]]:
+                    raise ValueError(f"the moments of {name} have not its shape or type")  # fused AdamW would read and write beyond their ends

@@ -192,7 +192,7 @@ def check_reward_models(config):
     """UserError where a reward model of --reward ordered too few of its held-out pairs right: what it rewards would be noise."""
     for name in [name for name, _ in reward_names(config.reward) if is_model(name)]:
         folder = checkpoint.find(name)
-        info = checkpoint.read_json(folder / checkpoint.INFO) if (folder / checkpoint.INFO).exists() else {}
+        info = checkpoint.read_info(folder)
         metrics = info.get("metrics", {})
         accuracy = metrics.get("figures", {}).get("accuracy", {}).get("value", metrics.get("accuracy"))
         if accuracy is None and rank() == 0:
@@ -208,7 +208,7 @@ def first_critic(config, model, tok):
         folder = checkpoint.find(name)
         critic = checkpoint.companion(folder, model, tok, f"--critic={name}", scalar=True)
         critic.score.data *= weight
-        info = checkpoint.read_json(folder / checkpoint.INFO) if (folder / checkpoint.INFO).exists() else {}
+        info = checkpoint.read_info(folder)
         return critic, info.get("center", 0.0) * weight
     critic = GPT(dataclasses.replace(model.config, scalar_head=True))
     critic.load_state_dict({name: p for name, p in model.state_dict().items() if name != "untied_head"} | {"score": torch.zeros(1, model.config.width)})

@@ -92,7 +92,7 @@ def collect(out):
     runs, figures = {}, {}
     for log in by_age("*/log.jsonl"):
         found = checkpoint.steps_in(log.parent)
-        runs[log.parent.name] = {"log": read_lines(log), "info": checkpoint.read_json(found[-1] / checkpoint.INFO) if found else {}}
+        runs[log.parent.name] = {"log": read_lines(log), "info": checkpoint.read_info(found[-1]) if found else {}}
     for file in by_age("*.json"):
         try:
             found = checkpoint.read_json(file).get("figures")
@@ -213,9 +213,9 @@ def lineage(runs):
     for name, run in runs.items():
         info = run["info"]
         if info:
-            line = " → ".join([*(f"{text(p.get('stage', Path(p['path']).name))} <code>{p['weights'][:8]}</code>" for p in info["lineage"]), f"<b>{text(name)}</b>"])
-            data = "<br>".join(f"{text(Path(path).name)} <code>{digest[:8]}</code>" for path, digest in info["data"].items())
-            rows.append((line, str(info["step"]), data, f"<code>{info['code'][:8]}</code>"))
+            line = " → ".join([*(f"{text(p.get('stage', Path(p['path']).name))} <code>{text(p['weights'][:8])}</code>" for p in info["lineage"]), f"<b>{text(name)}</b>"])
+            data = "<br>".join(f"{text(Path(path).name)} <code>{text(digest[:8])}</code>" for path, digest in info["data"].items())
+            rows.append((line, str(info["step"]), data, f"<code>{text(info['code'][:8])}</code>"))
     return grid(("lineage (SHA-256 of weights)", "steps", "data (SHA-256)", "code"), rows) if rows else ""
 
 

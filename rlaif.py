@@ -98,7 +98,7 @@ def others(row):
 def two_answers(row):
     """A preference, or {"prompt", "reply_a", "reply_b"} with or without "better": "A" or "B" -> (messages, row, (answer, answer), probability that the first is better or nan)."""
     if "reply_a" in row or "reply_b" in row:
-        label = {"A": 1.0, "B": 0.0}.get(row.get("better"), math.nan)
+        label = 1.0 if row.get("better") == "A" else 0.0 if row.get("better") == "B" else math.nan
         return chat.prompt(row), row, tuple(chat.text_of(row.get(name), name).strip() for name in ("reply_a", "reply_b")), label
     if "chosen" not in row:
         raise ValueError(f'no pair of answers in the fields {", ".join(row) or "(none)"}, neither "chosen" and "rejected" nor "reply_a" and "reply_b"; --policy=CHECKPOINT samples them')
@@ -189,8 +189,7 @@ def leads(rewards, rows, pairs, labelled):
     found = {}
     if labelled:
         found["the labels"] = np.array([rows[i][3] - 0.5 for i, _, _ in pairs])
-        gold = lambda row: row["gold_chosen"] - row["gold_rejected"] if {"gold_chosen", "gold_rejected"} <= row.keys() else math.nan  # noqa: E731
-        found["gold"] = np.array([gold(rows[i][1]) for i, _, _ in pairs])
+        found["gold"] = np.array([chat.gold_lead(rows[i][1]) for i, _, _ in pairs])
     if rewards:
         samples = [Sample(i, [], [], True) for i, _, _ in pairs for _ in range(2)]
         total, _ = reward_answers(rewards, [row[:2] for row in rows], samples, [text for _, *texts in pairs for text in texts])
@@ -259,6 +258,8 @@ def begin(config, head):
                 raise UserError(f"--resume: there is no {log}, which would say how far {out} got; --overwrite begins anew")
             checkpoint.check_same_run(lines[0], "rlaif", head["config"], head["data"], FREE)
         whole = [r for r in lines[1:] if r["bytes"] <= out.stat().st_size]
+        if not all(map(is_record, whole)):
+            raise ValueError
         last = whole[-1] if whole else {}
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "ab") as f:
@@ -267,8 +268,14 @@ def begin(config, head):
         return last
     except OSError as e:
         raise UserError(f"--out={out}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--resume: {log} is damaged, or not of rlaif.py; --overwrite begins anew") from None
+
+
+def is_record(r):
+    """False where a line of the log is not what `main` writes. TypeError, KeyError or AttributeError where it is still less."""
+    numbers = [r["seconds"], *r["counts"].values(), *(x for total, n in r["figures"].values() for x in (total, n))]
+    return r["counts"] and type(r["rows"]) is type(r["bytes"]) is int and min(r["rows"], r["bytes"]) >= 0 and all(type(x) in (int, float) for x in numbers)
 
 
 def append(path, text):

@@ -101,7 +101,7 @@ class Order:
         """The next items [n, ...], as many as fit in `tokens` tokens (at least one)."""
         taken, total = [], 0
         while True:
-            if self.index == len(self.items):
+            if self.index >= len(self.items):
                 self.begin(self.epoch + 1)
             total += self.lengths[self.index]
             if taken and total > tokens:

@@ -21,7 +21,7 @@ Left out: a global shuffle (pretrain.py shuffles).
     python -m data.prepare --data=book.txt --tokenizer=out/tok --out=out/data/book --val_fraction=0.1
     python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2 --decontaminate=gsm8k_test.jsonl --tokenizer=out/tok --out=out/data/mix --workers=8
 """
-import collections, concurrent.futures.process, hashlib, itertools, json, math, multiprocessing, os, re, shutil, signal, sys, threading, time
+import collections, concurrent.futures.process, hashlib, itertools, json, math, multiprocessing, os, re, reprlib, shutil, signal, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import numpy as np
 from common import UserError, clock_time, launch, lock
 from data import tokenizer
 from data.clean import BANDS, RULES, contains, empty, exact_duplicates, find_words, near_duplicates, ngrams, signatures, stir, text_key
-from data.read import hub_rows, parse_mixture, read_jsonl, read_lines, read_text
+from data.read import hub_rows, inside, parse_mixture, read_json, read_jsonl, read_lines, read_text
 
 
 @dataclass
@@ -420,29 +420,34 @@ def load_manifest(folder):
     path, again = Path(folder) / "manifest.json", "prepare the data again (--overwrite=True)"
     if not path.exists():
         raise UserError(f"{folder}: no manifest.json: not prepared data, or not prepared to the end (then the same command goes on)")
+    manifest = read_json(path)
     try:
-        manifest = json.loads(path.read_bytes())
         if manifest["format"] != 1:
-            raise UserError(f"{path}: format {manifest['format']}, not 1; {again}")
+            raise UserError(f"{path}: format {reprlib.repr(manifest['format'])}, not 1; {again}")
+        if manifest["dtype"] not in ("uint16", "uint32") or not manifest["splits"]["train"]:
+            raise ValueError("dtype is neither uint16 nor uint32, or there is nothing to train on")
         for entry in manifest["splits"]["train"] + manifest["splits"]["val"]:
-            shard, size = path.parent / entry["file"], entry["tokens"] * np.dtype(manifest["dtype"]).itemsize
+            shard, size = inside(path, entry["file"]), entry["tokens"] * np.dtype(manifest["dtype"]).itemsize
             if not shard.exists():
                 raise UserError(f"{shard}: missing; {again}")
-            if shard.stat().st_size != size:
-                raise UserError(f"{shard}: {shard.stat().st_size} bytes, not {size}: truncated or changed; {again}")
-    except (ValueError, KeyError, TypeError) as e:
+            if shard.stat().st_size != size or not size:
+                raise UserError(f"{shard}: {shard.stat().st_size} bytes, not {reprlib.repr(size)}: truncated or changed; {again}")
+    except (ValueError, KeyError, TypeError, OSError) as e:
         raise UserError(f"{path}: broken ({e!r}); {again}") from None
     return manifest
 
 
 def check(folder, tok):
-    """`load_manifest`, and besides: the data was made by this tokenizer, and the contents of every shard, read once, have their hashes."""
+    """`load_manifest`, and besides: the data was made by this tokenizer, and every shard, read once, has its hash and is a stream of the tokenizer's ids."""
     manifest = load_manifest(folder)
     if manifest.get("tokenizer") != tokenizer.fingerprint(tok):
         raise UserError(f"{folder}: prepared with another tokenizer; use the one in this folder, or prepare the data again")
     for entry in manifest["splits"]["train"] + manifest["splits"]["val"]:
         if file_hash(Path(folder) / entry["file"]) != entry.get("sha256"):
             raise UserError(f"{folder}/{entry['file']}: its contents are not what was written; prepare the data again (--overwrite=True)")
+        tokens = np.memmap(Path(folder) / entry["file"], manifest["dtype"], "r")
+        if tokens.max() >= tok.n_vocab or not tokens[0] == tokens[-1] == tok.eot or len(tokens) < 2:
+            raise UserError(f"{folder}/{entry['file']}: has ids that the tokenizer has not, or does not begin and end with the end of a document; prepare the data again (--overwrite=True)")
     return manifest
 
 
@@ -450,7 +455,7 @@ def begin(out, recipe, overwrite):
     """Make `out` ready: empty, or as an interrupted run of the same recipe left it. Returns True where such a run is complete already."""
     complete, begun = (out / "manifest.json").exists(), (out / "work" / "recipe.json").exists()
     if complete and not overwrite or begun and not complete:
-        old = load_manifest(out) if complete else json.loads((out / "work" / "recipe.json").read_bytes())
+        old = load_manifest(out) if complete else read_json(out / "work" / "recipe.json")
         changed = [key for part in recipe for key, value in recipe[part].items() if old.get(part, {}).get(key) != value]
         if not changed:
             return complete

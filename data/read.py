@@ -2,7 +2,7 @@
 
 A byte order mark at the head of a file is dropped; nothing else is changed, and nothing is left out unasked.
 """
-import codecs, itertools, json, math, re
+import codecs, itertools, json, math, re, reprlib
 from pathlib import Path
 
 from common import UserError
@@ -33,6 +33,34 @@ def read_lines(path):
 def read_text(path):
     """The whole of a UTF-8 file as one string. UserError as `read_lines`."""
     return "".join(text for _, text in read_lines(path))
+
+
+LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack on memory
+
+
+def read_json(path):
+    """The JSON object in a file. UserError names the file where it is missing, broken, no plain file (a device, a pipe) or larger than LARGEST_JSON."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > LARGEST_JSON:
+            raise UserError(f"{path}: " + (f"{size} bytes, more than {LARGEST_JSON}" if path.is_file() else "not a plain file") + ", which no JSON file read here is")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not valid JSON ({e}); download or write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}")
+    return value
+
+
+def inside(file, name):
+    """The path that `name`, as it stands in `file`, has: in the folder of that file or below. UserError where it would lead elsewhere, or is no name."""
+    path = Path(name) if isinstance(name, str) and name.isprintable() else Path()
+    if path.as_posix() != name or path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{file}: {reprlib.repr(name)} is not the name of a file in its folder; this file is damaged or hostile")
+    return Path(file).parent / path
 
 
 def refuse_constant(name):

@@ -23,7 +23,7 @@ import regex
 import tiktoken
 
 from common import UserError, launch
-from data.read import parse_mixture, read_lines, read_rows
+from data.read import parse_mixture, read_json, read_lines, read_rows
 
 
 @dataclass
@@ -56,6 +56,7 @@ DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=
 LONG_PIECE = 100  # a longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one line cannot stall training
 LONG_SPACE = 500_000  # a run of a million white-space characters overflows the stack of tiktoken's regex engine
 LONG_TOKEN, MAX_ID = 512, 2**20  # what an imported vocabulary beyond them would cost in time and memory is not worth it: it is damaged
+LONG_PATTERN, SQUARES = 2000, 2**25  # characters (GPT-4o's, the longest in use, has 350); sum of squared lengths of tokens (GPT-2: 2.5 million), which is what `parts` costs
 
 # GPT-2 writes the bytes of a token as printable characters, those that are not printable from U+0100 on. Every tokenizer.json follows.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
@@ -86,7 +87,12 @@ class Tokenizer(tiktoken.Encoding):
                     raise UserError(f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; take it out of the text, or use a byte-level tokenizer")
         if len(text) > LONG_SPACE and max(map(len, re.findall(r"\s+", text)), default=0) > LONG_SPACE:
             raise UserError(f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; shorten them")
-        return super().encode_ordinary(text)
+        try:
+            return super().encode_ordinary(text)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":
+                raise
+            raise UserError(f"tiktoken gave up on a text of {len(text)} characters: the pattern of this tokenizer takes too many steps on it ({e})") from None
 
     def decode_single_token_bytes(self, token):
         """The bytes of an id; none for an id without a token, which a model whose vocabulary was padded may draw."""
@@ -259,16 +265,6 @@ def gpt2(folder):
     return reserve("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
 
 
-def read_json(path):
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); download or write it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; download or write it again")
-    return found
-
-
 def read_tokenizer_json(path):
     """A byte-level-BPE tokenizer.json; the tokenizer_config.json beside it names eos and pad. Damage may surface as a KeyError, TypeError and such."""
     config_file = path.with_name("tokenizer_config.json")
@@ -312,11 +308,16 @@ def split_pattern(path, steps):
         cut = steps[0].get("behavior"), steps[0].get("invert")
         if kinds == "Split + ByteLevel" and not own_regex and cut in (("Isolated", False), ("Removed", True)) and "Regex" in steps[0]["pattern"]:
             pattern = steps[0]["pattern"]["Regex"]
+            if len(pattern) > LONG_PATTERN:
+                raise UserError(f"{path}: the pattern has {len(pattern)} characters, more than {LONG_PATTERN}: damaged")
             if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
                 raise UserError(f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; rewrite it")
             one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
-            probe = "".join(a + b for a in one_of_each for b in one_of_each)
-            pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1)]
+            probe = "".join(a + b for a in one_of_each for b in one_of_each) + "".join(a * 100 for a in one_of_each)
+            try:
+                pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
+            except (TimeoutError, MemoryError):  # recursion, which tiktoken knows not, takes memory without end
+                raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
             if "" in pieces or "".join(pieces) != probe:
                 raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
             return pattern
@@ -333,6 +334,8 @@ def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
     for text, i in [*vocab.items(), *specials.items()]:
         if type(i) is not int or not 0 <= i < MAX_ID or not 0 < len(text) <= LONG_TOKEN:
             raise UserError(f"{path}: {text[:40]!r}, a token of {len(text)} characters, has the id {str(i)[:40]}: damaged (see LONG_TOKEN, MAX_ID)")
+    if sum(len(text) ** 2 for text in vocab) > SQUARES:
+        raise UserError(f"{path}: {len(vocab)} tokens, of which too many are too long: damaged (see SQUARES)")
     entries = {*vocab.items(), *specials.items()}
     for column in (0, 1):
         value, n = Counter(entry[column] for entry in entries).most_common(1)[0]
