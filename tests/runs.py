@@ -4,9 +4,10 @@ import socket
 
 import safetensors.torch
 import torch
-from test_pretrain import results, run_script, succeeds
+from test_pretrain import results, succeeds
 
 import checkpoint
+from bench.child import run_script
 from data import tokenizer
 
 SMALL = dict(vocab_size=260, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=96)

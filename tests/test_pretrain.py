@@ -23,8 +23,8 @@ import torch
 
 import pretrain
 import sample
+from bench.child import run_script
 from checkpoint import damage, find, load, steps_in
-from common import launch
 from data import corpus
 
 ROOT = Path(__file__).parents[1]
@@ -52,11 +52,6 @@ def train(fork, book):
         return fork(run_script, pretrain, argv, **environment)
 
     return start
-
-
-def run_script(script, argv):
-    sys.argv = [script.__file__, *argv]
-    launch(script.main, script.Config)
 
 
 def succeeds(child):
@@ -94,11 +89,12 @@ def assert_same_run(a, b, steps):
 def wait_until(true, child, seconds=60):
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline and os.waitpid(child.pid, os.WNOHANG)[0] == 0, child.output()
+        assert time.monotonic() < deadline and not child.ended(), child.output()
+        time.sleep(0.001)
 
 
 def kill(child, number=signal.SIGKILL):
-    os.kill(child.pid, number)
+    child.send(number)
     return child.wait()
 
 
