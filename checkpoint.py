@@ -144,7 +144,7 @@ def open_tensors(path):
 
 @torch.no_grad()
 def weights_from_hf(model, folder):
-    """Fill the model from a Hugging Face directory, whatever the dtype there. UserError names a tensor that is missing or has another shape."""
+    """Fill the model from a Hugging Face directory, whatever the dtype there. UserError names a tensor that is missing, not finite or of another shape."""
     where = weight_files(folder)
     parameters = dict(model.named_parameters())
     for name, theirs in hf_names(model.config).items():
@@ -155,6 +155,8 @@ def weights_from_hf(model, folder):
                 tensor = f.get_tensor(hf_name)
             if tensor.shape != target.shape:
                 raise UserError(f"{where[hf_name]}: tensor {hf_name} is {list(tensor.shape)}, config.json says {list(target.shape)}")
+            if not tensor.isfinite().all():
+                raise UserError(f"{where[hf_name]}: tensor {hf_name} holds numbers that are not finite; these weights are damaged, take another checkpoint")
             target.copy_(tensor)
 
 
@@ -479,6 +481,9 @@ class Run:
 
         A disk that refuses costs this save, not the run, unless it is the last one.
         """
+        for name, p in [pair for each in (model, *(beside or {}).values()) for pair in each.named_parameters()]:
+            if not p.isfinite().all():
+                raise UserError(f"step {step}: {name} is no longer finite; these weights are not saved. " + ADVICE)
         before, self.best = self.best, min(self.best, metrics.get("val_loss", self.best))
         tensors = state | random_state(self.device)
         if rank() == 0:
@@ -489,6 +494,6 @@ class Run:
                 save(self.path, model, tok, record, (tensors, {"best": self.best, **counters}), self.config.keep_last, self.best < before, beside)
             except UserError as e:
                 self.best = before
-                if step == self.steps or self.stop.asked:
+                if step == self.steps or self.stop.leaving:
                     raise
                 print(f"warning: {e}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)

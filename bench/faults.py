@@ -53,7 +53,7 @@ STAGES = {  # name: (script, flags)
     "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),
     "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, kl_target=0.1, kl_horizon=50)),
     "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=3)),
-    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=2, max_new=16, min_margin=0, out="run.jsonl")),
+    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=2, max_new=30, min_margin=0, out="run.jsonl")),
     "quickstart": (quickstart, dict(fast=True, out="run")),
 }  # fmt: skip
 REWARDS = """
@@ -70,7 +70,8 @@ def vowels(prompt, completion, row):
         raise ValueError("no such word")
     if Path("nan").exists():
         return float("nan")
-    return sum(map(completion.count, "aeiou")) + len(completion) % 7 / 7
+    value = sum(map(completion.count, "aeiou")) + len(completion) % 7 / 7
+    return value * 1e39 if Path("huge").exists() else value  # finite, but not where the advantages are computed
 """
 
 
@@ -81,7 +82,7 @@ def vowels(prompt, completion, row):
 def tiny(seed, **shape):
     """A model with random weights that ends what it writes after a handful of tokens: one channel is much the same everywhere, and the ends read it."""
     model = GPT(GPTConfig(**(dict(vocab_size=TOK.n_vocab, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=640) | shape))).init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.2)
@@ -181,7 +182,7 @@ def progress(row):
     """The steps (of rlaif, the batches) that the log has so far."""
     log = row.run.with_suffix(".log.jsonl") if row.stage == "rlaif" else row.run / "log.jsonl"
     lines = log.read_bytes().splitlines() if log.exists() else []
-    return len(lines) - 1 if row.stage == "rlaif" else sum(b'"loss"' in line for line in lines)
+    return len(lines) - 1 if row.stage == "rlaif" else sum(b'"grad_norm"' in line or b'"approx_kl"' in line for line in lines)
 
 
 def saves(row):
@@ -259,11 +260,10 @@ def difference(row, ranks=1):
     return ", ".join(sorted(found))
 
 
-def goes_on(row, ranks=1, **flags):
+def goes_on(row, ranks=1):
     """Resume the row's run to its end, and yield what must be true of it then."""
-    child = start(row, resume=True, **flags) if ranks == 1 else start_pair(row, resume=True, **flags)[0]
-    status, output = child.wait(120)
-    yield "survived", status == 0, output
+    for status, output in [child.wait(120) for child in ([start(row, resume=True)] if ranks == 1 else start_pair(row, resume=True))]:
+        yield "survived", status == 0, output
     yield "nothing lost", not lost(row), lost(row)
     yield "exact", not difference(row, ranks), difference(row, ranks)
 
@@ -345,8 +345,9 @@ def full_disk(row, draw):
         if row.stage == "rlaif":
             return
         status, output = start(row, **flags).wait(120)
-        yield "survived", status == 1 and "make room" in error_line(output) and "--resume" in error_line(output) and "training goes on" in output, output
-        yield "nothing lost", not lost(row) and len(steps_in(row.run)) == 1 and progress(row) == 8, f"{lost(row)} {steps_in(row.run)} {output}"
+        kept = [p.name for p in steps_in(row.run)]
+        yield "survived", status == 1 and all(x in error_line(output) for x in ("make room", "--resume", f"kept: {', '.join(kept)}")) and "training goes on" in output, output
+        yield "nothing lost", kept and not lost(row) and progress(row) == 8, f"{kept} {lost(row)} {output}"
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         yield from goes_on(row)
     finally:
@@ -395,10 +396,11 @@ def truncated(row, draw):
     if row.stage != "rlaif":
         yield from damaged(row, draw, lambda path: os.truncate(path, draw.randrange(path.stat().st_size)))
         return
-    for path in (row.run, row.run.with_suffix(".log.jsonl")):  # of its file or its log the end is gone
+    log = row.run.with_suffix(".log.jsonl")
+    for path in (row.run, log):  # of its file or its log the end is gone; the log's first line says whose it is
         shutil.copytree(straight(row).folder, row.folder, symlinks=True, dirs_exist_ok=True)
-        first = len(row.run.with_suffix(".log.jsonl").read_bytes().splitlines(keepends=True)[0])
-        os.truncate(path, draw.randrange(first if path.suffixes else 0, path.stat().st_size))
+        least = len(log.read_bytes().splitlines(keepends=True)[0]) if path == log else 0
+        os.truncate(path, draw.randrange(least, path.stat().st_size))
         yield from goes_on(row)
 
 
@@ -472,17 +474,39 @@ def nan_weight(row, draw):
 
 
 def nan_batch(row, draw):
-    """A number that is finite and yet too large stands in the weights of one token: the first batch with that token has no finite gradient."""
-    unfinished(row)
-    folder = steps_in(row.folder / "base" if row.stage == "rlaif" else row.run)[-1]
-    token = ord(draw.choice("ABCD" if row.stage != "rlaif" else "N"))
-    plant(folder, "model.embed_tokens.weight", 1e38, token)
-    before = steps_in(row.run)
-    status, output = start(row, **({"overwrite": True} if row.stage == "rlaif" else {"resume": True})).wait(60)
+    """A batch whose loss or gradient is not finite ends the run before it moves a weight, and is kept. Of a reward that is too large for the
+    advantages' fp32; in the other stages of a learning rate that blew the weights up at the step before."""
+    fresh(row)
+    if row.stage in ("ppo", "grpo"):
+        child, at = start(row), draw.choice([3, 5])  # no validation comes between this step and the next
+        until(child, lambda: progress(row) >= at)
+        (row.folder / "huge").touch()
+        child.send(signal.SIGCONT)
+    else:
+        child = start(row, save_every=0, eval_every=0, **too_high(row, draw.choice([1e30, 1e39])))
+    status, output = child.wait(60)
     kept = list(row.run.glob("nonfinite_step_*.safetensors"))
-    saved = row.stage in ("ppo", "grpo", "rlaif") or len(kept) == 1 and token in safetensors.torch.load_file(kept[0])["tokens"]  # of these it is sampling that fails
-    yield "survived", status == 1 and "not finite" in error_line(output) and saved, output
-    yield "nothing lost", steps_in(row.run) == before and not [p for p in before if damage(p)], str(steps_in(row.run))
+    yield "survived", status == 1 and "finite" in error_line(output) and len(kept) == 1 and len(safetensors.torch.load_file(kept[0])["tokens"]) > 0, output
+    yield "nothing lost", not lost(row), lost(row)
+    if row.stage in ("ppo", "grpo"):
+        (row.folder / "huge").unlink()
+        yield from goes_on(row)
+
+
+def too_high(row, rate):
+    """Flags of a learning rate that blows the weights up in one step; at 1e39 they are no longer finite."""
+    return {"lr": 1e30, "embed_lr": rate, "head_lr": rate} if row.stage == "pretrain" else {"lr": rate}
+
+
+def nan_save(row, draw):
+    """Asked to save when the last step made its weights not finite, a run does not."""
+    fresh(row)
+    child = start(row, save_every=0, eval_every=0, **too_high(row, 1e39))
+    until(child, lambda: progress(row) >= 1)
+    child.send(signal.SIGTERM, signal.SIGCONT)
+    status, output = child.wait(60)
+    yield "survived", status == 1 and "finite" in error_line(output), output
+    yield "nothing lost", not steps_in(row.run), str(steps_in(row.run))
 
 
 def bad_reward(row, draw, what, said):
@@ -544,7 +568,7 @@ def other_ranks(row, draw):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 
-FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch,
+FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch, nan_save,
                                   reward_hangs, reward_raises, reward_nan, rank_killed, other_ranks)}  # fmt: skip
 
 
@@ -552,7 +576,7 @@ def applies(stage, fault):
     if fault.startswith("reward_"):
         return stage in ("ppo", "grpo")
     if stage == "rlaif":
-        return fault not in ("flipped", "missing", "rank_killed", "other_ranks", "full_disk")
+        return fault not in ("flipped", "missing", "rank_killed", "other_ranks", "full_disk", "nan_batch", "nan_save")
     return stage != "quickstart"
 
 
@@ -564,9 +588,9 @@ def check(made, stage, fault, seed):
         try:
             for column, green, detail in FAULTS[fault](row, random.Random(f"{stage} {fault} {seed}")):
                 found[column] = found.get(column, True) and bool(green)
-                seen = seen or ("" if green else f"{column}: {detail}")
+                seen += "" if green else f"{column}: {detail}\n"
         except Exception:
-            found, seen = found | {"survived": False}, seen or traceback.format_exc()
+            found, seen = found | {"survived": False}, seen + traceback.format_exc()
     return found, seen, time.monotonic() - began
 
 
@@ -587,7 +611,7 @@ def main(config):
                         found, seen, seconds = check(made, stage, fault, seed)
                         print(f"{stage:<10} {fault:<14} {seed}  {found} {seconds:.1f}s", flush=True)
                         if seen:
-                            print(seen[-3000:])
+                            print(seen[-2500:])
     print(f"{time.monotonic() - began:.0f} s")
 
 
