@@ -39,10 +39,10 @@ class Config:
     stages: str = ""  # comma-separated; "": all
     faults: str = ""  # comma-separated; "": all
     jobs: int = 2  # rows at once
-    keep: str = ""  # an empty directory to leave everything in, to look at; "": a temporary one
 
 
 ROOT = Path(__file__).parents[1]
+COLUMNS = ("survived", "nothing lost", "exact")
 TOK = tokenizer.train(["Better: A Better: B " * 5], 256 + 4 + 7)  # " A" and " B" are single tokens, which a judge needs
 TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=8, out="run")
 RL = dict(init="sft", data="prompts.jsonl", max_new=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
@@ -53,7 +53,7 @@ STAGES = {  # name: (script, flags)
     "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),
     "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, kl_target=0.1, kl_horizon=50)),
     "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=3)),
-    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=2, max_new=30, min_margin=0, out="run.jsonl")),
+    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=1, max_new=30, min_margin=0, out="run/run.jsonl")),
     "quickstart": (quickstart, dict(fast=True, out="run")),
 }  # fmt: skip
 REWARDS = """
@@ -92,8 +92,10 @@ def tiny(seed, **shape):
     return model
 
 
-def make_inputs(folder):
-    """Models, data and rewards of all stages, in `folder`. Every row gets a copy: runs name them by relative paths, so that their records do not differ."""
+def make_inputs(made):
+    """Models, data and rewards of all stages, in made/inputs -> made. Every row gets a copy: runs name them by relative paths, so that their records do not differ."""
+    folder = made / "inputs"
+    folder.mkdir()
     record = {"step": 1, "config": {}, "data": {}, "lineage": []}
     for name, stage, seed, shape in (("base", "pretrain", 5, {}), ("sft", "sft", 0, {}), ("rm", "reward", 7, {"scalar_head": True})):
         checkpoint.save(folder / name, tiny(seed, **shape), TOK, record | {"stage": stage, "center": 0.25, "metrics": {"accuracy": 0.8}})
@@ -109,6 +111,7 @@ def make_inputs(folder):
     (folder / "text.txt").write_text("".join(f"{name()} sees {name()}.{draw.choice(' ' + chr(10))}" for _ in range(120)))
     (folder / "constitution.txt").write_text("Be long.\nBe kind.\n")
     (folder / "rewards.py").write_text(REWARDS)
+    return made
 
 
 @dataclass
@@ -150,16 +153,20 @@ def start_pair(row, **flags):
 
 
 def straight(row, ranks=1):
-    """The folder of a run of this stage, seed and number of ranks that nothing happened to; made once. -> a Row"""
-    folder = row.made / f"{row.stage} {row.seed} {ranks}"
-    there = Row(row.made, folder, row.stage, row.seed)
-    if not folder.exists():
-        shutil.copytree(row.made / "inputs", folder)
+    """The Row of a run of this stage, seed and number of ranks that nothing happened to; made once."""
+    there = Row(row.made, row.made / f"{row.stage} {row.seed} straight {ranks}", row.stage, row.seed)
+    if not there.folder.exists():
+        new = Row(row.made, row.made / f"{there.folder.name} {os.getpid()}", row.stage, row.seed)
+        fresh(new)
         began = time.monotonic()
-        for status, output in [child.wait(120) for child in ([start(there)] if ranks == 1 else start_pair(there))]:
+        for status, output in [child.wait(120) for child in ([start(new)] if ranks == 1 else start_pair(new))]:
             if status:
                 raise UserError(f"{row.stage} fails without any fault: {output}")
-        (folder / "seconds").write_text(str(time.monotonic() - began))
+        (new.folder / "seconds").write_text(str(time.monotonic() - began))
+        try:
+            new.folder.rename(there.folder)
+        except OSError:  # another row was faster
+            pass
     return there
 
 
@@ -276,8 +283,9 @@ def kill(row, draw):
     """Five SIGKILLs: as it starts, two at a step, one inside a save, one anywhere; after each the run is gone on with."""
     fresh(row)
     seconds = float((straight(row).folder / "seconds").read_text())
-    moments = ["start", "step", "save", "step", "any"]
+    moments = ["start", "step", "step", "any"]
     draw.shuffle(moments)
+    moments.insert(draw.randint(0, 2), "save")  # not last, for then none may be left
     for i, moment in enumerate(moments):
         child = start(row, resume=i > 0)
         if moment == "step":
@@ -297,7 +305,7 @@ def kill(row, draw):
                 child.send(signal.SIGCONT)
             yield "survived", inside, f"no save was hit: {child.output()}"
         else:
-            time.sleep(draw.uniform(0, seconds * (0.3 if moment == "start" else 0.8)))
+            time.sleep(draw.uniform(0, seconds * (0.3 if moment == "start" else 0.6)))
         child.send(signal.SIGKILL)
         child.wait()
         yield "nothing lost", not lost(row), lost(row)
@@ -331,23 +339,19 @@ def two_signals(row, draw):
 def full_disk(row, draw):
     """A disk with room for one checkpoint and a seeded part of the next."""
     fresh(row)
-    pages = lambda path: sum(-(-p.stat().st_size // 4096) for p in path.rglob("*") if p.is_file())  # noqa: E731
-    if row.stage == "rlaif":
-        disk, flags = row.folder / "disk", {"out": "disk/run.jsonl", "batch": 1}
-        size = 5
-    else:
-        disk, flags = row.run, {}
-        size = int(pages(steps_in(straight(row).run)[-1]) * draw.uniform(1.4, 1.9)) + 6
+    disk, pages = row.folder / "run", 2  # of rlaif the second page of the log finds no room
+    if row.stage != "rlaif":
+        newest = steps_in(straight(row).run)[-1]
+        pages = int(sum(-(-p.stat().st_size // 4096) for p in newest.rglob("*") if p.is_file()) * draw.uniform(1.4, 1.9)) + 6
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 4}k", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages * 4}k", "none", str(disk)], capture_output=True).returncode:
         return  # no right to
     try:
-        if row.stage == "rlaif":
-            return
-        status, output = start(row, **flags).wait(120)
+        status, output = start(row).wait(120)
         kept = [p.name for p in steps_in(row.run)]
-        yield "survived", status == 1 and all(x in error_line(output) for x in ("make room", "--resume", f"kept: {', '.join(kept)}")) and "training goes on" in output, output
-        yield "nothing lost", kept and not lost(row) and progress(row) == 8, f"{kept} {lost(row)} {output}"
+        says = ["No space left", "--resume"] + (["make room", f"kept: {', '.join(kept)}"] if row.stage != "rlaif" else [])
+        yield "survived", status == 1 and all(x in error_line(output) for x in says) and (row.stage == "rlaif" or "training goes on" in output), output
+        yield "nothing lost", not lost(row) and (row.stage == "rlaif" or kept and progress(row) == 8), f"{kept} {lost(row)} {output}"
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         yield from goes_on(row)
     finally:
@@ -566,32 +570,108 @@ def other_ranks(row, draw):
         yield "exact", near, str(losses)
 
 
+def torchrun(row, draw):
+    """As a user has two processes: torchrun, one of whose workers is killed. It ends, none of them stays, and typed again with --resume the run goes on."""
+    fresh(row)
+    script, flags = STAGES[row.stage]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__, *(f"--{k}={v}" for k, v in (flags | {"seed": row.seed}).items())]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open(row.folder / "torchrun.txt", "w") as output:
+        agent = subprocess.Popen(command, cwd=row.folder, stdout=output, stderr=output, env=environment)
+        workers = []
+        while len(workers) < 2 or progress(row) < 1:
+            workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split() if agent.poll() is None else ["", ""]
+            time.sleep(0.001)
+        os.kill(int(draw.choice(workers)), signal.SIGKILL)
+        status = agent.wait(timeout=2 * PATIENCE)
+    alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    yield "survived", status == 1 and not alive, f"{status} {alive} {(row.folder / 'torchrun.txt').read_text()}"
+    yield "nothing lost", not lost(row), lost(row)
+    done = subprocess.run([*command, "--resume"], cwd=row.folder, capture_output=True, text=True, env=environment)
+    yield "survived", done.returncode == 0, done.stderr
+    yield "exact", not difference(row, ranks=2), difference(row, ranks=2)
+
+
+def quick_start(row, out):
+    """A Child that is the quick start, with all it starts in a session of its own."""
+    return start(row, before=lambda: (os.setsid(), os.chdir(ROOT)), out=out)
+
+
+def follow(child, true):
+    """Wait until `true()`. False if the child ended before."""
+    while not child.ended():
+        if true():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def pretrained(out):
+    """Whether the quick start has come to the end of its pretraining."""
+    report = out / "report.json"
+    return report.exists() and any(done["stage"] == "pretrain" for done in checkpoint.read_json(report)["stages"])
+
+
+def typed_again(row, draw):
+    """The quick start is killed and what it started is not; then it is asked to end. Each time the same command is typed again, here up to the end of its pretraining."""
+    straight, run = row.folder / "straight", row.folder / "run"
+    child = quick_start(row, straight)
+    follow(child, lambda: pretrained(straight))
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+    child, stage = quick_start(row, run), draw.choice(["tokenizer", "prepare", "pretrain"])
+    follow(child, lambda: f"\n{stage}\n$" in child.output())
+    child.send(signal.SIGKILL)
+    child.wait()
+    status, output = quick_start(row, run).wait(60)
+    yield "survived", status == 1 and f"--out={run}: another process is writing" in error_line(output), output
+    child = quick_start(row, run)
+    while not follow(child, lambda: "\npretrain\n$" in child.output()):  # until what the first one left behind has ended
+        time.sleep(0.1)
+        child = quick_start(row, run)
+    child.send(signal.SIGTERM)
+    status, output = child.wait(60)
+    yield "survived", status == 143 and "stopped in pretrain; the same command as before goes on from here" in output, output
+    child = quick_start(row, run)
+    yield "survived", follow(child, lambda: pretrained(run)), child.output()
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    files = [p.relative_to(straight) for pattern in ("world/*", "tokenizer/*", "data/*.bin", "base/step_*/*.safetensors", "base/samples.txt") for p in straight.glob(pattern)]
+    differ = [str(p) for p in files if (straight / p).read_bytes() != (run / p).read_bytes()]
+    yield "exact", len(files) > 20 and not differ and results(straight / "base") == results(run / "base"), str(differ or files)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch, nan_save,
-                                  reward_hangs, reward_raises, reward_nan, rank_killed, other_ranks)}  # fmt: skip
+                                  reward_hangs, reward_raises, reward_nan, rank_killed, other_ranks, torchrun, typed_again)}  # fmt: skip
 
 
 def applies(stage, fault):
+    if stage == "quickstart" or fault == "typed_again":
+        return (stage, fault) == ("quickstart", "typed_again")
     if fault.startswith("reward_"):
         return stage in ("ppo", "grpo")
-    if stage == "rlaif":
-        return fault not in ("flipped", "missing", "rank_killed", "other_ranks", "full_disk", "nan_batch", "nan_save")
-    return stage != "quickstart"
+    if fault == "torchrun":
+        return stage == "sft"
+    return stage != "rlaif" or fault not in ("flipped", "missing", "rank_killed", "other_ranks", "nan_batch", "nan_save")
 
 
 def check(made, stage, fault, seed):
-    """A row's ({column: whether it is green}, what there is to see of the first that is not, seconds)."""
+    """(stage, fault, seed, {column: whether it is green}, what there is to see of those that are not, seconds) of a row."""
     began, found, seen = time.monotonic(), {}, ""
-    with tempfile.TemporaryDirectory(dir=made, prefix=f"{stage} {fault} {seed} ") as folder:
-        row = Row(made, Path(folder), stage, seed)
-        try:
-            for column, green, detail in FAULTS[fault](row, random.Random(f"{stage} {fault} {seed}")):
-                found[column] = found.get(column, True) and bool(green)
-                seen += "" if green else f"{column}: {detail}\n"
-        except Exception:
-            found, seen = found | {"survived": False}, seen + traceback.format_exc()
-    return found, seen, time.monotonic() - began
+    folder = made / f"{stage} {fault} {seed}"
+    folder.mkdir()
+    row = Row(made, folder, stage, seed)
+    try:
+        for column, green, detail in FAULTS[fault](row, random.Random(f"{stage} {fault} {seed}")):
+            found[column] = found.get(column, True) and bool(green)
+            seen += "" if green else f"{column}: {detail}\n"
+    except Exception:
+        found["survived"], seen = False, seen + traceback.format_exc()
+    shutil.rmtree(folder, ignore_errors=True)
+    return stage, fault, seed, found, seen, time.monotonic() - began
 
 
 def main(config):
@@ -599,20 +679,26 @@ def main(config):
     if set(stages) - set(STAGES) or set(faults) - set(FAULTS):
         raise UserError(f"--stages={config.stages} --faults={config.faults}: stages are {', '.join(STAGES)}; faults are {', '.join(FAULTS)}")
     torch.set_num_threads(1)
-    began = time.monotonic()
+    began, results = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder)
-        (made / "inputs").mkdir()
-        make_inputs(made / "inputs")
-        for stage in stages:
-            for fault in faults:
-                for seed in range(config.seeds):
-                    if applies(stage, fault):
-                        found, seen, seconds = check(made, stage, fault, seed)
-                        print(f"{stage:<10} {fault:<14} {seed}  {found} {seconds:.1f}s", flush=True)
-                        if seen:
-                            print(seen[-2500:])
-    print(f"{time.monotonic() - began:.0f} s")
+        made = make_inputs(Path(folder))
+        rows = [(made, stage, fault, seed) for stage in stages for fault in faults if applies(stage, fault) for seed in range(config.seeds)]
+        print(f"{'stage':<11} {'fault':<14} seed   survived  nothing lost  exact  seconds", flush=True)
+        with get_context("fork").Pool(config.jobs) as pool:
+            for stage, fault, seed, found, seen, seconds in pool.imap_unordered(check_row, rows):
+                results.append((stage, fault, seed, found))
+                mark = [{True: "yes", False: "NO", None: "-"}[found.get(column)] for column in COLUMNS] if found else ["not run", "", ""]
+                print(f"{stage:<11} {fault:<14} {seed:>4}   {mark[0]:<8}  {mark[1]:<12}  {mark[2]:<5}  {seconds:7.1f}", flush=True)
+                print(seen[-3000:], end="", flush=True)
+    red = [f"{stage} {fault} {seed}" for stage, fault, seed, found in results if not all(found.values())]
+    idle = sum(not found for *_, found in results)
+    print(f"{len(results) - len(red) - idle} of {len(results) - idle} rows green, {idle} not run, in {clock_time(time.monotonic() - began)}")
+    if red:
+        raise UserError(f"something is lost: {'; '.join(red)}")
+
+
+def check_row(row):
+    return check(*row)
 
 
 if __name__ == "__main__":
