@@ -47,7 +47,7 @@ TOK = tokenizer.train(["Better: A Better: B " * 5], 256 + 4 + 7)  # " A" and " B
 TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=8, out="run")
 RL = dict(init="sft", data="prompts.jsonl", max_new=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
 STAGES = {  # name: (script, flags)
-    "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=4, polar="fp32")),
+    "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=8, polar="fp32")),
     "sft": (sft, TRAINING | dict(init="base", data="chats.jsonl", replay="text.txt", batch_tokens=300, max_new=8)),
     "reward": (reward, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6, center_samples=4, max_new=8)),
     "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),

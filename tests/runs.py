@@ -7,6 +7,7 @@ import torch
 from test_pretrain import results, succeeds
 
 import checkpoint
+import common
 from bench.child import run_script
 from data import tokenizer
 
@@ -37,6 +38,15 @@ def pair(fork, script, **flags):
         port = str(s.getsockname()[1])
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(2)]
     return [succeeds(child) for child in [start(fork, script, r, **flags) for r in ranks]]
+
+
+def here(main, config):
+    """main(config) in this process, which gives up its locks afterwards, as one that ends does."""
+    try:
+        main(config)
+    finally:
+        while common.LOCKS:
+            common.LOCKS.pop().close()
 
 
 def refused(child):
