@@ -144,12 +144,12 @@ def start(row, environment={}, before=None, **flags):
     return Child(row.folder / f"output{row.children}.txt", call, **environment)
 
 
-def start_pair(row, **flags):
+def start_pair(row, before=None, **flags):
     """Two Children under gloo that share one run."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [start(row, {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, **flags) for r in range(2)]
+    return [start(row, {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, before, **flags) for r in range(2)]
 
 
 def straight(row, ranks=1):
@@ -556,6 +556,20 @@ def rank_killed(row, draw):
     yield from goes_on(row, ranks=2)
 
 
+def rank_stopped(row, draw):
+    """Of two processes only the one that does not save gets SIGTERM, and the other cannot save: it may not say that it did."""
+    fresh(row)
+    pair, at = start_pair(row, before=obey_permissions), draw.randint(2, 5)
+    until(pair[1], lambda: progress(row) >= at)
+    row.run.chmod(0o555)
+    pair[1].send(signal.SIGTERM, signal.SIGCONT)
+    (status, output), (other, _) = (child.wait(60) for child in pair)
+    yield "survived", (status, other) == (1, 143) and "Permission denied" in error_line(output) and "stopped after" not in output, f"{status} {other} {output}"
+    yield "nothing lost", not lost(row), lost(row)
+    row.run.chmod(0o755)
+    yield from goes_on(row, ranks=2)
+
+
 def other_ranks(row, draw):
     """Begun by two processes and gone on with by one, and the other way about: the same losses."""
     for before, after in ((2, 1), (1, 2)):
@@ -645,7 +659,7 @@ def typed_again(row, draw):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch, nan_save,
-                                  reward_hangs, reward_raises, reward_nan, rank_killed, other_ranks, torchrun, typed_again)}  # fmt: skip
+                                  reward_hangs, reward_raises, reward_nan, rank_killed, rank_stopped, other_ranks, torchrun, typed_again)}  # fmt: skip
 
 
 def applies(stage, fault):
@@ -653,7 +667,7 @@ def applies(stage, fault):
         return (stage, fault) == ("quickstart", "typed_again")
     if fault.startswith("reward_"):
         return stage in ("ppo", "grpo")
-    if fault == "torchrun":
+    if fault in ("torchrun", "rank_stopped"):  # what these look at is the same in every stage
         return stage == "sft"
     return stage != "rlaif" or fault not in ("flipped", "missing", "rank_killed", "other_ranks", "nan_batch", "nan_save")
 

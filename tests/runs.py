@@ -1,5 +1,6 @@
 """What the tests of fine-tuning and of preferences share: tiny checkpoints, whole runs in forked children, and the same run found twice."""
 import json
+import signal
 import socket
 
 import safetensors.torch
@@ -41,10 +42,13 @@ def pair(fork, script, **flags):
 
 
 def here(main, config):
-    """main(config) in this process, which gives up its locks afterwards, as one that ends does."""
+    """main(config) in this process, which gives up its locks and signals afterwards, as one that ends does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(config)
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         while common.LOCKS:
             common.LOCKS.pop().close()
 

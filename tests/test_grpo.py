@@ -422,8 +422,11 @@ def test_answers_without_an_end_teach_nothing_where_they_are_masked(train, files
 
 
 def test_answers_that_no_longer_end_are_reported_once(train, files, tmp_path):  # noqa: F811
-    output = succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:length", steps=12, prompts=5, max_new=10, lr=0.02, target_kl=0, eval_every=0))
+    how = dict(reward=f"{files}/rewards.py:length", steps=12, prompts=5, max_new=10, lr=0.02, target_kl=0, eval_every=0)
+    output = succeeds(train(tmp_path / "run", **how))
     assert output.count("warning: ") == 1 and "of the answers end, after" in output and "--overlong=punish" in output
+    shutil.rmtree(tmp_path / "run/step_000012")
+    assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
 
 
 @pytest.mark.parametrize("recipe", grpo.RECIPES)

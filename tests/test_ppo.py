@@ -534,8 +534,11 @@ def test_a_poor_reward_model_is_refused(train, make_model, files, tmp_path):
 
 
 def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_path):
-    output = succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:length", unfinished_penalty=0, steps=12, batch=24, beta=0, lr=0.02, max_new=10, target_kl=0, eval_every=0))
+    how = dict(reward=f"{files}/rewards.py:length", unfinished_penalty=0, steps=12, batch=24, beta=0, lr=0.02, max_new=10, target_kl=0, eval_every=0)
+    output = succeeds(train(tmp_path / "run", **how))
     assert output.count("warning: ") == 1 and "of the answers end, after" in output
+    shutil.rmtree(tmp_path / "run/step_000012")
+    assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
     assert "warning" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
 
 
