@@ -503,13 +503,13 @@ def too_high(row, rate):
 
 
 def nan_save(row, draw):
-    """Asked to save when the last step made its weights not finite, a run does not."""
+    """Asked to leave after a step that made its weights not finite, a run does not save them."""
     fresh(row)
     child = start(row, save_every=0, eval_every=0, **too_high(row, 1e39))
-    until(child, lambda: progress(row) >= 1)
+    until(child, lambda: (row.run / "log.jsonl").exists())  # before its first step
     child.send(signal.SIGTERM, signal.SIGCONT)
     status, output = child.wait(60)
-    yield "survived", status == 1 and "finite" in error_line(output), output
+    yield "survived", status == 1 and "no longer finite; these weights are not saved" in error_line(output), output
     yield "nothing lost", not steps_in(row.run), str(steps_in(row.run))
 
 
