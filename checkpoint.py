@@ -165,7 +165,7 @@ def open_tensors(path):
 
 @torch.no_grad()
 def model_from_hf(c, folder):
-    """The GPT of a Hugging Face directory, floats of any kind there. UserError names a tensor that is missing or is not what the configuration says.
+    """The GPT of a Hugging Face directory, floats of any kind there. UserError names a tensor that is missing, not finite or not what the configuration says.
 
     A config.json can claim any size: memory is taken for a tensor only once the file is seen to hold it.
     """
@@ -187,7 +187,10 @@ def model_from_hf(c, folder):
                     raise UserError(f"{where[hf_name]}: tensor {hf_name} is {shape}, config.json says {list(target.shape)}")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise UserError(f"{where[hf_name]}: tensor {hf_name} is of {dtype}, where F32, F16 or BF16 was expected; quantised weights are not read")
-                parts.append(f.get_tensor(hf_name))
+                tensor = f.get_tensor(hf_name)
+                if not tensor.isfinite().all():
+                    raise UserError(f"{where[hf_name]}: tensor {hf_name} holds numbers that are not finite; these weights are damaged, take another checkpoint")
+                parts.append(tensor)
         found[name] = torch.cat(parts).float()  # a copy: what safetensors gives may lie in the file
     model.load_state_dict(found, assign=True)
     model.cos, model.sin = rotary_tables(c)
@@ -527,6 +530,9 @@ class Run:
 
         A disk that refuses costs this save, not the run, unless it is the last one.
         """
+        for name, p in [pair for each in (model, *(beside or {}).values()) for pair in each.named_parameters()]:
+            if not whole(p.isfinite().all()):
+                raise UserError(f"step {step}: {name} is no longer finite; these weights are not saved. " + ADVICE)
         before, self.best = self.best, min(self.best, metrics.get("val_loss", self.best))
         tensors, model = {}, unsharded(model, "cpu", keep=rank() == 0)
         for name, tensor in state.items():
@@ -545,7 +551,7 @@ class Run:
                 failed = str(e)
         if reduce_sum(bool(failed))[0]:  # all ranks wait here: none may end, and have torchrun end the others, while rank 0 writes
             self.best = before
-            if step == self.steps or self.stop.asked:
+            if step == self.steps or self.stop.leaving:
                 raise UserError(failed or "rank 0 could not save")
             if failed:
                 print(f"warning: {failed}\nwarning: training goes on; the next save may fare better", file=sys.stderr, flush=True)

@@ -97,7 +97,7 @@ def print_help(Config):
 
 
 def launch(main, Config):
-    """Run a script: parse its flags, call `main(config)`, turn a UserError into one line on stderr and exit status 1."""
+    """Run a script: parse its flags, call `main(config)`, turn a UserError, or the end of another rank, into one line on stderr and exit status 1."""
     status = 0
     try:
         main(parse_cli(Config))
@@ -105,6 +105,10 @@ def launch(main, Config):
         status = f"error: {e}"
     except SystemExit as e:
         status = e.code
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):  # Gloo's are plain RuntimeErrors
+            raise
+        status = f"error: another process of this run has ended or cannot be reached ({str(e).splitlines()[0]}); it says why itself. What was saved is whole: mend that, then go on with --resume"
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read our output has left, as `head` does
@@ -198,33 +202,35 @@ def random_state(device):
 def set_random_state(tensors, device):
     """Restore this rank's generators; with another number of ranks than at the save they stay as `setup` seeded them."""
     if len(tensors["random/cpu"]) == world_size():
-        torch.set_rng_state(tensors["random/cpu"][rank()])
+        torch.set_rng_state(tensors["random/cpu"][rank()].clone())  # PyTorch reads a row of a matrix from the wrong place
         if device.type == "cuda" and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"][rank()], device)
+            torch.cuda.set_rng_state(tensors["random/cuda"][rank()].clone(), device)
 
 
 class Stop:
     """SIGTERM and SIGINT ask the run to finish its step, save and leave; a second one leaves at once."""
 
     def __init__(self):
-        self.asked = 0  # the signal's number
+        self.asked, self.leaving = 0, False  # the signal's number; whether all ranks know
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if self.asked:
-            sys.exit(f"\nleft at once on a second {signal.Signals(number).name}; what was saved is whole")
+            os.write(2, f"\nleft at once on a second {signal.Signals(number).name}; what was saved is whole\n".encode())
+            os._exit(128 + number)  # whatever is being done: a reward function may catch what is raised here
         self.asked = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once", file=sys.stderr, flush=True)
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once\n".encode())  # print may be what was interrupted
 
     def agreed(self):
         """True when any rank was asked, on all ranks at the same step."""
-        return reduce_sum(self.asked)[0] > 0
+        self.leaving = reduce_sum(self.asked)[0] > 0
+        return self.leaving
 
-    def leave(self, step):
+    def leave(self, step, unit="step"):
         """End the process after a save, with the exit status a shell expects of the signal."""
         if rank() == 0:
-            print(f"stopped after step {step}, saved; the same command with --resume goes on", file=sys.stderr, flush=True)
+            print(f"stopped after {unit} {step}, saved; the same command with --resume goes on", file=sys.stderr, flush=True)
         sys.exit(128 + (self.asked or signal.SIGTERM))
 
 
@@ -247,7 +253,7 @@ def open_run(out, resume, overwrite):
     if rank() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            lock(run)
+            lock(run / ".lock", out)
             found = [p for pattern in OURS for p in run.glob(pattern)]
             if found and not (resume or overwrite):
                 raise UserError(f"--out={out}: a run is here already ({found[0].name}); --resume goes on with it, --overwrite replaces it")
@@ -269,17 +275,17 @@ def clear_run(run, overwrite):
             raise UserError(f"{run}: {e.strerror}") from None
 
 
-def lock(run):
-    """Hold run/.lock while this process lives; UserError if another one does."""
+def lock(path, out):
+    """Hold the lock file of `--out=out` while this process lives; UserError if another one does."""
     if os.name != "posix":
         return  # fcntl is POSIX; on Windows two runs in one directory are the user's to avoid
     import fcntl
 
-    handle = open(run / ".lock", "w")
+    handle = open(path, "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"--out={run}: another process is writing this run; wait for it or choose another directory") from None
+        raise UserError(f"--out={out}: another process is writing this run; wait for it or choose another --out") from None
     LOCKS.append(handle)
 
 
@@ -323,13 +329,17 @@ class Log:
         self.files[name] = size, waiting
 
     def sync(self):
-        """Have the disk hold what was written: before a checkpoint, so that a checkpoint never knows more than its log."""
-        if rank() == 0 and self.path.exists():
+        """Have the disk hold what was written, and what waits: before a checkpoint, so that a checkpoint never knows more than its log. UserError where it cannot."""
+        for name in self.files:
+            self.append(name, "")
+            path, (_, waiting) = self.path.with_name(name), self.files[name]
+            if waiting:
+                raise UserError(f"{path}: {len(waiting)} bytes of it wait in memory")
             try:
-                with open(self.path, "rb+") as f:
+                with open(path, "rb+") as f:
                     os.fsync(f.fileno())
             except OSError as e:
-                raise UserError(f"{self.path}: {e.strerror}") from None
+                raise UserError(f"{path}: {e.strerror}") from None
 
     def step(self, step, tokens, flops_per_token, device, quiet={}, **values):
         """Log update number `step` (from 1): its `tokens` (all ranks), speed, MFU where the GPU's peak is known, time left, and `values`; `quiet` ones not on the terminal."""

@@ -321,10 +321,10 @@ def main(config):
     if run.resumed:
         run.check_same(data)
     counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))
+    warned = counters.get("warned", False)
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
     flops = model.flops_per_token(int(np.mean([len(side.ids) for item in train for side in item])))
-    warned = False
 
     # 3. Train
     for step in range(run.start + 1, steps + 1):
@@ -350,7 +350,7 @@ def main(config):
                 warned = True
                 print(f"warning: chosen answers have become {-metrics['chosen_ratio']:.2f} nats less likely than they were; so it often goes, --nll=1, a larger --beta or a lower --lr hold them up")
         if run.due(step, config.save_every) or leaving:
-            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics)
+            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index, "warned": warned}, metrics)
         if leaving and step < steps:
             run.stop.leave(step)
         run.log.skip_time()

@@ -272,7 +272,7 @@ def main(config):
     usual, warned = None, False  # usual: (share finished, answer tokens) of the first step
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
-        usual = counters["usual"]
+        usual, warned = counters["usual"], counters["warned"]
 
     for step in range(run.start + 1, steps + 1):
         rate = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
@@ -348,7 +348,7 @@ def main(config):
             run.log.sample(step, f"{val[0][0][-1]['content']}\n--- answers:\n{said}")
         if run.due(step, config.save_every) or leaving:
             beside = {"reference": reference} if reference and config.reference_every and step >= config.reference_every else {}
-            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index, "usual": usual}, metrics, beside)
+            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index, "usual": usual, "warned": warned}, metrics, beside)
         if leaving and step < steps:
             run.stop.leave(step)
         run.log.skip_time()

@@ -251,11 +251,10 @@ def main(config):
     if run.resumed:
         run.check_same(data)
     counters = run.begin(steps, {"": optimizer, "critic/": critic_optimizer}, data, sum(p.numel() for p in model.parameters()))
-    beta, usual = config.beta, None  # usual: (share finished, answer tokens) of the first step
+    beta, usual, warned = config.beta, None, False  # usual: (share finished, answer tokens) of the first step
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
-        beta, usual = counters["beta"], counters["usual"]
-    warned = False
+        beta, usual, warned = (counters[name] for name in ("beta", "usual", "warned"))
 
     for step in range(run.start + 1, steps + 1):
         rate = wsd(step - 1, steps, int(config.warmup * steps), steps)
@@ -335,7 +334,7 @@ def main(config):
             run.validated(step, metrics, f"on {len(val)} held-out prompts: {shown}")
             run.log.sample(step, f"{val[0][0][-1]['content']}\n--- answers:\n{text}")
         if run.due(step, config.save_every) or leaving:
-            counters = {"epoch": order.epoch, "index": order.index, "beta": beta, "usual": usual}
+            counters = {"epoch": order.epoch, "index": order.index, "beta": beta, "usual": usual, "warned": warned}
             state = optimizer.state() | {f"critic/{name}": t for name, t in critic_optimizer.state().items()}
             run.save(step, model, tok, state, counters, metrics, {"critic": critic}, critic_center=center)
         if leaving and step < steps:

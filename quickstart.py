@@ -5,7 +5,7 @@ command goes on where it stopped. Ends in out/quickstart/report.json and a table
 
     python quickstart.py
 """
-import json, math, os, shlex, subprocess, sys, time
+import json, math, os, shlex, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 import report
 from checkpoint import INFO, code_hash, find, read_json
-from common import UserError, clock_time, describe, launch, replace_text
+from common import LOCKS, UserError, clock_time, describe, launch, lock, replace_text
 
 
 @dataclass
@@ -81,16 +81,24 @@ def begun(words):
 
 
 def run(stage, words):
-    """Print and run one command -> its record {"stage", "command", "seconds"}. UserError where it fails."""
+    """Print and run one command -> its record {"stage", "command", "seconds"}. UserError where it fails; where a signal stopped it the process ends as it did."""
     command = shlex.join(["python", *words])
     print(f"\n{stage}\n$ {command}", flush=True)
     begin = time.perf_counter()
     # PASSIVE: on a laptop that is doing other things as well, threads that spin while they wait make training many times slower.
-    process = subprocess.Popen([sys.executable, *words, *begun(words)], env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ)
+    # It holds our lock too: where we are killed and it is not, the next quick start waits for it.
+    process = subprocess.Popen([sys.executable, *words, *begun(words)], env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ, pass_fds=[handle.fileno() for handle in LOCKS])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
         status = process.wait()
     except KeyboardInterrupt:  # the command got it too: it finishes its step and saves
         status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    number = -status if status < 0 else status - 128
+    if number in (signal.SIGINT, signal.SIGTERM):
+        print(f"stopped in {stage}; the same command as before goes on from here", file=sys.stderr)
+        sys.exit(128 + number)
     if status:
         raise UserError(f"{stage} ended with status {status}; the same command as before goes on from here")
     return {"stage": stage, "command": command, "seconds": round(time.perf_counter() - begin, 1)}
@@ -153,6 +161,7 @@ def main(config):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out={out}: {e.strerror}") from None
+    lock(out / ".lock", config.out)
     record = read_json(report_file) if report_file.exists() else {"stages": []}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for stage, words in rows(config):

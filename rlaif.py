@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
-from common import UserError, check, clock_time, describe, launch, replace_text, setup, world_size
+from common import Stop, UserError, check, clock_time, describe, launch, lock, replace_text, setup, world_size
 from data import chat
 from data.world import judge_prompt
 from rollout import Sample, answers, judge_score, load_rewards, question, read_constitution, reward_answers, reward_hashes, rollout, transcript
@@ -249,6 +249,8 @@ def begin(config, head):
     """The log's record of the last batch that is whole in --out, {} for none; both files end there afterwards. UserError where another run's file is there."""
     out, log = Path(config.out), Path(config.out).with_suffix(".log.jsonl")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock(out.with_name(f".{out.name}.lock"), config.out)
         if out.exists() and not (config.resume or config.overwrite):
             raise UserError(f"--out={out}: is here already; --resume goes on with it, --overwrite replaces it")
         lines = []
@@ -261,7 +263,6 @@ def begin(config, head):
         if not all(map(is_record, whole)):
             raise ValueError
         last = whole[-1] if whole else {}
-        out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "ab") as f:
             f.truncate(last.get("bytes", 0))
         replace_text(log, "".join(json.dumps(r) + "\n" for r in [*(lines[:1] or [head]), *whole]))
@@ -334,6 +335,7 @@ def main(config):
     # 2. Batch by batch
     record = begin(config, {"stage": "rlaif", "config": dataclasses.asdict(config), "data": data, **describe(device)}) or {"rows": 0, "bytes": 0, "seconds": 0.0, "counts": {}, "figures": {}}
     print(f"{len(rows):,} rows, {len(principles)} principles, on {describe(device)['hardware']}" + (f"; going on after row {record['rows']:,}" if record["rows"] else ""), flush=True)
+    stop = Stop()
     start, began, spent = record["rows"], time.perf_counter(), record["seconds"]
     for first in range(start, len(rows), config.batch):
         written, counts, figures = work(rows[first : first + config.batch], first)
@@ -348,6 +350,8 @@ def main(config):
         append(Path(config.out).with_suffix(".log.jsonl"), json.dumps(record) + "\n")
         left = seconds / (record["rows"] - start) * (len(rows) - record["rows"])
         print(f"row {record['rows']:,}/{len(rows):,} | {' | '.join(f'{name} {n:,}' for name, n in counts.items() if n)} | eta {clock_time(left)}", flush=True)
+        if stop.agreed() and record["rows"] < len(rows):
+            stop.leave(record["rows"], "row")
 
     # 3. What came of it
     done = record["counts"].get("pairs kept", record["counts"].get("answers revised", 0))

@@ -278,7 +278,14 @@ def scores(model, documents, micro_tokens, center=0.0):
     longest = max(map(len, documents))
     if longest > model.config.context:
         raise UserError(f"a conversation of {longest} tokens exceeds the reward model's context of {model.config.context}")
-    return torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]).cpu().double().numpy() - center
+    return finite(torch.cat([score(model, p.to(model.embed.device)) for p in packs(documents, micro_tokens)]), "reward model's scores") - center
+
+
+def finite(found, what):
+    """float64 [n] of a tensor on any device; UserError where one is not finite, which in a comparison would pass for a tie."""
+    if not found.isfinite().all():
+        raise UserError(f"the {what} are not finite: its weights are damaged; take another checkpoint")
+    return found.cpu().double().numpy()
 
 
 @torch.no_grad()
@@ -293,7 +300,7 @@ def prefer_first(model, tok, prompts, micro_tokens):
     if longest > model.config.context:
         raise UserError(f"a judge prompt of {longest} tokens exceeds the model's context of {model.config.context}")
     hidden = torch.cat([model(p.to(model.embed.device))[p.cu[1:].long() - 1] for p in packs(documents, micro_tokens)])
-    return torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0].cpu().double().numpy()
+    return finite(torch.softmax(hidden.float() @ head.T, dim=-1)[:, 0], "judge's probabilities")
 
 
 def judge_score(model, tok, triples, principle, micro_tokens):
@@ -461,21 +468,27 @@ def judge_reward(name, device, micro_tokens, constitution):
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """TimeoutError if what is done within takes longer. By a signal, so in the main thread and on POSIX only; elsewhere there is no limit."""
+    """TimeoutError if what is done within takes longer, even if it catches that. By a signal, so in the main thread and on POSIX only; elsewhere there is no limit."""
     if not hasattr(signal, "setitimer"):
         yield
         return
 
+    late = TimeoutError(f"took longer than {seconds:g} seconds")
+    came = []
+
     def expired(number, frame):
-        raise TimeoutError(f"took longer than {seconds:g} seconds")
+        came.append(number)
+        raise late
 
     before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, for what catches the first may go on
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if came:
+        raise late
 
 
 def load_function(file, name):

@@ -46,7 +46,7 @@ MUTANTS = [
     ("mean_per_micro_batch", "ppo.py", "(losses.sum() / n_tokens).backward()", "losses.mean().backward()", PPO),
     ("early_stop_steps", "ppo.py", "optimizer.zero_grad(), critic_optimizer.zero_grad()\n", "[setattr(p, 'grad', torch.zeros_like(p)) for m in (model, critic) for p in m.parameters()], optimizer.step(rate), critic_optimizer.step(rate)\n", PPO),
     ("beta_steered_away", "ppo.py", "kl / target - 1", "1 - kl / target", PPO),
-    ("resume_forgets_beta", "ppo.py", 'beta, usual = counters["beta"], counters["usual"]', 'usual = counters["usual"]', PPO),
+    ("resume_forgets_beta", "ppo.py", 'beta, usual, warned = (counters[name] for name in ("beta", "usual", "warned"))', 'usual, warned = counters["usual"], counters["warned"]', PPO),
     ("resume_forgets_critic", "ppo.py", 'checkpoint.read(run.resumed / "critic", device)[0]', "first_critic(config, model, tok)[0]", PPO),
     # GRPO
     ("std_without_a_guard", "grpo.py", "return torch.where(differs(rewards)[:, None], advantages, 0.0)", "return centred / (rewards.std(1, keepdim=True) + 1e-8) if kind == 'grpo' else advantages", GRPO),

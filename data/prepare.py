@@ -512,7 +512,7 @@ def main(config):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out={out}: {e.strerror}") from None
-    lock(out)
+    lock(out / ".lock", out)
     if begin(out, recipe, config.overwrite):
         shutil.rmtree(work, ignore_errors=True)
         print(f"{out}: complete, nothing to do")

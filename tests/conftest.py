@@ -7,8 +7,6 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import subprocess
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: tests that ask for it (`kernels_run`) then run the kernels on the CPU
     import interpreter  # noqa: F401
 
+from bench.child import Child
 from kernels import _lib
 from model import GPT, GPTConfig
 
@@ -83,43 +82,9 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(where)], check=True)
 
 
-class Child:
-    """A forked copy of this process that calls a function, its output in a file: a real process without the seconds that importing torch takes."""
-
-    def __init__(self, path, call, *args, **environment):
-        self.path = path
-        sys.stdout.flush(), sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(file, 1), os.dup2(file, 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                os.environ.update(environment)
-                call(*args)
-                code = 0
-            except SystemExit as e:
-                if isinstance(e.code, str):
-                    print(e.code, file=sys.stderr)
-                code = 1 if isinstance(e.code, str) else e.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-
-    def output(self):
-        return self.path.read_text() if self.path.exists() else ""
-
-    def wait(self):
-        """(exit status, negative for a signal; everything it printed)"""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.output()
-
-
 @pytest.fixture
 def fork(tmp_path):
-    """A function: (call, *args, ENVIRONMENT=...) -> Child. Children still alive at the end of the test are killed."""
+    """A function: (call, *args, ENVIRONMENT=...) -> bench.child.Child. Children still alive at the end of the test are killed."""
     children = []
 
     def start(call, *args, **environment):
@@ -128,9 +93,6 @@ def fork(tmp_path):
 
     yield start
     for child in children:
-        try:
-            if os.waitpid(child.pid, os.WNOHANG)[0] == 0:
-                os.kill(child.pid, 9)
-                os.waitpid(child.pid, 0)
-        except ChildProcessError:  # waited for by the test
-            pass
+        if not child.ended():
+            child.send(9)
+            child.wait()

@@ -1,12 +1,15 @@
 """What the tests of fine-tuning and of preferences share: tiny checkpoints, whole runs in forked children, and the same run found twice."""
 import json
+import signal
 import socket
 
 import safetensors.torch
 import torch
-from test_pretrain import results, run_script, succeeds
+from test_pretrain import results, succeeds
 
 import checkpoint
+import common
+from bench.child import run_script
 from data import tokenizer
 
 SMALL = dict(vocab_size=260, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=96)
@@ -36,6 +39,18 @@ def pair(fork, script, **flags):
         port = str(s.getsockname()[1])
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(2)]
     return [succeeds(child) for child in [start(fork, script, r, **flags) for r in ranks]]
+
+
+def here(main, config):
+    """main(config) in this process, which gives up its locks and signals afterwards, as one that ends does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        main(config)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        while common.LOCKS:
+            common.LOCKS.pop().close()
 
 
 def refused(child):

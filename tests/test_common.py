@@ -254,6 +254,19 @@ def test_a_full_disk_loses_no_line_and_breaks_none(small_disk, capsys):
     assert (run / "samples.txt").read_text() == "=== step 3 ===\na sample\n=== step 4 ===\nanother\n"
 
 
+def test_before_a_checkpoint_the_disk_gets_what_waited(small_disk):
+    """Samples come seldom: what found no room is not left to wait for the next of them, and where it still finds none there is no checkpoint."""
+    disk = small_disk(64)
+    log = Log(disk, 9, 0)
+    (disk / "filler").write_bytes(bytes(64 * 1024))
+    log.sample(1, "rain")
+    with pytest.raises(UserError, match="samples.txt: .* wait in memory"):
+        log.sync()
+    (disk / "filler").unlink()
+    log.sync()
+    assert "rain" in (disk / "samples.txt").read_text()
+
+
 def test_a_log_that_cannot_be_rewound_stays_as_it_is(small_disk):
     run = small_disk(64)
     text = "".join(json.dumps({"step": i, "text": "x" * 100}) + "\n" for i in range(200))

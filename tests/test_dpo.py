@@ -397,6 +397,9 @@ def test_a_run_learns_and_warns_when_the_chosen_answers_become_less_likely(train
     chosen = {name: min(r["chosen_ratio"] for r in records(tmp_path / name) if "val_loss" in r) for name in ("falls", "held")}
     assert chosen["falls"] < 0 and falls.count("warning: chosen answers have become") == 1 and "--nll=1" in falls, chosen
     assert chosen["held"] > chosen["falls"] and ("warning" in held) == (chosen["held"] < 0), chosen
+    (tmp_path / "falls/step_000030/manifest.json").unlink()
+    again = succeeds(train(tmp_path / "falls", resume=True, **how))
+    assert "going on after step 20" in again and "warning: chosen" not in again  # it has been said
 
 
 def test_kto_reads_single_answers_of_which_the_held_out_may_all_be_good(train, tmp_path):

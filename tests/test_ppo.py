@@ -26,8 +26,6 @@ END = chat.end_of_turn(TOK)
 TINY = dict(batch=12, max_new=6, lr=0.003, eval_every=2, eval_prompts=4, val_fraction=0.2, save_every=2, keep_last=9, device="cpu")
 WORDS = ("yes", "no", "ja")
 REWARDS = """
-import time
-
 def yes(prompt, completion, row):
     assert isinstance(prompt, str) and isinstance(row["finished"], bool)
     return float(completion == "yes")
@@ -49,12 +47,6 @@ def length(prompt, completion, row):
 
 def raises(prompt, completion, row):
     return row["absent"]
-
-def hangs(prompt, completion, row):
-    time.sleep(30)
-
-def nothing(prompt, completion, row):
-    return float("nan")
 
 def word(prompt, completion, row):
     return "good"
@@ -534,17 +526,6 @@ def test_too_far_a_step_is_left_out_and_moves_nothing(train, files, tmp_path):
     assert steps_of(tmp_path / "long", "updates") == [3, 3, 3] and max(steps_of(tmp_path / "long", "approx_kl")) > 1e-5
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_with_the_batch_saved(train, make_model, files, tmp_path):
-    critic = make_model(5, **(SMALL | {"scalar_head": True}))
-    with torch.no_grad():
-        critic.score[0, 3] = float("nan")
-    checkpoint.save(tmp_path / "critic", critic, TOK, {"stage": "reward", "step": 1})
-    line = refused(train(tmp_path / "run", critic=tmp_path / "critic", steps=3))
-    kept = tmp_path / "run/nonfinite_step_000001.safetensors"
-    assert "step 1: " in line and "not finite" in line and str(kept) in line and "nan" in line
-    assert {"tokens", "cu", "targets", "advantages", "returns"} <= safetensors.torch.load_file(kept).keys() and not list((tmp_path / "run").glob("step_*"))
-
-
 def test_a_poor_reward_model_is_refused(train, make_model, files, tmp_path):
     poor, unknown = save_reward_model(make_model, tmp_path / "poor", metrics={"accuracy": 0.5}), save_reward_model(make_model, tmp_path / "unknown", metrics={})
     assert f"--reward={poor}: it ordered 50.0% of its held-out pairs right, less than --min_accuracy=0.55" in refused(train(tmp_path / "run", reward=f"{poor}*0.5"))
@@ -553,8 +534,11 @@ def test_a_poor_reward_model_is_refused(train, make_model, files, tmp_path):
 
 
 def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_path):
-    output = succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:length", unfinished_penalty=0, steps=12, batch=24, beta=0, lr=0.02, max_new=10, target_kl=0, eval_every=0))
+    how = dict(reward=f"{files}/rewards.py:length", unfinished_penalty=0, steps=12, batch=24, beta=0, lr=0.02, max_new=10, target_kl=0, eval_every=0)
+    output = succeeds(train(tmp_path / "run", **how))
     assert output.count("warning: ") == 1 and "of the answers end, after" in output
+    shutil.rmtree(tmp_path / "run/step_000012")
+    assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
     assert "warning" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
 
 
@@ -623,9 +607,9 @@ def test_a_critic_or_reference_that_reaches_less_far_than_the_policy_is_refused(
         assert "context" in refused(train(tmp_path / "run", overwrite=True, steps=1, **flags))
 
 
-@pytest.mark.parametrize("name, named", [("raises", "KeyError: 'absent' ("), ("hangs", "TimeoutError: took longer than 0.2 seconds"), ("nothing", "nan for the completion"), ("word", "ValueError: could not convert string")])
+@pytest.mark.parametrize("name, named", [("raises", "KeyError: 'absent' ("), ("word", "ValueError: could not convert string")])
 def test_a_reward_function_that_fails_is_named_with_the_answer_it_failed_on(train, files, tmp_path, name, named):
-    line = refused(train(tmp_path / "run", reward=f"{files}/rewards.py:{name}", reward_timeout=0.2, steps=1))
+    line = refused(train(tmp_path / "run", reward=f"{files}/rewards.py:{name}", steps=1))
     assert f"--reward={files}/rewards.py:{name}: {named}" in line and "completion" in line
 
 

@@ -591,7 +591,7 @@ def test_a_strangers_folder_is_left_alone(tmp_path, tok):
 def test_two_processes_do_not_share_a_folder(tmp_path, tok):
     path = write_jsonl(tmp_path / "a.jsonl", sentences(50))
     (tmp_path / "out").mkdir()
-    common.lock(tmp_path / "out")
+    common.lock(tmp_path / "out/.lock", tmp_path / "out")
     with pytest.raises(UserError, match="another process"):
         run(tok, tmp_path / "out", path)
 

@@ -2,11 +2,15 @@
 import json
 import re
 import shlex
+import signal
+import time
 from html.parser import HTMLParser
 
 import pytest
+from runs import here, refused, start
 
 import checkpoint
+import common
 import quickstart
 import report as page_maker
 from common import UserError
@@ -60,7 +64,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     monkeypatch.setattr(quickstart, "rows", lambda config: [(s, [w for w in words if w != "--save_every=200"] + ["--save_every=5"] if s == "pretrain" else words) for s, words in rows])
     capfd.readouterr()
 
-    quickstart.main(config)
+    here(quickstart.main, config)
     printed = capfd.readouterr().out
     assert "world: done already" in printed and "prepare: done already" in printed
     assert "going on after step 10" in printed
@@ -80,7 +84,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
         assert [p["stage"] for p in info["lineage"]] == parents
     assert report["code"] and report["torch"]
 
-    quickstart.main(config)  # a third time: nothing is left to do, and the table is printed again
+    here(quickstart.main, config)  # a third time: nothing is left to do, and the table is printed again
     printed = capfd.readouterr().out
     assert printed.count("done already") == len(rows) and "story loss" in printed
 
@@ -88,7 +92,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     (tmp_path / "mine").mkdir()
     for name in ("sft", "grpo"):
         (tmp_path / "mine" / name).symlink_to(out / name)
-    quickstart.main(quickstart.Config(out=str(tmp_path / "mine"), report_only=True))
+    here(quickstart.main, quickstart.Config(out=str(tmp_path / "mine"), report_only=True))
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
@@ -101,7 +105,7 @@ def test_every_command_is_one_that_a_user_can_type():
 def test_another_command_of_the_same_stage_is_refused(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"stages": [{"stage": "world", "command": "python -m data.world --seed=9", "seconds": 1.0}]}))
     with pytest.raises(UserError, match="world was run by another command"):
-        quickstart.main(quickstart.Config(out=str(tmp_path)))
+        here(quickstart.main, quickstart.Config(out=str(tmp_path)))
 
 
 def test_a_stage_that_fails_is_named(tmp_path):
@@ -109,9 +113,27 @@ def test_a_stage_that_fails_is_named(tmp_path):
         quickstart.run("sample", ["sample.py", f"--model={tmp_path}"])
 
 
+def test_a_signal_reaches_the_stage_and_ends_both(fork):
+    child = fork(quickstart.run, "sample", ["-c", "import time; print('here', flush=True); time.sleep(60)"])
+    while "here\n" not in child.output():
+        assert not child.ended(), child.output()
+        time.sleep(0.01)
+    child.send(signal.SIGTERM)
+    status, output = child.wait()
+    assert status == 143 and "stopped in sample; the same command as before goes on from here" in output
+
+
+def test_two_quick_starts_do_not_share_a_directory(fork, tmp_path):
+    common.lock(tmp_path / ".lock", tmp_path)
+    try:
+        assert f"--out={tmp_path}: another process is writing" in refused(start(fork, quickstart, out=tmp_path))
+    finally:
+        common.LOCKS.pop().close()
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing to report"):
-        quickstart.main(quickstart.Config(out=str(tmp_path), report_only=True))
+        here(quickstart.main, quickstart.Config(out=str(tmp_path), report_only=True))
 
 
 def test_what_people_and_models_say_is_text_in_the_report(tmp_path):
@@ -129,7 +151,7 @@ def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatc
     monkeypatch.setattr(quickstart, "figures", lambda out: found)
     (tmp_path / "m_answers.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "finished": True}) + "\n")
     with pytest.raises(UserError, match="no sure improvement.*ppo: gold reward"):
-        quickstart.main(quickstart.Config(out=str(tmp_path)))
+        here(quickstart.main, quickstart.Config(out=str(tmp_path)))
     assert "✗" in (tmp_path / "report.html").read_text()
     found[0]["improved"] = True
-    quickstart.main(quickstart.Config(out=str(tmp_path)))
+    here(quickstart.main, quickstart.Config(out=str(tmp_path)))

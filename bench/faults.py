@@ -1,0 +1,721 @@
+"""Is anything ever lost? Every stage, as a user starts it, on a tiny model, under every fault that a machine or a user can bring upon it.
+
+A row of the table is one stage under one fault with one seed, which draws the moments and the files that are hit:
+
+    survived       the fault ended in what it should end in: the run went on, or one line said what happened and what to do, with the right exit status
+    nothing lost   checkpoints that were there stayed whole, none is half there, none holds a number that is not finite
+    exact          gone on with, the run ended in the weights, optimizer state, log and samples of a run that nothing happened to, bit for bit
+                   (on another number of ranks: in the same losses to 1e-5)
+
+Runs are forked from this process, which has imported torch once. A row whose fault cannot be made here (a full disk needs the right to mount one) is
+"not run". The exit status is 1 unless every row that ran is green.
+
+    python -m bench.faults
+    python -m bench.faults --seeds=1 --stages=ppo,grpo --faults=kill,full_disk
+"""
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # what is forked must have no threads, and sums must come out the same everywhere
+
+import ctypes, json, random, shutil, signal, socket, subprocess, sys, tempfile, time, traceback
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import checkpoint, dpo, grpo, ppo, pretrain, quickstart, reward, rlaif, sft
+from bench.child import Child, run_script
+from checkpoint import damage, steps_in
+from common import UserError, clock_time, launch
+from data import chat, tokenizer
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    seeds: int = 3  # rows of every stage and fault
+    stages: str = ""  # comma-separated; "": all
+    faults: str = ""  # comma-separated; "": all
+    jobs: int = 2  # rows at once
+
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("survived", "nothing lost", "exact")
+TOK = tokenizer.train(["Better: A Better: B " * 5], 256 + 4 + 7)  # " A" and " B" are single tokens, which a judge needs
+TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=8, out="run")
+RL = dict(init="sft", data="prompts.jsonl", max_new=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
+STAGES = {  # name: (script, flags)
+    "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=8, polar="fp32")),
+    "sft": (sft, TRAINING | dict(init="base", data="chats.jsonl", replay="text.txt", batch_tokens=300, max_new=8)),
+    "reward": (reward, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6, center_samples=4, max_new=8)),
+    "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),
+    "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, kl_target=0.1, kl_horizon=50)),
+    "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=3)),
+    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=1, max_new=30, min_margin=0, out="run/run.jsonl")),
+    "quickstart": (quickstart, dict(fast=True, out="run")),
+}  # fmt: skip
+REWARDS = """
+import time
+from pathlib import Path
+
+def vowels(prompt, completion, row):
+    if Path("hang").exists():
+        try:
+            time.sleep(60)
+        except Exception:  # as careless rewards do
+            return 0.0
+    if Path("raise").exists():
+        raise ValueError("no such word")
+    if Path("nan").exists():
+        return float("nan")
+    value = sum(map(completion.count, "aeiou")) + len(completion) % 7 / 7
+    return value * 1e39 if Path("huge").exists() else value  # finite, but not where the advantages are computed
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What the runs read, and running them
+
+
+def tiny(seed, **shape):
+    """A model with random weights that ends what it writes after a handful of tokens: one channel is much the same everywhere, and the ends read it."""
+    model = GPT(GPTConfig(**(dict(vocab_size=TOK.n_vocab, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=640) | shape))).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+        model.embed[:, 0] += 10.0
+        if not model.config.scalar_head:
+            model.untied_head[[chat.end_of_turn(TOK), TOK.eot], 0] += 1.4
+    return model
+
+
+def make_inputs(made):
+    """Models, data and rewards of all stages, in made/inputs -> made. Every row gets a copy: runs name them by relative paths, so that their records do not differ."""
+    folder = made / "inputs"
+    folder.mkdir()
+    record = {"step": 1, "config": {}, "data": {}, "lineage": []}
+    for name, stage, seed, shape in (("base", "pretrain", 5, {}), ("sft", "sft", 0, {}), ("rm", "reward", 7, {"scalar_head": True})):
+        checkpoint.save(folder / name, tiny(seed, **shape), TOK, record | {"stage": stage, "center": 0.25, "metrics": {"accuracy": 0.8}})
+    draw = random.Random(0)
+    name = lambda: draw.choice(["Ada", "Ben", "Cleo", "Dora"])  # noqa: E731
+    rows = {
+        "chats": [{"messages": [{"role": "user", "content": f"hi {name()}"}, {"role": "assistant", "content": f"{name()}!" + " yes" * draw.randint(0, 2)}]} for _ in range(60)],
+        "pairs": [{"prompt": f"{name()}?", "chosen": f"{name()}." + " no" * draw.randint(0, 2), "rejected": f"{name()}, {i}"} for i in range(60)],
+        "prompts": [{"prompt": f"Number {i}?", "answer": str(i)} for i in range(16)],
+    }
+    for file, some in rows.items():
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (folder / "text.txt").write_text("".join(f"{name()} sees {name()}.{draw.choice(' ' + chr(10))}" for _ in range(120)))
+    (folder / "constitution.txt").write_text("Be long.\nBe kind.\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    return made
+
+
+@dataclass
+class Row:
+    """Where a row's runs are, and where the straight runs of its stage and seed are: runs that nothing happened to."""
+
+    made: Path
+    folder: Path
+    stage: str
+    seed: int
+    children: int = 0
+
+    @property
+    def run(self):
+        return self.folder / STAGES[self.stage][1]["out"]
+
+
+def start(row, environment={}, before=None, **flags):
+    """A Child that runs the row's stage in its folder. before: called there first."""
+    row.children += 1
+    script, given = STAGES[row.stage]
+    argv = [f"--{name}={value}" for name, value in (given | {"seed": row.seed} | flags).items()]
+
+    def call():
+        os.chdir(row.folder)
+        if before:
+            before()
+        run_script(script, argv)
+
+    return Child(row.folder / f"output{row.children}.txt", call, **environment)
+
+
+def start_pair(row, before=None, **flags):
+    """Two Children under gloo that share one run."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return [start(row, {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, before, **flags) for r in range(2)]
+
+
+def straight(row, ranks=1):
+    """The Row of a run of this stage, seed and number of ranks that nothing happened to; made once."""
+    there = Row(row.made, row.made / f"{row.stage} {row.seed} straight {ranks}", row.stage, row.seed)
+    if not there.folder.exists():
+        new = Row(row.made, row.made / f"{there.folder.name} {os.getpid()}", row.stage, row.seed)
+        fresh(new)
+        began = time.monotonic()
+        for status, output in [child.wait(120) for child in ([start(new)] if ranks == 1 else start_pair(new))]:
+            if status:
+                raise UserError(f"{row.stage} fails without any fault: {output}")
+        (new.folder / "seconds").write_text(str(time.monotonic() - began))
+        try:
+            new.folder.rename(there.folder)
+        except OSError:  # another row was faster
+            pass
+    return there
+
+
+def fresh(row):
+    shutil.copytree(row.made / "inputs", row.folder, dirs_exist_ok=True)
+
+
+def unfinished(row, ranks=1):
+    """Fill the row's folder with a straight run whose last checkpoint is gone: as after a kill before its last save."""
+    shutil.copytree(straight(row, ranks).folder, row.folder, symlinks=True, dirs_exist_ok=True)
+    if row.stage == "rlaif":
+        log = row.run.with_suffix(".log.jsonl")
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(lines[:-2]))
+    else:
+        shutil.rmtree(steps_in(row.run)[-1])
+
+
+def progress(row):
+    """The steps (of rlaif, the batches) that the log has so far."""
+    log = row.run.with_suffix(".log.jsonl") if row.stage == "rlaif" else row.run / "log.jsonl"
+    lines = log.read_bytes().splitlines() if log.exists() else []
+    return len(lines) - 1 if row.stage == "rlaif" else sum(b'"grad_norm"' in line or b'"approx_kl"' in line for line in lines)
+
+
+def saves(row):
+    """The checkpoints (of rlaif, the batches) that are on the disk so far."""
+    return progress(row) if row.stage == "rlaif" else len(steps_in(row.run))
+
+
+def saving(row):
+    """Whether a save has begun that is not done: a half-written checkpoint, or rows that the log does not have."""
+    if row.stage == "rlaif":
+        log = row.run.with_suffix(".log.jsonl")
+        lines = log.read_bytes().splitlines() if log.exists() else []
+        return bool(lines) and row.run.exists() and row.run.stat().st_size > json.loads(lines[-1]).get("bytes", 0)
+    return any(any(p.iterdir()) for p in row.run.glob(".tmp_step_*"))
+
+
+def until(child, true):
+    """Wait until `true()`, and stop the child there. False if it ended before."""
+    while not child.ended():
+        if true():
+            child.send(signal.SIGSTOP)
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def error_line(output):
+    """The one error of a run that must end with one; "" where there is none, more, or a traceback."""
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    return lines[0] if len(lines) == 1 and "Traceback" not in output else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What must be true of a run
+
+
+def lost(row):
+    """What is lost or half there, in words; "" if nothing."""
+    if row.stage == "rlaif":
+        found = [] if not row.run.exists() or row.run.read_bytes() in whole_prefixes(row) else ["rows differ from the straight run's"]
+    else:
+        found = [f"{p.name}: {damage(p)}" for p in steps_in(row.run) if damage(p)]
+        found += [f"{p}: not finite" for p in row.run.glob("step_*/**/*.safetensors") for w in safetensors.torch.load_file(p).values() if not w.isfinite().all()]
+    return "; ".join(found)
+
+
+def whole_prefixes(row):
+    data = straight(row).run.read_bytes()
+    return {data[:n] for n in range(len(data) + 1)}
+
+
+def results(run):
+    """The log without events and without how long things took."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("seconds") and k != "tokens_per_s"} for r in rows if "event" not in r]
+
+
+def difference(row, ranks=1):
+    """How a finished run differs from the straight one, in words; "" if in nothing."""
+    ours, theirs = row.run, straight(row, ranks).run
+    if row.stage == "rlaif":
+        return "" if ours.read_bytes() == theirs.read_bytes() else "the rows differ"
+    if steps_in(ours)[-1:] == [] or steps_in(ours)[-1].name != steps_in(theirs)[-1].name:
+        return "it did not reach the last step"
+    found = ["log.jsonl"] if results(ours) != results(theirs) else []
+    found += [f"{name} is left" for name in (p.name for p in ours.glob(".tmp*"))]
+    if (theirs / "samples.txt").exists() and (ours / "samples.txt").read_bytes() != (theirs / "samples.txt").read_bytes():
+        found.append("samples.txt")
+    for step in {p.name for p in steps_in(ours)} & {p.name for p in steps_in(theirs)}:
+        names = [{p.relative_to(run / step) for p in (run / step).rglob("*") if p.is_file()} for run in (ours, theirs)]
+        found += [f"{step}: other files"] if names[0] != names[1] else []
+        found += [f"{step}/{n}" for n in names[1] if n.name not in ("manifest.json", "feinschliff.json") and (ours / step / n).read_bytes() != (theirs / step / n).read_bytes()]
+        records = [{k: v for k, v in checkpoint.read_json(run / step / checkpoint.INFO).items() if k != "config"} for run in (ours, theirs)]
+        found += [f"{step}: {k}" for k in records[1] if records[0].get(k) != records[1][k]]
+    return ", ".join(sorted(found))
+
+
+def goes_on(row, ranks=1):
+    """Resume the row's run to its end, and yield what must be true of it then."""
+    for status, output in [child.wait(120) for child in ([start(row, resume=True)] if ranks == 1 else start_pair(row, resume=True))]:
+        yield "survived", status == 0, output
+    yield "nothing lost", not lost(row), lost(row)
+    yield "exact", not difference(row, ranks), difference(row, ranks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The faults. Each brings itself upon a run in the row's folder and yields (column, whether it is as it must be, what there is to see).
+
+
+def kill(row, draw):
+    """Five SIGKILLs: as it starts, two at a step, one inside a save, one anywhere; after each the run is gone on with."""
+    fresh(row)
+    seconds = float((straight(row).folder / "seconds").read_text())
+    moments = ["start", "step", "step", "any"]
+    draw.shuffle(moments)
+    moments.insert(draw.randint(0, 2), "save")  # not last, for then none may be left
+    for i, moment in enumerate(moments):
+        child = start(row, resume=i > 0)
+        if moment == "step":
+            first = progress(row)
+            until(child, lambda: progress(row) != first)  # noqa: B023
+            child.send(signal.SIGCONT)
+            time.sleep(draw.uniform(0, 0.02))
+        elif moment == "save":
+            inside = False
+            for _ in range(9):  # a save that was done before the signal came is let go
+                if not until(child, lambda: saving(row)):
+                    break
+                time.sleep(0.002)
+                inside = saving(row)
+                if inside:
+                    break
+                child.send(signal.SIGCONT)
+            yield "survived", inside, f"no save was hit: {child.output()}"
+        else:
+            time.sleep(draw.uniform(0, seconds * (0.3 if moment == "start" else 0.6)))
+        child.send(signal.SIGKILL)
+        child.wait()
+        yield "nothing lost", not lost(row), lost(row)
+    yield from goes_on(row)
+
+
+def stopped(row, draw, numbers, status, said):
+    """Signals at a step, all of them at once."""
+    fresh(row)
+    child, at = start(row), draw.randint(1, 3)
+    until(child, lambda: progress(row) >= at)
+    child.send(*numbers, signal.SIGCONT)
+    found, output = child.wait(60)
+    yield "survived", found == status and said in output and "Traceback" not in output, output
+    yield "nothing lost", not lost(row), lost(row)
+    yield from goes_on(row)
+
+
+def sigterm(row, draw):
+    yield from stopped(row, draw, [signal.SIGTERM], 143, "saved; the same command with --resume goes on")
+
+
+def sigint(row, draw):
+    yield from stopped(row, draw, [signal.SIGINT], 130, "saved; the same command with --resume goes on")
+
+
+def two_signals(row, draw):
+    yield from stopped(row, draw, [signal.SIGINT, signal.SIGTERM], 143, "left at once on a second SIGTERM; what was saved is whole")
+
+
+def full_disk(row, draw):
+    """A disk with room for one checkpoint and a seeded part of the next."""
+    fresh(row)
+    disk, pages = row.folder / "run", 2  # of rlaif the second page of the log finds no room
+    if row.stage != "rlaif":
+        newest = steps_in(straight(row).run)[-1]
+        pages = int(sum(-(-p.stat().st_size // 4096) for p in newest.rglob("*") if p.is_file()) * draw.uniform(1.4, 1.9)) + 6
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages * 4}k", "none", str(disk)], capture_output=True).returncode:
+        return  # no right to
+    try:
+        status, output = start(row).wait(120)
+        kept = [p.name for p in steps_in(row.run)]
+        says = ["No space left", "--resume"] + (["make room", f"kept: {', '.join(kept)}"] if row.stage != "rlaif" else [])
+        yield "survived", status == 1 and all(x in error_line(output) for x in says) and (row.stage == "rlaif" or "training goes on" in output), output
+        yield "nothing lost", not lost(row) and (row.stage == "rlaif" or kept and progress(row) == 8), f"{kept} {lost(row)} {output}"
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        yield from goes_on(row)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def obey_permissions():
+    """Take from root what lets it write where no permission is: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    sets[0] &= ~0b110
+    if libc.capset(header, sets):
+        raise OSError("capset")
+
+
+def no_permission(row, draw):
+    """After its first save the run may no longer write where its checkpoints go."""
+    fresh(row)
+    child, at = start(row, before=obey_permissions), draw.randint(1, 2)
+    until(child, lambda: saves(row) >= at and not saving(row))
+    before = saves(row)
+    row.run.chmod(0o444 if row.stage == "rlaif" else 0o555)
+    child.send(signal.SIGCONT)
+    status, output = child.wait(60)
+    goes = row.stage == "rlaif" or "training goes on" in output
+    yield "survived", status == 1 and "Permission denied" in error_line(output) and "--resume" in error_line(output) and goes, output
+    yield "nothing lost", not lost(row) and saves(row) >= before, lost(row)
+    row.run.chmod(0o644 if row.stage == "rlaif" else 0o755)
+    yield from goes_on(row)
+
+
+def damaged(row, draw, ruin):
+    """The newest checkpoint of a finished run is damaged: the one before is taken, and its last steps are made again."""
+    shutil.copytree(straight(row).folder, row.folder, symlinks=True, dirs_exist_ok=True)
+    newest = steps_in(row.run)[-1]
+    victim = draw.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size))
+    ruin(victim)
+    child = start(row, resume=True)
+    status, output = child.wait(60)
+    yield "survived", status == 0 and f"{newest.name}: " in output and "falling back to the checkpoint before" in output, f"{victim}: {output}"
+    yield "nothing lost", not lost(row), lost(row)
+    yield "exact", not difference(row), f"{victim}: {difference(row)}"
+
+
+def truncated(row, draw):
+    if row.stage != "rlaif":
+        yield from damaged(row, draw, lambda path: os.truncate(path, draw.randrange(path.stat().st_size)))
+        return
+    log = row.run.with_suffix(".log.jsonl")
+    for path in (row.run, log):  # of its file or its log the end is gone; the log's first line says whose it is
+        shutil.copytree(straight(row).folder, row.folder, symlinks=True, dirs_exist_ok=True)
+        least = len(log.read_bytes().splitlines(keepends=True)[0]) if path == log else 0
+        os.truncate(path, draw.randrange(least, path.stat().st_size))
+        yield from goes_on(row)
+
+
+def flipped(row, draw):
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+
+    yield from damaged(row, draw, flip)
+
+
+def missing(row, draw):
+    yield from damaged(row, draw, lambda path: path.unlink())
+
+
+def two_runs(row, draw):
+    """A second run on the same --out is refused, by its name, whether it resumes or overwrites; the first is unharmed."""
+    fresh(row)
+    child, at = start(row), draw.randint(1, 3)
+    until(child, lambda: progress(row) >= at)
+    for flag in ({}, {"resume": True}, {"overwrite": True}):
+        status, output = start(row, **flag).wait(60)
+        yield "survived", status == 1 and f"--out={STAGES[row.stage][1]['out']}: another process" in error_line(output), output
+    child.send(signal.SIGCONT)
+    status, output = child.wait(60)
+    yield "survived", status == 0, output
+    yield "nothing lost", not lost(row), lost(row)
+    yield "exact", not difference(row), difference(row)
+
+
+def changed_data(row, draw):
+    """A file that the run reads is another one when it is gone on with."""
+    unfinished(row)
+    names = {"ppo": ["prompts.jsonl", "rewards.py"], "grpo": ["prompts.jsonl", "rewards.py"], "sft": ["chats.jsonl", "text.txt"], "rlaif": ["prompts.jsonl", "constitution.txt"]}
+    name = draw.choice(names.get(row.stage, [STAGES[row.stage][1]["data"]]))
+    whole = (row.folder / name).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (row.folder / name).write_bytes(b"".join([*lines, lines[draw.randrange(len(lines))] if name != "rewards.py" else b"\n"]))
+    status, output = start(row, resume=True).wait(60)
+    line = error_line(output)
+    yield "survived", status == 1 and name in line and "not the data this run was started with" in line, output
+    (row.folder / name).write_bytes(whole)
+    yield from goes_on(row)
+
+
+def plant(folder, name, value, rows=slice(None)):
+    """Put a number into rows of a tensor of a checkpoint, whose manifest is made to fit: damage that no hash tells."""
+    weights = safetensors.torch.load_file(folder / checkpoint.WEIGHTS)
+    weights[name][rows] = value
+    safetensors.torch.save_file(weights, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    written = checkpoint.read_json(folder / checkpoint.MANIFEST)
+    checkpoint.write_json(folder / checkpoint.MANIFEST, written | {checkpoint.WEIGHTS: checkpoint.sha256(folder / checkpoint.WEIGHTS)})
+
+
+def nan_weight(row, draw):
+    """One weight of the checkpoint that is gone on with, or of --init's, is not a number: refused by the tensor's name, before anything is written."""
+    for where in ("resumed", "init"):
+        if row.stage in ("pretrain", "rlaif") and where == ("init" if row.stage == "pretrain" else "resumed"):
+            continue
+        shutil.rmtree(row.folder), row.folder.mkdir()
+        unfinished(row) if where == "resumed" else fresh(row)
+        folder = steps_in(row.run if where == "resumed" else row.folder / STAGES[row.stage][1].get("init", "base"))[-1]
+        names = sorted(safetensors.torch.load_file(folder / checkpoint.WEIGHTS))
+        name = draw.choice(names)
+        plant(folder, name, draw.choice([float("nan"), float("inf")]), 0)
+        before = steps_in(row.run)
+        status, output = start(row, resume=where == "resumed").wait(60)
+        yield "survived", status == 1 and name in error_line(output) and "not finite" in error_line(output), output
+        yield "nothing lost", steps_in(row.run) == before and not [p for p in before if damage(p)], str(steps_in(row.run))
+
+
+def nan_batch(row, draw):
+    """A batch whose loss or gradient is not finite ends the run before it moves a weight, and is kept. Of a reward that is too large for the
+    advantages' fp32; in the other stages of a learning rate that blew the weights up at the step before."""
+    fresh(row)
+    if row.stage in ("ppo", "grpo"):
+        child, at = start(row), draw.choice([3, 5])  # no validation comes between this step and the next
+        until(child, lambda: progress(row) >= at)
+        (row.folder / "huge").touch()
+        child.send(signal.SIGCONT)
+    else:
+        child = start(row, save_every=0, eval_every=0, **too_high(row, draw.choice([1e30, 1e39])))
+    status, output = child.wait(60)
+    kept = list(row.run.glob("nonfinite_step_*.safetensors"))
+    yield "survived", status == 1 and "finite" in error_line(output) and len(kept) == 1 and len(safetensors.torch.load_file(kept[0])["tokens"]) > 0, output
+    yield "nothing lost", not lost(row), lost(row)
+    if row.stage in ("ppo", "grpo"):
+        (row.folder / "huge").unlink()
+        yield from goes_on(row)
+
+
+def too_high(row, rate):
+    """Flags of a learning rate that blows the weights up in one step; at 1e39 they are no longer finite."""
+    return {"lr": 1e30, "embed_lr": rate, "head_lr": rate} if row.stage == "pretrain" else {"lr": rate}
+
+
+def nan_save(row, draw):
+    """Asked to leave after a step that made its weights not finite, a run does not save them."""
+    fresh(row)
+    once = {"epochs": 1, "minibatches": 1} if row.stage in ("ppo", "grpo") else {}  # else the step's next update would notice
+    child = start(row, save_every=0, eval_every=0, **too_high(row, 1e39), **once)
+    until(child, lambda: (row.run / "log.jsonl").exists())  # before its first step
+    child.send(signal.SIGTERM, signal.SIGCONT)
+    status, output = child.wait(60)
+    said = "scores are not finite" if row.stage == "reward" else "no longer finite; these weights are not saved"  # a reward model is centred before it is saved
+    yield "survived", status == 1 and said in error_line(output), output
+    yield "nothing lost", not steps_in(row.run), str(steps_in(row.run))
+
+
+def bad_reward(row, draw, what, said):
+    """From some step on the reward function does this; with the function as it was the run goes on."""
+    fresh(row)
+    child, at = start(row), draw.randint(3, 5)
+    until(child, lambda: progress(row) >= at and not saving(row))
+    (row.folder / what).touch()
+    child.send(signal.SIGCONT)
+    status, output = child.wait(30)
+    line = error_line(output)
+    yield "survived", status == 1 and all(x in line for x in ("--reward=rewards.py:vowels: ", said, "completion")), output
+    yield "nothing lost", not lost(row), lost(row)
+    (row.folder / what).unlink()
+    yield from goes_on(row)
+
+
+def reward_hangs(row, draw):
+    yield from bad_reward(row, draw, "hang", "took longer than 0.5 seconds")
+
+
+def reward_raises(row, draw):
+    yield from bad_reward(row, draw, "raise", "no such word (")
+
+
+def reward_nan(row, draw):
+    yield from bad_reward(row, draw, "nan", "nan for the completion")
+
+
+PATIENCE = 20  # seconds within which a process whose peer was killed must have ended
+
+
+def rank_killed(row, draw):
+    """One of two processes is killed: the other ends soon, with one line, and the two go on from the last save."""
+    fresh(row)
+    pair, at, victim = start_pair(row), draw.randint(1, 5), draw.randrange(2)
+    until(pair[victim], lambda: progress(row) >= at)
+    pair[victim].send(signal.SIGKILL)
+    status, output = pair[1 - victim].wait(PATIENCE)
+    yield "survived", status == 1 and "another process" in error_line(output), f"{status} {output}"
+    pair[victim].wait()
+    yield "nothing lost", not lost(row), lost(row)
+    yield from goes_on(row, ranks=2)
+
+
+def rank_stopped(row, draw):
+    """Of two processes only the one that does not save gets SIGTERM, and the other cannot save: it may not say that it did."""
+    fresh(row)
+    pair, at = start_pair(row, before=obey_permissions), draw.randint(2, 5)
+    until(pair[1], lambda: progress(row) >= at)
+    row.run.chmod(0o555)
+    pair[1].send(signal.SIGTERM, signal.SIGCONT)
+    (status, output), (other, _) = (child.wait(60) for child in pair)
+    yield "survived", (status, other) == (1, 143) and "Permission denied" in error_line(output) and "stopped after" not in output, f"{status} {other} {output}"
+    yield "nothing lost", not lost(row), lost(row)
+    row.run.chmod(0o755)
+    yield from goes_on(row, ranks=2)
+
+
+def other_ranks(row, draw):
+    """Begun by two processes and gone on with by one, and the other way about: the same losses."""
+    for before, after in ((2, 1), (1, 2)):
+        shutil.rmtree(row.folder), row.folder.mkdir()
+        unfinished(row, before)
+        children = [start(row, resume=True)] if after == 1 else start_pair(row, resume=True)
+        for status, output in [child.wait(60) for child in children]:
+            yield "survived", status == 0, output
+        yield "nothing lost", not lost(row), lost(row)
+        losses = [[r["loss"] for r in results(run) if "loss" in r] for run in (row.run, straight(row, before).run, straight(row, after).run)]
+        near = len(losses[0]) == 8 and all(abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other))
+        yield "exact", near, str(losses)
+
+
+def torchrun(row, draw):
+    """As a user has two processes: torchrun, one of whose workers is killed. It ends, none of them stays, and typed again with --resume the run goes on."""
+    fresh(row)
+    script, flags = STAGES[row.stage]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__, *(f"--{k}={v}" for k, v in (flags | {"seed": row.seed}).items())]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open(row.folder / "torchrun.txt", "w") as output:
+        agent = subprocess.Popen(command, cwd=row.folder, stdout=output, stderr=output, env=environment)
+        workers = []
+        while len(workers) < 2 or progress(row) < 1:
+            workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split() if agent.poll() is None else ["", ""]
+            time.sleep(0.001)
+        os.kill(int(draw.choice(workers)), signal.SIGKILL)
+        status = agent.wait(timeout=2 * PATIENCE)
+    alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    yield "survived", status == 1 and not alive, f"{status} {alive} {(row.folder / 'torchrun.txt').read_text()}"
+    yield "nothing lost", not lost(row), lost(row)
+    done = subprocess.run([*command, "--resume"], cwd=row.folder, capture_output=True, text=True, env=environment)
+    yield "survived", done.returncode == 0, done.stderr
+    yield "exact", not difference(row, ranks=2), difference(row, ranks=2)
+
+
+def quick_start(row, out):
+    """A Child that is the quick start, with all it starts in a session of its own."""
+    return start(row, before=lambda: (os.setsid(), os.chdir(ROOT)), out=out)
+
+
+def follow(child, true):
+    """Wait until `true()`. False if the child ended before."""
+    while not child.ended():
+        if true():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def pretrained(out):
+    """Whether the quick start has come to the end of its pretraining."""
+    report = out / "report.json"
+    return report.exists() and any(done["stage"] == "pretrain" for done in checkpoint.read_json(report)["stages"])
+
+
+def typed_again(row, draw):
+    """The quick start is killed and what it started is not; then it is asked to end. Each time the same command is typed again, here up to the end of its pretraining."""
+    straight, run = row.folder / "straight", row.folder / "run"
+    child = quick_start(row, straight)
+    follow(child, lambda: pretrained(straight))
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+    child, stage = quick_start(row, run), draw.choice(["tokenizer", "prepare", "pretrain"])
+    follow(child, lambda: f"\n{stage}\n$" in child.output())
+    child.send(signal.SIGKILL)
+    child.wait()
+    status, output = quick_start(row, run).wait(60)
+    yield "survived", status == 1 and f"--out={run}: another process is writing" in error_line(output), output
+    child = quick_start(row, run)
+    while not follow(child, lambda: "\npretrain\n$" in child.output()):  # until what the first one left behind has ended
+        time.sleep(0.1)
+        child = quick_start(row, run)
+    child.send(signal.SIGTERM)
+    status, output = child.wait(60)
+    yield "survived", status == 143 and "stopped in pretrain; the same command as before goes on from here" in output, output
+    child = quick_start(row, run)
+    yield "survived", follow(child, lambda: pretrained(run)), child.output()
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    files = [p.relative_to(straight) for pattern in ("world/*", "tokenizer/*", "data/*.bin", "base/step_*/*.safetensors", "base/samples.txt") for p in straight.glob(pattern)]
+    differ = [str(p) for p in files if (straight / p).read_bytes() != (run / p).read_bytes()]
+    yield "exact", len(files) > 20 and not differ and results(straight / "base") == results(run / "base"), str(differ or files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch, nan_save,
+                                  reward_hangs, reward_raises, reward_nan, rank_killed, rank_stopped, other_ranks, torchrun, typed_again)}  # fmt: skip
+
+
+def applies(stage, fault):
+    if stage == "quickstart" or fault == "typed_again":
+        return (stage, fault) == ("quickstart", "typed_again")
+    if fault.startswith("reward_"):
+        return stage in ("ppo", "grpo")
+    if fault in ("torchrun", "rank_stopped"):  # what these look at is the same in every stage
+        return stage == "sft"
+    return stage != "rlaif" or fault not in ("flipped", "missing", "rank_killed", "other_ranks", "nan_batch", "nan_save")
+
+
+def check(made, stage, fault, seed):
+    """(stage, fault, seed, {column: whether it is green}, what there is to see of those that are not, seconds) of a row."""
+    began, found, seen = time.monotonic(), {}, ""
+    folder = made / f"{stage} {fault} {seed}"
+    folder.mkdir()
+    row = Row(made, folder, stage, seed)
+    try:
+        for column, green, detail in FAULTS[fault](row, random.Random(f"{stage} {fault} {seed}")):
+            found[column] = found.get(column, True) and bool(green)
+            seen += "" if green else f"{column}: {detail}\n"
+    except Exception:
+        found["survived"], seen = False, seen + traceback.format_exc()
+    shutil.rmtree(folder, ignore_errors=True)
+    return stage, fault, seed, found, seen, time.monotonic() - began
+
+
+def main(config):
+    stages, faults = (text.split(",") if text else list(known) for text, known in ((config.stages, STAGES), (config.faults, FAULTS)))
+    if set(stages) - set(STAGES) or set(faults) - set(FAULTS):
+        raise UserError(f"--stages={config.stages} --faults={config.faults}: stages are {', '.join(STAGES)}; faults are {', '.join(FAULTS)}")
+    torch.set_num_threads(1)
+    began, results = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_inputs(Path(folder))
+        rows = [(made, stage, fault, seed) for stage in stages for fault in faults if applies(stage, fault) for seed in range(config.seeds)]
+        print(f"{'stage':<11} {'fault':<14} seed   survived  nothing lost  exact  seconds", flush=True)
+        with get_context("fork").Pool(config.jobs) as pool:
+            for stage, fault, seed, found, seen, seconds in pool.imap_unordered(check_row, rows):
+                results.append((stage, fault, seed, found))
+                mark = [{True: "yes", False: "NO", None: "-"}[found.get(column)] for column in COLUMNS] if found else ["not run", "", ""]
+                print(f"{stage:<11} {fault:<14} {seed:>4}   {mark[0]:<8}  {mark[1]:<12}  {mark[2]:<5}  {seconds:7.1f}", flush=True)
+                print(seen[-3000:], end="", flush=True)
+    red = [f"{stage} {fault} {seed}" for stage, fault, seed, found in results if not all(found.values())]
+    idle = sum(not found for *_, found in results)
+    print(f"{len(results) - len(red) - idle} of {len(results) - idle} rows green, {idle} not run, in {clock_time(time.monotonic() - began)}")
+    if red:
+        raise UserError(f"something is lost: {'; '.join(red)}")
+
+
+def check_row(row):
+    return check(*row)
+
+
+if __name__ == "__main__":
+    launch(main, Config)
