@@ -13,7 +13,7 @@ Read, besides {"messages"}: {"prompt", "completion"}, Alpaca ({"instruction", "i
 "question", "answer"}); preferences whose sides are strings or messages, with the prompt apart, or inside both sides, or both (UltraFeedback, HH).
 Left out: tools and images.
 """
-import hashlib, json, math, os, re, reprlib, sys
+import hashlib, json, math, os, re, sys
 from typing import NamedTuple
 
 import numpy as np
@@ -154,7 +154,7 @@ def check_messages(messages, field="messages"):
         role = m.get("role", m.get("from"))
         role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f'"{field}"[{i}] has the role {reprlib.repr(role)}; system, user and assistant are known')
+            raise ValueError(f'"{field}"[{i}] has the role {role!r}; system, user and assistant are known')
         due = "user" if not clean or clean[-1]["role"] != "user" else "assistant"
         if role != due and not (role == "system" and i == 0):
             raise ValueError(f'"{field}"[{i}]: a message of {role!r} where one of {due!r} is due')
@@ -276,7 +276,7 @@ def preference(row):
         raise ValueError('"chosen" and "rejected" are the same text')
     probability = row.get("probability", 1.0)
     if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
-        raise ValueError(f'"probability" is {reprlib.repr(probability)}; a number from 0 to 1 was expected')
+        raise ValueError(f'"probability" is {probability!r}; a number from 0 to 1 was expected')
     return Pair(asked, chosen, rejected, float(probability), row)
 
 
@@ -290,7 +290,7 @@ def judged(row):
     """KTO's {"prompt", "completion", "label"} -> [(messages, completion, label)]; a preference gives two of them."""
     if "label" in row:
         if not isinstance(row["label"], bool):
-            raise ValueError(f'"label" is {reprlib.repr(row["label"])}; true or false was expected')
+            raise ValueError(f'"label" is {row["label"]!r}; true or false was expected')
         messages = conversation(row)
         return [(messages[:-1], messages[-1]["content"].strip(), row["label"])]
     pair = preference(row)
@@ -311,14 +311,13 @@ def read(sources, parse, skip_bad=False, seed=0):
     for name, _ in weighed:
         rows, bad, digest = [], 0, hashlib.sha256()
         for line, row in read_rows(name, skip_bad):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             try:
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
                 if row is not None:
                     rows.append(parse(row))
-            except (ValueError, RecursionError) as e:
+            except ValueError as e:
                 if not skip_bad:
-                    reason = "nested too deeply" if isinstance(e, RecursionError) else e
-                    raise UserError(f"{name}:{line}: {reason}; mend the line, or leave bad lines out with --skip_bad=True") from None
+                    raise UserError(f"{name}:{line}: {e}; mend the line, or leave bad lines out with --skip_bad=True") from None
                 row = None
             bad += row is None
         if bad and rank() == 0:

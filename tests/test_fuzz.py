@@ -176,6 +176,16 @@ def fine(parse, row):
         return False
 
 
+@pytest.mark.parametrize("gold", ["x", None, [1], 10**400, float("nan"), {}])
+def test_what_the_search_found_in_preferences(gold):
+    """Gold that is no number, the same gold for both sides of every pair, and a verdict that no dictionary could look up."""
+    pair = chat.preference(ROWS[7] | {"gold_chosen": gold})
+    assert np.isnan(chat.gold_lead(pair.row)) and chat.gold_lead(ROWS[7]) == 1
+    use("preference", pair)
+    use("preference", chat.preference(ROWS[7] | {"gold_chosen": 0.5}))
+    assert np.isnan(rlaif.two_answers(ROWS[12] | {"better": gold})[3]) and rlaif.two_answers(ROWS[12])[3] == 1
+
+
 @few(120)
 @given(some_json(st.sampled_from(ROWS)))
 def test_rows_of_text_and_of_measurements(folder, line):

@@ -407,11 +407,11 @@ def test_a_text_on_which_tiktoken_gives_up_is_a_users_error(capfd):
     assert tok.encode_ordinary("ok") == [111, 107]
 
 
-LETTERS = {a + b: 256 + 16 * i + j for i, a in enumerate("abcdefghijklmnop") for j, b in enumerate("abcdefghijklmnop")}
+LETTERS = {a + b: 300 + 16 * i + j for i, a in enumerate("abcdefghijklmnop") for j, b in enumerate("abcdefghijklmnop")}
 VOCABULARIES = {
     "ids of 10^12": lambda m: m | {"vocab": m["vocab"] | {"aa": 10**12}}, "an id twice": lambda m: m | {"vocab": m["vocab"] | {"aa": 97}}, "no tokens": lambda m: m | {"vocab": {}, "merges": [["a", "b"]]},
     "merges in a circle": lambda m: m | {"vocab": m["vocab"] | {"ab": 300}, "merges": [["ab", "ab"], ["a", "b"]]}, "a merge with itself": lambda m: m | {"merges": [["", "a"]]}, "nested merges": lambda m: m | {"merges": [[["a", "b"]]]},
-    "long tokens that take minutes": lambda m: m | {"vocab": m["vocab"] | LETTERS | {("abcdefghijklmnop"[i % 16] + "ponmlkjihgfedcba"[i // 16 % 16]) * 255 + "ab"[i // 256 % 2]: 600 + i for i in range(400)}},
+    "long tokens that take minutes": lambda m: m | {"vocab": m["vocab"] | LETTERS | {("abcdefghijklmnop"[i % 16] + "ponmlkjihgfedcba"[i // 16 % 16]) * 255 + "ab"[i // 256 % 2]: 1000 + i for i in range(400)}},
     "a token of a megabyte": lambda m: m | {"vocab": m["vocab"] | {"a" * 2**20: 300}}, "ids that are true": lambda m: m | {"vocab": m["vocab"] | {"aa": True}}, "nested ids": lambda m: m | {"vocab": m["vocab"] | {"aa": [[300]]}},
     "not BPE": lambda m: m | {"type": "Unigram"}, "half a surrogate pair": lambda m: m | {"vocab": m["vocab"] | {"\ud800": 300}},
 }  # fmt: skip
