@@ -309,7 +309,7 @@ def load_state(folder):
     counters = read_json(folder / COUNTERS)
     numbers = [n for value in counters.values() for n in (value if isinstance(value, list) else [value]) if n is not None]
     places = [counters.get("epoch"), counters.get("index"), *(value for name, value in counters.items() if name.endswith(("epoch", "index")))]
-    if not all(type(n) in (int, float) and n == n for n in numbers) or not all(type(n) is int and 0 <= n < 2**63 for n in places):
+    if not all(type(n) in (int, float, bool) and n == n for n in numbers) or not all(type(n) is int and 0 <= n < 2**63 for n in places):
         raise UserError(f"{folder / COUNTERS}: damaged: counts of epochs and of items, and further numbers, were expected; take another checkpoint")
     with open_tensors(folder / STATE) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, counters
