@@ -52,6 +52,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     batch: int = 64  # pairs (kto: answers) an optimizer step, over all ranks
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     context: int = 0  # longest prompt and answer, in tokens; pairs with a longer one are left out and counted; 0: the model's
     lr: float = 0.0  # peak rate of AdamW; 0: 2e-4 (128 / width)^2
     warmup: float = 0.1  # first share of the steps, over which the rate rises; after that it falls to 0
@@ -69,7 +70,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "ref_cache"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "ref_cache"}
 BETA = {"dpo": 0.1, "cdpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 ONLY_FOR = {"smoothing": {"cdpo"}, "gamma": {"simpo"}, "desirable": {"kto"}, "undesirable": {"kto"}, "nll": {"dpo", "cdpo", "ipo", "simpo"},
             "reference": {"dpo", "cdpo", "ipo", "kto"}, "ref_cache": {"dpo", "cdpo", "ipo", "kto"}}  # fmt: skip
@@ -300,6 +301,7 @@ def main(config):
     model, tok, _ = checkpoint.read(run.folder, device)
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
+    model.checkpoint_activations = config.checkpoint_activations
     parse = chat.judged if kto else chat.preference
     train_rows, val_rows, data = chat.read_split(config, parse)
     context = run.context(model)

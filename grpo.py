@@ -63,6 +63,7 @@ class Config:
     prompts: int = 16  # a step, over all ranks
     epochs: int = 1  # passes over the answers of a step
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     max_new: int = 256  # longest answer, in tokens
     temperature: float = 1.0  # of sampling, and so of every log-probability
     target_kl: float = 0.1  # nats a token from the policy that sampled, from which on the rest of a step is left out; 0: never
@@ -82,7 +83,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
+FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
 OURS = {"group": 8, "advantage": "grpo", "loss": "token", "clip_low": 0.2, "clip_high": 0.28, "kl": "none", "beta": 0.0, "refill": 0, "overlong": "none",
         "reference_every": 0, "minibatches": 1}  # fmt: skip
 RECIPES = {
@@ -247,6 +248,7 @@ def main(config):
     model, tok, _ = checkpoint.read(run.folder, device)
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which writes nothing; start from the model it was trained from")
+    model.checkpoint_activations = config.checkpoint_activations
     reference = None
     if config.kl != "none":
         renewed = run.resumed / "reference" if run.resumed and (run.resumed / "reference").exists() else None

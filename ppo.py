@@ -52,6 +52,7 @@ class Config:
     minibatches: int = 2  # optimizer steps an epoch
     epochs: int = 2  # passes over the answers of a step
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     max_new: int = 256  # longest answer, in tokens
     temperature: float = 1.0  # of sampling, and so of every log-probability
     beta: float = 0.05  # price of a nat of KL to the reference
@@ -80,7 +81,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
+FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
 
 
 def check_flags(config):
@@ -232,6 +233,7 @@ def main(config):
         critic, center = checkpoint.read(run.resumed / "critic", device)[0], info["critic_center"]
     else:
         critic, center = first_critic(config, model, tok)
+    model.checkpoint_activations = critic.checkpoint_activations = config.checkpoint_activations
     train, val, data = chat.read_prompts(config, tok, model.config.context)
     data |= reward_hashes(config.reward, config.constitution)
     data |= {name: checkpoint.fingerprint(checkpoint.find(name)) for name in (config.reference, config.critic) if name}

@@ -46,6 +46,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: 20 tokens a parameter (Chinchilla)
     batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 1024 x depth^2
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result (dropout's masks apart), depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     lr: float = 0.02  # peak rate of Muon, for the trunk's matrices
     embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5, or the head's where they are tied
     head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
@@ -70,7 +71,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "steps", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
 
 
 def check_flags(config):
@@ -194,7 +195,7 @@ def main(config):
     # 2. Optimizer and order of the data, and on a resume all their state
     optimizer = make_optimizer(config, model)
     order = corpus.text_order(train, tok.eot, context, config.seed)
-    model.dropout = config.dropout
+    model.dropout, model.checkpoint_activations = config.dropout, config.checkpoint_activations
     if config.compile:
         model.compile()
     if rank() == 0:

@@ -39,6 +39,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     batch: int = 64  # pairs an optimizer step, over all ranks
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     context: int = 0  # longest prompt and answer, in tokens; pairs with a longer one are left out and counted; 0: the model's
     lr: float = 0.0  # peak rate of AdamW; 0: 1e-3 (128 / width)^1.5
     warmup: float = 0.05  # first share of the steps, over which the rate rises; after that it falls to 0
@@ -60,7 +61,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last"}
 
 
 def check_flags(config):
@@ -154,6 +155,7 @@ def main(config):
         typical = [starts[s.prompt_index] + s.tokens for s in samples]
     model = checkpoint.read(run.resumed)[0] if run.resumed else with_scalar_head(language_model, config.seed)
     model = model.to(device)
+    model.checkpoint_activations = config.checkpoint_activations
 
     # 2. Optimizer and order of the data, and on a resume all their state
     steps = config.steps or max(1, round(config.epochs * len(train_rows) / config.batch))

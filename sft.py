@@ -40,6 +40,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 256 x layers^2
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     context: int = 0  # longest conversation, in tokens; a longer one is cut after its last answer that fits; 0: the model's
     lr: float = 0.0  # peak rate of AdamW; 0: 1e-3 (128 / width)^1.5
     warmup: float = 0.05  # first share of the steps, over which the rate rises; after that it falls to 0
@@ -58,7 +59,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "max_new", "problems"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "max_new", "problems"}
 
 
 def check_flags(config):
@@ -150,6 +151,7 @@ def main(config):
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
     model, tok = add_chat_tokens(model, tok)
     model = model.to(device)
+    model.checkpoint_activations = config.checkpoint_activations
     train_rows, val_rows, data = chat.read_split(config, chat.conversation)
     problems, _ = chat.read(config.problems, chat.problem, config.skip_bad) if config.problems else ([], {})
     context = run.context(model)
