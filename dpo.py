@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import learnt_logprobs, pack_chats
@@ -308,6 +308,9 @@ def main(config):
     train, known = fit(*read_items(tok, train_rows, kto), context, config.data)
     val, val_known = fit(*read_items(tok, val_rows, kto), context, config.val or "held out of it")
     chat.audit(tok, [first for first, _ in train], config.data)
+    lengths, pairs = ([len(side.ids) for item in train for side in item], [len(a.ids) + len(b.ids) for a, b in train])
+    walked = dict(longest=max(pairs), learnt=float(np.mean([side.learnt.mean() for item in train for side in item])), read_tokens=sum(pairs))
+    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], lengths, memory.drawn(pairs, c.batch), **walked), smaller="batch")
     start_logps = reference_logps(config, run, tok, data, {"train": train, "val": val}, device)
 
     # 2. Optimizer and order of the data, and on a resume all their state

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus
 from data.chat import constant_logprobs, learnt_logprobs, pack_chats
 from data.pack import share, split
 from optim import Optimizer, wsd
-from rollout import answers, check_one_distribution, load_rewards, reward_answers, reward_hashes, validate
+from rollout import answers, check_one_distribution, load_rewards, reward_answers, reward_hashes, reward_shapes, validate
 
 
 @dataclass
@@ -255,6 +255,7 @@ def main(config):
         reference = checkpoint.companion(renewed or (checkpoint.find(config.reference) if config.reference else run.origin()), model, tok, f"--reference={config.reference}")
         reference.requires_grad_(False)
     rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
+    held = ({"reference": reference.config} if reference else {}) | reward_shapes(f"{config.reward},{config.monitor}")
     train, val, data = chat.read_prompts(config, tok, model.config.context)
     data |= reward_hashes(config.reward, config.constitution)
     data |= {config.reference: checkpoint.fingerprint(checkpoint.find(config.reference))} if config.reference else {}
@@ -262,6 +263,8 @@ def main(config):
 
     # Optimizer and the order of the prompts, and on a resume all their state
     steps = config.steps
+    asked = [len(chat.encode_prompt(tok, messages)) for messages, _ in train]
+    memory.check(config, device, lambda c: memory.sampled(c, device, [model.config], asked, c.prompts * c.group, c.minibatches, held), smaller="prompts")
     lr = config.lr or 3e-4 * (128 / model.config.width) ** 2
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
     order = corpus.Order(lambda random: (np.arange(len(train)), np.ones(len(train))), config.seed)

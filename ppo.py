@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus
 from data.chat import before_learnt, constant_logprobs, learnt_logprobs, pack_chats
 from data.pack import share, split
 from model import GPT
 from optim import Optimizer, wsd
-from rollout import answers, check_one_distribution, is_model, load_rewards, reward_answers, reward_hashes, reward_names, validate
+from rollout import answers, check_one_distribution, is_model, load_rewards, reward_answers, reward_hashes, reward_names, reward_shapes, validate
 
 
 @dataclass
@@ -246,6 +246,8 @@ def main(config):
     steps = config.steps or -(-len(train) // n_prompts)
     lr = config.lr or 6e-4 * (128 / model.config.width) ** 2
     critic_lr = config.critic_lr or 2 * lr
+    asked, held = [len(chat.encode_prompt(tok, messages)) for messages, _ in train], {"reference": reference.config} | reward_shapes(f"{config.reward},{config.monitor}")
+    memory.check(config, device, lambda c: memory.sampled(c, device, [model.config, critic.config], asked, c.batch, c.minibatches, held), smaller="batch" if config.group == 1 else "")
     optimizer, critic_optimizer = (Optimizer(m, rate, betas=(0.9, 0.95)) for m, rate in ((model, lr), (critic, critic_lr)))
     order = corpus.Order(lambda random: (np.arange(len(train)), np.ones(len(train))), config.seed)
     if rank() == 0:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import corpus, prepare, tokenizer
 from data.pack import fill, share, split
@@ -204,6 +204,8 @@ def main(config):
         print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs")
         if config.compile and device.type == "cpu":
             print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
+    walked = dict(read_tokens=int((val_pieces[:, 2] - val_pieces[:, 1]).sum()), samples=(1, context, len(prompt)), dropout=config.dropout, muon=optimizer.dtype)
+    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], order.lengths, batch_tokens, loss="cross_entropy", **walked), or_else=memory.SHARD)
     counters = run.begin(steps, {"": optimizer}, data_hashes(config), n_parameters)
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])

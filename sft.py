@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import Chat, before_learnt, pack_chats
@@ -178,6 +178,9 @@ def main(config):
         model.compile()
     if rank() == 0:
         print(f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text; peak rate {lr:.3g}; on {describe(device)['hardware']}")
+    asked = [len(chat.encode_prompt(tok, messages)) for messages in (shown, *(messages for messages, _ in problems))]
+    walked = dict(learnt=float(np.mean([c.learnt.mean() for c in train])), read_tokens=sum(len(c.ids) for c in val), samples=(min(128, len(asked)), max(asked) + config.max_new, max(asked)))
+    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], lengths, batch_tokens, loss="cross_entropy", **walked), or_else=memory.SHARD)
     if run.resumed:
         run.check_same(data)
     counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))
