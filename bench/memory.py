@@ -4,7 +4,7 @@ Measured is the growth of the process's resident memory (VmHWM of /proc/self/sta
 with little more than planned (ulimit -v), where freed tensors are given back: there the plan must be right. The models are made up (bench/rl.py), the text is random words. Exit status 1 where a plan is off by more than 15 %. Linux only: elsewhere, and on CUDA, nothing of this kind can be read.
 
     python -m bench.memory
-    python -m bench.memory --only="grpo, checkpointed"
+    python -m bench.memory --only="dpo; dpo, checkpointed"
 """
 import json, os, re, subprocess, sys, tempfile
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from quickstart import table
 
 @dataclass
 class Config:
-    only: str = ""  # stages, comma-separated, by their names in the table; "": all
+    only: str = ""  # stages, separated by semicolons, by their names in the table; "": all
     steps: int = 2  # of each run
 
 
@@ -38,17 +38,18 @@ try:
 finally:
     print("measured:", status("VmHWM") - before)
 """
-MODEL = dict(depth=4, width=384, vocab=2048, answers=64, prompt=64, max_new=128)  # of bench/rl.py
+MODEL = dict(depth=4, width=256, vocab=2048, answers=64, prompt=64, max_new=128)  # of bench/rl.py
 FLAGS = {
-    "pretrain": dict(depth=6, width=384, context=512, batch_tokens=16384, micro_tokens=8192, eval_tokens=4000, tokenizer="byte", sample_every=0, data="words.txt"),
+    "pretrain": dict(depth=4, width=256, context=512, batch_tokens=16384, micro_tokens=8192, eval_tokens=4000, tokenizer="byte", sample_every=0, data="words.txt"),
     "sft": dict(init="policy", data="chats.jsonl", batch_tokens=8192, micro_tokens=8192, max_new=8),
-    "reward": dict(init="policy", data="pairs.jsonl", batch=16, micro_tokens=4096, center_samples=8, max_new=32),
-    "dpo": dict(init="policy", data="pairs.jsonl", batch=32, micro_tokens=8192),
-    "ppo": dict(init="policy", data="data.jsonl", val="data.jsonl", reward="rm", batch=64, max_new=128, micro_tokens=4096, epochs=1, eval_prompts=4, unfinished_penalty=0.0),
-    "grpo": dict(init="policy", data="data.jsonl", val="data.jsonl", reward="data/rewards.py:number_of_words", prompts=8, group=8, max_new=128, micro_tokens=8192, eval_prompts=4),
+    "reward": dict(init="policy", data="pairs.jsonl", batch=48, micro_tokens=8192, center_samples=8, max_new=32),
+    "dpo": dict(init="policy", data="pairs.jsonl", batch=48, micro_tokens=8192),
+    "ppo": dict(init="policy", data="data.jsonl", val="data.jsonl", reward="rm", batch=64, max_new=128, micro_tokens=8192, epochs=1, minibatches=1, eval_prompts=4, unfinished_penalty=0.0),
+    "grpo": dict(init="policy", data="data.jsonl", val="data.jsonl", reward="data/rewards.py:brief", prompts=8, group=8, max_new=128, micro_tokens=8192, eval_prompts=4),
 }
 RUNS = {name: (name, {}) for name in FLAGS}
-RUNS |= {f"{name}, checkpointed": (name, {"checkpoint_activations": True}) for name in FLAGS}
+MORE = {"pretrain": dict(batch_tokens=20000), "dpo": dict(batch=96), "ppo": dict(batch=96)}  # checkpointed, larger packs fill 500 MB
+RUNS |= {f"{name}, checkpointed": (name, {"checkpoint_activations": True, "micro_tokens": 20000} | more) for name, more in MORE.items()}
 RUNS["pretrain, most of it the optimizer"] = "pretrain", dict(depth=2, width=1024, micro_tokens=512, batch_tokens=1024, context=128)
 
 
