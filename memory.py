@@ -6,7 +6,7 @@ the precision and the checkpointing of activations are, the plan knows. A phase 
 
 Left out: what lies inside one operation of PyTorch's, allocators' fragments, what torch.compile saves, and the data, which are small beside the rest.
 """
-import contextlib, ctypes, dataclasses, itertools, os, platform, weakref
+import bisect, contextlib, ctypes, dataclasses, itertools, os, platform, weakref
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +153,7 @@ def plan(config, device, trained, lengths, batch_tokens, *, longest=0, loss="log
     tokens that the head sees. held: {name: GPTConfig} of further models. read_tokens: of the largest pass without gradients, if --micro_tokens did not bound it.
     samples: (slots, longest sample with its prompt, longest prompt). shards: ranks that parameters, gradients and optimizer are divided over (FSDP).
     """
+    device = device if device.type == "cuda" else torch.device("cpu")  # Apple's GPUs run the same references, in fp32
     share, longest = -(-batch_tokens // world_size()), max(longest, int(np.max(lengths)))
     tokens = max(min(config.micro_tokens, share), longest)
     pack = some_pack(lengths, tokens, device)
@@ -163,11 +164,11 @@ def plan(config, device, trained, lengths, batch_tokens, *, longest=0, loss="log
     resident = {"parameters": parameters, "optimizer": state} | others
     phases = {"training": passes | others, "the optimizer": update | others}
     policy, read = trained[0], max(min(config.micro_tokens, read_tokens), longest)
-    if read_tokens:
+    if read > tokens or held:  # less than is learnt from needs less, but for a larger model
         phases["reading"] = resident | {"activations": max(reading(c, device, some_pack(lengths, read, device), loss) for c in [policy, *held.values()])}
     slots, length, prompt = samples
     if slots:
-        c, number = policy, 2 if torch.device(device).type == "cuda" else 4  # bytes of what it computes in
+        c, number = policy, 2 if device.type == "cuda" else 4  # bytes of what it computes in
         cache = 2 * number * c.layers * slots * length * c.kv_heads * c.head_dim
         prompts = reading(c, device, some_pack([prompt], min(16384, slots * prompt), device))
         lean = {"bf16 weights": parameters // 2} if number == 2 else {}
@@ -230,7 +231,7 @@ def largest(phases):
 def check(config, device, make, smaller="", or_else="", limit=None):
     """Print the plan, `make(config)`; UserError where the device holds less, with the flags that make it fit.
 
-    smaller: the flag of the batch that a rollout's slots follow, where there is one. or_else: what else helps. limit: bytes there are, None to ask.
+    smaller: the flag of the batch that a rollout's slots follow, where there is one. or_else: what else helps. limit: bytes there would be, None for those there are.
     """
     phases = make(config)
     name, parts, need = largest(phases)
@@ -239,27 +240,30 @@ def check(config, device, make, smaller="", or_else="", limit=None):
     if rank() == 0:
         shown = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in parts.items() if size >= 5e5)
         print(f"memory: {in_words(need)}{f' of {in_words(there)}' if there else ''}, the most of it in {name}: {shown}" + ("; freed tensors are given back" if scarce and GLIBC else ""))
-    if scarce and device.type == "cpu" and GLIBC:
+    if scarce and device.type == "cpu" and GLIBC and limit is None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**20), libc.mallopt(-4, 2**20)  # M_MMAP_THRESHOLD, M_MMAP_MAX: every tensor of 1 MiB has a mapping of its own
     if there is None or need <= there:
         return
-    for change in changes(config, smaller):
-        if largest(make(dataclasses.replace(config, **change)))[2] <= there:
-            flags = " ".join(f"--{flag}={value}" for flag, value in change.items())
-            raise UserError(f"this run needs {in_words(need)} of memory, {in_words(there)} are there: {flags} makes it fit" + ("" if smaller in change else ", with the same result"))
-    raise UserError(f"this run needs {in_words(need)} of memory, {in_words(there)} are there, and no smaller --micro_tokens makes it fit, not even with --checkpoint_activations: take a smaller model{or_else}")
+    change = fitting(config, make, there, smaller)
+    asked = f"this run needs {in_words(need)} of memory, {in_words(there)} are there"
+    if not change:
+        raise UserError(f"{asked}, and no smaller --micro_tokens makes it fit, not even with --checkpoint_activations: take a smaller model{or_else}")
+    raise UserError(f"{asked}: {' '.join(f'--{flag}={value}' for flag, value in change.items())} makes it fit" + ("" if smaller in change else ", with the same result"))
 
 
-def changes(config, smaller=""):
-    """What to try, dearest last: smaller packs, activations checkpointed, both, and then fewer answers at once as well."""
-    packs = [{"micro_tokens": 1 << n for n in [n]} for n in range((config.micro_tokens - 1).bit_length() - 1, -1, -1)]
+def fitting(config, make, there, smaller=""):
+    """{flag: value} that make it fit, {} where none do: smaller packs, activations checkpointed, both, and last a smaller batch as well."""
+    need = lambda change: largest(make(dataclasses.replace(config, **change)))[2]  # noqa: E731
     again = {"checkpoint_activations": True}
-    yield from packs
-    if not config.checkpoint_activations:
-        yield again
-        yield from (again | change for change in packs)
-    batch = vars(config)[smaller] if smaller else 0
-    while batch > 1:
-        batch //= 2
-        yield again | {"micro_tokens": 1, smaller: batch}
+    for change in ({}, again):
+        if change and need(change) <= there:
+            return change
+        fits = bisect.bisect_right(range((config.micro_tokens - 1).bit_length()), there, key=lambda n: need(change | {"micro_tokens": 1 << n}))  # noqa: B023
+        if fits:
+            return change | {"micro_tokens": 1 << (fits - 1)}
+    if not smaller or vars(config)[smaller] == 1:
+        return {}
+    less = again | {smaller: vars(config)[smaller] // 2}
+    found = fitting(dataclasses.replace(config, **less), make, there, smaller)
+    return found and less | found
