@@ -247,23 +247,24 @@ def check(config, device, make, smaller="", or_else="", limit=None):
         return
     change = fitting(config, make, there, smaller)
     asked = f"this run needs {in_words(need)} of memory, {in_words(there)} are there"
-    if not change:
+    if change is None:
         raise UserError(f"{asked}, and no smaller --micro_tokens makes it fit, not even with --checkpoint_activations: take a smaller model{or_else}")
     raise UserError(f"{asked}: {' '.join(f'--{flag}={value}' for flag, value in change.items())} makes it fit" + ("" if smaller in change else ", with the same result"))
 
 
 def fitting(config, make, there, smaller=""):
-    """{flag: value} that make it fit, {} where none do: smaller packs, activations checkpointed, both, and last a smaller batch as well."""
+    """{flag: value} that make it fit, None where none do: smaller packs, activations checkpointed, both, and last a smaller batch, alone or with these."""
     need = lambda change: largest(make(dataclasses.replace(config, **change)))[2]  # noqa: E731
     again = {"checkpoint_activations": True}
+    if need({}) <= there:
+        return {}
+    if need(again | {"micro_tokens": 1} | ({smaller: 1} if smaller else {})) > there:
+        return None
     for change in ({}, again):
         if change and need(change) <= there:
             return change
         fits = bisect.bisect_right(range((config.micro_tokens - 1).bit_length()), there, key=lambda n: need(change | {"micro_tokens": 1 << n}))  # noqa: B023
         if fits:
             return change | {"micro_tokens": 1 << (fits - 1)}
-    if not smaller or vars(config)[smaller] == 1:
-        return {}
-    less = again | {smaller: vars(config)[smaller] // 2}
-    found = fitting(dataclasses.replace(config, **less), make, there, smaller)
-    return found and less | found
+    less = {smaller: vars(config)[smaller] // 2}
+    return less | fitting(dataclasses.replace(config, **less), make, there, smaller)

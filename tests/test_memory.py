@@ -38,6 +38,7 @@ def test_walked_activations_are_the_bytes_that_autograd_really_keeps(make_model,
         loss = logprobs(model, p).sum()
     known = [*model.parameters(), *model.buffers(), p.tokens, p.positions, p.cu]
     found = sum(size for at, size in kept.items() if at not in {x.untyped_storage().data_ptr() for x in known})
+    found += checkpointed * 4 * len(p.tokens) * model.config.head_dim  # cosines and sines, which a block that is computed again is given anew
     walked = memory.some_pack(lengths, sum(lengths), CPU)
     parts, _ = memory.training([model.config], CPU, walked, "logprob", 1.0, False, 0.0, checkpointed, None, False)
     assert loss.isfinite() and abs(parts["activations"] - found) < 0.02 * found, (parts, found)
@@ -98,11 +99,11 @@ class Flags:
 @pytest.mark.parametrize("share, lengths, named", [
     (0.5, [16], ["micro_tokens"]),  # of what it needs so much is there
     (0.5, [256], ["checkpoint_activations"]),
-    (0.15, [64], ["checkpoint_activations", "micro_tokens"]),
-    (0.1, [64], ["batch", "checkpoint_activations", "micro_tokens"]),
+    (0.2, [64], ["checkpoint_activations", "micro_tokens"]),
+    (0.6, [64], ["batch"]),
 ])  # fmt: skip
 def test_the_proposed_flags_make_it_fit(make_model, share, lengths, named, capsys):
-    c = make_model(context=256, layers=4).config
+    c = make_model(context=256, layers=8).config
     held = (64, 256, 2) if "batch" in named else (0, 0, 0)
     make = lambda f: memory.plan(f, CPU, [c], lengths, 256 if lengths == [256] else 2048, samples=(held[0] and f.batch, held[1], held[2]))  # noqa: E731
     limit = int(share * total(make(Flags())))
