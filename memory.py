@@ -170,6 +170,8 @@ def plan(config, device, trained, lengths, batch_tokens, *, longest=0, loss="log
     if slots:
         c, number = policy, 2 if device.type == "cuda" else 4  # bytes of what it computes in
         cache = 2 * number * c.layers * slots * length * c.kv_heads * c.head_dim
+        if device.type == "cuda":  # rollout takes fewer slots where they would fill more than half of what is free
+            cache = min(cache, max(cache // slots, torch.cuda.mem_get_info(device)[0] // 2))
         prompts = reading(c, device, some_pack([prompt], min(16384, slots * prompt), device))
         lean = {"bf16 weights": parameters // 2} if number == 2 else {}
         phases["sampling"] = resident | lean | {"KV cache": cache, "prompts and draws": max(prompts, 16 * slots * c.vocab_size)}

@@ -27,7 +27,18 @@ def total(phases):
 @pytest.mark.parametrize("lengths", [[32] * 64, [5, 1, 17, 2, 30, 64, 9] * 16], ids=["dense", "ragged"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_walked_activations_are_the_bytes_that_autograd_really_keeps(make_model, lengths, checkpointed):
-    model, p, kept = make_model(), pack([[1] * n for n in lengths]), {}
+    check_walked(make_model(), lengths, checkpointed)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_kernels_are_walked_like_their_references(make_model, kernels_run, checkpointed):
+    if kernels_run.type == "cuda":
+        pytest.skip("tests/test_cuda.py measures the whole")
+    check_walked(make_model(layers=1, head_dim=32), [5, 30], checkpointed)
+
+
+def check_walked(model, lengths, checkpointed):
+    p, kept = pack([[1] * n for n in lengths]), {}
     model.checkpoint_activations = checkpointed
 
     def keep(x):
