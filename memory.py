@@ -159,7 +159,7 @@ def plan(config, device, trained, lengths, batch_tokens, *, longest=0, loss="log
     pack = some_pack(lengths, tokens, device)
     flat = shards == 1 and world_size() > 1
     passes, update = training(trained, device, pack, loss, learnt, share > tokens or shards > 1, dropout, config.checkpoint_activations, muon, flat)
-    others = {name: weights(c, device) for name, c in held.items()}
+    others = {f"{name}'s parameters": weights(c, device) for name, c in held.items()}
     parameters, state = passes["parameters"], passes["optimizer"]
     resident = {"parameters": parameters, "optimizer": state} | others
     phases = {"training": passes | others, "the optimizer": update | others}
@@ -194,8 +194,8 @@ def sampled(config, device, trained, prompts, answers, minibatches, held):
 # What is there, and what to do where that is too little
 
 
-def room(device, parameters):
-    """Bytes that a run may hold on this device, its `parameters`, which are there already, among them; None where nobody can tell."""
+def room(device, loaded):
+    """Bytes that a run may hold on this device, the `loaded` bytes of parameters that are there already among them; None where nobody can tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type != "cpu" or not Path("/proc/meminfo").exists():
@@ -211,7 +211,7 @@ def room(device, parameters):
         if limit.exists() and used.exists() and limit.read_text().strip() != "max":
             files = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
             free.append(int(limit.read_text()) - int(used.read_text()) + int(files[idle]))  # files in memory make way
-    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + parameters
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + loaded
 
 
 # common.setup has glibc keep what is freed, for speed. Tensors of ever other sizes then leave holes: up to 2.4 times the plan was resident. Where there is not room
@@ -237,12 +237,13 @@ def check(config, device, make, smaller="", or_else="", limit=None):
     """
     phases = make(config)
     name, parts, need = largest(phases)
-    there = room(device, parts["parameters"]) if limit is None else limit
-    scarce = there is not None and FRAGMENTS * need > there
+    loaded = sum(size for part, size in parts.items() if part.endswith("parameters"))
+    there = room(device, loaded) if limit is None else limit
+    scarce = device.type == "cpu" and GLIBC and there is not None and FRAGMENTS * need > there
     if rank() == 0:
         shown = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in parts.items() if size >= 5e5)
-        print(f"memory: {in_words(need)}{f' of {in_words(there)}' if there else ''}, the most of it in {name}: {shown}" + ("; freed tensors are given back" if scarce and GLIBC else ""))
-    if scarce and device.type == "cpu" and GLIBC and limit is None:
+        print(f"memory: {in_words(need)}{f' of {in_words(there)}' if there else ''}, the most of it in {name}: {shown}" + ("; freed tensors are given back" if scarce else ""))
+    if scarce and limit is None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**20), libc.mallopt(-4, 2**20)  # M_MMAP_THRESHOLD, M_MMAP_MAX: every tensor of 1 MiB has a mapping of its own
     if there is None or need <= there:
