@@ -214,8 +214,8 @@ def room(device, loaded):
     return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + loaded
 
 
-# common.setup has glibc keep what is freed, for speed. Tensors of ever other sizes then leave holes: up to 2.7 times the plan was resident (bench/memory.py). Where there is not room
-# for so much, freed tensors go back to the system and the plan is what the run holds, in up to one and a half times the time.
+# common.setup has glibc keep what is freed, for speed. Tensors of ever other sizes then leave holes: up to 2.7 times the plan was resident (bench/memory.py).
+# Where there is not room for so much, freed tensors go back to the system and the plan is what the run holds, in up to one and a half times the time.
 FRAGMENTS, GLIBC = 3, platform.libc_ver()[0] == "glibc"
 SHARD = ", or divide it over several devices by --shard=fsdp under torchrun"
 
