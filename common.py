@@ -165,7 +165,7 @@ def setup(device, seed):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself bit for bit only with this
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not dist.is_initialized():  # several processes need the memory more
         # What is freed stays with this process. Left alone, glibc gives large tensors back, and the system clears each page of the next one at its first touch:
-        # a twelfth of the time of a DPO step on 6,000 tokens. The price is up to a twentieth more memory.
+        # a twelfth of the time of a DPO step on 6,000 tokens. The price is memory, in holes between tensors of many sizes; where there is too little, memory.py undoes it.
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX: no mappings; M_TRIM_THRESHOLD: nothing is given back
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import learnt_logprobs, pack_chats
@@ -52,6 +52,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     batch: int = 64  # pairs (kto: answers) an optimizer step, over all ranks
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     context: int = 0  # longest prompt and answer, in tokens; pairs with a longer one are left out and counted; 0: the model's
     lr: float = 0.0  # peak rate of AdamW; 0: 2e-4 (128 / width)^2
     warmup: float = 0.1  # first share of the steps, over which the rate rises; after that it falls to 0
@@ -69,7 +70,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "ref_cache"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "ref_cache"}
 BETA = {"dpo": 0.1, "cdpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 ONLY_FOR = {"smoothing": {"cdpo"}, "gamma": {"simpo"}, "desirable": {"kto"}, "undesirable": {"kto"}, "nll": {"dpo", "cdpo", "ipo", "simpo"},
             "reference": {"dpo", "cdpo", "ipo", "kto"}, "ref_cache": {"dpo", "cdpo", "ipo", "kto"}}  # fmt: skip
@@ -300,12 +301,16 @@ def main(config):
     model, tok, _ = checkpoint.read(run.folder, device)
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
+    model.checkpoint_activations = config.checkpoint_activations
     parse = chat.judged if kto else chat.preference
     train_rows, val_rows, data = chat.read_split(config, parse)
     context = run.context(model)
     train, known = fit(*read_items(tok, train_rows, kto), context, config.data)
     val, val_known = fit(*read_items(tok, val_rows, kto), context, config.val or "held out of it")
     chat.audit(tok, [first for first, _ in train], config.data)
+    lengths, pairs = ([len(side.ids) for item in train for side in item], [len(a.ids) + len(b.ids) for a, b in train])
+    walked = dict(longest=max(pairs), learnt=float(np.mean([side.learnt.mean() for item in train for side in item])), read_tokens=sum(pairs))
+    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], lengths, memory.drawn(pairs, c.batch), **walked), smaller="batch")
     start_logps = reference_logps(config, run, tok, data, {"train": train, "val": val}, device)
 
     # 2. Optimizer and order of the data, and on a resume all their state

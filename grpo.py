@@ -25,13 +25,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus
 from data.chat import constant_logprobs, learnt_logprobs, pack_chats
 from data.pack import share, split
 from optim import Optimizer, wsd
-from rollout import answers, check_one_distribution, load_rewards, reward_answers, reward_hashes, validate
+from rollout import answers, check_one_distribution, load_rewards, reward_answers, reward_hashes, reward_shapes, validate
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Config:
     prompts: int = 16  # a step, over all ranks
     epochs: int = 1  # passes over the answers of a step
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     max_new: int = 256  # longest answer, in tokens
     temperature: float = 1.0  # of sampling, and so of every log-probability
     target_kl: float = 0.1  # nats a token from the policy that sampled, from which on the rest of a step is left out; 0: never
@@ -82,7 +83,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
+FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
 OURS = {"group": 8, "advantage": "grpo", "loss": "token", "clip_low": 0.2, "clip_high": 0.28, "kl": "none", "beta": 0.0, "refill": 0, "overlong": "none",
         "reference_every": 0, "minibatches": 1}  # fmt: skip
 RECIPES = {
@@ -247,12 +248,14 @@ def main(config):
     model, tok, _ = checkpoint.read(run.folder, device)
     if model.config.scalar_head:
         raise UserError(f"--init={config.init}: a reward model, which writes nothing; start from the model it was trained from")
+    model.checkpoint_activations = config.checkpoint_activations
     reference = None
     if config.kl != "none":
         renewed = run.resumed / "reference" if run.resumed and (run.resumed / "reference").exists() else None
         reference = checkpoint.companion(renewed or (checkpoint.find(config.reference) if config.reference else run.origin()), model, tok, f"--reference={config.reference}")
         reference.requires_grad_(False)
     rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
+    held = ({"reference": reference.config} if reference else {}) | reward_shapes(f"{config.reward},{config.monitor}")
     train, val, data = chat.read_prompts(config, tok, model.config.context)
     data |= reward_hashes(config.reward, config.constitution)
     data |= {config.reference: checkpoint.fingerprint(checkpoint.find(config.reference))} if config.reference else {}
@@ -260,6 +263,8 @@ def main(config):
 
     # Optimizer and the order of the prompts, and on a resume all their state
     steps = config.steps
+    asked = [len(chat.encode_prompt(tok, messages)) for messages, _ in train]
+    memory.check(config, device, lambda c: memory.sampled(c, device, [model.config], asked, c.prompts * c.group, c.minibatches, held), smaller="prompts")
     lr = config.lr or 3e-4 * (128 / model.config.width) ** 2
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
     order = corpus.Order(lambda random: (np.arange(len(train)), np.ones(len(train))), config.seed)

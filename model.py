@@ -17,6 +17,7 @@ import dataclasses
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 from data.pack import next_tokens
@@ -113,6 +114,7 @@ class GPT(nn.Module):
             self.untied_head = nn.Parameter(torch.zeros(c.vocab_size, c.width))
         self.dropout = 0.0  # only pretrain.py sets it; every later stage needs the same pass twice to give the same numbers
         cos, sin = rotary_tables(c)
+        self.checkpoint_activations = False  # keep a block's input only and compute the block again in the backward: a fraction of the memory for a third more time
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -157,7 +159,10 @@ class GPT(nn.Module):
                     cache.k[i, rows, pack.positions], cache.v[i, rows, pack.positions] = k, v
                 return attention(q, k, v, documents)
 
-            x, delta = block(x, delta, attend, dropout)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, delta = checkpoint(block, x, delta, attend, dropout, use_reentrant=False)
+            else:
+                x, delta = block(x, delta, attend, dropout)
         return add_rms_norm(x, delta, self.norm, c.norm_eps)[1]
 
     @torch.no_grad()

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus
 from data.chat import before_learnt, constant_logprobs, learnt_logprobs, pack_chats
 from data.pack import share, split
 from model import GPT
 from optim import Optimizer, wsd
-from rollout import answers, check_one_distribution, is_model, load_rewards, reward_answers, reward_hashes, reward_names, validate
+from rollout import answers, check_one_distribution, is_model, load_rewards, reward_answers, reward_hashes, reward_names, reward_shapes, validate
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Config:
     minibatches: int = 2  # optimizer steps an epoch
     epochs: int = 2  # passes over the answers of a step
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     max_new: int = 256  # longest answer, in tokens
     temperature: float = 1.0  # of sampling, and so of every log-probability
     beta: float = 0.05  # price of a nat of KL to the reference
@@ -80,7 +81,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
+FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
 
 
 def check_flags(config):
@@ -232,6 +233,7 @@ def main(config):
         critic, center = checkpoint.read(run.resumed / "critic", device)[0], info["critic_center"]
     else:
         critic, center = first_critic(config, model, tok)
+    model.checkpoint_activations = critic.checkpoint_activations = config.checkpoint_activations
     train, val, data = chat.read_prompts(config, tok, model.config.context)
     data |= reward_hashes(config.reward, config.constitution)
     data |= {name: checkpoint.fingerprint(checkpoint.find(name)) for name in (config.reference, config.critic) if name}
@@ -244,6 +246,8 @@ def main(config):
     steps = config.steps or -(-len(train) // n_prompts)
     lr = config.lr or 6e-4 * (128 / model.config.width) ** 2
     critic_lr = config.critic_lr or 2 * lr
+    asked, held = [len(chat.encode_prompt(tok, messages)) for messages, _ in train], {"reference": reference.config} | reward_shapes(f"{config.reward},{config.monitor}")
+    memory.check(config, device, lambda c: memory.sampled(c, device, [model.config, critic.config], asked, c.batch, c.minibatches, held), smaller="batch" if config.group == 1 else "")
     optimizer, critic_optimizer = (Optimizer(m, rate, betas=(0.9, 0.95)) for m, rate in ((model, lr), (critic, critic_lr)))
     order = corpus.Order(lambda random: (np.arange(len(train)), np.ones(len(train))), config.seed)
     if rank() == 0:

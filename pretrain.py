@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import corpus, prepare, tokenizer
 from data.pack import fill, share, split
@@ -48,6 +48,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: 20 tokens a parameter (Chinchilla)
     batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 1024 x depth^2
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result (dropout's masks apart), depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     lr: float = 0.02  # peak rate of Muon, for the trunk's matrices
     embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5, or the head's where they are tied
     head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
@@ -73,7 +74,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "steps", "micro_tokens", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "steps", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
 
 
 def check_flags(config):
@@ -199,7 +200,7 @@ def main(config):
     # 2. Optimizer and order of the data, and on a resume all their state
     optimizer = make_optimizer(config, model)
     order = corpus.text_order(train, tok.eot, context, config.seed)
-    model.dropout = config.dropout
+    model.dropout, model.checkpoint_activations = config.dropout, config.checkpoint_activations
     if config.compile:
         model.compile()
     if rank() == 0:
@@ -208,6 +209,8 @@ def main(config):
         print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs")
         if config.compile and device.type == "cpu":
             print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
+    walked = dict(read_tokens=int((val_pieces[:, 2] - val_pieces[:, 1]).sum()), samples=(1, context, len(prompt)), dropout=config.dropout, muon=optimizer.dtype, shards=world_size() if config.shard else 1)
+    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], order.lengths, batch_tokens, loss="cross_entropy", **walked), or_else="" if config.shard else memory.SHARD)
     counters = run.begin(steps, {"": optimizer}, data_hashes(config), n_parameters)
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus
 from data.chat import Chat
@@ -39,6 +39,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     batch: int = 64  # pairs an optimizer step, over all ranks
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     context: int = 0  # longest prompt and answer, in tokens; pairs with a longer one are left out and counted; 0: the model's
     lr: float = 0.0  # peak rate of AdamW; 0: 1e-3 (128 / width)^1.5
     warmup: float = 0.05  # first share of the steps, over which the rate rises; after that it falls to 0
@@ -60,7 +61,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last"}
 
 
 def check_flags(config):
@@ -147,6 +148,11 @@ def main(config):
     read_at = [Chat(np.array(ids, dtype=np.int32), np.arange(len(ids)) == len(ids) - 1) for ids in train[0]]
     chat.audit(tok, read_at, f"{config.data}, the chosen sides", "read for the score")
     prompts = [p.prompt for p in train_rows if len(chat.encode_prompt(tok, p.prompt)) < context][: config.center_samples]
+    pairs = [len(c) + len(r) for c, r in zip(*train)]
+    asked = [len(chat.encode_prompt(tok, messages)) for messages in prompts]
+    walked = dict(longest=max(pairs), read_tokens=sum(len(d) for side in val for d in side), samples=(min(128, len(asked)), max(asked, default=0) + config.max_new, max(asked, default=0)))
+    shape = dataclasses.replace(language_model.config, scalar_head=True)
+    memory.check(config, device, lambda c: memory.plan(c, device, [shape], [len(d) for side in train for d in side], memory.drawn(pairs, c.batch), **walked), smaller="batch")
     if language_model.config.scalar_head:
         typical, center = None, info.get("center", 0.0)  # goes on from a reward model, which writes no answers
     else:
@@ -154,6 +160,8 @@ def main(config):
         typical = [starts[s.prompt_index] + s.tokens for s in samples]
     model = checkpoint.read(run.resumed)[0] if run.resumed else with_scalar_head(language_model, config.seed)
     model = model.to(device)
+    del language_model  # as much memory as the reward model
+    model.checkpoint_activations = config.checkpoint_activations
 
     # 2. Optimizer and order of the data, and on a resume all their state
     steps = config.steps or max(1, round(config.epochs * len(train_rows) / config.batch))

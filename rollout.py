@@ -382,6 +382,12 @@ def reward_hashes(names, constitution=""):
     return found
 
 
+def reward_shapes(names):
+    """{name: GPTConfig} of the reward models and judges of a command line."""
+    models = {name.removeprefix("judge:") for name, _ in reward_names(names) if is_model(name) or name.startswith("judge:")}
+    return {name: checkpoint.config_from_hf(checkpoint.find(name) / "config.json") for name in sorted(models)}
+
+
 def reward_answers(rewards, rows, samples, texts):
     """(weighted sum float64 [n], {name: float64 [n]}) of what `load_rewards` gave, for samples that answer the rows (messages, row) of their prompt_index."""
     if not samples:  # a rank's share may be empty

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+import checkpoint, memory
 from common import UserError, check, describe, launch, rank, reduce_sum, world_size
 from data import chat, corpus, tokenizer
 from data.chat import Chat, before_learnt, pack_chats
@@ -41,6 +41,7 @@ class Config:
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 256 x layers^2
     micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
+    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
     context: int = 0  # longest conversation, in tokens; a longer one is cut after its last answer that fits; 0: the model's
     lr: float = 0.0  # peak rate of AdamW; 0: 1e-3 (128 / width)^1.5
     warmup: float = 0.05  # first share of the steps, over which the rate rises; after that it falls to 0
@@ -60,7 +61,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "micro_tokens", "print_every", "eval_every", "save_every", "keep_last", "max_new", "problems"}
+FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "max_new", "problems"}
 
 
 def check_flags(config):
@@ -154,6 +155,7 @@ def main(config):
         raise UserError(f"--init={config.init}: a reward model, which has no output head; start from the model it was trained from")
     model, tok = add_chat_tokens(model, tok)
     model = shard(model, device) if config.shard else model.to(device)
+    model.checkpoint_activations = config.checkpoint_activations
     train_rows, val_rows, data = chat.read_split(config, chat.conversation)
     problems, _ = chat.read(config.problems, chat.problem, config.skip_bad) if config.problems else ([], {})
     context = run.context(model)
@@ -180,6 +182,9 @@ def main(config):
         model.compile()
     if rank() == 0:
         print(f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text; peak rate {lr:.3g}; on {describe(device)['hardware']}")
+    asked = [len(chat.encode_prompt(tok, messages)) for messages in (shown, *(messages for messages, _ in problems))]
+    walked = dict(learnt=float(np.mean([c.learnt.mean() for c in train])), read_tokens=sum(len(c.ids) for c in val), samples=(min(128, len(asked)), max(asked) + config.max_new, max(asked)), shards=world_size() if config.shard else 1)
+    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], lengths, batch_tokens, loss="cross_entropy", **walked), or_else="" if config.shard else memory.SHARD)
     if run.resumed:
         run.check_same(data)
     counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))

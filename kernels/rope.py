@@ -195,8 +195,9 @@ class QKNormRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _, *weights, _, _ = ctx.saved_tensors
-        d_qkv, d_weights = qk_norm_rope_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.eps)
+        saved = ctx.saved_tensors  # asked once: a checkpointed block gives them once
+        _, *weights, _, _ = saved
+        d_qkv, d_weights = qk_norm_rope_backward(grad, *saved, ctx.heads, ctx.eps)
         dq, dk = [None, None] if weights[0] is None else [d.to(w.dtype) for d, w in zip(d_weights, weights)]
         return d_qkv, dq, dk, None, None, None, None
 

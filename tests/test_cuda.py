@@ -1,7 +1,10 @@
 """The same code on a CUDA GPU, in bf16: close to the CPU's fp32, kernels and references alike, the same twice, sampling what it trains on. Skipped without a GPU."""
+import types
+
 import pytest
 import torch
 
+import memory
 import pretrain
 from common import setup
 from data import corpus, tokenizer
@@ -85,6 +88,24 @@ def test_five_steps_twice_are_equal_bit_for_bit(make_model):
     shape = dict(vocab_size=tokenizer.byte_level().n_vocab, noise=0.02, **SHAPE)
     (losses, weights), (again, weights_again) = (twenty_steps(make_model(**shape).cuda(), steps=5, polar="bf16") for _ in range(2))
     assert losses == again and all(map(torch.equal, weights, weights_again))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_plan_is_what_two_packs_and_a_step_allocate(make_model, checkpointed):
+    tok = tokenizer.byte_level()
+    model = make_model(vocab_size=tok.n_vocab, noise=0.02, **(SHAPE | {"layers": 6})).cuda()
+    model.checkpoint_activations = checkpointed
+    streams = [corpus.encode(tok, ["the quick brown fox jumps over the lazy dog. " * n for n in range(1, 200)])]
+    order, config = corpus.text_order(streams, tok.eot, 512, seed=0), types.SimpleNamespace(micro_tokens=32768, checkpoint_activations=checkpointed)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated() - sum(p.nbytes for p in model.parameters())
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = Optimizer(model, 0.01, matrix_lr=0.02)
+    planned = memory.largest(memory.plan(config, torch.device("cuda"), [model.config], order.lengths, 65536, loss="cross_entropy", muon=optimizer.dtype))[2]
+    for _ in range(2):
+        pretrain.train_step(model, streams, order.batch(65536), config.micro_tokens)
+        optimizer.step(1.0)
+    assert 0.85 < planned / (torch.cuda.max_memory_allocated() - held) < 1.15
 
 
 def test_the_training_loss_compiles_as_one_graph(make_model):

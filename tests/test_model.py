@@ -152,6 +152,27 @@ def test_dropout_only_where_it_is_set_and_in_training(make_model):
 # Its shape
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_activations_give_the_same_gradients_bit_for_bit_and_are_not_kept(make_model, dropout):
+    model, p, found, kept = make_model(layers=3), pack(documents()), [], []
+    model.dropout = dropout
+
+    def keep(x):
+        kept[-1] += x.numel()
+        return x
+
+    for model.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = logprobs(model, p).sum()
+        loss.backward()
+        found.append([loss.detach(), *(q.grad for q in model.parameters())])
+    assert all(map(torch.equal, *found)) and found[0][1].abs().max() > 0
+    assert kept[1] < kept[0] / 4
+
+
 def test_the_one_dial():
     for depth in (1, 2, 4, 8, 12, 20):
         c = config_for(depth, 4096)
