@@ -229,16 +229,11 @@ def error_line(output):
 def lost(row):
     """What is lost or half there, in words; "" if nothing."""
     if row.stage == "rlaif":
-        found = [] if not row.run.exists() or row.run.read_bytes() in whole_prefixes(row) else ["rows differ from the straight run's"]
+        found = [] if not row.run.exists() or straight(row).run.read_bytes().startswith(row.run.read_bytes()) else ["rows differ from the straight run's"]
     else:
         found = [f"{p.name}: {damage(p)}" for p in steps_in(row.run) if damage(p)]
         found += [f"{p}: not finite" for p in row.run.glob("step_*/**/*.safetensors") for w in safetensors.torch.load_file(p).values() if not w.isfinite().all()]
     return "; ".join(found)
-
-
-def whole_prefixes(row):
-    data = straight(row).run.read_bytes()
-    return {data[:n] for n in range(len(data) + 1)}
 
 
 def results(run):
@@ -636,14 +631,14 @@ def typed_again(row, draw):
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
-    child, stage = quick_start(row, run), draw.choice(["tokenizer", "prepare", "pretrain"])
+    child, stage = quick_start(row, run), draw.choice(["tokenizer", "prepare"])
     follow(child, lambda: f"\n{stage}\n$" in child.output())
     child.send(signal.SIGKILL)
     child.wait()
     status, output = quick_start(row, run).wait(60)
     yield "survived", status == 1 and f"--out={run}: another process is writing" in error_line(output), output
     child = quick_start(row, run)
-    while not follow(child, lambda: "\npretrain\n$" in child.output()):  # until what the first one left behind has ended
+    while not follow(child, lambda: " training tokens; " in child.output()):  # until what the first one left behind has ended
         time.sleep(0.1)
         child = quick_start(row, run)
     child.send(signal.SIGTERM)
