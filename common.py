@@ -314,8 +314,9 @@ class Log:
         self.append("samples.txt", f"=== step {step} ===\n{text}\n")
 
     def append(self, name, text):
+        """-> what the disk says against it, "" where it has taken all."""
         if rank() != 0:
-            return
+            return ""
         path = self.path.with_name(name)
         size, waiting = self.files.get(name) or (path.stat().st_size if path.exists() else 0, b"")
         waiting += text.encode("utf-8", "replace")
@@ -323,23 +324,24 @@ class Log:
             with open(path, "ab") as f:
                 f.truncate(size)  # a disk that filled up may have taken half of what waits
                 f.write(waiting)
-            size, waiting = size + len(waiting), b""
+            size, waiting, refused = size + len(waiting), b"", ""
         except OSError as e:
+            refused = e.strerror
             print(f"warning: {path}: {e.strerror}; {len(waiting)} bytes wait in memory", file=sys.stderr)
         self.files[name] = size, waiting
+        return refused
 
     def sync(self):
         """Have the disk hold what was written, and what waits: before a checkpoint, so that a checkpoint never knows more than its log. UserError where it cannot."""
         for name in self.files:
-            self.append(name, "")
-            path, (_, waiting) = self.path.with_name(name), self.files[name]
-            if waiting:
-                raise UserError(f"{path}: {len(waiting)} bytes of it wait in memory")
+            refused, path = self.append(name, ""), self.path.with_name(name)
             try:
                 with open(path, "rb+") as f:
                     os.fsync(f.fileno())
             except OSError as e:
-                raise UserError(f"{path}: {e.strerror}") from None
+                refused = refused or e.strerror
+            if refused:
+                raise UserError(f"{path}: {refused}; make room or give the directory back, then go on with --resume")
 
     def step(self, step, tokens, flops_per_token, device, quiet={}, **values):
         """Log update number `step` (from 1): its `tokens` (all ranks), speed, MFU where the GPU's peak is known, time left, and `values`; `quiet` ones not on the terminal."""

@@ -46,7 +46,7 @@ class Child:
         while not self.ended():
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
-            time.sleep(0.001)
+            time.sleep(0.002)
         return self.status, self.output()
 
     def send(self, *numbers):

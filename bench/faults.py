@@ -44,15 +44,16 @@ class Config:
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("survived", "nothing lost", "exact")
 TOK = tokenizer.train(["Better: A Better: B " * 5], 256 + 4 + 7)  # " A" and " B" are single tokens, which a judge needs
-TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=8, out="run")
+STEPS = 6
+TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=STEPS, out="run")
 RL = dict(init="sft", data="prompts.jsonl", max_new=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
 STAGES = {  # name: (script, flags)
-    "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=8, polar="fp32")),
+    "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=STEPS, polar="fp32")),
     "sft": (sft, TRAINING | dict(init="base", data="chats.jsonl", replay="text.txt", batch_tokens=300, max_new=8)),
     "reward": (reward, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6, center_samples=4, max_new=8)),
     "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),
     "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, kl_target=0.1, kl_horizon=50)),
-    "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=3)),
+    "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=2)),
     "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=1, max_new=30, min_margin=0, out="run/run.jsonl")),
     "quickstart": (quickstart, dict(fast=True, out="run")),
 }  # fmt: skip
@@ -206,13 +207,13 @@ def saving(row):
     return any(any(p.iterdir()) for p in row.run.glob(".tmp_step_*"))
 
 
-def until(child, true):
-    """Wait until `true()`, and stop the child there. False if it ended before."""
+def until(child, true, every=0.003):
+    """Wait until `true()`, asked so often, and stop the child there. False if it ended before."""
     while not child.ended():
         if true():
             child.send(signal.SIGSTOP)
             return True
-        time.sleep(0.0005)
+        time.sleep(every)
     return False
 
 
@@ -229,16 +230,11 @@ def error_line(output):
 def lost(row):
     """What is lost or half there, in words; "" if nothing."""
     if row.stage == "rlaif":
-        found = [] if not row.run.exists() or row.run.read_bytes() in whole_prefixes(row) else ["rows differ from the straight run's"]
+        found = [] if not row.run.exists() or straight(row).run.read_bytes().startswith(row.run.read_bytes()) else ["rows differ from the straight run's"]
     else:
         found = [f"{p.name}: {damage(p)}" for p in steps_in(row.run) if damage(p)]
         found += [f"{p}: not finite" for p in row.run.glob("step_*/**/*.safetensors") for w in safetensors.torch.load_file(p).values() if not w.isfinite().all()]
     return "; ".join(found)
-
-
-def whole_prefixes(row):
-    data = straight(row).run.read_bytes()
-    return {data[:n] for n in range(len(data) + 1)}
 
 
 def results(run):
@@ -296,7 +292,7 @@ def kill(row, draw):
         elif moment == "save":
             inside = False
             for _ in range(9):  # a save that was done before the signal came is let go
-                if not until(child, lambda: saving(row)):
+                if not until(child, lambda: saving(row), every=0.0005):
                     break
                 time.sleep(0.002)
                 inside = saving(row)
@@ -351,7 +347,7 @@ def full_disk(row, draw):
         kept = [p.name for p in steps_in(row.run)]
         says = ["No space left", "--resume"] + (["make room", f"kept: {', '.join(kept)}"] if row.stage != "rlaif" else [])
         yield "survived", status == 1 and all(x in error_line(output) for x in says) and (row.stage == "rlaif" or "training goes on" in output), output
-        yield "nothing lost", not lost(row) and (row.stage == "rlaif" or kept and progress(row) == 8), f"{kept} {lost(row)} {output}"
+        yield "nothing lost", not lost(row) and (row.stage == "rlaif" or kept and progress(row) == STEPS), f"{kept} {lost(row)} {output}"
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         yield from goes_on(row)
     finally:
@@ -370,8 +366,8 @@ def obey_permissions():
 def no_permission(row, draw):
     """After its first save the run may no longer write where its checkpoints go."""
     fresh(row)
-    child, at = start(row, before=obey_permissions), draw.randint(1, 2)
-    until(child, lambda: saves(row) >= at and not saving(row))
+    child = start(row, before=obey_permissions)
+    until(child, lambda: saves(row) >= 1 and not saving(row))
     before = saves(row)
     row.run.chmod(0o444 if row.stage == "rlaif" else 0o555)
     child.send(signal.SIGCONT)
@@ -518,7 +514,7 @@ def nan_save(row, draw):
 def bad_reward(row, draw, what, said):
     """From some step on the reward function does this; with the function as it was the run goes on."""
     fresh(row)
-    child, at = start(row), draw.randint(3, 5)
+    child, at = start(row), draw.randint(2, STEPS - 2)
     until(child, lambda: progress(row) >= at and not saving(row))
     (row.folder / what).touch()
     child.send(signal.SIGCONT)
@@ -548,7 +544,7 @@ PATIENCE = 20  # seconds within which a process whose peer was killed must have 
 def rank_killed(row, draw):
     """One of two processes is killed: the other ends soon, with one line, and the two go on from the last save."""
     fresh(row)
-    pair, at, victim = start_pair(row), draw.randint(1, 5), draw.randrange(2)
+    pair, at, victim = start_pair(row), draw.randint(1, STEPS - 2), draw.randrange(2)
     until(pair[victim], lambda: progress(row) >= at)
     pair[victim].send(signal.SIGKILL)
     status, output = pair[1 - victim].wait(PATIENCE)
@@ -561,7 +557,7 @@ def rank_killed(row, draw):
 def rank_stopped(row, draw):
     """Of two processes only the one that does not save gets SIGTERM, and the other cannot save: it may not say that it did."""
     fresh(row)
-    pair, at = start_pair(row, before=obey_permissions), draw.randint(2, 5)
+    pair, at = start_pair(row, before=obey_permissions), draw.randint(2, STEPS - 2)
     until(pair[1], lambda: progress(row) >= at)
     row.run.chmod(0o555)
     pair[1].send(signal.SIGTERM, signal.SIGCONT)
@@ -582,7 +578,7 @@ def other_ranks(row, draw):
             yield "survived", status == 0, output
         yield "nothing lost", not lost(row), lost(row)
         losses = [[r["loss"] for r in results(run) if "loss" in r] for run in (row.run, straight(row, before).run, straight(row, after).run)]
-        near = len(losses[0]) == 8 and all(abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other))
+        near = len(losses[0]) == STEPS and all(abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other))
         yield "exact", near, str(losses)
 
 
@@ -636,14 +632,14 @@ def typed_again(row, draw):
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
-    child, stage = quick_start(row, run), draw.choice(["tokenizer", "prepare", "pretrain"])
+    child, stage = quick_start(row, run), draw.choice(["tokenizer", "prepare"])
     follow(child, lambda: f"\n{stage}\n$" in child.output())
     child.send(signal.SIGKILL)
     child.wait()
     status, output = quick_start(row, run).wait(60)
     yield "survived", status == 1 and f"--out={run}: another process is writing" in error_line(output), output
     child = quick_start(row, run)
-    while not follow(child, lambda: "\npretrain\n$" in child.output()):  # until what the first one left behind has ended
+    while not follow(child, lambda: " training tokens; " in child.output()):  # until what the first one left behind has ended
         time.sleep(0.1)
         child = quick_start(row, run)
     child.send(signal.SIGTERM)

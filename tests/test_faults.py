@@ -7,8 +7,9 @@ import pytest
 
 from bench import faults
 
+# Two start many processes; and three are in every stage the same code, and here in the stage that has most to lose by it.
 ROWS = [pytest.param(stage, fault, marks=pytest.mark.xdist_group(f"faults {stage}"), id=f"{stage}-{fault}")
-        for stage in faults.STAGES for fault in faults.FAULTS if faults.applies(stage, fault) and fault not in ("torchrun", "typed_again")]  # fmt: skip  # these two start many processes
+        for stage in faults.STAGES for fault in faults.FAULTS if faults.applies(stage, fault) and fault not in ("torchrun", "typed_again") and (stage == "ppo" or fault not in ("sigint", "flipped", "missing"))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_sigterm_to_a_script_as_a_user_types_it(made):
     command = [sys.executable, script.__file__, *(f"--{name}={value}" for name, value in (flags | {"seed": 0}).items())]
     process = subprocess.Popen(command, cwd=row.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step 2/8"):
+        if line.startswith("step 2/"):
             process.send_signal(signal.SIGTERM)
             break
     said = process.stderr.read()
