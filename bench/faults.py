@@ -562,7 +562,7 @@ def rank_stopped(row, draw):
     row.run.chmod(0o555)
     pair[1].send(signal.SIGTERM, signal.SIGCONT)
     (status, output), (other, _) = (child.wait(60) for child in pair)
-    yield "survived", (status, other) == (1, 143) and "Permission denied" in error_line(output) and "stopped after" not in output, f"{status} {other} {output}"
+    yield "survived", (status, other) == (1, 1) and "Permission denied" in error_line(output) and "stopped after" not in output, f"{status} {other} {output}"
     yield "nothing lost", not lost(row), lost(row)
     row.run.chmod(0o755)
     yield from goes_on(row, ranks=2)
@@ -577,9 +577,32 @@ def other_ranks(row, draw):
         for status, output in [child.wait(60) for child in children]:
             yield "survived", status == 0, output
         yield "nothing lost", not lost(row), lost(row)
-        losses = [[r["loss"] for r in results(run) if "loss" in r] for run in (row.run, straight(row, before).run, straight(row, after).run)]
-        near = len(losses[0]) == STEPS and all(abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other))
-        yield "exact", near, str(losses)
+        yield from same_losses(row, before, after)
+
+
+def same_losses(row, *ranks):
+    """The losses of a finished run are those of the straight runs on so many ranks."""
+    losses = [[r["loss"] for r in results(run) if "loss" in r] for run in (row.run, *(straight(row, n).run for n in ranks))]
+    near = len(losses[0]) == STEPS and all(abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other))
+    yield "exact", near, str(losses)
+
+
+def shard_killed(row, draw):
+    """A model divided over two processes, of which one is killed; gone on with divided, and its last step by one process alone."""
+    fresh(row)
+    pair, at, victim = start_pair(row, shard="fsdp"), draw.randint(1, STEPS - 2), draw.randrange(2)
+    until(pair[victim], lambda: progress(row) >= at)
+    pair[victim].send(signal.SIGKILL)
+    status, output = pair[1 - victim].wait(PATIENCE)
+    yield "survived", status == 1 and "another process" in error_line(output), f"{status} {output}"
+    pair[victim].wait()
+    yield "nothing lost", not lost(row), lost(row)
+    for status, output in [child.wait(60) for child in start_pair(row, resume=True, shard="fsdp")]:
+        yield "survived", status == 0, output
+    shutil.rmtree(steps_in(row.run)[-1])
+    status, output = start(row, resume=True).wait(60)
+    yield "survived", status == 0, output
+    yield from same_losses(row, 1, 2)
 
 
 def torchrun(row, draw):
@@ -657,7 +680,7 @@ def typed_again(row, draw):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch, nan_save,
-                                  reward_hangs, reward_raises, reward_nan, rank_killed, rank_stopped, other_ranks, torchrun, typed_again)}  # fmt: skip
+                                  reward_hangs, reward_raises, reward_nan, rank_killed, rank_stopped, other_ranks, shard_killed, torchrun, typed_again)}  # fmt: skip
 
 
 def applies(stage, fault):
@@ -667,6 +690,8 @@ def applies(stage, fault):
         return stage in ("ppo", "grpo")
     if fault in ("torchrun", "rank_stopped"):  # what these look at is the same in every stage
         return stage == "sft"
+    if fault == "shard_killed":
+        return stage in ("pretrain", "sft")
     return stage != "rlaif" or fault not in ("flipped", "missing", "rank_killed", "other_ranks", "nan_batch", "nan_save")
 
 
