@@ -15,7 +15,7 @@ Left out: online variants; sample from the model, label with rlaif.py or a rewar
     python dpo.py --init=out/sft --data=pairs.jsonl --loss=dpo --out=out/dpo
     torchrun --nproc_per_node=8 dpo.py --init=out/sft --data=pairs.jsonl --out=out/dpo
 """
-import hashlib, json, os
+import hashlib, json, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +174,28 @@ def all_logps(model, items, micro_tokens):
     return found
 
 
+def digest(found):
+    """uint8 [32]: the SHA-256 of {split: log-probabilities}."""
+    return torch.tensor(list(hashlib.sha256(b"".join(found[name].numpy().tobytes() for name in sorted(found))).digest()), dtype=torch.uint8)
+
+
+def kept_logps(cache, splits):
+    """{split: fp32 [n, 2]} that `reference_logps` left in this file; None where there is none or, with a warning, where it is damaged."""
+    if not cache.exists():
+        return None
+    try:
+        with checkpoint.open_tensors(cache) as f:
+            found, written = {name: f.get_tensor(name) for name in splits}, f.get_tensor("sha256")
+        if torch.equal(digest(found), written):
+            return found
+        wrong = f"{cache}: not what was written (its SHA-256 differs)"
+    except UserError as e:
+        wrong = e
+    if rank() == 0:
+        print(f"warning: {wrong}; the reference is asked again", file=sys.stderr)
+    return None
+
+
 def reference_logps(config, run, tok, data, splits, device):
     """{split: fp32 [n, 2]}: the reference's `all_logps`, from the cache where it has those of this reference for these tokens, else computed and kept there."""
     folder = checkpoint.find(config.reference) if config.reference else run.origin()
@@ -184,11 +206,11 @@ def reference_logps(config, run, tok, data, splits, device):
     sizes = {name: len(split_items) for name, split_items in splits.items()}
     key = hashlib.sha256(json.dumps([weights, sizes, items.hexdigest(), device.type], sort_keys=True).encode()).hexdigest()  # a GPU counts in another precision
     cache = Path(config.ref_cache or run.path) / f"reference_{key[:16]}.safetensors"
-    if cache.exists():
-        with checkpoint.open_tensors(cache) as f:
-            if rank() == 0:
-                print(f"the reference's log-probabilities are those of {cache}")
-            return {name: f.get_tensor(name) for name in splits}
+    found = kept_logps(cache, splits)
+    if found:
+        if rank() == 0:
+            print(f"the reference's log-probabilities are those of {cache}")
+        return found
     model, their_tok, _ = checkpoint.read(folder, device)
     if model.config.scalar_head:
         raise UserError(f"--reference={config.reference}: a reward model, which gives no probabilities")
@@ -199,7 +221,7 @@ def reference_logps(config, run, tok, data, splits, device):
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             temporary = cache.with_suffix(f".{os.getpid()}")  # two runs may share a cache
-            safetensors.torch.save_file(found, temporary)
+            safetensors.torch.save_file(found | {"sha256": digest(found)}, temporary)
             temporary.replace(cache)
         except (OSError, safetensors.SafetensorError) as e:
             raise UserError(f"{cache}: {e}; --ref_cache names another directory for it") from None

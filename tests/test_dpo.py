@@ -346,8 +346,12 @@ def test_the_reference_is_asked_once_and_never_changed(train, make_model, tmp_pa
     succeeds(train(tmp_path / "other cut", val_fraction=0.2, **how))
     assert len(list(cache.iterdir())) == 3
     assert {p: p.read_bytes() for p in reference.rglob("*") if p.is_file()} == before
-    kept.write_bytes(b"broken")
-    assert "cannot be read as safetensors" in refused(train(tmp_path / "fifth", **how))
+    whole = kept.read_bytes()
+    for i, broken in enumerate((b"broken", whole[:-4], whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])):
+        kept.write_bytes(broken)
+        output = succeeds(train(tmp_path / f"broken {i}", **how))
+        assert f"warning: {kept}" in output and "the reference is asked again" in output and "are those of" not in output
+        assert losses(tmp_path / f"broken {i}") == losses(tmp_path / "first") and kept.read_bytes() == whole
     kept.unlink()
     checkpoint.save(reference, make_model(6, **SMALL), TOK, {"stage": "sft", "step": 2})
     assert "are those of" not in succeeds(train(tmp_path / "sixth", **how))
