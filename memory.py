@@ -242,7 +242,8 @@ def check(config, device, make, smaller="", or_else="", limit=None):
     scarce = device.type == "cpu" and GLIBC and there is not None and FRAGMENTS * need > there
     if rank() == 0:
         shown = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in parts.items() if size >= 5e5)
-        print(f"memory: {in_words(need)}{f' of {in_words(there)}' if there else ''}, the most of it in {name}: {shown}" + ("; freed tensors are given back" if scarce else ""))
+        kept = "" if device.type != "cpu" or not GLIBC else "; freed tensors are given back" if scarce else f"; up to {FRAGMENTS} times that with what is freed and kept, for speed"
+        print(f"memory: {in_words(need)}{f' of {in_words(there)}' if there else ''}, the most of it in {name}: {shown}{kept}")
     if scarce and limit is None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**20), libc.mallopt(-4, 2**20)  # M_MMAP_THRESHOLD, M_MMAP_MAX: every tensor of 1 MiB has a mapping of its own

@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./venv.sh test,report
-export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1  # the tests are many small things: processes beat threads
-exec python -m pytest -q -n "$(nproc 2>/dev/null || sysctl -n hw.ncpu)" --dist=loadgroup "$@"
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1  # the tests are many small things: processes beat threads (and nproc would count OMP_NUM_THREADS: one)
+exec python -m pytest -q -n "$(env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)" --dist=loadgroup "$@"

@@ -1,7 +1,9 @@
 """Whether the memory plan is true: every training script, at sizes from 500 MB on, and what its process came to hold beside what it had said it would.
 
-Measured is the growth of the process's resident memory (VmHWM of /proc/self/status) over what it had after its imports: once with the machine's memory, and once
-with little more than planned (ulimit -v), where freed tensors are given back: there the plan must be right. The models are made up (bench/rl.py), the text is random words. Exit status 1 where a plan is off by more than 15 %. Linux only: elsewhere, and on CUDA, nothing of this kind can be read.
+Measured is the growth of the process's resident memory (VmHWM of /proc/self/status) over what it had after its imports: once with the machine's memory, where
+what is freed is kept for speed (common.setup), and once with little more than planned (ulimit -v), where freed tensors are given back: there the plan must be
+right. The models are made up (bench/rl.py), the text is random words. Exit status 1 where a plan is off by more than 15 %. Linux only: elsewhere, and on CUDA,
+nothing of this kind can be read (tests/test_cuda.py compares with torch.cuda.max_memory_allocated).
 
     python -m bench.memory
     python -m bench.memory --only="dpo; dpo, checkpointed"
