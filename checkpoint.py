@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common import Log, Stop, UserError, clear_run, describe, open_run, random_state, rank, reduce_sum, set_random_state, setup
+from common import Log, Stop, UserError, clear_run, describe, open_run, random_state, rank, reduce_sum, set_random_state, setup, world_size
 from data import chat, tokenizer
 from data.read import inside, read_json
 from model import GPT, GPTConfig, rotary_tables
@@ -26,7 +26,7 @@ WEIGHTS, INFO, MANIFEST = "model.safetensors", "feinschliff.json", "manifest.jso
 STATE, COUNTERS = "train_state.safetensors", "train_state.json"
 # What a stranger's file may claim. Beyond them a few bytes would cost gigabytes or minutes before anything is found out.
 LARGEST_HEADER = 2**23  # bytes of a safetensors file's header: some hundred thousand tensors
-LARGEST_TABLE = 2**27  # numbers of the rotary tables: a million positions for heads of 128
+LARGEST_TABLE = 2**25  # numbers of the rotary tables: 262,144 positions for heads of 128, Qwen3's largest
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,8 @@ def find(where):
         wrong = damage(folder)
         if not wrong:
             return folder
-        print(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
+        if rank() == 0:
+            print(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
     raise UserError(f"{where}: no checkpoint here{', but a file' if where.is_file() else ''} (expected a directory with config.json and {WEIGHTS}, or a run's directory with an undamaged step_*)")
 
 
@@ -496,6 +497,8 @@ class Run:
                 raise UserError(f"{self.resumed}: its train_state is damaged, or not of this model ({e}); take another checkpoint with --init") from None
         else:
             self.lineage = self.info.get("lineage", []) + [parent_record(self.folder, self.info)] if self.folder else []
+        if reduce_sum(self.start)[0] != self.start * world_size():
+            raise UserError(f"--out={self.path}: the processes of this run find different checkpoints there; on several machines it must be a directory that they share")
         self.steps, self.data = steps, data
         clear_run(self.path, self.config.overwrite)
         self.log = Log(self.path, steps, self.start, self.config.print_every)

@@ -105,8 +105,10 @@ def launch(main, Config):
         status = f"error: {e}"
     except SystemExit as e:
         status = e.code
+    except torch.OutOfMemoryError as e:
+        status = f"error: {str(e).splitlines()[0]} A smaller --micro_tokens or --checkpoint_activations needs less"
     except RuntimeError as e:
-        if not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):  # Gloo's are plain RuntimeErrors
+        if not (isinstance(e, dist.DistError) or re.search(r"[/\\]gloo[/\\]", str(e))):  # Gloo's are plain RuntimeErrors
             raise
         status = f"error: another process of this run has ended or cannot be reached ({str(e).splitlines()[0]}); it says why itself. What was saved is whole: mend that, then go on with --resume"
     except KeyboardInterrupt:
@@ -147,7 +149,8 @@ def setup(device, seed):
     device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        alone = "RANK" not in os.environ  # gloo, which connects ranks where there is no CUDA, moves nothing that lies on Apple's GPUs
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={device}: no CUDA GPU is visible here; use --device=cpu")
     if device == "mps" and not torch.backends.mps.is_available():

@@ -207,7 +207,7 @@ def reference_logps(config, run, tok, data, splits, device):
     key = hashlib.sha256(json.dumps([weights, sizes, items.hexdigest(), device.type], sort_keys=True).encode()).hexdigest()  # a GPU counts in another precision
     cache = Path(config.ref_cache or run.path) / f"reference_{key[:16]}.safetensors"
     found = kept_logps(cache, splits)
-    if found:
+    if not reduce_sum(found is None)[0]:  # all ranks or none: another run may have written it between the looks of two
         if rank() == 0:
             print(f"the reference's log-probabilities are those of {cache}")
         return found

@@ -277,7 +277,7 @@ def main(config):
     usual, warned = None, False  # usual: (share finished, answer tokens) of the first step
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
-        usual, warned = counters["usual"], counters["warned"]
+        usual, warned = counters["usual"], counters.get("warned", False)
 
     for step in range(run.start + 1, steps + 1):
         rate = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))

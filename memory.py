@@ -171,7 +171,7 @@ def plan(config, device, trained, lengths, batch_tokens, *, longest=0, loss="log
         c, number = policy, 2 if device.type == "cuda" else 4  # bytes of what it computes in
         cache = 2 * number * c.layers * slots * length * c.kv_heads * c.head_dim
         if device.type == "cuda":  # rollout takes fewer slots where they would fill more than half of what is free
-            cache = min(cache, max(cache // slots, torch.cuda.mem_get_info(device)[0] // 2))
+            cache = min(cache, max(cache // slots, (torch.cuda.mem_get_info(device)[0] - state) // 2))
         prompts = reading(c, device, some_pack([prompt], min(16384, slots * prompt), device))
         lean = {"bf16 weights": parameters // 2} if number == 2 else {}
         phases["sampling"] = resident | lean | {"KV cache": cache, "prompts and draws": max(prompts, 16 * slots * c.vocab_size)}
@@ -179,6 +179,8 @@ def plan(config, device, trained, lengths, batch_tokens, *, longest=0, loss="log
         block = (parameters - weights(dataclasses.replace(policy, layers=0), device)) // policy.layers
         whole = 2 * (parameters - (policy.layers - 2) * block)
         phases = {phase: {part: -(-size // shards) if part in ("parameters", "optimizer", "gradients") else size for part, size in parts.items()} | {"gathered": whole} for phase, parts in phases.items()}
+        if "sampling" in phases:
+            phases["sampling"]["a whole copy"] = parameters
     return phases
 
 
@@ -214,9 +216,10 @@ def room(device, loaded):
     return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + loaded
 
 
-# common.setup has glibc keep what is freed, for speed. Tensors of ever other sizes then leave holes: up to 2.7 times the plan was resident (bench/memory.py).
+# A plan is true to 15 % (bench/memory.py).
+# common.setup has glibc keep what is freed, for speed. Tensors of ever other sizes then leave holes: up to 2.4 times the plan was resident there.
 # Where there is not room for so much, freed tensors go back to the system and the plan is what the run holds, in up to one and a half times the time.
-FRAGMENTS, GLIBC = 3, platform.libc_ver()[0] == "glibc"
+TRUE_TO, FRAGMENTS, GLIBC = 1.15, 3, platform.libc_ver()[0] == "glibc"
 SHARD = ", or divide it over several devices by --shard=fsdp under torchrun"
 
 
@@ -231,7 +234,7 @@ def largest(phases):
 
 
 def check(config, device, make, smaller="", or_else="", limit=None):
-    """Print the plan, `make(config)`; UserError where the device holds less, with the flags that make it fit.
+    """Print the plan, `make(config)`; UserError where the device holds less by more than the plan may be wrong, with the flags that make it fit. Else a warning.
 
     smaller: the flag of the batch that a rollout's slots follow, where there is one. or_else: what else helps. limit: bytes there would be, None for those there are.
     """
@@ -242,7 +245,7 @@ def check(config, device, make, smaller="", or_else="", limit=None):
     scarce = device.type == "cpu" and GLIBC and there is not None and FRAGMENTS * need > there
     if rank() == 0:
         shown = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in parts.items() if size >= 5e5)
-        kept = "" if device.type != "cpu" or not GLIBC else "; freed tensors are given back" if scarce else f"; up to {FRAGMENTS} times that with what is freed and kept, for speed"
+        kept = "" if device.type != "cpu" or not GLIBC or world_size() > 1 else "; freed tensors are given back" if scarce else f"; up to {FRAGMENTS} times that with what is freed and kept, for speed"
         print(f"memory: {in_words(need)}{f' of {in_words(there)}' if there else ''}, the most of it in {name}: {shown}{kept}")
     if scarce and limit is None:
         libc = ctypes.CDLL(None)
@@ -252,8 +255,13 @@ def check(config, device, make, smaller="", or_else="", limit=None):
     change = fitting(config, make, there, smaller)
     asked = f"this run needs {in_words(need)} of memory, {in_words(there)} are there"
     if change is None:
-        raise UserError(f"{asked}, and no smaller --micro_tokens makes it fit, not even with --checkpoint_activations: take a smaller model{or_else}")
-    raise UserError(f"{asked}: {' '.join(f'--{flag}={value}' for flag, value in change.items())} makes it fit" + ("" if smaller in change else ", with the same result"))
+        text = f"{asked}, and no smaller --micro_tokens makes it fit, not even with --checkpoint_activations: take a smaller model{or_else}"
+    else:
+        text = f"{asked}: {' '.join(f'--{flag}={value}' for flag, value in change.items())} makes it fit" + ("" if smaller in change else ", with the same result")
+    if need > TRUE_TO * there and not vars(config).get("compile"):  # compiled, it needs less than is planned
+        raise UserError(text)
+    if rank() == 0:
+        print(f"warning: {text}")
 
 
 def fitting(config, make, there, smaller=""):

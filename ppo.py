@@ -258,7 +258,7 @@ def main(config):
     beta, usual, warned = config.beta, None, False  # usual: (share finished, answer tokens) of the first step
     if run.resumed:
         order.begin(counters["epoch"], counters["index"])
-        beta, usual, warned = (counters[name] for name in ("beta", "usual", "warned"))
+        beta, usual, warned = counters["beta"], counters["usual"], counters.get("warned", False)
 
     for step in range(run.start + 1, steps + 1):
         rate = wsd(step - 1, steps, int(config.warmup * steps), steps)

@@ -136,6 +136,11 @@ def multiple(config, step, steps):
     return wsd(step, steps, config.warmup, int(config.decay * steps))
 
 
+def even_part(tokens, limit):
+    """`tokens` cut into the fewest parts of at most `limit`, all of one size: that size."""
+    return -(-tokens // -(-tokens // limit))
+
+
 def one_shape(pack, targets, tokens):
     """The pack and its targets filled up to `tokens` tokens and a power of two of documents, so that torch.compile sees few shapes; a larger pack as it is."""
     missing = tokens - len(targets)
@@ -188,6 +193,8 @@ def main(config):
     if config.init and config.context not in (Config.context, context):
         raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
     batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
+    static = config.compile and device.type == "cuda"  # compiled kernels want one shape: packs are filled up to it
+    micro_tokens = min(config.micro_tokens, context + even_part(-(-batch_tokens // world_size()), config.micro_tokens)) if static else config.micro_tokens
     n_parameters = sum(p.numel() for p in model.parameters())
     steps = config.steps or -(-20 * n_parameters // batch_tokens)
     n_train = sum(map(len, train))
@@ -220,7 +227,7 @@ def main(config):
     for step in range(run.start + 1, steps + 1):
         rate = multiple(config, step - 1, steps)
         pieces = order.batch(batch_tokens)
-        loss = train_step(model, train, pieces, config.micro_tokens, static=config.compile and device.type == "cuda")
+        loss = train_step(model, train, pieces, micro_tokens, static)
         norm = optimizer.step(rate, config.clip)
         (loss,) = reduce_sum(loss)
         if not norm.isfinite():
@@ -237,6 +244,7 @@ def main(config):
             writer = unsharded(model, device, keep=rank() == 0)
             if rank() == 0:
                 run.log.sample(step, continuation(writer, tok, prompt, config.seed))
+            del writer  # of a sharded model a whole copy
         if run.due(step, config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
             run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics)
         if leaving and step < steps:

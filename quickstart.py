@@ -86,7 +86,7 @@ def run(stage, words):
     print(f"\n{stage}\n$ {command}", flush=True)
     begin = time.perf_counter()
     # PASSIVE: on a laptop that is doing other things as well, threads that spin while they wait make training many times slower.
-    # It holds our lock too: where we are killed and it is not, the next quick start waits for it.
+    # It holds our lock too: where we are killed and it is not, the next quick start is refused until it ends.
     process = subprocess.Popen([sys.executable, *words, *begun(words)], env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ, pass_fds=[handle.fileno() for handle in LOCKS])
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:

@@ -479,18 +479,20 @@ def time_limit(seconds):
         yield
         return
 
-    late = TimeoutError(f"took longer than {seconds:g} seconds")
-    came = []
+    late, came, over = TimeoutError(f"took longer than {seconds:g} seconds"), False, False
 
     def expired(number, frame):
-        came.append(number)
-        raise late
+        nonlocal came
+        came = True
+        if not over:  # nothing may come between the end and switching this off
+            raise late
 
     before = signal.signal(signal.SIGALRM, expired)
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, for what catches the first may go on
     try:
         yield
     finally:
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     if came:

@@ -213,7 +213,7 @@ def main(config):
         if run.due(step, config.eval_every) or run.due(step, config.save_every):
             metrics = {"val_loss": validation_loss(model, val, config.micro_tokens)}
             text = f"{metrics['val_loss']:.4f} nats a learnt token"
-            writer = unsharded(model, device)
+            writer = unsharded(model, device, keep=bool(problems) or rank() == 0)
             if problems:
                 metrics["exact_match"] = float(np.mean(exact_match(writer, tok, problems, config.max_new)))
                 text += f", {metrics['exact_match']:.1%} of {len(problems)} problems right"
@@ -221,6 +221,7 @@ def main(config):
             if rank() == 0:
                 _, _, texts = answers(writer, tok, [shown], max_new=config.max_new, seed=config.seed)
                 run.log.sample(step, f"{shown[-1]['content']}\n--- answers:\n{texts[0]}")
+            del writer  # of a sharded model a whole copy
         if run.due(step, config.save_every) or leaving:
             counters = {"epoch": order.epoch, "index": order.index} | ({"replay_epoch": replay.epoch, "replay_index": replay.index} if replay else {})
             run.save(step, model, tok, optimizer.state(), counters, metrics)

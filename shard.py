@@ -49,7 +49,8 @@ def unsharded(model, device, keep=True):
     """The model as it is, or where it is sharded a whole copy on `device`, to sample from or to save. All ranks must call it; without `keep` a rank gets None."""
     if not sharded(model):
         return model
-    copy = GPT(model.config).to(device) if keep else None
+    with torch.device(device):
+        copy = GPT(model.config) if keep else None
     for name, p in model.named_parameters():
         p = whole(p)
         if keep:

@@ -58,7 +58,7 @@ def read_json(path):
 def inside(file, name):
     """The path that `name`, as it stands in `file`, has: in the folder of that file or below. UserError where it would lead elsewhere, or is no name."""
     path = Path(name) if isinstance(name, str) and name.isprintable() else Path()
-    if path.as_posix() != name or path.is_absolute() or ".." in path.parts:
+    if path.as_posix() != name or path.anchor or ".." in path.parts or not path.parts:
         raise UserError(f"{file}: {reprlib.repr(name)} is not the name of a file in its folder; this file is damaged or hostile")
     return Path(file).parent / path
 

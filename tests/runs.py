@@ -32,13 +32,13 @@ def start(fork, script, environment={}, **flags):
     return fork(run_script, script, [f"--{name}={value}" for name, value in flags.items()], **environment)
 
 
-def pair(fork, script, **flags):
-    """Two processes under gloo that share one run -> what they print."""
+def pair(fork, script, differ=({}, {}), **flags):
+    """Two processes under gloo that share one run -> what they print. differ: flags of each rank alone."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(2)]
-    return [succeeds(child) for child in [start(fork, script, r, **flags) for r in ranks]]
+    return [succeeds(child) for child in [start(fork, script, r, **(flags | own)) for r, own in zip(ranks, differ)]]
 
 
 def here(main, config):

@@ -330,7 +330,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train, make_model, tmp_path
         assert named in refused(train(killed, resume=True, **(how | flags)))
 
 
-def test_the_reference_is_asked_once_and_never_changed(train, make_model, tmp_path, files):
+def test_the_reference_is_asked_once_and_never_changed(train, fork, make_model, tmp_path, files):
     cache, reference = tmp_path / "cache", tmp_path / "reference"
     save(make_model, reference, "sft", seed=5)
     before = {p: p.read_bytes() for p in reference.rglob("*") if p.is_file()}
@@ -352,6 +352,10 @@ def test_the_reference_is_asked_once_and_never_changed(train, make_model, tmp_pa
         output = succeeds(train(tmp_path / f"broken {i}", **how))
         assert f"warning: {kept}" in output and "the reference is asked again" in output and "are those of" not in output
         assert losses(tmp_path / f"broken {i}") == losses(tmp_path / "first") and kept.read_bytes() == whole
+    elsewhere = tmp_path / "other machine"
+    outputs = pair(fork, dpo, differ=({}, {"ref_cache": elsewhere}), **(TINY | {name: files[name] for name in ("init", "data")} | how | {"out": tmp_path / "pair"}))
+    assert "are those of" not in outputs[0]  # where one of two processes does not find it, both ask the reference
+    assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "first"), rel=1e-5)
     kept.unlink()
     checkpoint.save(reference, make_model(6, **SMALL), TOK, {"stage": "sft", "step": 2})
     assert "are those of" not in succeeds(train(tmp_path / "sixth", **how))

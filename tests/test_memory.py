@@ -126,8 +126,17 @@ def test_the_proposed_flags_make_it_fit(make_model, share, lengths, named, capsy
     memory.check(better, CPU, make, limit=limit)
     assert capsys.readouterr().out.count("memory: ") == 2
     if named == ["micro_tokens"]:  # not smaller than it must be
-        with pytest.raises(UserError):
-            memory.check(dataclasses.replace(better, micro_tokens=2 * better.micro_tokens), CPU, make, limit=limit)
+        assert total(make(dataclasses.replace(better, micro_tokens=2 * better.micro_tokens))) > limit
+
+
+def test_what_the_plan_may_be_wrong_by_is_a_warning_and_so_is_more_where_it_is_compiled(make_model, capsys):
+    make = lambda f: memory.plan(f, CPU, [make_model().config], [64], 2048)  # noqa: E731
+    need, compiled = total(make(Flags())), dataclasses.make_dataclass("Compiled", [("compile", bool, True)], bases=(Flags,))()
+    memory.check(Flags(), CPU, make, limit=need / 1.1)
+    memory.check(compiled, CPU, make, limit=need / 2)
+    assert capsys.readouterr().out.count("\nwarning: this run needs") == 2
+    with pytest.raises(UserError):
+        memory.check(Flags(), CPU, make, limit=need / 1.2)
 
 
 def test_where_no_flag_helps_a_smaller_model_is_what_remains(make_model):

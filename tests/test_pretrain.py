@@ -356,6 +356,10 @@ def test_every_text_file_gives_its_own_end_to_validation(tmp_path):
     assert texts == ["a" * 90 + "c" * 180 + "e" * 9, "b" * 10 + "d" * 20 + "f"]
 
 
+def test_packs_of_one_size_are_as_few_as_they_can_be():
+    assert [pretrain.even_part(tokens, 32768) for tokens in (1, 18432, 32768, 32769, 40000)] == [1, 18432, 32768, 16385, 20000]
+
+
 def test_packs_of_one_shape_give_the_same_loss_and_gradients(make_model):
     """What --compile needs on a GPU: every pack filled up to the same shape, by documents that no loss sees."""
     generator = np.random.default_rng(0)
