@@ -1,4 +1,4 @@
-"""Do the tests notice? The classic bugs of preference learning and of RLHF, each planted alone into a copy of the sources, whose tests must then fail.
+"""Do the tests notice? The classic bugs of preference learning, of RLHF, of resuming and of sharding, each planted alone into a copy of the sources, whose tests must then fail.
 
 A mutant is (name, file, old, new, tests): `old` must be in the file exactly once, and becomes `new`; `tests` are pytest's arguments. First the tests run on
 an unchanged copy: those that fail there prove nothing and are left out. The table says which test caught each mutant, and after how many seconds. The exit
@@ -14,6 +14,7 @@ from pathlib import Path
 from common import UserError, launch
 
 PPO, GRPO, DPO, RM = "tests/test_ppo.py", "tests/test_grpo.py", "tests/test_dpo.py", "tests/test_reward.py"
+PRETRAIN, FAULTS, SHARD, MEMORY, SECURITY = "tests/test_pretrain.py", "tests/test_faults.py", "tests/test_shard.py", "tests/test_memory.py", "tests/test_security.py"
 MUTANTS = [
     # The critic and its advantages
     ("value_off_by_one", "ppo.py", "hidden, _ = before_learnt(critic, chats)", "hidden = torch.cat([critic(pack_chats([c])[0])[torch.from_numpy(c.learnt)] for c in chats])", PPO),
@@ -46,7 +47,7 @@ MUTANTS = [
     ("mean_per_micro_batch", "ppo.py", "(losses.sum() / n_tokens).backward()", "losses.mean().backward()", PPO),
     ("early_stop_steps", "ppo.py", "optimizer.zero_grad(), critic_optimizer.zero_grad()\n", "[setattr(p, 'grad', torch.zeros_like(p)) for m in (model, critic) for p in m.parameters()], optimizer.step(rate), critic_optimizer.step(rate)\n", PPO),
     ("beta_steered_away", "ppo.py", "kl / target - 1", "1 - kl / target", PPO),
-    ("resume_forgets_beta", "ppo.py", 'beta, usual, warned = (counters[name] for name in ("beta", "usual", "warned"))', 'usual, warned = counters["usual"], counters["warned"]', PPO),
+    ("resume_forgets_beta", "ppo.py", 'beta, usual, warned = counters["beta"]', "beta, usual, warned = config.beta", PPO),
     ("resume_forgets_critic", "ppo.py", 'checkpoint.read(run.resumed / "critic", device)[0]', "first_critic(config, model, tok)[0]", PPO),
     # GRPO
     ("std_without_a_guard", "grpo.py", "return torch.where(differs(rewards)[:, None], advantages, 0.0)", "return centred / (rewards.std(1, keepdim=True) + 1e-8) if kind == 'grpo' else advantages", GRPO),
@@ -74,6 +75,23 @@ MUTANTS = [
     ("reward_sign", "reward.py", "found[::2] - found[1::2]", "found[1::2] - found[::2]", RM),
     ("reward_mean_per_micro_batch", "reward.py", ".sum() / len(batch)\n", ".mean()\n", RM),
     ("reward_read_before_the_end", "model.py", "pack.cu[1:].long() - 1", "pack.cu[1:].long() - 2", RM),
+    # Resuming, faults, shards, memory, strangers' files
+    ("lost_optimizer", "checkpoint.py", "optimizer.load_state({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})", "pass", FAULTS),
+    ("lost_random_state", "checkpoint.py", "set_random_state(tensors, self.device)", "pass", PRETRAIN),
+    ("lost_place_in_the_data", "sft.py", 'order.begin(counters["epoch"], counters["index"])', "pass", FAULTS),
+    ("lost_lines_twice", "common.py", '.get("step", 0) <= step and line', '.get("step", 0) <= 10**9 and line', FAULTS),
+    ("lost_in_a_damaged_file", "checkpoint.py", "if sha256(path) != digest:", "if False:", FAULTS),
+    ("lost_to_a_second_run", "common.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", FAULTS),
+    ("lost_to_a_full_disk", "checkpoint.py", "if step == self.steps or self.stop.leaving:", "if True:", FAULTS),
+    ("lost_to_other_data", "checkpoint.py", 'if info["data"].get(name) != digest:', "if False:", FAULTS),
+    ("lost_to_nan", "checkpoint.py", "if not whole(p.isfinite().all()):", "if False:", FAULTS),
+    ("lost_in_a_reward", "rollout.py", "    if came:\n", "    if False:\n", FAULTS),
+    ("shards_averaged", "optim.py", "float(dist.get_world_size()))", "1.0)", SHARD),
+    ("shards_of_another_rank", "shard.py", "return tensor.full_tensor() if", "return tensor.full_tensor().flip(0) if", SHARD),
+    ("plan_without_backward", "memory.py", '"backward": meter.peak - before - kept', '"backward": 0', MEMORY),
+    ("plan_proposes_too_much", "memory.py", "1 << (fits - 1)", "1 << fits", MEMORY),
+    ("sizes_believed", "checkpoint.py", "if claimed > held or c.layers > len(where):", "if False:", SECURITY),
+    ("names_lead_outside", "data/read.py", ' or ".." in path.parts', "", SECURITY),
 ]  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """What the tests of fine-tuning and of preferences share: tiny checkpoints, whole runs in forked children, and the same run found twice."""
 import json
+import re
 import signal
 import socket
+from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from test_pretrain import results, succeeds
 
 import checkpoint
@@ -39,6 +42,29 @@ def pair(fork, script, differ=({}, {}), **flags):
         port = str(s.getsockname()[1])
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(2)]
     return [succeeds(child) for child in [start(fork, script, r, **(flags | own)) for r, own in zip(ranks, differ)]]
+
+
+def meetings(fork, script, **flags):
+    """Two processes under gloo -> of each what happened, in order, a letter each: b and e, a rollout begins and ends; m, it meets the other."""
+
+    def main(config):
+        all_reduce, answers = dist.all_reduce, script.answers
+
+        def met(*args, **kwargs):
+            print("@m")
+            return all_reduce(*args, **kwargs)
+
+        def asked(*args, **kwargs):
+            print("@b")
+            found = answers(*args, **kwargs)
+            print("@e")
+            return found
+
+        dist.all_reduce, script.answers = met, asked
+        script.main(config)
+
+    outputs = pair(fork, SimpleNamespace(main=main, Config=script.Config, __file__=script.__file__), **flags)
+    return ["".join(re.findall("@([bem])", output)) for output in outputs]
 
 
 def here(main, config):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from runs import SMALL, pair, refused, save, start, write_rows
+from runs import SMALL, meetings, pair, refused, save, start, write_rows
 from test_evaluate import constant_model
 from test_ppo import REWARDS, TOK, ask, assert_close_runs, assert_same, files, full_logps, moved, questions, results, sampled, save_reward_model, steps_of, talker  # noqa: F401
 from test_pretrain import kill, logged, records, succeeds, train_steps, wait_until
@@ -344,6 +344,11 @@ def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags, t
     for name in ("micro", "pair"):
         assert_close_runs(tmp_path / name, tmp_path / "whole", 4, ["model.safetensors"])
     assert max(steps_of(tmp_path / "whole", "updates")) > 0 and max(steps_of(tmp_path / "whole", "sampler_gap")) < 1e-5
+
+
+def test_the_ranks_meet_once_for_all_answers_of_a_step(fork, flags, tmp_path):
+    for events in meetings(fork, grpo, **(flags | {"out": tmp_path / "pair", "steps": 3, "eval_every": 0})):
+        assert events.count("bem") == events.count("b") == 3, events
 
 
 def test_two_processes_refill_as_one_does(train, fork, flags, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from runs import SMALL, pair, refused, save, start, write_rows
+from runs import SMALL, meetings, pair, refused, save, start, write_rows
 from test_pretrain import kill, logged, records, train_steps, wait_until
 from test_pretrain import results as timed_results
 from test_pretrain import succeeds
@@ -467,6 +467,11 @@ def test_the_largest_ratio_is_that_of_all_ranks(train, fork, flags, tmp_path):
     succeeds(train(tmp_path / "whole", **how))
     pair(fork, ppo, **(flags | how | {"out": tmp_path / "pair"}))
     assert steps_of(tmp_path / "pair", "largest_ratio") == pytest.approx(steps_of(tmp_path / "whole", "largest_ratio"), rel=1e-4)
+
+
+def test_the_ranks_meet_once_for_all_answers_of_a_step(fork, flags, tmp_path):
+    for events in meetings(fork, ppo, **(flags | {"out": tmp_path / "pair", "steps": 3, "eval_every": 0})):
+        assert events.count("bem") == events.count("b") == 3, events
 
 
 def test_two_processes_may_share_a_single_held_out_prompt(fork, files, flags, tmp_path):
