@@ -193,6 +193,12 @@ def progress(row):
     return len(lines) - 1 if row.stage == "rlaif" else sum(b'"grad_norm"' in line or b'"approx_kl"' in line for line in lines)
 
 
+def begun(row):
+    """How often, by its log, the run began or went on."""
+    log = row.run / "log.jsonl"
+    return log.read_bytes().count(b'"event"') if log.exists() else 0
+
+
 def saves(row):
     """The checkpoints (of rlaif, the batches) that are on the disk so far."""
     return progress(row) if row.stage == "rlaif" else len(steps_in(row.run))
@@ -283,10 +289,11 @@ def kill(row, draw):
     draw.shuffle(moments)
     moments.insert(draw.randint(0, 2), "save")  # not last, for then none may be left
     for i, moment in enumerate(moments):
+        runs, newest = begun(row), int(steps_in(row.run)[-1].name[5:]) if steps_in(row.run) else 0
         child = start(row, resume=i > 0)
-        if moment == "step":
-            first = progress(row)
-            until(child, lambda: progress(row) != first)  # noqa: B023
+        if moment == "step":  # three steps on: past a save, from which the next run goes on
+            at = min(progress(row) + 3, STEPS * 2) if row.stage == "rlaif" else min(newest + 3, STEPS - 1)
+            until(child, lambda: progress(row) >= at and (begun(row) > runs or row.stage == "rlaif"))  # noqa: B023
             child.send(signal.SIGCONT)
             time.sleep(draw.uniform(0, 0.02))
         elif moment == "save":
