@@ -218,7 +218,7 @@ def room(device, loaded):
 
 # A plan is true to 15 % (bench/memory.py).
 # common.setup has glibc keep what is freed, for speed. Tensors of ever other sizes then leave holes: up to 2.4 times the plan was resident there.
-# Where there is not room for so much, freed tensors go back to the system and the plan is what the run holds, in up to one and a half times the time.
+# Where there is not room for so much, freed tensors go back to the system and the plan is what the run holds; it takes longer.
 TRUE_TO, FRAGMENTS, GLIBC = 1.15, 3, platform.libc_ver()[0] == "glibc"
 SHARD = ", or divide it over several devices by --shard=fsdp under torchrun"
 

@@ -113,7 +113,7 @@ class GPT(nn.Module):
         elif not c.tied:
             self.untied_head = nn.Parameter(torch.zeros(c.vocab_size, c.width))
         self.dropout = 0.0  # only pretrain.py sets it; every later stage needs the same pass twice to give the same numbers
-        self.checkpoint_activations = False  # keep a block's input only and compute the block again in the backward: a fraction of the memory for a third more time
+        self.checkpoint_activations = False  # keep a block's input only and compute the block again in the backward: less memory, more time
         cos, sin = rotary_tables(c)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

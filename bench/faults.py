@@ -548,16 +548,21 @@ def reward_nan(row, draw):
 PATIENCE = 20  # seconds within which a process whose peer was killed must have ended
 
 
-def rank_killed(row, draw):
-    """One of two processes is killed: the other ends soon, with one line, and the two go on from the last save."""
+def one_killed(row, draw, **flags):
+    """One of two processes is killed: the other ends soon, with one line."""
     fresh(row)
-    pair, at, victim = start_pair(row), draw.randint(1, STEPS - 2), draw.randrange(2)
+    pair, at, victim = start_pair(row, **flags), draw.randint(1, STEPS - 2), draw.randrange(2)
     until(pair[victim], lambda: progress(row) >= at)
     pair[victim].send(signal.SIGKILL)
     status, output = pair[1 - victim].wait(PATIENCE)
     yield "survived", status == 1 and "another process" in error_line(output), f"{status} {output}"
     pair[victim].wait()
     yield "nothing lost", not lost(row), lost(row)
+
+
+def rank_killed(row, draw):
+    """One of two processes is killed, and the two go on from the last save."""
+    yield from one_killed(row, draw)
     yield from goes_on(row, ranks=2)
 
 
@@ -595,15 +600,8 @@ def same_losses(row, *ranks):
 
 
 def shard_killed(row, draw):
-    """A model divided over two processes, of which one is killed; gone on with divided, and its last step by one process alone."""
-    fresh(row)
-    pair, at, victim = start_pair(row, shard="fsdp"), draw.randint(1, STEPS - 2), draw.randrange(2)
-    until(pair[victim], lambda: progress(row) >= at)
-    pair[victim].send(signal.SIGKILL)
-    status, output = pair[1 - victim].wait(PATIENCE)
-    yield "survived", status == 1 and "another process" in error_line(output), f"{status} {output}"
-    pair[victim].wait()
-    yield "nothing lost", not lost(row), lost(row)
+    """A model divided over two processes, of which one is killed; gone on with divided, and its last steps by one process alone."""
+    yield from one_killed(row, draw, shard="fsdp")
     for status, output in [child.wait(60) for child in start_pair(row, resume=True, shard="fsdp")]:
         yield "survived", status == 0, output
     shutil.rmtree(steps_in(row.run)[-1])
