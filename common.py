@@ -163,6 +163,8 @@ def setup(device, seed):
         device = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device={device}: not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # set_device refuses a device without an index
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself bit for bit only with this

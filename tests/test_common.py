@@ -480,3 +480,15 @@ def test_text_files_are_read_strictly(tmp_path):
             corpus.read_documents(file(name, data))
     with pytest.raises(UserError, match="absent.txt: No such file"):
         corpus.read_documents(str(tmp_path / "absent.txt"))
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda", "cuda:0"])
+def test_a_single_gpu_is_named_by_its_index(asked, monkeypatch):
+    """torch.cuda.set_device refuses a device without an index, on a CPU build as on a GPU: "cuda" must have become "cuda:0" before."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(common, "prove", lambda device: {})
+    assert common.setup(asked, 0) == torch.device("cuda", 0)
+    assert chosen == [0]
