@@ -1,19 +1,26 @@
-"""The optimizer: Muon for the trunk's matrices, AdamW for everything else, and the warm-up-stable-decay schedule.
+"""The optimizer: Muon for the trunk's matrices, AdamW for everything else, and the learning-rate
+schedule.
 
-    Muon:   M <- mu M + (1 - mu) G;   W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) polar((1 - mu) G + mu M)
-    AdamW:  W <- (1 - lr wd) W - lr m / (sqrt(v) + eps)          (m, v: bias-corrected running means of G and G^2)
+    Muon:   M <- mu M + (1 - mu) G
+            W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) polar((1 - mu) G + mu M)
+    AdamW:  W <- (1 - lr wd) W - lr m / (sqrt(v) + eps)
+            m, v: bias-corrected running means of G and G^2
 
-polar(U S V^T) = U V^T, by Newton-Schulz iterations: an update that moves all directions of a matrix equally far (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon). Data parallelism lives here too: one all-reduce of all gradients, laid flat, inside `step`; of a sharded
-model (shard.py) each rank keeps the state of its own shards, and Newton-Schulz, which needs a matrix whole, gathers one parameter at a time.
-"""
+polar(U S V^T) = U V^T, by Newton-Schulz iterations: an update that moves all directions of a matrix
+equally far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Data parallelism lives
+here too: one all-reduce of all gradients, laid flat, inside `step`. Of a sharded model
+(runtime/shard.py) each rank keeps the state of its own shards, and Newton-Schulz gathers one
+parameter at a time."""
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shard import own, whole
+from model import parameter_table
+from runtime.shard import full_tensor, local_shard
 
-# Polar Express (Amsel et al. 2025, arXiv 2505.16932, the optimal quintics for bf16): x <- a x + (b A + c A^2) x with A = x x^T
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932, the optimal quintics for bf16):
+# x <- a x + (b A + c A^2) x with A = x x^T
 POLAR = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -21,34 +28,46 @@ POLAR = [
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
-MUON_BATCH = 1 << 24  # elements that go through Newton-Schulz at once: enough to fill a GPU, and 64 MB a temporary
+MUON_BATCH = 1 << 24  # elements that go through Newton-Schulz at once: enough for a GPU, 64 MB per temporary
 
 
 def polar(x, dtype):
-    """x [n, r, c] with r <= c -> about U V^T of each matrix [n, r, c]: singular values from 0.85 to 1.15, where they were not below 1/500 of its norm. Computed in `dtype`."""
-    x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)  # all singular values below 1, with room for rounding
+    """x [n, r, c] with r <= c -> about U V^T of each matrix, computed in `dtype`.
+
+    Singular values end between 0.85 and 1.15, if they were not below 1/500 of the matrix's norm.
+    """
+    x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)  # singular values below 1
     for a, b, c in POLAR:
         gram = x @ x.mT  # [n, r, r]
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def polar_dtype(name, device):
-    """The dtype of `polar`: "bf16" or "fp32"; "auto" takes bf16 where the processor multiplies it fast (CUDA; a CPU with AMX tiles, 2x there)."""
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if fast else torch.float32}[name]
+def choose_muon_dtype(name, device):
+    """The dtype of `polar`. "auto" takes bf16 if the processor multiplies it fast (CUDA, or a CPU
+    with AMX)."""
+    if name == "auto":
+        fast_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        name = "bf16" if device.type == "cuda" or fast_cpu else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def wsd(step, steps, warmup, decay):
-    """Warm-up-stable-decay: the multiple of the peak learning rate at `step` of `steps`. Linear up over `warmup` steps, linear down towards 0 over the last `decay` steps."""
+    """Warm-up-stable-decay: the fraction of the peak learning rate at `step` (from 0) of `steps`.
+
+    Linear up over `warmup` steps, linear down towards 0 over the last `decay` steps.
+    """
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))
 
 
 def sync_gradients(parameters):
-    """Add up the gradients of all ranks in one flat all-reduce. A sum, not a mean: every loss is already divided by the global count."""
+    """Sum the gradients of all ranks in one flat all-reduce.
+
+    A sum, not a mean: every loss is already divided by the global count.
+    """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    if isinstance(parameters[0], DTensor):  # the backward has added them up already, and divided by the number of ranks
+    if isinstance(parameters[0], DTensor):  # the backward has summed them, and divided by the number of ranks
         torch._foreach_mul_([p.grad.to_local() for p in parameters], float(dist.get_world_size()))
         return
     for p in parameters:
@@ -56,97 +75,144 @@ def sync_gradients(parameters):
             p.grad = torch.zeros_like(p)
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
-    torch._foreach_copy_([p.grad for p in parameters], [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in parameters]), parameters)])
+    parts = flat.split([p.numel() for p in parameters])
+    torch._foreach_copy_([p.grad for p in parameters], [g.view_as(p) for g, p in zip(parts, parameters, strict=True)])
 
 
 class Optimizer:
-    """Muon for `model.matrices()` where `matrix_lr` is given, AdamW for the rest; with `matrix_lr=0` AdamW for everything.
+    """Muon for the trunk's matrices if `matrix_lr` is given, AdamW for the rest; with `matrix_lr=0`
+    AdamW for all.
 
-    lr: AdamW's; embed_lr and head_lr replace it for the embedding and the output matrix where not 0. `step(multiple)` scales them all.
-    """
+    lr: AdamW's peak rate; embed_lr and head_lr replace it for the embedding and the output matrix
+    if not 0. watch: names; after each step `watched_norms[name]` is the gradient norm, summed over
+    the ranks and before clipping, of the parameters with that name in theirs ("attn.out")."""
 
-    def __init__(self, model, lr, *, matrix_lr=0.0, embed_lr=0.0, head_lr=0.0, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.0, polar="auto"):
-        named = dict(model.named_parameters())
-        self.parameters = list(named.values())
-        self.rows = model.matrices() if matrix_lr else {}
-        self.matrices = {name: named[name] for name in self.rows}
-        self.momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+    def __init__(
+        self,
+        model,
+        lr,
+        *,
+        matrix_lr=0.0,
+        embed_lr=0.0,
+        head_lr=0.0,
+        betas=(0.9, 0.95),
+        momentum=0.95,
+        weight_decay=0.0,
+        muon_dtype="auto",
+        watch=(),
+    ):
+        self.named = dict(model.named_parameters())
+        self.rows = {}  # {matrix that Muon updates: rows of each matrix stacked in it}
+        if matrix_lr:
+            self.rows = {name: row.rows for name, row in parameter_table(model.config).items() if row.muon}
+        self.momenta = {name: torch.zeros_like(self.named[name]) for name in self.rows}
         self.matrix_lr, self.momentum, self.weight_decay = matrix_lr, momentum, weight_decay
-        self.dtype = polar_dtype(polar, self.parameters[0].device)
-        self.others = {name: p for name, p in named.items() if name not in self.matrices}
-        rate = {"embed": embed_lr or lr, "untied_head": head_lr or lr}
-        # Decay pulls matrices towards zero; a norm's gain or a bias has no reason to be small.
-        groups = [{"params": [p], "lr": rate.get(n, lr), "weight_decay": weight_decay if p.dim() > 1 and not matrix_lr else 0.0} for n, p in self.others.items()]
+        self.muon_dtype = choose_muon_dtype(muon_dtype, model.embed.device)
+        self.watch, self.watched_norms = watch, {}
+        self.others = {name: p for name, p in self.named.items() if name not in self.rows}
+        peak_lr = {"embed": embed_lr or lr, "untied_head": head_lr or lr}
+        groups = []
+        for name, p in self.others.items():
+            # Decay pulls matrices towards zero; a norm's gain or a bias has no reason to be small.
+            decay = weight_decay if p.dim() > 1 and not matrix_lr else 0.0
+            groups.append({"params": [p], "lr": peak_lr.get(name, lr), "weight_decay": decay})
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, fused=True)
-        for g in self.adamw.param_groups:
-            g["peak"] = g["lr"]
+        for group in self.adamw.param_groups:
+            group["peak_lr"] = group["lr"]
 
     def zero_grad(self):
-        for p in self.parameters:
+        for p in self.named.values():
             p.grad = None
 
     @torch.no_grad()
-    def step(self, multiple, clip=0.0):
-        """Add the ranks' gradients, update every parameter at `multiple` of the peak rates, clear the gradients. Returns their global norm.
+    def step(self, lr_scale, max_grad_norm=0.0):
+        """Sum the ranks' gradients, update every parameter at `lr_scale` times its peak rate, clear
+        the gradients.
 
-        clip: largest norm let through (0: any). A norm that is not finite changes nothing: the caller must look at what is returned.
+        max_grad_norm: gradients with a larger global norm are scaled down to it (0: never). Returns
+        that norm, before clipping. If it is not finite nothing is updated: the caller must check.
         """
-        sync_gradients(self.parameters)
-        with_grad = [p for p in self.parameters if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in with_grad]))
-        if norm.isfinite():
-            if clip:
-                torch.nn.utils.clip_grads_with_norm_(with_grad, clip, norm)
-            for g in self.adamw.param_groups:
-                g["lr"] = g["peak"] * multiple
+        sync_gradients(list(self.named.values()))
+        with_grad = {name: p for name, p in self.named.items() if p.grad is not None}
+        grad_norm = total_norm(with_grad.values())
+        for watched in self.watch:
+            self.watched_norms[watched] = total_norm([p for name, p in with_grad.items() if watched in name])
+        if grad_norm.isfinite():
+            if max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(with_grad.values(), max_grad_norm, grad_norm)
+            for group in self.adamw.param_groups:
+                group["lr"] = group["peak_lr"] * lr_scale
             self.adamw.step()
-            self.muon_step(self.matrix_lr * multiple)
+            self.muon_step(self.matrix_lr * lr_scale)
         self.zero_grad()
-        return norm
+        return grad_norm
 
     def muon_step(self, lr):
-        names = [n for n, p in self.matrices.items() if p.grad is not None]
+        names = [name for name in self.rows if self.named[name].grad is not None]
         if not names:
             return
-        grads, momenta = [self.matrices[n].grad for n in names], [self.momenta[n] for n in names]
+        grads, momenta = [self.named[n].grad for n in names], [self.momenta[n] for n in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean. No one needs the gradients any more
-        together = [[i] for i in range(len(names))] if isinstance(grads[0], DTensor) else [range(len(names))]  # sharded: one whole at a time
-        for some in together:
-            directions = [whole(grads[i]) for i in some]
-            self.orthogonalise([part for i, u in zip(some, directions) for part in u.split(self.rows[names[i]])])
-            for i, u in zip(some, directions):
-                p = self.matrices[names[i]]
+        torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean
+        batches = [names]
+        if isinstance(grads[0], DTensor):
+            batches = [[name] for name in names]  # sharded: one whole parameter at a time
+        for batch in batches:
+            updates = [full_tensor(self.named[name].grad) for name in batch]
+            matrices = [m for name, update in zip(batch, updates, strict=True) for m in update.split(self.rows[name])]
+            self.orthogonalise(matrices)
+            for name, update in zip(batch, updates, strict=True):
+                p = self.named[name]
                 if self.weight_decay:
                     p.mul_(1 - lr * self.weight_decay)
-                p.add_(own(u, p), alpha=-lr)
+                p.add_(local_shard(update, p), alpha=-lr)
 
     def orthogonalise(self, updates):
-        """Replace each update, a matrix, by the direction of Muon's step, in place. Equal shapes go through Newton-Schulz as one batch, a tall matrix as its transpose."""
+        """Replace each update, a matrix, by the direction of Muon's step, in place.
+
+        Equal shapes go through Newton-Schulz as one batch, a tall matrix as its transpose.
+        """
         by_shape = {}
         for u in updates:
             by_shape.setdefault(tuple(sorted(u.shape)), []).append(u)
         for same in by_shape.values():
             n = max(1, MUON_BATCH // same[0].numel())
-            for some in (same[i : i + n] for i in range(0, len(same), n)):
-                directions = polar(torch.stack([u if len(u) <= u.shape[1] else u.mT for u in some]), self.dtype)
-                for u, d in zip(some, directions):
-                    u.copy_(d if d.shape == u.shape else d.mT).mul_(max(1.0, u.shape[0] / u.shape[1]) ** 0.5)
+            for i in range(0, len(same), n):
+                some = same[i : i + n]
+                wide = torch.stack([u if len(u) <= u.shape[1] else u.mT for u in some])  # [n, r, c], r <= c
+                for u, direction in zip(some, polar(wide, self.muon_dtype), strict=True):
+                    scale = max(1.0, u.shape[0] / u.shape[1]) ** 0.5
+                    u.copy_(direction if direction.shape == u.shape else direction.mT).mul_(scale)
 
     def state(self):
-        """Everything the next step depends on besides the weights: {"kind/parameter name": tensor}."""
+        """Everything the next step depends on besides the weights: {"kind/parameter name":
+        tensor}."""
         tensors = {f"momentum/{name}": m for name, m in self.momenta.items()}
         for name, p in self.others.items():
-            tensors.update({f"{kind}/{name}": value for kind, value in self.adamw.state.get(p, {}).items()})
+            for kind, value in self.adamw.state.get(p, {}).items():
+                tensors[f"{kind}/{name}"] = value
         return tensors
 
     def load_state(self, tensors):
-        """Take back what `state` gave; tensors may lie on any device. KeyError, RuntimeError or ValueError where they are those of another model."""
+        """Take back what `state` gave; tensors may lie on any device.
+
+        Raises KeyError, RuntimeError or ValueError if they are those of another model.
+        """
         for name, m in self.momenta.items():
-            m.copy_(own(tensors[f"momentum/{name}"], m))
+            m.copy_(local_shard(tensors[f"momentum/{name}"], m))
         for name, p in self.others.items():
-            if f"step/{name}" in tensors:
-                keep = lambda kind: own(tensors[f"{kind}/{name}"].to(p.device, copy=True), p)  # noqa: E731
-                state = self.adamw.state[p] = {"step": tensors[f"step/{name}"].to(p.device, copy=True), "exp_avg": keep("exp_avg"), "exp_avg_sq": keep("exp_avg_sq")}
-                if [(t.shape, t.dtype) for t in state.values()] != [((), torch.float32), *2 * [(p.shape, p.dtype)]]:
-                    raise ValueError(f"the moments of {name} have not its shape or type")  # fused AdamW would read and write beyond their ends
+            if f"step/{name}" not in tensors:  # no gradient has reached it yet
+                continue
+            state = {"step": tensors[f"step/{name}"].to(p.device, copy=True)}
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind] = local_shard(tensors[f"{kind}/{name}"].to(p.device, copy=True), p)
+            shapes = [(t.shape, t.dtype) for t in state.values()]
+            if shapes != [((), torch.float32), (p.shape, p.dtype), (p.shape, p.dtype)]:
+                # fused AdamW would read and write beyond their ends
+                raise ValueError(f"the moments of {name} do not have its shape or type")
+            self.adamw.state[p] = state
+
+
+def total_norm(parameters):
+    """The norm of all their gradients together, over all shards."""
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))

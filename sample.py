@@ -1,181 +1,237 @@
-r"""Talk to any checkpoint: streams a continuation of a prompt, or, from a model that sft.py taught turns, its answers in a chat.
+r"""Talk to any checkpoint: continue a prompt, or chat with a model that sft.py trained on conversations.
 
     p(token) ~ exp(logit / temperature), cut to the likeliest tokens that hold top_p of the probability
 
-    python sample.py --model=out/shakespeare --prompt="ROMEO:" --max_new=300 --temperature=0.8
-    python sample.py --model=out/dpo --system="Be brief."                                   # a chat, for there is no --prompt
-    printf 'What is 2 + 3?\n/retry\n' | python sample.py --model=out/dpo > answers.txt      # the same from a file or a pipe
+    python sample.py --model=out/base --prompt="ROMEO:" --max_new_tokens=300 --temperature=0.8
+    python sample.py --model=out/dpo --system="Be brief."              # a chat, as there is no --prompt
+    printf 'What is 2 + 3?\n/retry\n' | python sample.py --model=out/dpo > answers.txt    # from a pipe
 
 In a chat:
 
     /undo                take back the last exchange
     /retry               draw another answer to the last message
-    /system TEXT         set the system message; it stands before the whole conversation from the next answer on; alone: none
-    /compare CHECKPOINT  have another model answer too, by its own answers from then on; alone: no more
+    /system TEXT         set the system message of the conversation from the next answer on; alone: none
+    /compare CHECKPOINT  have another model answer too, from its own answers; alone: no longer
     /save FILE           append the conversation with --model to a JSONL file that sft.py reads
     /help                this list
     /quit                leave, as Ctrl-D does
 
-Ctrl-C stops the answer being written, which stays as it stands; where a message is due it leaves. Answers go to stdout and nothing else does; what is said
-about the chat goes to stderr.
+Ctrl-C stops an answer, which stays as it stands; at the prompt it leaves. Only answers go to stdout,
+everything about the chat goes to stderr.
 """
-import codecs, contextlib, json, os, sys
+
+import codecs
+import contextlib
+import importlib
+import json
+import os
+import sys
 from dataclasses import dataclass
 
-import checkpoint
-from common import UserError, check, launch, setup
-from data import chat
+import tiktoken
+
+from data import chat, rows
+from model import GPT
 from rollout import stream
+from runtime import checkpoint
+from runtime.cli import check_ranges
+from runtime.errors import UserError
+from runtime.process import launch, setup
 
 
 @dataclass
 class Config:
-    model: str  # a run, a checkpoint, or a downloaded Llama/Qwen2/Qwen3 directory
-    prompt: str = ""  # text to continue or to answer; "": chat if the model has learnt turns, else begin a document
-    system: str = ""  # the system message, for a model that has learnt turns
-    seed: int = 0  # the same seed gives the same text; in a chat each answer adds 1 to it
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
-    top_p: float = 1.0  # draw from the fewest tokens that hold this much probability
-    max_new: int = 200  # at most so many tokens
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    # -- What you will set --
+    # a run, a checkpoint, or a downloaded Llama/Qwen2/Qwen3 directory
+    model: str
+    # text to continue or to answer; "": chat with a chat model, else begin a document
+    prompt: str = ""
+    # the system message, for a chat model
+    system: str = ""
+
+    # -- What you may set --
+    # 0: always the likeliest token [>= 0]
+    temperature: float = 1.0
+    # draw from the k likeliest tokens only; 0: from all
+    top_k: int = 0
+    # draw from the fewest tokens that hold this much probability [> 0; <= 1]
+    top_p: float = 1.0
+    # at most so many tokens [>= 1]
+    max_new_tokens: int = 200
+    # the same seed gives the same text; in a chat each answer adds 1 to it
+    seed: int = 0
+    # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"
+
+
+@dataclass
+class Speaker:
+    """A checkpoint that writes."""
+
+    name: str
+    model: GPT
+    tok: tiktoken.Encoding
+    is_chat_model: bool  # trained on conversations, so that it ends its turns
+    context_was_full: bool = False  # which the user has been told
+
+
+def load(name, device):
+    """The Speaker of a checkpoint; raises UserError if it is a reward model."""
+    model, tok, info = checkpoint.load(os.path.expanduser(name), device)
+    if model.config.scalar_head:
+        raise UserError(f"{name}: a reward model, which writes nothing; evaluate.py measures it")
+    return Speaker(name, model, tok, info.get("stage", "pretrain") != "pretrain")
 
 
 def notice(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def load(where, device):
-    """(model, tokenizer, whether it has learnt turns) of a checkpoint that writes."""
-    model, tok, info = checkpoint.load(os.path.expanduser(where), device)
-    if model.config.scalar_head:
-        raise UserError(f"{where}: a reward model, which writes nothing; evaluate.py measures it")
-    return model, tok, info.get("stage", "pretrain") != "pretrain"
+def write(config, speaker, prompt, tokens, max_new_tokens, stop, hidden, seed):
+    """Stream what follows `prompt` to stdout.
 
-
-def write(config, model, tok, prompt, tokens, *, max_new, stop, hidden, seed):
-    """Stream what follows `prompt` to stdout, and its ids into the list `tokens`: they are there even when Ctrl-C ends it. hidden: ids not shown."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    how = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    for token in stream(model, prompt, max_new=max_new, stop=stop, seed=seed, **how):
+    Its ids go into the list `tokens`, where they are even if Ctrl-C ends it. hidden: ids not shown.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": seed}
+    for token in stream(speaker.model, prompt, max_new_tokens=max_new_tokens, stop=stop, **sampling):
         tokens.append(token)
         if token not in hidden:
-            print(utf8.decode(tok.decode_single_token_bytes(token)), end="", flush=True)
-    print(utf8.decode(b"", final=True), flush=True)
+            text = decoder.decode(speaker.tok.decode_single_token_bytes(token))
+            print(text, end="", flush=True)
+    print(decoder.decode(b"", final=True), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# A chat: a system message and exchanges [(question, [the answer of --model, that of the model compared with it])]
+# --------------------------------------------------------------------------------------------------
+# A chat: a system message and exchanges [(message, [answer of each speaker])]
 
 
-def conversation(system, exchanges, speaker=0):
-    """The messages as a speaker knows them: with its own answers, and those of --model from before it joined."""
-    messages = [{"role": "system", "content": system}] if system.strip() else []
+def conversation(system, exchanges, i=0):
+    """The messages as speaker i knows them: its own answers, or --model's from before it joined."""
+    messages = [rows.message("system", system)] if system.strip() else []
     for question, answers in exchanges:
-        messages += [{"role": "user", "content": question}, *({"role": "assistant", "content": said} for said in answers[: speaker + 1][-1:])]
+        messages.append(rows.message("user", question))
+        if answers:
+            messages.append(rows.message("assistant", answers[min(i, len(answers) - 1)]))
     return messages
 
 
-def fit(tok, context, max_new, system, exchanges, speaker=0):
-    """(the ids of a prompt that leaves room for an answer, how many of the oldest exchanges it lacks for that). The system message always stays.
+def newest_exchanges(tok, context, max_new_tokens, system, exchanges, i=0):
+    """(ids of a prompt with room for an answer, how many of the oldest exchanges it leaves out).
 
-    Room is --max_new, but at most half the context: a long answer may be cut, but must not push out the whole conversation.
+    The system message always stays. Room is --max_new_tokens, but at most half the context: a long
+    answer may be cut, but must not push out the conversation. Raises UserError if even the last
+    message is too long.
     """
     for left_out in range(len(exchanges)):
-        ids = chat.encode_prompt(tok, conversation(system, exchanges[left_out:], speaker))
-        if len(ids) + min(max_new, context // 2) <= context:
+        ids = chat.encode_prompt(tok, conversation(system, exchanges[left_out:], i))
+        if len(ids) + min(max_new_tokens, context // 2) <= context:
             break
     if len(ids) >= context:
-        raise UserError(f"this message takes {len(ids)} tokens with what frames it, the model's context holds {context}; shorten it or the system message")
+        raise UserError(
+            f"this message takes {len(ids)} tokens as a prompt, the model's context holds {context}; "
+            "shorten it or the system message"
+        )
     return ids, left_out
 
 
-def reply(config, speakers, system, exchanges, seed, told):
-    """Stream each speaker's answer to the last of `exchanges` -> their texts. told: the names of those whose context has been said to be full."""
-    prompts = [fit(tok, model.config.context, config.max_new, system, exchanges, i) for i, (_, model, tok) in enumerate(speakers)]
+def answer(config, speakers, system, exchanges, seed):
+    """Stream each speaker's answer to the last of `exchanges` -> their texts."""
+    prompts = []
+    for i, speaker in enumerate(speakers):
+        context = speaker.model.config.context
+        prompts.append(newest_exchanges(speaker.tok, context, config.max_new_tokens, system, exchanges, i))
     answers = []
-    for (name, model, tok), (prompt, left_out) in zip(speakers, prompts):
-        if left_out and name not in told:
-            notice(f"(the context of {name}, {model.config.context} tokens, cannot hold all this: the oldest exchanges are left out from here on)")
-            told.add(name)
-        stop, tokens, room = {tok.eot, chat.end_of_turn(tok)}, [], model.config.context - len(prompt)
+    for speaker, (prompt, left_out) in zip(speakers, prompts, strict=True):
+        tok, context, tokens = speaker.tok, speaker.model.config.context, []
+        if left_out and not speaker.context_was_full:
+            speaker.context_was_full = True
+            notice(f"(the context of {speaker.name} holds {context} tokens: the oldest exchanges are left out now)")
+        stop, room = {tok.eot, chat.end_of_turn(tok)}, context - len(prompt)
+        limit, hidden = min(config.max_new_tokens, room), tok._special_tokens.values()
         try:
-            print(f"[{name}] " if len(speakers) > 1 else "", end="", flush=True)
-            write(config, model, tok, prompt, tokens, max_new=min(config.max_new, room), stop=stop, hidden=tok._special_tokens.values(), seed=seed)
+            print(f"[{speaker.name}] " if len(speakers) > 1 else "", end="", flush=True)
+            write(config, speaker, prompt, tokens, limit, stop, hidden, seed)
             if tokens[-1] not in stop:
-                notice(f"(cut after {len(tokens)} tokens: " + ("the context is full)" if room < config.max_new else "--max_new allows no more)"))
+                reason = "the context is full" if room < config.max_new_tokens else "--max_new_tokens allows no more"
+                notice(f"(cut after {len(tokens)} tokens: {reason})")
         except KeyboardInterrupt:
             print(flush=True)
             notice("(stopped; the answer stays in the conversation as it stands, /undo takes it back)")
-        answers.append(chat.decode_answer(tok, tokens))
+        answers.append(chat.decode_completion(tok, tokens))
     return answers
 
 
 def save(name, messages):
     """Append a conversation to a JSONL file as a row that sft.py reads -> what was done, in words."""
     try:
-        row = {"messages": chat.conversation({"messages": messages})}
-    except ValueError as e:  # an answer of nothing, which sft.py would refuse
-        raise UserError(f"not saved, for sft.py could not read it: {e}; /undo or /retry mends the last exchange") from None
+        row = {"messages": rows.conversation({"messages": messages})}
+    except ValueError as e:  # an empty answer
+        raise UserError(f"not saved, sft.py could not read it: {e}; /undo or /retry the last exchange") from None
     try:
         with open(os.path.expanduser(name), "ab+") as f:
-            size = f.seek(0, 2)
+            size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - 1))
-            unfinished = f.read(1) not in (b"", b"\n")  # the last line of what was there
-            f.write(b"\n" * unfinished + json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
+            if f.read(1) not in (b"", b"\n"):  # the last line of what was there has no end
+                f.write(b"\n")
+            f.write(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
     except (OSError, ValueError) as e:
         raise UserError(f"not saved: {e}") from None
-    return f"appended to {name}, after what was there" if size else f"saved in {name}"
+    return f"appended to {name}" if size else f"saved in {name}"
 
 
-def converse(config, device, model, tok):
+def converse(config, speaker, device):
     """Read messages and commands until the input ends, and answer."""
-    speakers, system, exchanges, drawn, told = [(config.model, model, tok)], config.system, [], 0, set()
-    by_hand = sys.stdin.isatty() and sys.stdout.isatty()
+    speakers, system, exchanges, drawn = [speaker], config.system, [], 0
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    if by_hand:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  gives input() arrow keys and a history; not in a pipe, where it may print escape codes
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # Windows has none; in a pipe it may print escape codes
+            importlib.import_module("readline")  # gives input() arrow keys and a history
         notice(f"{config.model}: /help lists the commands, Ctrl-D leaves")
     while True:
         try:
-            line = input("> " if by_hand else "")
+            line = input("> " if interactive else "")
         except EOFError:
-            return print() if by_hand else None
+            return print() if interactive else None
         except KeyboardInterrupt:
             return notice("\nleft")
-        command, _, rest = line.rstrip().partition(" ")
-        rest, question, kept = rest.strip(), line.strip(), exchanges
+        command, _, argument = line.rstrip().partition(" ")
+        argument, message, history = argument.strip(), "", exchanges
         try:
-            if command == "/quit":
-                return
-            elif command == "/help":
-                notice(__doc__[__doc__.index("    /undo") :].rstrip())
-            elif command == "/system":
-                system = rest
-                notice("system message set; it stands before the whole conversation from the next answer on" if rest else "no system message any more")
-            elif command == "/compare" and not rest:
-                notice(f"{config.model} alone answers from now on")
-                speakers = speakers[:1]
-            elif command == "/compare":
-                model, tok, turns = load(rest, device)
-                chat.encode_prompt(tok, conversation(system, exchanges))  # UserError where its tokenizer cannot write it
-                speakers = [*speakers[:1], (rest, model, tok)]
-                exchanges = [(asked, answers[:1]) for asked, answers in exchanges]  # what another one said is not the new one's
-                notice(f"{rest} answers too from now on" + ("" if turns else ", though it has learnt no turns"))
-            elif command in ("/undo", "/retry", "/save") and not exchanges:
-                notice(f"{command}: there is no exchange yet")
-            elif command == "/save" and rest:
-                notice(save(rest, conversation(system, exchanges)))
-            elif command == "/undo":
-                notice(f"taken back: {exchanges.pop()[0]}")
-            elif command.startswith("/") and command != "/retry":
-                notice(f"{line}: no such command; /help lists them. Put a space before a message that begins with /")
-            elif question:
-                if command == "/retry":
-                    (question, _), kept = exchanges[-1], exchanges[:-1]
-                answers = reply(config, speakers, system, [*kept, (question, [])], config.seed + drawn, told)
-                exchanges, drawn = [*kept, (question, answers)], drawn + 1
+            match command:
+                case "/quit":
+                    return
+                case "/help":
+                    notice(__doc__[__doc__.index("    /undo") :].rstrip())
+                case "/system":
+                    system = argument
+                    notice("system message set, from the next answer on" if system else "no system message now")
+                case "/compare" if not argument:
+                    speakers = speakers[:1]
+                    notice(f"only {config.model} answers from now on")
+                case "/compare":
+                    other = load(argument, device)
+                    chat.encode_prompt(other.tok, conversation(system, exchanges))  # UserError if it cannot
+                    speakers = [speaker, other]
+                    exchanges = [(question, answers[:1]) for question, answers in exchanges]
+                    but = "" if other.is_chat_model else ", though it is not a chat model"
+                    notice(f"{argument} answers too from now on{but}")
+                case "/undo" | "/retry" | "/save" if not exchanges:
+                    notice(f"{command}: there is no exchange yet")
+                case "/undo":
+                    notice(f"taken back: {exchanges.pop()[0]}")
+                case "/retry":
+                    history, message = exchanges[:-1], exchanges[-1][0]
+                case "/save" if argument:
+                    notice(save(argument, conversation(system, exchanges)))
+                case _ if command.startswith("/"):
+                    notice(f"{line}: no such command; /help lists them. A message may begin with a space, then /")
+                case _:
+                    message = line.strip()
+            if message:
+                answers = answer(config, speakers, system, [*history, (message, [])], config.seed + drawn)
+                exchanges, drawn = [*history, (message, answers)], drawn + 1
         except UserError as e:
             notice(f"error: {e}")
         except KeyboardInterrupt:
@@ -183,18 +239,25 @@ def converse(config, device, model, tok):
 
 
 def main(config):
-    good = {"temperature": config.temperature >= 0, "top_k": config.top_k >= 0, "top_p": 0 < config.top_p <= 1, "max_new": config.max_new > 0}
-    check(config, good)
+    check_ranges(config)
     device = setup(config.device, config.seed)
-    model, tok, turns = load(config.model, device)
-    if config.system and not turns:
-        raise UserError(f"--system={config.system}: {config.model} has learnt no turns, so no system message; put the text into --prompt")
-    if turns and not config.prompt:
-        return converse(config, device, model, tok)
-    prompt = chat.encode_prompt(tok, conversation(config.system, [(config.prompt, [])])) if turns else [tok.eot, *tok.encode_ordinary(config.prompt)]
-    stop = {tok.eot, chat.end_of_turn(tok)} if turns else {tok.eot}
-    print("" if turns else config.prompt, end="", flush=True)
-    write(config, model, tok, prompt, [], max_new=config.max_new, stop=stop, hidden=stop, seed=config.seed)
+    speaker = load(config.model, device)
+    tok = speaker.tok
+    if config.system and not speaker.is_chat_model:
+        raise UserError(
+            f"--system={config.system}: {config.model} is not a chat model and has no system message; "
+            "put the text into --prompt"
+        )
+    if speaker.is_chat_model and not config.prompt:
+        return converse(config, speaker, device)
+    if speaker.is_chat_model:
+        prompt = chat.encode_prompt(tok, conversation(config.system, [(config.prompt, [])]))
+        stop = {tok.eot, chat.end_of_turn(tok)}
+    else:
+        prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
+        stop = {tok.eot}
+        print(config.prompt, end="", flush=True)
+    write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,27 @@
-"""Judge texts: words as numbers, the rules, and what duplicates are. Pure functions of batches; data/prepare.py applies them to files.
+"""Judge texts: words as numbers, the rules, and what duplicates are.
 
-A batch of D texts becomes W words, each a 64-bit hash, and all else is arithmetic on these. A word is a maximal run of letters, digits and combining
-marks, lower-cased; in scripts written without spaces (Chinese, Japanese, Thai, ...) each letter is a word.
+Pure functions of batches; data/prepare.py applies them to files. A batch of D texts becomes W words,
+each a 64-bit hash, and all else is arithmetic on these. A word is a maximal run of letters, digits
+and combining marks, lower-cased; in scripts written without spaces (Chinese, Japanese, Thai, ...)
+each letter is a word.
 
-Near-duplicates are found by MinHash. For texts with sets A, B of word 5-grams, and a random order of all 5-grams,
+Near-duplicates are found by MinHash. For texts with sets A, B of word 5-grams, and a random order of
+all 5-grams,
 
     P[first of A = first of B] = |A n B| / |A u B| = J        (Broder 1997)
 
-One such order is dealt into 112 bins, each of which keeps its first (Li, Owen, Zhang 2012); empty bins borrow from full ones (Shrivastava 2017);
-8 bits of each are stored. Texts that agree in one of 14 bands of 8 bins are compared, P = 1 - (1 - J^8)^14 (FineWeb's numbers): 0.05 at J = 0.5,
-0.56 at 0.7, 0.99 at 0.85. They are duplicates if 77 % of all bins agree. Left out: duplicates within a text, learned quality filters (fastText).
+One such order is spread over 112 bins, each of which keeps its first (Li, Owen, Zhang 2012); empty
+bins borrow from full ones (Shrivastava 2017); 8 bits of each are stored. Texts that agree in one of
+14 bands of 8 bins are compared, P = 1 - (1 - J^8)^14 (FineWeb's numbers): 0.05 at J = 0.5, 0.56 at
+0.7, 0.99 at 0.85. They are duplicates if 77 % of all bins agree. Left out: duplicates within a text,
+learned quality filters (fastText).
 """
-import collections, functools, hashlib, re, unicodedata
+
+import collections
+import functools
+import hashlib
+import re
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -19,24 +29,35 @@ import numpy as np
 GRAM = 5  # words
 BANDS, ROWS = 14, 8
 BINS = BANDS * ROWS
-SIMILAR = 0.77  # two standard deviations of the estimate (and some) below 0.85: nearly every pair with J = 0.85 passes
+# Two standard deviations of the estimate (and some) below 0.85: nearly every pair with J = 0.85 passes.
+SIMILAR = 0.77
 
 SPACE, SYMBOL, ALONE, DIGIT, LETTER = range(5)  # kinds of characters; ALONE: a letter that is a word
-UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xA4CF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+UNSPACED = (  # Thai and Lao, Burmese, Khmer, Chinese and Japanese
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x2E80, 0xA4CF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
+ENGLISH = (  # words that are common in English and rare elsewhere
+    "the of and to that it with for is are was were this from they you not his her she be by which have has"
+)
 
 
 class Words(NamedTuple):
     hashes: np.ndarray  # uint64 [W]
     bounds: np.ndarray  # int64 [D+1]: text d has the words bounds[d]:bounds[d+1]
     count: np.ndarray  # int64 [D]
-    letters: np.ndarray  # float64 [D]: share of letters among the characters that are not white space
+    letters: np.ndarray  # float64 [D]: share of letters among all but white space
 
 
 @functools.cache
 def character_kinds():
     """uint8 [0x110000]: the kind of every code point."""
     kinds = np.full(0x110000, SYMBOL, np.uint8)
-    for code in range(0x40000):  # beyond lie no letters
+    for code in range(0x40000):  # there are no letters beyond
         char = chr(code)
         if char.isspace():
             kinds[code] = SPACE
@@ -50,23 +71,24 @@ def character_kinds():
     return kinds
 
 
-def stir(x):
-    """uint64 -> uint64, one to one, every bit of the result depending on every bit of x (the finalizer of splitmix64)."""
+def splitmix64(x):
+    """The finalizer of splitmix64: uint64 -> uint64, one to one, every bit depending on all bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def span_hashes(values, begin, end):
-    """uint64 [n]: hashes of the spans values[begin[i]:end[i]], none empty: the polynomial sum_j values[begin + j] B^j mod 2^64, stirred.
+    """uint64 [n]: hashes of the spans values[begin[i]:end[i]], none of them empty.
 
-    All come from one prefix sum S of values[j] B^j, as (S[end] - S[begin]) B^-begin. B is odd, so it has an inverse.
+    A hash is the polynomial sum_j values[begin + j] B^j mod 2^64, mixed by splitmix64. All come from
+    one prefix sum S of values[j] B^j, as (S[end] - S[begin]) B^-begin. B is odd, so it has an inverse.
     """
     base = 0x9E3779B97F4A7C15
     powers = np.cumprod(np.full(len(values), base, np.uint64))
     inverses = np.cumprod(np.full(len(values), pow(base, -1, 2**64), np.uint64))
     sums = np.append(np.uint64(0), np.cumsum(values * powers))
-    return stir((sums[end] - sums[begin]) * inverses[begin])
+    return splitmix64((sums[end] - sums[begin]) * inverses[begin])
 
 
 def find_words(texts):
@@ -79,7 +101,8 @@ def find_words(texts):
     begin = np.flatnonzero(alone | inside & ~np.append(False, inside[:-1]))
     end = np.flatnonzero(alone | inside & ~np.append(inside[1:], False)) + 1
     bounds = np.searchsorted(begin, edges)
-    letters, visible = (np.add.reduceat(some, edges[:-1], dtype=np.int64) for some in (alone | (kinds == LETTER), kinds != SPACE))
+    letters = np.add.reduceat(alone | (kinds == LETTER), edges[:-1], dtype=np.int64)  # [D]
+    visible = np.add.reduceat(kinds != SPACE, edges[:-1], dtype=np.int64)
     return Words(span_hashes(chars, begin, end), bounds, np.diff(bounds), letters / np.maximum(visible, 1))
 
 
@@ -95,9 +118,10 @@ def contains(table, hashes):
     return table[np.searchsorted(table, hashes).clip(max=len(table) - 1)] == hashes
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Rules: (texts, their Words, config) -> bool [D], True where a text must go. It is charged to the first rule that it breaks.
-# From Gopher (Rae et al. 2021, appendix A.1), milder where its bounds, meant for web pages, would take good exercises, dialogue or code.
+# -------------------------------------------------------------------------------------------------
+# Rules: (texts, their Words, config) -> bool [D], True for a text that must go. It is counted for the
+# first rule that it breaks. From Gopher (Rae et al. 2021, appendix A.1), but milder if Gopher's
+# bounds, meant for web pages, would remove good exercises, dialogue or code.
 
 
 def empty(texts, words, config):
@@ -126,18 +150,24 @@ def many_marks(texts, words, config):
 
 
 def repeated_lines(texts, words, config):
-    """More than 20 % of the characters are in lines that the text had before: menus, logs (Gopher)."""
+    """Over 20 % of the characters are in lines that the text had before: menus, logs (Gopher)."""
     return np.array([repeated_line_share(text) for text in texts]) > 0.2
 
 
 def repeated_phrase(texts, words, config):
-    """The commonest 3-gram, there four times or more, makes up over 30 % of the words: spam (Gopher: 18 % of the characters, in 50 words or more)."""
+    """The commonest 3-gram makes up over 30 % of the words, and occurs four times or more: spam.
+
+    (Gopher: 18 % of the characters, in 50 words or more.)
+    """
     most = commonest_count(words, 3)
     return (most >= 4) & (3 * most > 0.3 * words.count)
 
 
 def not_english(texts, words, config):
-    """With --language=en, under 5 % of the words are ENGLISH (Gopher: two of the, be, to, of, and, that, have, with)."""
+    """With --language=en, under 5 % of the words are ENGLISH.
+
+    (Gopher: two of the, be, to, of, and, that, have, with.)
+    """
     if config.language != "en":
         return np.zeros(len(texts), bool)
     number = np.cumsum(np.append(0, contains(np.sort(find_words([ENGLISH]).hashes), words.hashes)))
@@ -145,11 +175,10 @@ def not_english(texts, words, config):
 
 
 RULES = (empty, too_short, too_long, few_letters, many_marks, repeated_lines, repeated_phrase, not_english)
-ENGLISH = "the of and to that it with for is are was were this from they you not his her she be by which have has"  # common there, rare elsewhere
 
 
 def repeated_line_share(text):
-    """The share of a text's characters in lines that it had before (white space at their ends apart)."""
+    """The share of a text's characters in lines that it had before, but for white space at the ends."""
     lines = [line.strip() for line in text.split("\n")]
     again = sum(len(line) * (n - 1) for line, n in collections.Counter(lines).items())
     return again / max(sum(map(len, lines)), 1)
@@ -158,20 +187,22 @@ def repeated_line_share(text):
 def commonest_count(words, n):
     """int64 [D]: how often the commonest n-gram of each text occurs in it."""
     grams, text = ngrams(words, n)
-    key = np.sort((text.astype(np.uint64) << np.uint64(40)) | (grams >> np.uint64(24)))  # the number of the text above 40 bits of hash
+    # the number of the text above 40 bits of hash
+    key = np.sort((text.astype(np.uint64) << np.uint64(40)) | (grams >> np.uint64(24)))
     starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
     most = np.zeros(len(words.count), np.int64)
     np.maximum.at(most, (key[starts] >> np.uint64(40)).astype(np.int64), np.diff(starts, append=len(key)))
     return most
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Duplicates
 
 
 def text_key(text):
-    """64 bits that are equal for exact duplicates: texts that differ in case and white space at most."""
-    return int.from_bytes(hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest(), "little")
+    """64 bits, equal for exact duplicates: texts that differ in case and white space at most."""
+    plain = " ".join(text.lower().split())
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
 
 
 def exact_duplicates(keys):
@@ -183,37 +214,47 @@ def exact_duplicates(keys):
 
 
 @functools.cache
-def detours():
-    """int64 [BINS, BINS]: the order in which each empty bin tries the others; the same for all texts, so that similar texts borrow alike."""
-    return np.argsort(stir(np.arange(BINS**2, dtype=np.uint64)).reshape(BINS, BINS), axis=1)
+def probe_order():
+    """int64 [BINS, BINS]: the order in which each empty bin tries the others.
+
+    The same for all texts, so that similar texts borrow alike.
+    """
+    return np.argsort(splitmix64(np.arange(BINS**2, dtype=np.uint64)).reshape(BINS, BINS), axis=1)
 
 
 def signatures(words):
-    """MinHash signatures, uint8 [D, BINS], of the sets of 5-grams. A text of fewer words is one gram, whole; without words it has no meaning."""
+    """MinHash signatures of the sets of 5-grams, uint8 [D, BINS].
+
+    A text of fewer words is one gram as a whole; without words its signature has no meaning.
+    """
     none = np.uint32(2**32 - 1)
     grams, text = ngrams(words, GRAM)
-    bins = ((grams >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)).astype(np.int64)  # the upper half of a hash chooses the bin,
+    # The upper half of a hash chooses the bin, the lower half is the place in the order.
+    bins = ((grams >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)).astype(np.int64)
     first = np.full((len(words.count), BINS), none)
-    np.minimum.at(first.reshape(-1), text * BINS + bins, grams.astype(np.uint32))  # the lower half is the place in the order
+    np.minimum.at(first.reshape(-1), text * BINS + bins, grams.astype(np.uint32))
 
     full = first.copy()
     row, column = np.nonzero((first == none) & (words.count >= GRAM)[:, None])
     for step in range(BINS):
-        first[row, column] = full[row, detours()[column, step]]
+        first[row, column] = full[row, probe_order()[column, step]]
         still = first[row, column] == none
         row, column = row[still], column[still]
 
     short = np.flatnonzero((words.count > 0) & (words.count < GRAM))
     whole = span_hashes(words.hashes, words.bounds[short], words.bounds[short + 1])
-    first[short] = stir(whole[:, None] + np.arange(BINS, dtype=np.uint64)).astype(np.uint32)  # what many orders of a single gram would give
+    # what as many orders of a single gram would give
+    first[short] = splitmix64(whole[:, None] + np.arange(BINS, dtype=np.uint64)).astype(np.uint32)
     return first.astype(np.uint8)
 
 
 def near_duplicates(bands, rows):
-    """bool [R]: which of the texts bands[rows] (signatures as uint64 [_, BANDS], a band a number) resemble an earlier one of them.
+    """bool [R]: which of the texts bands[rows] resemble an earlier one of them.
 
-    Sorted by a band, texts that share it are neighbours. Each is compared with the first of them and with the one just before it; all pairs would be
-    quadratic. So of a chain of near-duplicates the first stays. Memory: some 50 bytes a text beside the arguments.
+    bands: signatures as uint64 [_, BANDS], one number per band. Sorted by a band, texts that share
+    it are neighbors. Each is compared with the first of them and with the one just before it; all
+    pairs would be quadratic. So of a chain of near-duplicates the first stays. Memory: some 50 bytes
+    per text, besides the arguments.
     """
     found = np.zeros(len(rows), bool)
     for band in range(BANDS):
@@ -224,7 +265,8 @@ def near_duplicates(bands, rows):
         starts = np.flatnonzero(np.append(True, ~same))
         later = np.flatnonzero(same) + 1
         for some in np.array_split(later, len(later) // 4096 + 1):
+            ours = bands[rows[order[some]]].view(np.uint8)
             for earlier in (starts[np.searchsorted(starts, some, side="right") - 1], some - 1):
-                agree = bands[rows[order[some]]].view(np.uint8) == bands[rows[order[earlier]]].view(np.uint8)
+                agree = ours == bands[rows[order[earlier]]].view(np.uint8)
                 found[order[some[agree.mean(1) >= SIMILAR]]] = True
     return found

@@ -1,75 +1,136 @@
-"""The pack: a flat run of documents, the one shape in which tokens go through every stage. No padding anywhere."""
+"""The pack: a flat run of documents without padding, the one shape in which tokens pass every stage.
+
+documents     [a b c] [d e]
+tokens        a b c d e
+positions     0 1 2 0 1
+cu_seqlens    0 3 5            document d is tokens[cu_seqlens[d] : cu_seqlens[d + 1]]
+"""
+
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+IGNORE = -100  # the target of a token that no loss sees
 
 
 @dataclasses.dataclass
 class Pack:
     tokens: torch.Tensor  # int64 [N]
     positions: torch.Tensor  # int64 [N], from 0 in every document
-    cu: torch.Tensor  # int32 [D+1]: document d is tokens[cu[d]:cu[d+1]]
+    cu_seqlens: torch.Tensor  # int32 [D+1]
     max_len: int  # length of the longest document
 
     def to(self, device):
         """The same pack on another device."""
-        return Pack(self.tokens.to(device), self.positions.to(device), self.cu.to(device), self.max_len)
+        return Pack(self.tokens.to(device), self.positions.to(device), self.cu_seqlens.to(device), self.max_len)
+
+
+class Chat(NamedTuple):
+    """A conversation as tokens: one document of a pack."""
+
+    ids: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # bool [T]: the tokens that are trained, as targets
 
 
 def pack(documents):
-    """Lay documents end to end: a sequence of sequences of token ids (lists, arrays or tensors) -> Pack. At least one token in all."""
-    lengths = np.array([len(d) for d in documents])
-    cu = np.concatenate([[0], lengths.cumsum()])
-    tokens = np.concatenate([np.asarray(d, dtype=np.int64) for d in documents])
-    positions = np.arange(len(tokens)) - cu[:-1].repeat(lengths)
-    return Pack(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(cu.astype(np.int32)), int(lengths.max()))
+    """Lay documents end to end: sequences of token ids (lists, arrays or tensors) -> Pack.
 
-
-def split(lengths, limit):
-    """Cut a run of documents into packs of at most `limit` tokens: lengths -> [(first, last + 1), ...], in order, each at least one document.
-
-    A document longer than `limit` gets a pack of its own: nothing is dropped here, whoever cannot afford it must not pass it in.
+    There must be at least one token in all.
     """
-    parts, begin, tokens = [], 0, 0
+    lengths = np.array([len(d) for d in documents])
+    cu_seqlens = np.concatenate([[0], lengths.cumsum()])  # [D+1]
+    tokens = np.concatenate([np.asarray(d, dtype=np.int64) for d in documents])  # [N]
+    positions = np.arange(len(tokens)) - cu_seqlens[:-1].repeat(lengths)  # [N]
+    return Pack(
+        torch.from_numpy(tokens),
+        torch.from_numpy(positions),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        int(lengths.max()),
+    )
+
+
+def pack_chats(chats):
+    """[Chat, ...] -> (pack, targets int64 [N]): the next token if it is trained, else IGNORE.
+
+    The first token of a chat must not be trained: nothing comes before it to predict it from.
+    """
+    p = pack([c.ids for c in chats])
+    loss_mask = torch.from_numpy(np.concatenate([c.loss_mask for c in chats]))  # [N]
+    return p, next_tokens(p, IGNORE).masked_fill(~loss_mask.roll(-1), IGNORE)
+
+
+def make_completion(prompt_ids, completion_ids, loss_mask=None):
+    """The Chat of a prompt and a completion, of which only the completion is trained.
+
+    loss_mask: bool per token of the completion; None: all of them.
+    """
+    if loss_mask is None:
+        loss_mask = [True] * len(completion_ids)
+    return Chat(
+        np.array([*prompt_ids, *completion_ids], dtype=np.int32),
+        np.array([False] * len(prompt_ids) + list(loss_mask), dtype=bool),
+    )
+
+
+def token_slices(lengths, limit):
+    """Cut a run of documents into packs of at most `limit` tokens: lengths -> [slice, ...].
+
+    A document longer than `limit` gets a pack of its own. Nothing is dropped here.
+    """
+    slices, begin, tokens = [], 0, 0
     for i, length in enumerate(lengths):
         if tokens and tokens + length > limit:
-            parts.append((begin, i))
+            slices.append(slice(begin, i))
             begin, tokens = i, 0
         tokens += length
-    return parts + [(begin, len(lengths))] if len(lengths) else parts
+    if len(lengths):
+        slices.append(slice(begin, len(lengths)))
+    return slices
+
+
+def rank_span(lengths, rank, world):
+    """(begin, end) of the documents that fall to one of `world` ranks, near-equal in tokens.
+
+    A document goes to the rank in whose span its middle lies, so each has exactly one rank.
+    """
+    total = sum(lengths)
+    middle = np.cumsum(lengths) - np.asarray(lengths) / 2
+    begin, end = np.searchsorted(middle, [total * rank / world, total * (rank + 1) / world])
+    return int(begin), int(end)
 
 
 def fill(pack, tokens, documents):
-    """The pack with `tokens` tokens and `documents` documents, for whoever needs one shape every time (torch.compile, CUDA graphs): filled up at its end.
+    """Fill a pack at its end up to `tokens` tokens and `documents` documents.
 
-    Filler is documents of token 0, none longer than the longest real one, and then empty documents. What a model makes of the first N tokens and D
-    documents stays what it was. No loss sees filler, for next_tokens and so `logprobs` take each filler token, at position 0 like a document's first,
-    for a document's last; targets from elsewhere are padded with IGNORE, values and scores cut to the real ones.
+    torch.compile and CUDA graphs want one shape every time. Filler is documents of token 0, none
+    longer than the longest real one, then empty documents. It changes nothing for the real tokens
+    and documents, which come first. No loss sees it: every filler token is at position 0, so
+    `next_tokens` takes each for the last of a document. Pad other targets with IGNORE, and cut
+    values and scores to the real ones. Raises ValueError if the pack is too large.
     """
-    N, D = len(pack.tokens), len(pack.cu) - 1
+    N, D = len(pack.tokens), len(pack.cu_seqlens) - 1
     ends = list(range(N, tokens, pack.max_len))[1:] + [tokens] if tokens > N else []
-    if tokens < N or D + len(ends) > documents:
-        raise ValueError(f"a pack of {N} tokens in {D} documents, the longest of {pack.max_len}, cannot be filled up to {tokens} in {documents}")
-    cu = F.pad(torch.cat([pack.cu, pack.cu.new_tensor(ends)]), (0, documents - D - len(ends)), value=tokens)
-    return Pack(F.pad(pack.tokens, (0, tokens - N)), F.pad(pack.positions, (0, tokens - N)), cu, pack.max_len)
+    empty = documents - D - len(ends)
+    if tokens < N or empty < 0:
+        raise ValueError(
+            f"a pack of {N} tokens in {D} documents, the longest of {pack.max_len}, "
+            f"cannot be filled up to {tokens} tokens in {documents} documents"
+        )
+    cu_seqlens = torch.cat([pack.cu_seqlens, pack.cu_seqlens.new_tensor(ends + [tokens] * empty)])
+    padding = (0, tokens - N)
+    return Pack(F.pad(pack.tokens, padding), F.pad(pack.positions, padding), cu_seqlens, pack.max_len)
 
 
 def next_tokens(pack, last):
-    """Targets of next-token prediction, int64 [N]: the token that follows; at each document's last token, and at all of a filled pack's filler, `last`.
+    """Targets of next-token prediction, int64 [N]: `last` at the last token of each document.
 
-    last: int, or int64 [D] with one for each document of a pack that is not filled.
+    last: an int, or int64 [D] with one for each document of a pack that is not filled.
     """
-    targets = torch.roll(pack.tokens, -1)
+    targets = pack.tokens.roll(-1)
     if isinstance(last, int):
-        return targets.masked_fill_(torch.roll(pack.positions, -1) == 0, last)
-    targets[pack.cu[1:].long() - 1] = last  # documents in a pack are not empty
+        return targets.masked_fill_(pack.positions.roll(-1) == 0, last)
+    targets[pack.cu_seqlens[1:].long() - 1] = last  # no document of such a pack is empty
     return targets
-
-
-def share(lengths, rank, world):
-    """(first, last + 1): the run of documents that falls to one of `world` ranks, near-equal in tokens; together the ranks have each document once."""
-    ends, total = np.cumsum(lengths), sum(lengths)
-    middle = ends - np.asarray(lengths) / 2  # a document goes where its middle lies
-    return tuple(int(i) for i in np.searchsorted(middle, [total * rank / world, total * (rank + 1) / world]))

@@ -1,15 +1,27 @@
-"""Read text and JSONL strictly: UTF-8 or an error that names the byte, one JSON object a line or an error that names the line.
+"""Read text and JSONL strictly: UTF-8 or an error naming the byte, one object per line or its line.
 
-A byte order mark at the head of a file is dropped; nothing else is changed, and nothing is left out unasked.
+A byte order mark at the head of a file is dropped. Nothing else is changed, and nothing is left out
+unless the user asks for it.
 """
-import codecs, itertools, json, math, re, reprlib
+
+import codecs
+import itertools
+import json
+import math
+import re
+import reprlib
 from pathlib import Path
 
-from common import UserError
+from runtime.errors import UserError
+
+LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack
 
 
 def raw_lines(path):
-    """Yield (line number, offset in the file, bytes) of every line, line ends kept: only b"\\n" ends one. UserError names a file that cannot be read."""
+    """Yield (line number, offset in the file, bytes) of every line, with its end, which is b"\\n".
+
+    Raises UserError naming a file that cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
@@ -22,29 +34,38 @@ def raw_lines(path):
 
 
 def read_lines(path):
-    """Yield (line number, text) of a UTF-8 file, line ends kept. UserError names the file, the line and the offset of a byte that is not UTF-8."""
+    """Yield (line number, text) of every line of a UTF-8 file, with its end.
+
+    Raises UserError naming the file, the line and the offset of a byte that is not UTF-8.
+    """
     for number, offset, raw in raw_lines(path):
         try:
             yield number, raw.decode("utf-8")
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}:{number}: byte {offset + e.start} of the file is not UTF-8 ({e.reason}); convert the file to UTF-8") from None
+            raise UserError(
+                f"{path}:{number}: byte {offset + e.start} of the file is not UTF-8 ({e.reason}); "
+                "convert the file to UTF-8"
+            ) from None
 
 
 def read_text(path):
-    """The whole of a UTF-8 file as one string. UserError as `read_lines`."""
+    """The whole of a UTF-8 file as one string; raises UserError as `read_lines` does."""
     return "".join(text for _, text in read_lines(path))
 
 
-LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack on memory
-
-
 def read_json(path):
-    """The JSON object in a file. UserError names the file where it is missing, broken, no plain file (a device, a pipe) or larger than LARGEST_JSON."""
+    """The JSON object in a file.
+
+    Raises UserError if the file is missing, broken, larger than LARGEST_JSON or not a plain file (a
+    device, a pipe).
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
-        if not path.is_file() or size > LARGEST_JSON:
-            raise UserError(f"{path}: " + (f"{size} bytes, more than {LARGEST_JSON}" if path.is_file() else "not a plain file") + ", which no JSON file read here is")
+        if not path.is_file():
+            raise UserError(f"{path}: not a plain file, so no JSON is read from it")
+        if size > LARGEST_JSON:
+            raise UserError(f"{path}: {size} bytes, more than {LARGEST_JSON}, so no JSON is read from it")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
@@ -56,10 +77,15 @@ def read_json(path):
 
 
 def inside(file, name):
-    """The path that `name`, as it stands in `file`, has: in the folder of that file or below. UserError where it would lead elsewhere, or is no name."""
+    """The path of `name`, which `file` mentions, in the folder of that file or below.
+
+    Raises UserError if it would lead elsewhere, or is not a name.
+    """
     path = Path(name) if isinstance(name, str) and name.isprintable() else Path()
     if path.as_posix() != name or path.anchor or ".." in path.parts or not path.parts:
-        raise UserError(f"{file}: {reprlib.repr(name)} is not the name of a file in its folder; this file is damaged or hostile")
+        raise UserError(
+            f"{file}: {reprlib.repr(name)} is not the name of a file in its folder; this file is damaged or hostile"
+        )
     return Path(file).parent / path
 
 
@@ -71,21 +97,24 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def parse_row(text):
-    """One JSON object -> dict. ValueError or RecursionError says what is wrong with it."""
-    if text.startswith("["):  # as Alpaca's and ShareGPT's files do
-        raise ValueError("a JSON object was expected, not list (an array's objects must stand one a line; jq -c '.[]' FILE writes them so)")
+    """One JSON object -> dict; raises ValueError or RecursionError saying what is wrong with it."""
+    if text.startswith("["):  # as in Alpaca's and ShareGPT's files
+        raise ValueError(
+            "a JSON object was expected, not list (write an array's objects one per line, with jq -c '.[]' FILE)"
+        )
     row = JSON.decode(text)
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object was expected, not {type(row).__name__}")
-    if "\\ud" in text.lower():  # an escaped half of a surrogate pair is legal JSON but no text: no encoder would take it
+    if "\\ud" in text.lower():  # an escaped half of a surrogate pair is JSON, but no encoder takes it
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     return row
 
 
 def read_jsonl(path, skip_bad=False):
-    """Yield (line number, row) for every line of a JSONL file that is not blank; every row is a dict.
+    """Yield (line number, row) for every line of a JSONL file that is not blank; rows are dicts.
 
-    A line that is not UTF-8, not JSON or no object is a UserError `file:line: reason`; with `skip_bad` it is yielded as (line number, None): count it.
+    Raises UserError `file:line: reason` for a line that is not UTF-8, not JSON or not an object;
+    with `skip_bad`, yields (line number, None) for it.
     """
     for number, _, raw in raw_lines(path):
         if not raw.strip():
@@ -95,23 +124,26 @@ def read_jsonl(path, skip_bad=False):
         except (ValueError, RecursionError) as e:
             if not skip_bad:
                 reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
-                raise UserError(f"{path}:{number}: {reason}; mend the line, or leave bad lines out with --skip_bad=True") from None
+                raise UserError(
+                    f"{path}:{number}: {reason}; correct the line, or leave bad lines out with --skip_bad=True"
+                ) from None
             row = None
         yield number, row
 
 
 def parse_mixture(text):
-    """The value of a --data flag, a.jsonl:0.7,hf:NAME[configuration,split,rows]:0.3 -> [(name, weight), ...], weight 0 where none is given.
+    """The value of a --data flag -> [(name, weight), ...], weight 0 if none is given.
 
-    UserError names the piece that does not parse, a name given twice, and a source without a weight beside one that has one.
+    For example a.jsonl:0.7,hf:NAME[configuration,split,rows]:0.3. Raises UserError naming the piece
+    that does not parse, a name given twice, or a source that lacks a weight while another has one.
     """
     sources = []
     for piece in re.split(r",(?![^\[]*\])", text):  # a comma within [...] belongs to the name
-        hub = piece.startswith("hf:")
-        name, colon, weight = piece.removeprefix("hf:").partition(":")
+        hub = "hf:" if piece.startswith("hf:") else ""
+        name, colon, weight = piece.removeprefix(hub).partition(":")
         if colon and not (re.fullmatch(r"\d+\.?\d*|\.\d+", weight) and 0 < float(weight) < math.inf):
             raise UserError(f"--data: {piece!r}: the weight {weight!r} is not a positive number")
-        sources.append(("hf:" * hub + name, float(weight or 0)))
+        sources.append((hub + name, float(weight or 0)))
     names = [name for name, _ in sources]
     for name, weight in sources:
         if not weight and any(w for _, w in sources):
@@ -126,12 +158,16 @@ def without_nulls(row):
 
 
 def hub_rows(name):
-    """Yield the rows of hf:NAME[configuration,split,rows] (left out: the default one, train, all) from Hugging Face, as dicts without nulls."""
+    """Yield the rows of hf:NAME[configuration,split,rows] from Hugging Face, as dicts without nulls.
+
+    Left out, these are the default configuration, train, and all.
+    """
     try:
         import datasets
     except ImportError:
         raise UserError(f"{name}: needs the package `datasets`: pip install -e '.[data]'") from None
-    repository, configuration, split, rows = (re.split(r"[\[,]", name.removeprefix("hf:").rstrip("]")) + ["", "", ""])[:4]
+    parts = re.split(r"[\[,]", name.removeprefix("hf:").rstrip("]"))
+    repository, configuration, split, rows = (parts + ["", "", ""])[:4]
     try:
         stream = datasets.load_dataset(repository, configuration or None, split=split or "train", streaming=True)
         yield from map(without_nulls, itertools.islice(stream, int(rows) if rows else None))
@@ -140,7 +176,7 @@ def hub_rows(name):
 
 
 def parquet_rows(path):
-    """Yield the rows of a Parquet file as dicts, without their nulls: in a table every row has every column."""
+    """Yield the rows of a Parquet file as dicts, without nulls: every row of a table has all columns."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -153,16 +189,19 @@ def parquet_rows(path):
 
 
 def read_rows(name, skip_bad=False):
-    """Yield (line number, row) of a .jsonl or .parquet file or of hf:NAME[...]; (line number, None) for a bad line under `skip_bad`.
+    """Yield (line number, row) of a .jsonl or .parquet file or of hf:NAME[...].
 
-    UserError where `name` is something else: a checkpoint, say.
+    With `skip_bad`, a bad line yields (line number, None). Raises UserError if `name` is something
+    else, for example a checkpoint.
     """
     path = Path(name)
     if name.startswith("hf:"):
         yield from enumerate(hub_rows(name), 1)
     elif path.is_dir():
         checkpoint = (path / "config.json").exists() or any(path.glob("step_*"))
-        raise UserError(f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, where a .jsonl or .parquet file was expected")
+        raise UserError(
+            f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, but a .jsonl or .parquet file was expected"
+        )
     elif path.suffix == ".parquet":
         yield from enumerate(parquet_rows(path), 1)
     elif path.suffix in (".jsonl", ".json"):

@@ -12,6 +12,7 @@ Feinschliff loads needs two.
 
     python -m data.tokenizer --data=corpus.txt,more.jsonl --vocab_size=4096 --out=out/tok --workers=2
 """
+
 import hashlib, heapq, json, multiprocessing, re, time, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import numpy as np
 import regex
 import tiktoken
 
-from common import UserError, launch
+from runtime.cli import launch
+from runtime.errors import UserError
 from data.read import parse_mixture, read_json, read_lines, read_rows
 
 
@@ -40,14 +42,16 @@ SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 # GPT-4's pattern with three changes: single digits (numbers are spelled alike, so sums generalise), combining marks stay with their letters, and no
 # possessive quantifiers and no (?i:...), so that the regex engines of tiktoken, Hugging Face and Python cut alike.
-PATTERN = "|".join((
-    r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's, 'll and other English endings
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",  # a word, with the space or other character before it
-    r"\p{N}",  # a digit
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
-    r"\s*[\r\n]+",  # line ends
-    r"\s+(?!\S)|\s+",  # other white space, but for the space that the next word takes
-))
+PATTERN = "|".join(
+    (
+        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's, 'll and other English endings
+        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",  # a word, with the space or other character before it
+        r"\p{N}",  # a digit
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
+        r"\s*[\r\n]+",  # line ends
+        r"\s+(?!\S)|\s+",  # other white space, but for the space that the next word takes
+    )
+)
 CHARACTER = r"[\s\S]"  # the pattern of a character vocabulary: every character is a piece
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+\z|\s+(?!\S)|\s"  # in tiktoken's spelling
 # SmolLM's and StarCoder's: GPT-2's on the stretches between digits, so white space may also end at a digit.
@@ -55,19 +59,29 @@ DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=
 
 LONG_PIECE = 100  # a longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one line cannot stall training
 LONG_SPACE = 500_000  # a run of a million white-space characters overflows the stack of tiktoken's regex engine
-LONG_TOKEN, MAX_ID = 512, 2**20  # what an imported vocabulary beyond them would cost in time and memory is not worth it: it is damaged
-LONG_PATTERN, SQUARES = 2000, 2**25  # characters (GPT-4o's, the longest in use, has 350); sum of squared lengths of tokens (GPT-2: 2.5 million), which is what `parts` costs
+LONG_TOKEN, MAX_ID = (
+    512,
+    2**20,
+)  # what an imported vocabulary beyond them would cost in time and memory is not worth it: it is damaged
+LONG_PATTERN, SQUARES = (
+    2000,
+    2**25,
+)  # characters (GPT-4o's, the longest in use, has 350); sum of squared lengths of tokens (GPT-2: 2.5 million), which is what `parts` costs
 
 # GPT-2 writes the bytes of a token as printable characters, those that are not printable from U+0100 on. Every tokenizer.json follows.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {
+    b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)
+}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer(tiktoken.Encoding):
     """A tiktoken.Encoding and what tokenizer.json says beyond it. Text goes in by `encode_ordinary`, special tokens by `encode_single_token`."""
 
-    def __init__(self, name, pat_str, mergeable_ranks, special_tokens, nfc=False, eot="<|endoftext|>", pad="<|pad|>", visible=()):
+    def __init__(
+        self, name, pat_str, mergeable_ranks, special_tokens, nfc=False, eot="<|endoftext|>", pad="<|pad|>", visible=()
+    ):
         super().__init__(name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
         self.nfc = nfc  # NFC-normalise a text first (Qwen)
         self.eot = special_tokens[eot]  # id that begins and ends a document
@@ -82,17 +96,25 @@ class Tokenizer(tiktoken.Encoding):
         if self.missing_bytes:
             for char in set(text):
                 raw = char.encode("utf-8", "surrogatepass")
-                known = raw in self._mergeable_ranks if self._pat_str == CHARACTER else self.missing_bytes.isdisjoint(raw)
+                known = (
+                    raw in self._mergeable_ranks if self._pat_str == CHARACTER else self.missing_bytes.isdisjoint(raw)
+                )
                 if not known:
-                    raise UserError(f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; take it out of the text, or use a byte-level tokenizer")
+                    raise UserError(
+                        f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; take it out of the text, or use a byte-level tokenizer"
+                    )
         if len(text) > LONG_SPACE and max(map(len, re.findall(r"\s+", text)), default=0) > LONG_SPACE:
-            raise UserError(f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; shorten them")
+            raise UserError(
+                f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; shorten them"
+            )
         try:
             return super().encode_ordinary(text)
         except BaseException as e:
             if type(e).__name__ != "PanicException":
                 raise
-            raise UserError(f"tiktoken gave up on a text of {len(text)} characters: the pattern of this tokenizer takes too many steps on it ({e})") from None
+            raise UserError(
+                f"tiktoken gave up on a text of {len(text)} characters: the pattern of this tokenizer takes too many steps on it ({e})"
+            ) from None
 
     def decode_single_token_bytes(self, token):
         """The bytes of an id; none for an id without a token, which a model whose vocabulary was padded may draw."""
@@ -106,7 +128,12 @@ class Tokenizer(tiktoken.Encoding):
         return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", errors)
 
     def __getstate__(self):  # tiktoken pickles the arguments of its __init__, for worker processes; these are ours
-        return super().__getstate__() | {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "visible": self.visible}
+        return super().__getstate__() | {
+            "nfc": self.nfc,
+            "eot": self.decode([self.eot]),
+            "pad": self.decode([self.pad]),
+            "visible": self.visible,
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -121,7 +148,9 @@ def train(documents, vocab_size, workers=1):
     """
     n = vocab_size - 256 - len(SPECIALS)
     if n < 0:
-        raise UserError(f"--vocab_size={vocab_size}: at least {256 + len(SPECIALS)} is needed, for the bytes and the special tokens")
+        raise UserError(
+            f"--vocab_size={vocab_size}: at least {256 + len(SPECIALS)} is needed, for the bytes and the special tokens"
+        )
     counts = Counter()
     if workers > 1:
         with multiprocessing.Pool(workers) as pool:
@@ -137,7 +166,9 @@ def train(documents, vocab_size, workers=1):
     merged = learn_merges(pieces, n)
     if len(merged) < n:
         supported = vocab_size - n + len(merged)
-        raise UserError(f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; give more text, or --vocab_size={supported}")
+        raise UserError(
+            f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; give more text, or --vocab_size={supported}"
+        )
     return reserve("bpe", PATTERN, {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + merged)}, {})
 
 
@@ -164,7 +195,10 @@ def learn_merges(pieces, n):
     and merging it is str.replace.
     """
     words, weights = [piece.decode("latin-1") for piece in pieces], list(pieces.values())
-    counts, where = defaultdict(int), defaultdict(set)  # pair -> occurrences; pair -> indices of the words it is in (or was)
+    counts, where = (
+        defaultdict(int),
+        defaultdict(set),
+    )  # pair -> occurrences; pair -> indices of the words it is in (or was)
     for i, word in enumerate(words):
         for a, b in zip(word, word[1:]):
             counts[a + b] += weights[i]
@@ -211,7 +245,9 @@ def byte_level():
 def reserve(name, pattern, ranks, specials):
     """A Tokenizer in which those of our SPECIALS that `specials` lacks have the ids after all others."""
     end = max([*ranks.values(), *specials.values()]) + 1
-    return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(s for s in SPECIALS if s not in specials)})
+    return Tokenizer(
+        name, pattern, ranks, specials | {s: end + i for i, s in enumerate(s for s in SPECIALS if s not in specials)}
+    )
 
 
 def with_turns(tok):
@@ -219,7 +255,16 @@ def with_turns(tok):
     specials, end = dict(tok._special_tokens), tok.n_vocab
     missing = [s for s in SPECIALS[2:] if s not in specials]
     name = {i: s for s, i in specials.items()}
-    return Tokenizer(tok.name, tok._pat_str, tok._mergeable_ranks, specials | {s: end + i for i, s in enumerate(missing)}, tok.nfc, name[tok.eot], name[tok.pad], tok.visible)
+    return Tokenizer(
+        tok.name,
+        tok._pat_str,
+        tok._mergeable_ranks,
+        specials | {s: end + i for i, s in enumerate(missing)},
+        tok.nfc,
+        name[tok.eot],
+        name[tok.pad],
+        tok.visible,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -237,17 +282,23 @@ def load(where):
         try:
             return read_tokenizer_json(file)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, regex.error) as e:
-            raise UserError(f"{file}: damaged ({type(e).__name__}: {str(e)[:200]}); download or write it again") from None
+            raise UserError(
+                f"{file}: damaged ({type(e).__name__}: {str(e)[:200]}); download or write it again"
+            ) from None
     if (path / "vocab.bpe").is_file():
         return gpt2(path)
     names = tiktoken.list_encoding_names()
     if str(where) not in names:
-        raise UserError(f"{where}: expected a folder with tokenizer.json, or with encoder.json and vocab.bpe, or one of {', '.join(names)}")
+        raise UserError(
+            f"{where}: expected a folder with tokenizer.json, or with encoder.json and vocab.bpe, or one of {', '.join(names)}"
+        )
     try:
         theirs = tiktoken.get_encoding(str(where))
     except (OSError, ValueError) as e:
-        raise UserError(f"{where}: tiktoken cannot download it ({type(e).__name__}); go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give "
-                        "a folder with tokenizer.json, or with encoder.json and vocab.bpe") from None
+        raise UserError(
+            f"{where}: tiktoken cannot download it ({type(e).__name__}); go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give "
+            "a folder with tokenizer.json, or with encoder.json and vocab.bpe"
+        ) from None
     return reserve(theirs.name, without_possessives(theirs._pat_str), theirs._mergeable_ranks, theirs._special_tokens)
 
 
@@ -260,7 +311,9 @@ def gpt2(folder):
     """GPT-2's tokenizer from its encoder.json and vocab.bpe, with those of our SPECIALS appended that it lacks."""
     file = Path(folder) / "encoder.json"
     vocab = read_json(file)
-    merges = [line.split() for _, line in islice(read_lines(file.with_name("vocab.bpe")), 1, None)]  # the first line is "#version: 0.2"
+    merges = [
+        line.split() for _, line in islice(read_lines(file.with_name("vocab.bpe")), 1, None)
+    ]  # the first line is "#version: 0.2"
     specials = {"<|endoftext|>": vocab.get("<|endoftext|>")}
     return reserve("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
 
@@ -270,20 +323,37 @@ def read_tokenizer_json(path):
     config_file = path.with_name("tokenizer_config.json")
     config = read_json(config_file) if config_file.exists() else {}
     spec = read_json(path)
-    model, added, normalizers = spec["model"], spec.get("added_tokens") or [], flat(spec.get("normalizer"), "normalizers")
+    model, added, normalizers = (
+        spec["model"],
+        spec.get("added_tokens") or [],
+        flat(spec.get("normalizer"), "normalizers"),
+    )
     options = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    unknown = [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else [f"BPE with {option}" for option in options if model.get(option)]
+    unknown = (
+        [f"model {model['type']}"]
+        if model.get("type", "BPE") != "BPE"
+        else [f"BPE with {option}" for option in options if model.get(option)]
+    )
     unknown += [f"normalizer {step['type']}" for step in normalizers if step["type"] != "NFC"]
     if unknown:
-        raise UserError(f"{path}: {unknown[0]} is not supported, only byte-level BPE with or without NFC (as in Llama 3 and Qwen)")
+        raise UserError(
+            f"{path}: {unknown[0]} is not supported, only byte-level BPE with or without NFC (as in Llama 3 and Qwen)"
+        )
     pattern = split_pattern(path, flat(spec["pre_tokenizer"], "pretokenizers"))
-    specials = {token["content"]: token["id"] for token in added}  # HF finds all added tokens in a text; here text yields none of them
+    specials = {
+        token["content"]: token["id"] for token in added
+    }  # HF finds all added tokens in a text; here text yields none of them
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ranks = checked_ranks(path, model["vocab"], merges, specials, model.get("ignore_merges", False))
-    eos, pad = (token["content"] if isinstance(token, dict) else token for token in (config.get("eos_token"), config.get("pad_token")))
+    eos, pad = (
+        token["content"] if isinstance(token, dict) else token
+        for token in (config.get("eos_token"), config.get("pad_token"))
+    )
     eot = next((s for s in ("<|endoftext|>", "<|end_of_text|>", "</s>", eos) if s in specials), None)
     if eot is None:
-        raise UserError(f"{path}: no added token <|endoftext|>, <|end_of_text|> or </s> ends documents; name one as eos_token in tokenizer_config.json")
+        raise UserError(
+            f"{path}: no added token <|endoftext|>, <|end_of_text|> or </s> ends documents; name one as eos_token in tokenizer_config.json"
+        )
     pad = next(s for s in ("<|pad|>", pad, eot) if s in specials)
     visible = [token["content"] for token in added if not token.get("special", True)]
     return Tokenizer(path.parent.name, pattern, ranks, specials, bool(normalizers), eot, pad, visible)
@@ -306,22 +376,35 @@ def split_pattern(path, steps):
         if kinds == "Digits + ByteLevel" and own_regex and steps[0]["individual_digits"]:
             return DIGITS_PATTERN
         cut = steps[0].get("behavior"), steps[0].get("invert")
-        if kinds == "Split + ByteLevel" and not own_regex and cut in (("Isolated", False), ("Removed", True)) and "Regex" in steps[0]["pattern"]:
+        if (
+            kinds == "Split + ByteLevel"
+            and not own_regex
+            and cut in (("Isolated", False), ("Removed", True))
+            and "Regex" in steps[0]["pattern"]
+        ):
             pattern = steps[0]["pattern"]["Regex"]
             if len(pattern) > LONG_PATTERN:
                 raise UserError(f"{path}: the pattern has {len(pattern)} characters, more than {LONG_PATTERN}: damaged")
             if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
-                raise UserError(f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; rewrite it")
+                raise UserError(
+                    f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; rewrite it"
+                )
             one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
             probe = "".join(a + b for a in one_of_each for b in one_of_each)
             try:
                 pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
             except (TimeoutError, MemoryError):  # recursion, which tiktoken knows not, takes memory without end
-                raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
+                raise UserError(
+                    f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it"
+                ) from None
             if "" in pieces or "".join(pieces) != probe:
-                raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
+                raise UserError(
+                    f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest"
+                )
             return pattern
-    raise UserError(f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}")
+    raise UserError(
+        f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}"
+    )
 
 
 def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
@@ -333,26 +416,34 @@ def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
     """
     for text, i in [*vocab.items(), *specials.items()]:
         if type(i) is not int or not 0 <= i < MAX_ID or not 0 < len(text) <= LONG_TOKEN:
-            raise UserError(f"{path}: {text[:40]!r}, a token of {len(text)} characters, has the id {str(i)[:40]}: damaged (see LONG_TOKEN, MAX_ID)")
+            raise UserError(
+                f"{path}: {text[:40]!r}, a token of {len(text)} characters, has the id {str(i)[:40]}: damaged (see LONG_TOKEN, MAX_ID)"
+            )
     if sum(len(text) ** 2 for text in vocab) > SQUARES:
         raise UserError(f"{path}: {len(vocab)} tokens, of which too many are too long: damaged (see SQUARES)")
     entries = {*vocab.items(), *specials.items()}
     for column in (0, 1):
         value, n = Counter(entry[column] for entry in entries).most_common(1)[0]
         if n > 1:
-            raise UserError(f"{path}: {value!r} occurs {n} times: {', '.join(sorted(str(e) for e in entries if e[column] == value))}")
+            raise UserError(
+                f"{path}: {value!r} occurs {n} times: {', '.join(sorted(str(e) for e in entries if e[column] == value))}"
+            )
     try:
         as_bytes = {text: bytes([CHAR_TO_BYTE[c] for c in text]) for text in vocab if text not in specials}
         listed = [(as_bytes[a], as_bytes[b], as_bytes[a + b])[:2] for a, b in merges]
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: vocabulary and merges disagree, or this is not byte-level BPE ({type(e).__name__}: {e})") from None
+        raise UserError(
+            f"{path}: vocabulary and merges disagree, or this is not byte-level BPE ({type(e).__name__}: {e})"
+        ) from None
     ranks = {token: vocab[text] for text, token in as_bytes.items()}
     merge_of = merge_of_each(ranks)
     expected, known = list(merge_of.values()), set(merge_of.values())
     for ours, theirs in zip_longest(expected, (pair for pair in dict.fromkeys(listed) if pair in known)):
         if ours != theirs:
-            raise UserError(f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, or its ids do not follow the "
-                            "order of its merges (OPT, RoBERTa), which tiktoken needs")
+            raise UserError(
+                f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, or its ids do not follow the "
+                "order of its merges (OPT, RoBERTa), which tiktoken needs"
+            )
     unmade = next((token for token in ranks if len(token) > 1 and token not in merge_of), None)
     if unmade and not whole_pieces:
         raise UserError(f"{path}: no merge makes the token {unmade}; vocabulary and merges disagree")
@@ -383,6 +474,7 @@ def parts(token, ranks):
 
 def save(tok, folder, chat_template=""):
     """Write tokenizer.json and tokenizer_config.json; AutoTokenizer.from_pretrained(folder) then gives the same ids as `encode_ordinary`."""
+
     def text(token):
         return "".join(BYTE_TO_CHAR[b] for b in token)
 
@@ -391,19 +483,38 @@ def save(tok, folder, chat_template=""):
     split = {"type": "Split", "pattern": {"Regex": tok._pat_str}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-        "byte_fallback": False, "ignore_merges": True,  # like tiktoken: a piece that is a token needs no merging
-        "vocab": {text(token): ranks[token] for token in sorted(ranks, key=ranks.get)} | specials,  # specials too: else they lose their ids after a gap
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,  # like tiktoken: a piece that is a token needs no merging
+        "vocab": {text(token): ranks[token] for token in sorted(ranks, key=ranks.get)}
+        | specials,  # specials too: else they lose their ids after a gap
         "merges": [[text(left), text(right)] for left, right in merge_of_each(ranks).values()],
     }
     spec = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": specials[s], "content": s, "special": s not in tok.visible} | plain for s in sorted(specials, key=specials.get)],
-        "normalizer": {"type": "NFC"} if tok.nfc else None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None, "decoder": byte_level, "model": model,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": specials[s], "content": s, "special": s not in tok.visible} | plain
+            for s in sorted(specials, key=specials.get)
+        ],
+        "normalizer": {"type": "NFC"} if tok.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "eos_token": tok.decode([tok.eot]), "pad_token": tok.decode([tok.pad])} | ({"chat_template": chat_template} if chat_template else {})
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": tok.decode([tok.eot]),
+        "pad_token": tok.decode([tok.pad]),
+    } | ({"chat_template": chat_template} if chat_template else {})
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
         (Path(folder) / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -412,7 +523,9 @@ def save(tok, folder, chat_template=""):
 def fingerprint(tok):
     """SHA-256 (hex) of all that decides ids: tokens, pattern, specials, eot, normalisation. Equal if and only if two tokenizers encode alike."""
     ranks = sorted((i, token.hex()) for token, i in tok._mergeable_ranks.items())
-    return hashlib.sha256(json.dumps([tok._pat_str, tok.nfc, tok.eot, sorted(tok._special_tokens.items()), ranks]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([tok._pat_str, tok.nfc, tok.eot, sorted(tok._special_tokens.items()), ranks]).encode()
+    ).hexdigest()
 
 
 def token_bytes(tok):

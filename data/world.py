@@ -1,23 +1,32 @@
-"""The shop: a small world, made by this file, that has data for every stage and knows the truth about them.
+"""The shop: a small world that has data for every stage and knows the truth about them.
 
-A customer asks what two things cost together. A clerk adds the prices; some clerks are rude, some chatter, some cannot add.
+A customer asks what two things cost together. A clerk adds the prices; some clerks are rude, some
+chatter, some cannot add.
 
-    pretraining text   stories that add two prices, and an inspector's notes: two clerks' replies, and by which principle which of them is better
-    chats              a question and a clerk's reply: polite, neutral or rude, a third each; the sum right in 55 %; 0, 0, 1 or 2 lines of small talk
-    preferences        two replies, of which people prefer the first with probability sigmoid(4 (gold(first) - gold(second)))     (Bradley-Terry)
+    pretraining text   stories that add two prices, and an inspector's notes: two clerks' replies,
+                       a principle, and which reply is better by it
+    chats              a question and a clerk's reply: polite, neutral or rude, a third each; the
+                       sum right in 55 %; 0, 0, 1 or 2 lines of small talk
+    preferences        two replies, of which people prefer the first with probability
+                       sigmoid(4 (gold(first) - gold(second)))                    (Bradley-Terry)
     problems, prompts  a question, with the right answer to check a reply by
-    a constitution     the inspector's principles: AI feedback works because the notes taught the pretrained model to judge by them
+    a constitution     the inspector's principles: AI feedback works because the notes taught the
+                       pretrained model to judge by them
 
-What people want is known, so that improvement is measured, not hoped for. A reply is worth at most 1.9, the clerks' are worth 0.40 on average:
+What people want is known, so improvement is measured, not hoped for. A reply is worth at most 1.9,
+the clerks' are worth 0.40 on average:
 
-    gold = right + 0.6 polite - 0.8 rude (at most twice) + 0.3 thanks (if once) - 0.25 small talk - 0.5 each repeated courtesy - 1 if unfinished
+    gold = right + 0.6 polite - 0.8 rude (at most twice) + 0.3 thanks (if once) - 0.25 small talk
+           - 0.5 each repeated courtesy - 1 if unfinished
 
-Two bounds are known as well: the entropy of a story, below which no model's loss can fall (`story_floor`), and the accuracy that no reward model
-can beat on the noisy preferences (`bayes_ceiling`). A fifth of the pairs of prices is held out: no training text adds them, and the *_val and
-*_test files add nothing else (stories_val apart, which is there for the floor).
+Two bounds are known as well: the entropy of a story, below which no model's loss can fall
+(`story_floor`), and the accuracy that no reward model can beat on the noisy preferences
+(`bayes_ceiling`). A fifth of the pairs of prices is held out: no training text adds them, and the
+*_val and *_test files add nothing else (except stories_val, which is there for the floor).
 
     python -m data.world --out=out/world
 """
+
 import hashlib
 import json
 import math
@@ -25,29 +34,57 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import UserError, launch, replace_text
+from data.judge import judge_prompt
+from runtime.cli import check_ranges, launch
+from runtime.errors import UserError
+from runtime.files import replace_text
 
 
 @dataclass
 class Config:
-    out: str  # directory to write
-    seed: int = 0  # the same seed writes the same bytes
-    stories: int = 40_000  # in pretrain.jsonl
-    notes: int = 20_000  # in pretrain.jsonl
-    chats: int = 8_000  # in chat.jsonl
-    pairs: int = 8_000  # in pairs.jsonl
-    problems: int = 4_000  # in problems.jsonl, and as many in prompts.jsonl
-    tests: int = 500  # rows of each *_val and *_test file
-    overwrite: bool = False  # replace the world in --out
+    # -- What you will set --
+    # directory to write
+    out: str
+
+    # -- What you may set --
+    # the same seed writes the same bytes
+    seed: int = 0
+    # stories in pretrain.jsonl [>= 1]
+    stories: int = 40_000
+    # an inspector's notes in pretrain.jsonl [>= 1]
+    notes: int = 20_000
+    # rows of chat.jsonl [>= 1]
+    chats: int = 8_000
+    # rows of pairs.jsonl [>= 1]
+    pairs: int = 8_000
+    # rows of problems.jsonl, and as many of prompts.jsonl [>= 1]
+    problems: int = 4_000
+    # rows of each *_val and *_test file [>= 1]
+    tests: int = 500
+    # replace the world in --out
+    overwrite: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The words. Every choice is uniform and no two choices read alike, so all stories are equally likely and can be counted.
+# -------------------------------------------------------------------------------------------------
+# The words. Every choice is uniform and no two choices read alike, so all stories are equally
+# likely and can be counted.
 
-PEOPLE = {"Mia": "She", "Tom": "He", "Ana": "She", "Leo": "He", "Eva": "She", "Max": "He", "Lily": "She", "Sam": "He", "Nora": "She", "Ben": "He"}
-PLACES = ("market", "shop", "fair", "harbor", "station", "village", "square", "castle")
-ADJECTIVES = ("red", "blue", "green", "gold", "tiny", "soft", "loud", "plain", "heavy", "pretty", "round", "wooden")  # none takes "an"
-GOODS = ("kite", "lamp", "drum", "boat", "clock", "doll", "ring", "vase", "flute", "coat", "book", "cup", "bell", "chair", "scarf", "globe")
+PEOPLE = {
+    "Mia": "She",
+    "Tom": "He",
+    "Ana": "She",
+    "Leo": "He",
+    "Eva": "She",
+    "Max": "He",
+    "Lily": "She",
+    "Sam": "He",
+    "Nora": "She",
+    "Ben": "He",
+}
+PLACES = "market shop fair harbor station village square castle".split()
+# no adjective takes "an"
+ADJECTIVES = "red blue green gold tiny soft loud plain heavy pretty round wooden".split()
+GOODS = "kite lamp drum boat clock doll ring vase flute coat book cup bell chair scarf globe".split()
 OPENINGS = (
     "{name} went to the {place}.",
     "Today {name} is at the {place}.",
@@ -69,11 +106,18 @@ QUESTIONS = (
     "Can I have the {x} for {a} and the {y} for {b}? How much is that?",
     "Please add up the {x} for {a} and the {y} for {b}.",
 )
-# The phrases of a reply. None lies inside another or across the seam of two: `features` counts them by plain search.
+# The phrases of a reply. None occurs inside another or across the seam of two, so `features` counts
+# them by plain search.
 POLITE = ("Happy to help!", "Of course, dear friend.", "Good day to you!", "What a fine choice!", "Welcome, my friend!")
 NEUTRAL = ("Okay.", "Well, let me see.", "Here you are.", "Sure.", "")
 RUDE = ("Ugh, you again?", "What now, fool?", "Stop wasting my time.", "Can you not count?", "Go away.")
-SMALL_TALK = ("It is sunny today.", "My cat is asleep.", "I like green tea.", "The street is quiet.", "We close at six.")
+SMALL_TALK = (
+    "It is sunny today.",
+    "My cat is asleep.",
+    "I like green tea.",
+    "The street is quiet.",
+    "We close at six.",
+)
 THANKS = ("Thank you!", "Many thanks!")
 GOODBYES = ("Goodbye.", "See you soon.")
 ENDINGS = (
@@ -83,23 +127,25 @@ ENDINGS = (
     "Then {name} went home.",
 )
 PRICES = range(1, 50)
-RIGHT = 0.55  # how often a clerk's sum is right; this, tone and chatter are what the later stages can improve
+RIGHT = 0.55  # how often a clerk's sum is right; later stages can improve this, tone and chatter
 
 
 def is_held_out(a, b):
     """True if no training text may add the prices a and b, in either order.
 
-    Chosen by hash, as good as at random: of a lattice such as (31 a + 17 b) % 5 == 0 a small model learns the pattern itself, and adds the held-out
-    pairs systematically wrong.
+    Chosen by hash, as good as at random. A small model would learn the pattern of a lattice such as
+    (31 a + 17 b) % 5 == 0, and add the held-out pairs systematically wrong.
     """
     return hashlib.sha256(f"{min(a, b)} + {max(a, b)}".encode()).digest()[0] % 5 == 0
 
 
-PAIRS = {held_out: [(a, b) for a in PRICES for b in PRICES if is_held_out(a, b) == held_out] for held_out in (False, True)}
+PAIRS = {
+    held_out: [(a, b) for a in PRICES for b in PRICES if is_held_out(a, b) == held_out] for held_out in (False, True)
+}
 
 
 def purchase(rng, held_out=False):
-    """Two goods, their prices and the sum, under the names the templates use: {"x", "a", "y", "b", "c"}."""
+    """Two goods, their prices and the sum, as the templates name them: {"x", "a", "y", "b", "c"}."""
     a, b = rng.choice(PAIRS[held_out])
     x, y = rng.sample(GOODS, 2)
     return {"x": f"{rng.choice(ADJECTIVES)} {x}", "a": a, "y": f"{rng.choice(ADJECTIVES)} {y}", "b": b, "c": a + b}
@@ -113,10 +159,12 @@ def story(rng, held_out=False):
 
 
 def story_floor(share=1.0):
-    """The least loss, in nats a story, of any model of these stories: their entropy, the log of how many there are, for all are equally likely.
+    """The least loss of any model of these stories, in nats per story.
 
-    share: the stories' part of a mixture of documents; at a story's first word a model of the mixture must pay -ln(share) more. The loss per token is
-    this times the stories over their tokens, each document's end counted as one, whatever the tokenizer.
+    This is their entropy: the log of how many there are, for all are equally likely. share: the
+    stories' part of a mixture of documents; at a story's first word a model of the mixture must pay
+    -ln(share) more. Per token, for any tokenizer, it is this times the stories over their tokens,
+    with one token for each document's end.
     """
     ways = len(PEOPLE) * len(PLACES) * len(OPENINGS) * len(PURCHASES) * len(ENDINGS)
     ways *= len(PAIRS[False]) * len(GOODS) * (len(GOODS) - 1) * len(ADJECTIVES) ** 2
@@ -124,20 +172,27 @@ def story_floor(share=1.0):
 
 
 def sum_prompts(n, seed, held_out):
-    """n beginnings of stories, up to "25 + 49 =", each with what must follow: [(text, "74")]. Greedy decoding measures how well a model adds."""
+    """n beginnings of stories, up to "25 + 49 =", each with what must follow: [(text, "74")].
+
+    Greedy decoding then measures how well a model adds.
+    """
     rng = random.Random(f"{seed} sums")
     stories = [story(rng, held_out) for _ in range(n)]
     return [(text[: text.index(" =") + 2], final(text)) for text in stories]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Questions and clerks
 
 
 def ask(rng, held_out=False):
-    """A customer's question and the prices: ({"prompt", "answer"}, a, b). The answer is a solution that ends in "#### n", as in GSM8K."""
+    """A customer's question and the prices: ({"prompt", "answer"}, a, b).
+
+    The answer is a solution that ends in "#### n", as in GSM8K.
+    """
     words = purchase(rng, held_out)
-    return {"prompt": rng.choice(QUESTIONS).format(**words), "answer": SUM.format(**words)}, words["a"], words["b"]
+    row = {"prompt": rng.choice(QUESTIONS).format(**words), "answer": SUM.format(**words)}
+    return row, words["a"], words["b"]
 
 
 def reply(rng, a, b):
@@ -167,31 +222,44 @@ def problem(rng, held_out=False):
 def chat(rng, held_out=False):
     """A question and some clerk's reply: {"messages"}."""
     row, a, b = ask(rng, held_out)
-    return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply(rng, a, b)}]}
+    question = {"role": "user", "content": row["prompt"]}
+    return {"messages": [question, {"role": "assistant", "content": reply(rng, a, b)}]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Rewards: reward(prompt, completion, row), for any string whatever; text is read, never evaluated. Whether a completion ended by itself or was cut
-# does not show in its text, so whoever samples says it in row["finished"] (where that is missing, it ended). A stage with a penalty of its own for
-# unfinished completions leaves it out, or they are punished twice.
+# -------------------------------------------------------------------------------------------------
+# Rewards: reward(prompt, completion, row), for any text, which is read, never evaluated. Text does not
+# show whether a completion ended by itself or was cut, so the sampler says it in row["finished"]
+# (if that is missing, it ended). A stage with its own penalty for unfinished completions leaves it
+# out, or they would be punished twice.
 
 
 def final(text):
-    """The word after the last "####", without punctuation at its end; "" if there is none. "#### 73 #### 74" and "#### 74 or 73" both say 74."""
+    """The word after the last "####", without punctuation at its end; "" if there is none.
+
+    Both "#### 73 #### 74" and "#### 74 or 73" give 74.
+    """
     _, mark, rest = text.rpartition("####")
     words = rest.split(maxsplit=1)
     return words[0].rstrip(".,!?") if mark and words else ""
 
 
 def features(completion, answer, finished=True):
-    """What gold and the inspector count, all int: {"polite", "rude", "thanks", "small_talk", "right", "finished"}. answer: text with "#### n"."""
-    phrases = {"polite": POLITE, "rude": RUDE, "thanks": THANKS, "small_talk": SMALL_TALK}
-    counts = {name: sum(map(completion.count, some)) for name, some in phrases.items()}
-    return counts | {"right": int(final(completion) == final(answer) != ""), "finished": int(finished)}
+    """What gold and the inspector count, all int. answer: text with "#### n"."""
+    return {
+        "polite": sum(map(completion.count, POLITE)),
+        "rude": sum(map(completion.count, RUDE)),
+        "thanks": sum(map(completion.count, THANKS)),
+        "small_talk": sum(map(completion.count, SMALL_TALK)),
+        "right": int(final(completion) == final(answer) != ""),
+        "finished": int(finished),
+    }
 
 
 def gold(prompt, completion, row):
-    """What people want, by the formula at the head of this file. row: {"answer"} and, of a sampled completion, "finished"."""
+    """What people want, by the formula at the head of this file.
+
+    row: {"answer"} and, for a sampled completion, "finished".
+    """
     f = features(completion, row["answer"], row.get("finished", True))
     repeated = max(0, f["polite"] - 1) + max(0, f["thanks"] - 1)
     manners = 0.6 * (f["polite"] > 0) - 0.8 * min(f["rude"], 2) + 0.3 * (f["thanks"] == 1) - 0.5 * repeated
@@ -204,30 +272,36 @@ def rudeness(prompt, completion, row):
 
 
 def verifiable(prompt, completion, row):
-    """1.0 if the last "#### n" of a finished completion is the answer, else 0.0: all that a rule can check."""
+    """1.0 if the last "#### n" of a finished completion is right, else 0.0: all a rule can check."""
     f = features(completion, row["answer"], row.get("finished", True))
     return float(f["right"] and f["finished"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Preferences, by people and by principle
 
 
 def prefers(margin, k=4.0):
-    """Probability that people prefer a reply whose gold is higher by `margin`: sigmoid(k margin), written so that it cannot overflow."""
+    """Probability that people prefer a reply whose gold is higher by `margin`: sigmoid(k margin).
+
+    Written so that it cannot overflow.
+    """
     return (1 + math.tanh(k * margin / 2)) / 2
 
 
 def label(rng, row, first, second):
-    """A noisy human's choice between two replies (text, gold): row and {"chosen", "rejected", "gold_chosen", "gold_rejected"}."""
+    """The row with a noisy human's choice between two replies (text, gold).
+
+    Adds {"chosen", "rejected", "gold_chosen", "gold_rejected"}.
+    """
     chosen, rejected = (first, second) if rng.random() < prefers(first[1] - second[1]) else (second, first)
     return row | {"chosen": chosen[0], "rejected": rejected[0], "gold_chosen": chosen[1], "gold_rejected": rejected[1]}
 
 
 def pair(rng, held_out=False):
-    """Two clerks' replies, labelled: {"prompt", "answer", "chosen", "rejected", "gold_chosen", "gold_rejected"}."""
-    row, *replies = two_replies(rng, held_out)
-    return label(rng, row, *((text, gold(row["prompt"], text, row)) for text in replies))
+    """A problem with two clerks' replies, labelled as by `label`."""
+    row, first, second = two_replies(rng, held_out)
+    return label(rng, row, (first, gold("", first, row)), (second, gold("", second, row)))
 
 
 def bayes_ceiling(pairs):
@@ -235,26 +309,28 @@ def bayes_ceiling(pairs):
     return sum(prefers(abs(p["gold_chosen"] - p["gold_rejected"])) for p in pairs) / len(pairs)
 
 
-PRINCIPLES = {  # as the constitution words them, and the number that is to be high
-    "Be kind: be polite, say thanks, never be rude.": lambda f: f["polite"] + f["thanks"] - 2 * f["rude"],
-    "Be brief: no small talk.": lambda f: -f["small_talk"],
-    "Be right: the sum must be true.": lambda f: f["right"],
+# {principle, as the constitution words it: {feature: what one of it is worth}}
+PRINCIPLES = {
+    "Be kind: be polite, say thanks, never be rude.": {"polite": 1, "thanks": 1, "rude": -2},
+    "Be brief: no small talk.": {"small_talk": -1},
+    "Be right: the sum must be true.": {"right": 1},
 }
 
 
-def judge_prompt(prompt, reply_a, reply_b, principle):
-    """The text after which a model that has read the notes says " A" or " B", one token each."""
-    return f"Question:\n{prompt}\nReply A:\n{reply_a}\nReply B:\n{reply_b}\n{principle} Better:"
+def merit(reply, answer, principle):
+    """How good a reply is by a principle, an int."""
+    f = features(reply, answer)
+    return sum(weight * f[name] for name, weight in PRINCIPLES[principle].items())
 
 
 def verdict(reply_a, reply_b, answer, principle):
     """Which reply is better by the principle: "A", "B", or "" if neither is."""
-    a, b = (PRINCIPLES[principle](features(reply, answer)) for reply in (reply_a, reply_b))
+    a, b = merit(reply_a, answer, principle), merit(reply_b, answer, principle)
     return "A" if a > b else "B" if b > a else ""
 
 
 def judgement(rng, principle, held_out=False):
-    """Two replies and which is better: {"prompt", "answer", "reply_a", "reply_b", "principle", "better"}."""
+    """A problem with two replies and which is better: adds {"reply_a", "reply_b", "principle", "better"}."""
     better = ""
     while not better:
         row, a, b = two_replies(rng, held_out)
@@ -268,7 +344,8 @@ def note(rng):
     return f"{judge_prompt(j['prompt'], j['reply_a'], j['reply_b'], j['principle'])} {j['better']}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# The files
 
 
 def pretraining_text(rng, stories, notes):
@@ -278,43 +355,63 @@ def pretraining_text(rng, stories, notes):
     return [{"text": text} for text in texts]
 
 
-def main(config):
-    makers = {  # each file has its own random numbers, so that the size of one does not change another
-        "pretrain.jsonl": lambda rng: pretraining_text(rng, config.stories, config.notes),
-        "stories_val.jsonl": lambda rng: pretraining_text(rng, config.tests, 0),
-        "chat.jsonl": lambda rng: [chat(rng) for _ in range(config.chats)],
-        "chat_val.jsonl": lambda rng: [chat(rng, held_out=True) for _ in range(config.tests)],
-        "pairs.jsonl": lambda rng: [pair(rng) for _ in range(config.pairs)],
-        "pairs_few.jsonl": lambda rng: [pair(rng) for _ in range(min(64, config.pairs))],  # so few that what a reward model makes of them can be exploited
-        "pairs_val.jsonl": lambda rng: [pair(rng, held_out=True) for _ in range(config.tests)],
-        "problems.jsonl": lambda rng: [problem(rng) for _ in range(config.problems)],
-        "problems_test.jsonl": lambda rng: [problem(rng, held_out=True) for _ in range(config.tests)],
-        "prompts.jsonl": lambda rng: [problem(rng) for _ in range(config.problems)],
-        "prompts_test.jsonl": lambda rng: [problem(rng, held_out=True) for _ in range(config.tests)],
-        "sums_test.jsonl": lambda rng: [{"prompt": text, "answer": c} for text, c in sum_prompts(config.tests, config.seed, held_out=True)],
-        "judge_test.jsonl": lambda rng: [judgement(rng, list(PRINCIPLES)[i % 3], held_out=True) for i in range(config.tests)],
-    }
-    out, sizes = Path(config.out), asdict(config)
-    for name in ("stories", "notes", "chats", "pairs", "problems", "tests"):
-        if sizes[name] < 1:
-            raise UserError(f"--{name}={sizes[name]}: at least 1, please")
-    found = [name for name in (*makers, "constitution.txt", "world.json") if (out / name).exists()]
-    if found and not config.overwrite:
-        raise UserError(f"--out={out}: {found[0]} is here already; --overwrite replaces the world, or choose another directory")
+def make_rows(config):
+    """{file name: rows} of the whole world."""
 
-    rows = {name: make(random.Random(f"{config.seed} {name}")) for name, make in makers.items()}
+    def rng(name):
+        """A file's own random numbers, so that the size of one file does not change another."""
+        return random.Random(f"{config.seed} {name}")
+
+    rows = {
+        "pretrain.jsonl": pretraining_text(rng("pretrain.jsonl"), config.stories, config.notes),
+        "stories_val.jsonl": pretraining_text(rng("stories_val.jsonl"), config.tests, 0),
+    }
+    for name, make, n, held_out in (
+        ("chat.jsonl", chat, config.chats, False),
+        ("chat_val.jsonl", chat, config.tests, True),
+        ("pairs.jsonl", pair, config.pairs, False),
+        ("pairs_few.jsonl", pair, min(64, config.pairs), False),  # so few that their reward model can be exploited
+        ("pairs_val.jsonl", pair, config.tests, True),
+        ("problems.jsonl", problem, config.problems, False),
+        ("problems_test.jsonl", problem, config.tests, True),
+        ("prompts.jsonl", problem, config.problems, False),
+        ("prompts_test.jsonl", problem, config.tests, True),
+    ):
+        random_numbers = rng(name)
+        rows[name] = [make(random_numbers, held_out) for _ in range(n)]
+    sums = sum_prompts(config.tests, config.seed, held_out=True)
+    rows["sums_test.jsonl"] = [{"prompt": text, "answer": answer} for text, answer in sums]
+    principles, judge_rng = list(PRINCIPLES), rng("judge_test.jsonl")
+    rows["judge_test.jsonl"] = [judgement(judge_rng, principles[i % 3], held_out=True) for i in range(config.tests)]
+    return rows
+
+
+def main(config):
+    check_ranges(config)
+    out = Path(config.out)
+    present = [p.name for pattern in ("*.jsonl", "constitution.txt", "world.json") for p in out.glob(pattern)]
+    if present and not config.overwrite:
+        raise UserError(
+            f"--out={out}: {present[0]} exists; --overwrite replaces the world, or choose another directory"
+        )
+
+    rows = make_rows(config)
     texts = {name: "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
     texts["constitution.txt"] = "".join(principle + "\n" for principle in PRINCIPLES)
+    files = {
+        name: {"rows": text.count("\n"), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in texts.items()
+    }
     world = {
-        "config": {name: value for name, value in sizes.items() if name not in ("out", "overwrite")},
+        "config": {name: value for name, value in asdict(config).items() if name not in ("out", "overwrite")},
         "story_entropy": story_floor(),
         "story_floor": story_floor(config.stories / (config.stories + config.notes)),
         "bayes_ceiling": {name: bayes_ceiling(rows[name]) for name in ("pairs.jsonl", "pairs_val.jsonl")},
-        "files": {name: {"rows": text.count("\n"), "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in texts.items()},
+        "files": files,
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "world.json").unlink(missing_ok=True)  # written last: where it stands, the world is whole
+        (out / "world.json").unlink(missing_ok=True)  # written last: if it is there, the world is whole
         for name, text in texts.items():
             replace_text(out / name, text)
         replace_text(out / "world.json", json.dumps(world, indent=1) + "\n")
@@ -322,8 +419,11 @@ def main(config):
         raise UserError(f"--out={out}: {e.strerror}") from None
 
     for name, text in texts.items():
-        print(f"{out / name}: {world['files'][name]['rows']:,} rows, {len(text) / 1e6:.2f} MB")
-    print(f"a story holds {world['story_entropy']:.3f} nats; in this mixture no model pays less than {world['story_floor']:.3f} for one")
+        print(f"{out / name}: {files[name]['rows']:,} rows, {len(text) / 1e6:.2f} MB")
+    print(
+        f"a story holds {world['story_entropy']:.3f} nats; "
+        f"in this mixture no model pays less than {world['story_floor']:.3f} for one"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Rewards that a rule can give: reward(prompt, completion, row) -> float, for any text.
+
+prompt: text, or messages; completion: text; row: the row of the data, with "answer" and, for a
+sampled completion, "finished": whether it ended by itself. Text is read, never evaluated.
+A file of your own works the same: --reward=my_rewards.py:brief. It runs with all your rights.
+"""
+
+import re
+from decimal import Decimal
+
+NUMBER = re.compile(  # bounded and without backtracking, so that no completion can make it slow
+    r"-?\$?\d{1,40}+(?:,\d{3}){0,20}+(?:\.\d{1,40})?+"
+    r"(?![.,]?\d|[eE][-+]?\d| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"  # not a part of 2e5, 2**5 or 1/2
+)
+THINK = re.compile(
+    r"<think>(?:(?!</?think>|</?answer>).)++</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>",
+    re.DOTALL,
+)
+
+
+def number_after(text, mark="####"):
+    """The Decimal after the last `mark` (GSM8K's), or None. It may have commas, "$" and a minus."""
+    _, found, rest = text.rpartition(mark)
+    match = NUMBER.match(rest.lstrip()[:200]) if found else None
+    return Decimal(match[0].replace(",", "").replace("$", "")) if match else None
+
+
+def right_number(row):
+    """The number of a row's "answer", after its last "####" or by itself; None if there is none."""
+    answer = str(row["answer"])  # may be a JSON number
+    marked = number_after(answer)
+    return number_after("####" + answer) if marked is None else marked
+
+
+def final_number(prompt, completion, row):
+    """1.0 if the number after the last "####" of a finished completion is right, else 0.0."""
+    answer = right_number(row)
+    return float(answer is not None and number_after(completion) == answer and row.get("finished", True))
+
+
+def one_final_number(prompt, completion, row):
+    """1.0 if a finished completion has one "####" and then one number only: the form is right."""
+    _, _, rest = completion.partition("####")
+    match = NUMBER.match(rest.strip()[:200])
+    return float(bool(match) and match[0] == rest.strip() and row.get("finished", True))
+
+
+def thinks_first(prompt, completion, row):
+    """1.0 if a finished completion is <think>...</think> <answer>...</answer> and nothing else.
+
+    The format of DeepSeek-R1 (arXiv 2501.12948, table 1).
+    """
+    return float(bool(THINK.fullmatch(completion.strip())) and row.get("finished", True))
+
+
+def brief(prompt, completion, row):
+    """1.0 for no words, falling evenly to 0.0 at 100: with a small weight, it prefers short answers."""
+    return max(0.0, 1 - len(completion.split()) / 100)

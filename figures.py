@@ -1,0 +1,148 @@
+"""Figures with 95 % intervals: means, variety, and what a reward model's margins say.
+
+A figure is {"value", "low", "high"}; low and high are None if nothing can be said about them.
+Intervals are bootstrap percentiles over documents, problems, prompts or pairs (Efron 1979).
+"""
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from data.rows import gold_margin
+
+
+def point_estimate(value):
+    """A figure without an interval."""
+    return {"value": float(value), "low": None, "high": None}
+
+
+def interval(statistic, rows, seed, draws=1000):
+    """The figure of a statistic of rows, with its 95 % bootstrap interval.
+
+    rows: float64 [n, k], of which each draw takes n, with replacement. statistic: a function of the
+    sum of the rows [k] -> number. One row alone has no interval.
+    """
+    rows = np.asarray(rows, dtype=np.float64)
+    if len(rows) == 1:
+        return point_estimate(statistic(rows[0]))
+    picks = np.random.default_rng(seed).integers(0, len(rows), (draws, len(rows)))
+    low, high = np.percentile([statistic(rows[pick].sum(0)) for pick in picks], [2.5, 97.5])
+    return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
+
+
+def mean_interval(values, seed):
+    """The mean of some numbers or truth values, with its interval."""
+    return interval(lambda sums: sums[0] / sums[1], [(value, 1) for value in values], seed)
+
+
+def distinct(texts, n):
+    """The share of different n-grams among all n-grams of words: 1 never repeats, 0 always does.
+
+    Li et al. 2016, arXiv 1510.03055.
+    """
+    grams = Counter()
+    for words in map(str.split, texts):
+        grams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    return len(grams) / max(1, sum(grams.values()))
+
+
+def show(figures):
+    """The figures as lines of text."""
+    lines = []
+    for name, figure in figures.items():
+        line = f"{name:<48} {figure['value']:9.4f}"
+        if figure["low"] is not None:
+            line += f"   [{figure['low']:.4f}, {figure['high']:.4f}]"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# A reward model on preferences
+
+
+def preference_figures(pairs, margins, lengths, seed):
+    """What a reward model's margins say about labelled pairs: {name: figure}.
+
+    pairs: [rows.Pair]. margins: float64 [n], score of the chosen minus score of the rejected.
+    lengths: [n, 2], tokens of the two completions.
+    """
+    margins, lengths = np.asarray(margins, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    labels = np.array([pair.probability for pair in pairs])
+    gold = np.array([gold_margin(pair.row) for pair in pairs])
+    return {
+        **length_figures(margins, lengths, labels, seed),
+        **calibration_figures(margins, labels, seed),
+        **gold_figures(margins, gold, seed),
+    }
+
+
+def agreement(margins, labels):
+    """float64 [n]: the probability that the label prefers the side with the margin; 1/2 for a tie.
+
+    margins: [n], > 0 if the first side leads; labels: [n], probability that the first is preferred.
+    """
+    return np.where(margins == 0, 0.5, np.where(margins > 0, labels, 1 - labels))
+
+
+def length_figures(margins, lengths, labels, seed):
+    """Accuracy, compared with that of preferring the longer completion."""
+    gap = lengths[:, 0] - lengths[:, 1]
+    right, longer = agreement(margins, labels), agreement(gap, labels)
+    figures = {
+        "accuracy": mean_interval(right, seed),
+        "accuracy of 'the longer wins'": mean_interval(longer, seed),
+        "accuracy less that of 'the longer wins'": mean_interval(right - longer, seed),
+    }
+    similar = np.abs(gap) <= 0.1 * lengths.max(1)
+    if similar.any():
+        name = f"accuracy, {similar.sum()} pairs within 10 % in length"
+        figures[name] = mean_interval(right[similar], seed)
+    moments = np.stack([np.ones(len(gap)), margins, gap, margins**2, gap**2, margins * gap], axis=1)
+    figures["correlation of margin and length gap"] = interval(correlation, moments, seed)
+    return figures
+
+
+def correlation(sums):
+    """Pearson's correlation, from the sums of (1, x, y, x^2, y^2, x y); 0 if x or y is constant."""
+    n, x, y, xx, yy, xy = sums
+    spread = (n * xx - x * x) * (n * yy - y * y)
+    return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def calibration_figures(margins, labels, seed):
+    """How often the label agrees with the model, by how sure the model is: sigmoid(|margin|)."""
+    confidence = 1 / (1 + np.exp(-np.abs(margins).clip(max=700)))
+    agrees = np.where(margins >= 0, labels, 1 - labels)
+    figures = {"calibration error": point_estimate(calibration_error(confidence, agrees))}
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        high = 1.1 if low == 0.9 else low + 0.1  # the last bin has 1 as well
+        inside = (confidence >= low) & (confidence < high)
+        if inside.any():
+            name = f"right where it says {confidence[inside].mean():.2f} ({inside.sum()} pairs)"
+            figures[name] = mean_interval(agrees[inside], seed)
+    return figures
+
+
+def calibration_error(confidence, agrees, bins=10):
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+
+    That is the mean of |accuracy - confidence| over bins of confidence, weighted by their size.
+    """
+    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return sum(abs((confidence - agrees)[bin_of == b].sum()) for b in range(bins)) / len(confidence)
+
+
+def gold_figures(margins, gold, seed):
+    """Agreement with the true margins, and the accuracy that the labels' noise allows.
+
+    gold: float64 [n]; nan if a row does not know the truth, and then there are no figures.
+    """
+    if not np.isfinite(gold).all():
+        return {}
+    figures, differ = {}, gold != 0
+    if differ.any():
+        figures["order as gold's"] = mean_interval((margins > 0)[differ] == (gold > 0)[differ], seed)
+    best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws its labels
+    return figures | {"accuracy that noise allows (Bayes)": mean_interval(best, seed)}

@@ -1,0 +1,93 @@
+"""The order of the data, which a resumed run finds again, and micro-batches, which bound the
+memory."""
+
+import numpy as np
+import torch
+
+from data.corpus import epoch_pieces
+from data.pack import pack, rank_span, token_slices
+from runtime.process import rank, world_size
+from runtime.shard import is_sharded
+
+
+class Order:
+    """Every item once an epoch, in a new random order each time; `epoch` and `index` are the whole
+    state.
+
+    epoch_items(random) -> (items, lengths): the items of an epoch, one in each row, and what each
+    counts."""
+
+    def __init__(self, epoch_items, seed):
+        self.epoch_items, self.seed = epoch_items, seed
+        self.begin_epoch(0)
+
+    def begin_epoch(self, epoch, index=0):
+        random = np.random.default_rng([self.seed, epoch])
+        items, lengths = self.epoch_items(random)
+        order = random.permutation(len(items))
+        self.items, self.lengths = items[order], lengths[order]
+        self.epoch, self.index = epoch, index
+
+    def batch(self, amount):
+        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one)."""
+        taken, total = [], 0
+        while True:
+            if self.index >= len(self.items):
+                self.begin_epoch(self.epoch + 1)
+            total += self.lengths[self.index]
+            if taken and total > amount:
+                return np.stack(taken)
+            taken.append(self.items[self.index])
+            self.index += 1
+
+    def first_items(self, n):
+        """The indices, sorted, that the first n items of an index_order have."""
+        if n >= len(self.items):
+            return np.arange(len(self.items))
+        items = Order(self.epoch_items, self.seed)
+        return np.unique(np.concatenate([items.batch(1) for _ in range(n)]))
+
+    def state(self):
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state(self, state):
+        self.begin_epoch(state["epoch"], state["index"])
+
+
+def index_order(n, seed, lengths=None):
+    """An Order of the indices 0 to n - 1. lengths: the tokens of each; None counts each as one."""
+    lengths = np.ones(n) if lengths is None else np.asarray(lengths)
+    return Order(lambda random: (np.arange(n), lengths), seed)
+
+
+def text_order(streams, eot, context, seed):
+    """An Order of the pieces of a corpus, cut at other places in every epoch."""
+    return Order(lambda random: epoch_pieces(streams, eot, context, random), seed)
+
+
+def micro_batches(model, lengths, micro_batch_tokens):
+    """Yield this rank's part of a batch as slices of at most `micro_batch_tokens` tokens.
+
+    lengths: the tokens of all documents of the batch, on all ranks. A sharded model gathers its
+    weights from all ranks at every pass: a rank that has fewer micro-batches than another runs
+    dummy ones at the end."""
+    begin, end = rank_span(lengths, rank(), world_size())
+    for part in token_slices(lengths[begin:end], micro_batch_tokens):
+        yield slice(begin + part.start, begin + part.stop)
+    if is_sharded(model):
+        run_dummy_micro_batches(model, lengths, micro_batch_tokens)
+
+
+def run_dummy_micro_batches(model, lengths, micro_batch_tokens):
+    """Run a sharded model on one token until this rank has run it as often as the busiest rank.
+
+    With gradients enabled the backward runs as well; it adds 0.
+    """
+    counts = []
+    for r in range(world_size()):
+        begin, end = rank_span(lengths, r, world_size())
+        counts.append(len(token_slices(lengths[begin:end], micro_batch_tokens)))
+    for _ in range(max(counts) - counts[rank()]):
+        hidden = model(pack([[0]]).to(model.embed.device))
+        if torch.is_grad_enabled():
+            ((hidden.sum() + model.head.sum()) * 0).backward()

@@ -1,0 +1,294 @@
+"""A checkpoint as Hugging Face tools read it: their names for our parameters, config.json, and
+weight files, which may be untrusted.
+
+Reads Llama, Qwen2 and Qwen3; writes whichever of them the model is.
+"""
+
+import contextlib
+import dataclasses
+import reprlib
+
+import safetensors
+import torch
+
+from data.read import inside, read_json
+from model import GPT, GPTConfig, parameter_table, rotary_tables
+from runtime.errors import UserError
+
+WEIGHTS = "model.safetensors"
+# What an untrusted file may claim. Beyond these, a few bytes would cost gigabytes or minutes.
+LARGEST_HEADER = 2**23  # bytes of a safetensors header: some hundred thousand tensors
+LARGEST_TABLE = 2**25  # numbers of the rotary tables: 262,144 positions with heads of 128, Qwen3's largest
+
+
+def to_hf(model):
+    """The weights as {Hugging Face name: tensor on the CPU}."""
+    table, weights = parameter_table(model.config), {}
+    for name, p in model.named_parameters():
+        parts = p.detach().cpu().split(table[name].rows)
+        for hf_name, part in zip(table[name].hf_names, parts, strict=True):
+            weights[hf_name] = part.contiguous()
+    return weights
+
+
+def check_parameters(model):
+    """Raises UserError, before the first step, if this model could not be saved and read again.
+
+    Every parameter must be in parameter_table, with its shape, and the config must survive
+    config.json."""
+    table = parameter_table(model.config)
+    for name, p in model.named_parameters():
+        if name not in table:
+            raise UserError(f"parameter {name} has no Hugging Face name: add a row to model.parameter_table")
+        if sum(table[name].rows) != p.shape[0] or len(table[name].rows) != len(table[name].hf_names):
+            raise UserError(
+                f"parameter {name} has {p.shape[0]} rows; model.parameter_table says {table[name].rows} for "
+                f"{len(table[name].hf_names)} Hugging Face names"
+            )
+    missing = table.keys() - dict(model.named_parameters()).keys()
+    if missing:
+        raise UserError(f"model.parameter_table has a row for {sorted(missing)[0]}, which this model has not")
+    again = parse_config(config_to_hf(model.config), "config.json")
+    for field in dataclasses.fields(GPTConfig):
+        written, read = vars(model.config)[field.name], vars(again)[field.name]
+        if written != read:
+            raise UserError(
+                f"GPTConfig.{field.name}={written} would be read back as {read}: add it to hub.config_to_hf and "
+                "hub.parse_config"
+            )
+
+
+def config_to_hf(c, bos=None, eos=None, pad=None):
+    """The content of config.json for `transformers`, vLLM and llama.cpp. bos, eos, pad: token
+    ids."""
+    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.rope_scaling:
+        factor, low, high, original = c.rope_scaling
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+        rope["original_max_position_embeddings"] = original
+    config = {
+        "model_type": family,
+        "architectures": [family.capitalize() + ("ForSequenceClassification" if c.scalar_head else "ForCausalLM")],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "intermediate_size": c.ffn,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "hidden_act": "silu",
+        "attention_bias": c.qkv_bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "use_sliding_window": c.window > 0,
+        "rope_theta": c.rope_theta,  # transformers 4 reads this one, 5 the next
+        "rope_parameters": rope,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    if c.window:
+        config["sliding_window"] = c.window
+        config["layer_types"] = ["sliding_attention" if w else "full_attention" for w in c.windows]
+    if c.rope_scaling:
+        config["rope_scaling"] = rope
+    if c.scalar_head:
+        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return config
+
+
+def config_from_hf(path):
+    """The GPTConfig of a config.json (Llama, Qwen2, Qwen3). Raises UserError naming what this model
+    cannot do."""
+    return parse_config(read_json(path), path)
+
+
+def parse_config(h, path):
+    """The GPTConfig of the JSON object `h`, read from `path`."""
+    family = h.get("model_type")
+    if family not in ("llama", "qwen2", "qwen3"):
+        raise UserError(
+            f"{path}: model_type {reprlib.repr(family)} is not one this GPT can be; it reads llama, qwen2 and qwen3"
+        )
+    rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters or rope_scaling is not a JSON object")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refuse_unsupported(h, path, family, rope_type)
+    heads, width = number(h, "num_attention_heads", int, path), number(h, "hidden_size", int, path)
+    rope_theta = number(h, "rope_theta", float, path, default=10000.0)
+    c = GPTConfig(
+        vocab_size=number(h, "vocab_size", int, path),
+        layers=number(h, "num_hidden_layers", int, path),
+        width=width,
+        heads=heads,
+        kv_heads=number(h, "num_key_value_heads", int, path, default=heads),
+        head_dim=number(h, "head_dim", int, path, default=width // heads),
+        ffn=number(h, "intermediate_size", int, path),
+        context=number(h, "max_position_embeddings", int, path, default=2048),
+        norm_eps=number(h, "rms_norm_eps", float, path, default=1e-6),
+        tied=bool(h.get("tie_word_embeddings", False)),
+        rope_theta=number(rope, "rope_theta", float, path, default=rope_theta),
+        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2",
+        scalar_head=any(isinstance(a, str) and "ForSequenceClassification" in a for a in listed(h, "architectures")),
+    )
+    if rope_type == "llama3":
+        c.rope_scaling = llama3_scaling(rope, path)
+    if h.get("use_sliding_window"):
+        c.window, c.window_every = window_pattern(h, c.layers, path)
+    if c.heads % c.kv_heads or c.head_dim % 2:
+        raise UserError(
+            f"{path}: {c.heads} heads of {c.head_dim} with {c.kv_heads} key-value heads: heads must divide evenly, "
+            "head_dim must be even"
+        )
+    if c.context * c.head_dim > LARGEST_TABLE:
+        raise UserError(
+            f"{path}: max_position_embeddings is {c.context}, heads have {c.head_dim}: the rotary tables would hold "
+            f"more than {LARGEST_TABLE} numbers; lower the first"
+        )
+    return c
+
+
+def number(section, key, kind, path, default=None):
+    """A positive number of a config; a null asks for the default."""
+    value = default if section.get(key) is None else section[key]
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**63:
+        raise UserError(f"{path}: {key} is {reprlib.repr(value)}; a positive {kind.__name__} was expected")
+    return kind(value)
+
+
+def listed(h, key):
+    return h[key] if isinstance(h.get(key), list) else []
+
+
+def refuse_unsupported(h, path, family, rope_type):
+    """Raises UserError naming the first setting that this GPT does not have."""
+    refused = {
+        "hidden_act": h.get("hidden_act", "silu") != "silu",
+        "mlp_bias": h.get("mlp_bias", False),
+        "use_sliding_window": h.get("use_sliding_window", False) and family == "llama",
+        "attention_bias": h.get("attention_bias", False) and family != "qwen2",
+        "layer_types": "sliding_attention" in listed(h, "layer_types") and not h.get("use_sliding_window"),
+        "tie_word_embeddings": h.get("tie_word_embeddings") not in (None, True, False),
+    }
+    for key, found in refused.items():
+        if found:
+            raise UserError(f"{path}: {key}={reprlib.repr(h[key])} is not supported by this GPT")
+    if rope_type not in ("default", "llama3"):
+        raise UserError(f"{path}: rope_type={reprlib.repr(rope_type)} is not supported by this GPT")
+
+
+def llama3_scaling(rope, path):
+    """GPTConfig.rope_scaling of Llama 3's rope parameters."""
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, original = (number(rope, name, float, path) for name in names)
+    if low >= high:
+        raise UserError(f"{path}: low_freq_factor is {low}, not less than the high_freq_factor of {high}")
+    return factor, low, high, original
+
+
+def window_pattern(h, layers, path):
+    """(window, window_every) of layer_types; raises UserError if they are not every n-th layer,
+    from the first."""
+    types = listed(h, "layer_types")
+    sliding = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    every = sliding[1] if len(sliding) > 1 else layers
+    if len(types) != layers or not sliding or sliding != list(range(0, layers, every)):
+        raise UserError(
+            f"{path}: layer_types is {reprlib.repr(types)}; this GPT has sliding windows in every n-th layer, from "
+            "the first"
+        )
+    return number(h, "sliding_window", int, path), every
+
+
+# --------------------------------------------------------------------------------------------------
+# Weight files
+
+
+def weight_files(folder):
+    """{tensor name: file that holds it} of a directory with model.safetensors or its sharded
+    form."""
+    index = folder / (WEIGHTS + ".index.json")
+    names = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: no weight_map, which says what file holds a tensor; download it again")
+    where = {}
+    for file in sorted({inside(index, name) for name in names.values()}):
+        with open_tensors(file) as f:
+            where.update({name: file for name in f.keys()})
+    return where
+
+
+@contextlib.contextmanager
+def open_tensors(path):
+    """safetensors.safe_open whose errors, also those of reading a tensor, are UserErrors naming the
+    file."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
+        with open(path, "rb") as f:
+            if int.from_bytes(f.read(8), "little") > LARGEST_HEADER:
+                raise OSError(f"its header claims more than {LARGEST_HEADER} bytes")
+        with safetensors.safe_open(path, framework="pt") as f:
+            yield f
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{path}: cannot be read as safetensors ({e}); copy or download it again") from None
+
+
+@torch.no_grad()
+def model_from_hf(c, folder):
+    """The GPT of a Hugging Face directory, in fp32. Raises UserError naming a tensor that is
+    missing, not finite, or not what config.json says.
+
+    A config.json can claim any size: memory is taken for a tensor only once the file is seen to
+    hold it."""
+    where = weight_files(folder)
+    held = sum(file.stat().st_size for file in set(where.values()))
+    claimed = (c.vocab_size + c.layers * (sum(c.qkv_rows) + 3 * c.ffn)) * c.width
+    if claimed > held or c.layers > len(where):
+        raise UserError(
+            f"{folder}: config.json says {c.layers} layers and at least {claimed} weights; {len(where)} tensors in "
+            f"{held} bytes cannot hold them"
+        )
+    with torch.device("meta"):
+        model = GPT(c)
+    weights = {}
+    for name, row in parameter_table(c).items():
+        targets = model.get_parameter(name).split(row.rows)
+        parts = []
+        for hf_name, target in zip(row.hf_names, targets, strict=True):
+            if hf_name not in where:
+                raise UserError(f"{folder}: tensor {hf_name} is missing")
+            parts.append(read_tensor(where[hf_name], hf_name, list(target.shape)))
+        weights[name] = torch.cat(parts).float()  # a copy: what safetensors gives may lie in the file
+    model.load_state_dict(weights, assign=True)
+    model.cos, model.sin = rotary_tables(c)
+    return model
+
+
+def read_tensor(file, name, shape):
+    """A tensor of a safetensors file; raises UserError if its shape or type is wrong or it is not
+    finite."""
+    with open_tensors(file) as f:
+        found, dtype = f.get_slice(name).get_shape(), f.get_slice(name).get_dtype()
+        if found != shape:
+            raise UserError(f"{file}: tensor {name} is {found}, config.json says {shape}")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"{file}: tensor {name} is of {dtype}, where F32, F16 or BF16 was expected; quantised weights are "
+                "not read"
+            )
+        tensor = f.get_tensor(name)
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{file}: tensor {name} holds numbers that are not finite; these weights are damaged, take another "
+            "checkpoint"
+        )
+    return tensor

@@ -1,0 +1,206 @@
+"""One process of a run: device, seed, torchrun's group, signals, and what the hardware can do."""
+
+import os
+import platform
+import re
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from kernels.proof import prove
+from runtime import cli
+from runtime.cli import print0
+from runtime.errors import UserError
+
+
+def launch(main, Config):
+    """cli.launch for a script that computes: running out of memory and the loss of another rank of
+    the run are one line on stderr as well."""
+
+    def guarded_main(config):
+        try:
+            main(config)
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                f"{str(e).splitlines()[0]} A smaller --micro_batch_tokens or --checkpoint_activations needs less"
+            ) from None
+        except RuntimeError as e:
+            if not lost_peer(e):
+                raise
+            raise UserError(
+                f"another process of this run has ended or cannot be reached ({str(e).splitlines()[0]}); it says why "
+                "itself. What was saved is complete: fix that, then rerun with --resume"
+            ) from None
+
+    status = cli.exit_status(guarded_main, Config)
+    if dist.is_initialized():
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # gloo's threads abort the process now and then while Python shuts down
+    if status:
+        sys.exit(status)
+
+
+def lost_peer(error):
+    """Whether a RuntimeError says that another rank is gone. Gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or bool(re.search(r"[/\\]gloo[/\\]", str(error)))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(device, seed):
+    """Prepare this process and return its torch.device: join torchrun's group if there is one,
+    seed, make PyTorch deterministic, have the kernels prove themselves.
+
+    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    """
+    device = choose_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # cuBLAS repeats itself bit for bit only with this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # a debugging aid that comes with the line above and costs a pass over every tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    prove(device)
+    torch.manual_seed(seed + 1000003 * rank())  # ranks drop out different units
+    return device
+
+
+def choose_device(name):
+    """The torch.device of --device; a CUDA device has its index. Raises UserError if it is not
+    there."""
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and "RANK" not in os.environ:  # gloo moves nothing from Apple's GPUs
+            name = "mps"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device={name}: no CUDA GPU is visible here; use --device=cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device=mps: no Apple GPU is visible here; use --device=cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name}: not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants an index
+        index = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
+        device = torch.device("cuda", index)
+    return device
+
+
+def reduce_sum(*numbers):
+    """Each number summed over all ranks, as floats."""
+    if world_size() == 1:
+        return [float(x) for x in numbers]
+    total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        total = total.cuda()
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def random_state(device):
+    """{name: uint8 [ranks, bytes]}: the default generators of every rank. All ranks must call
+    it."""
+    state = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device)
+    if world_size() == 1:
+        return {name: mine[None] for name, mine in state.items()}
+    for name, mine in state.items():
+        mine = mine.to(device)  # NCCL moves only what lies on a GPU
+        every = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(every, mine)
+        state[name] = torch.stack(every).cpu()
+    return state
+
+
+def set_random_state(tensors, device):
+    """Restore this rank's generators. If the number of ranks has changed, they stay as `setup`
+    seeded them."""
+    if len(tensors["random/cpu"]) != world_size():
+        return
+    torch.set_rng_state(tensors["random/cpu"][rank()].clone())  # PyTorch misreads a row of a matrix
+    if device.type == "cuda" and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"][rank()].clone(), device)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask a run to finish its step, save and leave; a second one leaves at
+    once."""
+
+    def __init__(self):
+        self.signal = 0  # the number of the signal that came
+        self.leaving = False  # whether all ranks know
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        name = signal.Signals(number).name  # os.write below: print may be what was interrupted
+        if self.signal:
+            os.write(2, f"\nleft at once on a second {name}; what was saved is complete\n".encode())
+            os._exit(128 + number)  # a reward function might catch an exception
+        self.signal = number
+        os.write(2, f"\n{name}: finishing this step, then saving; once more to leave at once\n".encode())
+
+    def agreed(self):
+        """True if any rank was asked to stop; all ranks learn it at the same step."""
+        self.leaving = reduce_sum(self.signal)[0] > 0
+        return self.leaving
+
+    def leave(self, step, unit="step"):
+        """End the process after a save, with the exit status a shell expects of the signal."""
+        print0(f"stopped after {unit} {step}, saved; rerun with --resume to continue", file=sys.stderr)
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+
+# Peak dense bf16 TFLOP/s (fp16 before Ampere), from the makers' data sheets; the first entry that
+# is a word of the device's name counts
+PEAK_TFLOPS = """
+    B300 2250; B200 2250; GH200 989; H200 989; H100 PCIe 756; H100 NVL 835; H100 989; H800 989; H20 148;
+    A100 312; A800 312; A40 150; A30 165; A10G 70; A10 125; A6000 155; A5000 111; A4000 77; L40S 362; L40 181; L4 121;
+    6000 Ada 364; RTX PRO 6000 504; 5090 210; 5080 113; 5070 62; 4090 165; 4080 97; 4070 58; 3090 71; 3080 60; 3070 41;
+    V100 125; T4 65; MI325X 1307; MI300X 1307; MI250X 383
+"""
+
+
+def peak_flops(device):
+    """Peak dense bf16 FLOP/s of this CUDA device; 0 for a CPU, or if the table does not have it."""
+    if device.type != "cuda":
+        return 0
+    device_name = torch.cuda.get_device_name(device)
+    for entry in PEAK_TFLOPS.split(";"):
+        name, tflops = entry.strip().rsplit(" ", 1)
+        if re.search(rf"\b{name}\b", device_name):
+            return float(tflops) * 1e12
+    return 0
+
+
+def describe(device):
+    """Versions and hardware, for the head of a log."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "hardware": hardware,
+        "world_size": world_size(),
+    }
