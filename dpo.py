@@ -3,7 +3,7 @@
     minimise  -mean log sigmoid(beta [logratio(chosen) - logratio(rejected)])
     with      logratio(y) = log pi(y | x) - log pi_ref(y | x)
 
-The reference is the model at the start, frozen: its log-probabilities are computed once, before the
+The reference is the model at the start, frozen; its log-probabilities are computed once, before the
 first step. log pi sums over a completion's tokens, its end of turn included. --loss chooses among
 
     dpo    as above                               (Rafailov et al. 2023, arXiv 2305.18290)
@@ -13,13 +13,10 @@ first step. log pi sums over a completion's tokens, its end of turn included. --
     orpo   no reference, with its own NLL         (arXiv 2403.07691)
     kto    single completions, good or bad        (arXiv 2402.01306)
 
-A new loss is a function and a row of LOSSES. DPO often makes chosen answers *less* likely, and
-rejected ones only more so: the log shows both, a warning says so, and --nll keeps them likely
-(arXiv 2404.19733). Left out: online variants; sample from the model, label with rlaif.py or a
-reward model, run this again.
+A new loss is a function and a row of LOSSES. Left out: online variants; sample from the model,
+label with rlaif.py or a reward model, and run this again.
 
     python dpo.py --init=out/sft --data=pairs.jsonl --loss=dpo --out=out/dpo
-    torchrun --nproc_per_node=8 dpo.py --init=out/sft --data=pairs.jsonl --out=out/dpo
 """
 
 from collections.abc import Callable
@@ -35,10 +32,10 @@ from model import completion_logprob_sums
 from optim import Optimizer, wsd
 from runtime import memory
 from runtime.batches import index_order, micro_batches
-from runtime.checkpoint import fingerprints, load_matching
-from runtime.cli import print0
+from runtime.checkpoint import fingerprints
+from runtime.cli import check_ranges, print0
 from runtime.errors import UserError
-from runtime.process import describe, launch, reduce_sum
+from runtime.process import launch, reduce_sum
 from runtime.run import Run, RunConfig
 
 
@@ -128,33 +125,22 @@ def simpo_loss(chosen, rejected, beta, label_probs=1.0, gamma=0.0):
 def orpo_loss(chosen, rejected, beta, label_probs=1.0):
     """-mean logp(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = P/(1 -
     P) and log P the mean logp: arXiv 2403.07691, eq. 6 and 7."""
-    return -chosen + beta * dpo_loss(log_odds(chosen), log_odds(rejected), 1.0, label_probs)
-
-
-def log_odds(mean_logp):
-    """log(P / (1 - P)) of log P, also where that is near 0."""
-    return mean_logp - torch.log(-torch.expm1(mean_logp.clamp(max=-1e-6)))
+    mean_logps = torch.stack([chosen, rejected])
+    log_odds = mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-1e-6)))  # also where log P is near 0
+    return -chosen + beta * dpo_loss(*log_odds, 1.0, label_probs)
 
 
 def kto_loss(logratio, is_good, kl, beta, desirable=1.0, undesirable=1.0):
     """w (1 - sigmoid(beta (logratio - z))) of a good completion, w (1 - sigmoid(beta (z -
     logratio))) of a bad one: arXiv 2402.01306, eq. 8.
 
-    is_good: bool [P]; kl: z, an estimate of KL(policy || reference) without a gradient (`kto_kl`).
-    """
+    is_good: bool [P]; kl: z, an estimate of KL(policy || reference) without a gradient
+    (`measure_kl`)."""
     value = torch.sigmoid(beta * torch.where(is_good, logratio - kl, kl - logratio))
     return torch.where(is_good, desirable, undesirable) * (1 - value)
 
 
-def kto_kl(mismatched_logratio_sum, n):
-    """z = max(0, mean logratio of completions to other prompts) over the whole batch of n: arXiv
-    2402.01306, section 4.1."""
-    return max(0.0, mismatched_logratio_sum / n)
-
-
 class Loss(NamedTuple):
-    """A row of LOSSES."""
-
     function: Callable  # of (chosen, rejected, beta, label_probs, and the flags below)
     beta: float  # default of --beta
     compares: str  # logratio, mean_logratio (per token), mean_logp (per token; needs no reference)
@@ -172,17 +158,10 @@ LOSSES = {
 }
 
 
-CHOSEN_FALLS = (
-    "chosen completions have become less likely than they were at the start (chosen_logratio < 0); this is common; "
-    "--nll=1, a larger --beta or a lower --lr keep them likely"
-)
-
-
 def check_flags(config):
     """Raises UserError for a flag that the chosen loss does not read."""
-    loss = LOSSES.get(config.loss)
-    if loss is None:
-        raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
+    check_ranges(config)
+    loss = LOSSES[config.loss]
     read = {*loss.flags, *(["nll"] if loss.takes_nll else [])}
     if loss.compares != "mean_logp":
         read.add("reference")
@@ -192,33 +171,23 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Items: two completions each. Of a preference, the chosen and the rejected one; for kto, a
-# completion to its own prompt and one to another row's.
-
-
-def encode_items(tok, parsed, loss):
-    """([(Chat, Chat), ...], label_probs): fp32 [n], the probability that the chosen one is
-    preferred, or kto's label as 1 or 0."""
-    if loss != "kto":
-        return [chat.encode_pair(tok, pair) for pair in parsed], torch.tensor([pair.probability for pair in parsed])
-    singles = [single for row in parsed for single in row]
-    others = singles[2:] + singles[:2]  # two on, for the neighbours of a preference share their prompt
-    items = []
-    for (prompt, text, _), (_, other_text, _) in zip(singles, others, strict=True):
-        items.append(chat.encode_pair(tok, rows.Pair(prompt, text, other_text, 1.0, {})))
-    return items, torch.tensor([float(label) for *_, label in singles])
+# Items: two completions each, the chosen and the rejected one; for kto see rows.kto_pairs.
 
 
 def read_items(config, tok, context):
-    """(train items, label_probs, validation items, label_probs, {source: SHA-256}), without long
-    ones."""
+    """(train items, label_probs, validation items, label_probs, {source: SHA-256}).
+
+    An item is (Chat, Chat); label_probs fp32 [n]: the probability that the first one is preferred,
+    or kto's label as 1 or 0."""
     parse = rows.judged if config.loss == "kto" else rows.preference
     train_rows, val_rows, hashes = rows.read_split(config, parse)
     found = []
-    for some_rows, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
-        items, label_probs = encode_items(tok, some_rows, config.loss)
+    for pairs, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
+        if config.loss == "kto":
+            pairs = rows.kto_pairs(pairs)
+        items = [chat.encode_pair(tok, pair) for pair in pairs]
         kept = chat.drop_long_pairs(items, context, what)
-        found += [[items[i] for i in kept], label_probs[kept]]
+        found += [[items[i] for i in kept], torch.tensor([pairs[i].probability for i in kept])]
     return *found, hashes
 
 
@@ -283,20 +252,19 @@ def kto_item_losses(model, items, is_good, ref_logps, kl, config):
 
 @torch.no_grad()
 def measure_kl(model, items, ref_logps, micro_batch_tokens):
-    """kto's z for a whole batch, from the completions to other prompts."""
+    """kto's z: max(0, mean logratio of a whole batch's completions to other prompts), section
+    4.1."""
     total = 0.0
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         logps = completion_logprob_sums(model, [other for _, other in items[part]])
         total += (logps - ref_logps[part, 1].to(logps.device)).sum()
-    return kto_kl(reduce_sum(total)[0], len(items))
+    return max(0.0, reduce_sum(total)[0] / len(items))
 
 
 def run_batch(model, items, label_probs, ref_logps, config):
-    """Means over a batch on all ranks: (loss, compared of the chosen side, of the rejected side,
-    accuracy).
-
-    With gradients enabled, adds up the gradient of the mean loss.
-    """
+    """Means over a batch on all ranks: {"loss", "chosen_...", "rejected_...": what the loss
+    compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient of the mean
+    loss."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
     total = torch.zeros(4, device=model.embed.device)
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
@@ -307,11 +275,13 @@ def run_batch(model, items, label_probs, ref_logps, config):
             loss.backward()
         total += torch.stack([loss.detach(), *compared.sum(0), right.sum()])
     loss, chosen, rejected, right = reduce_sum(*total)
-    n_chosen, n_rejected = len(items), len(items)
+    n = n_chosen = n_rejected = len(items)
     if config.loss == "kto":
-        n_chosen = max(1, int((label_probs > 0.5).sum()))
-        n_rejected = max(1, int((label_probs <= 0.5).sum()))
-    return loss, chosen / n_chosen, rejected / n_rejected, right / len(items)
+        n_good = int((label_probs > 0.5).sum())
+        n_chosen, n_rejected = max(1, n_good), max(1, n - n_good)
+    name = LOSSES[config.loss].compares
+    means = {f"chosen_{name}": chosen / n_chosen, f"rejected_{name}": rejected / n_rejected}
+    return {"loss": loss, **means, "accuracy": right / n}
 
 
 def main(config):
@@ -327,28 +297,29 @@ def main(config):
     lr = config.lr or 2e-4 * (128 / model.config.width) ** 2
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     order = index_order(len(train), config.seed)
-    check_memory(run, model, optimizer, train)
-
     # 2. What the reference says of them; it never changes, so it is asked once
     compares = LOSSES[config.loss].compares
     ref_logps, val_ref_logps = torch.zeros(len(train), 2), torch.zeros(len(val), 2)
     if compares != "mean_logp":
-        reference = load_matching(
-            config.reference or run.init_checkpoint, model, tok, f"--reference={config.reference}"
-        )
+        reference = run.load_reference(model, tok)
         used = order.first_items(steps * config.batch_size)
         ref_logps[used] = all_logps(reference, [train[i] for i in used], config.micro_batch_tokens)
         val_ref_logps = all_logps(reference, val, config.micro_batch_tokens)
         del reference
 
-    # bookkeeping: what is saved and resumed
+    # bookkeeping: memory, what is saved and resumed
+    def planned_loss(model, items):
+        n = len(items)
+        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
+
+    lengths = item_lengths(train)
+    step_tokens = memory.likely_tokens(lengths, config.batch_size)
+    memory.check(run, [(model, optimizer, planned_loss)], train, lengths, step_tokens, batch_flag="batch_size")
     if config.compile:
         model.compile()
-    gap = (completion_lengths(train) @ torch.tensor([1.0, -1.0])).mean()
-    longer = "" if config.loss == "kto" else f"chosen completions are {gap:+.1f} tokens longer; "
-    hardware = describe(run.device)["hardware"]
-    print0(f"{len(train):,} pairs; {steps} steps of {config.batch_size}; peak lr {lr:.3g}; {longer}on {hardware}")
-    flops = model.flops_per_token(int(np.mean([len(side.ids) for item in train for side in item])))
+    longer = -completion_lengths(train).diff().mean()
+    print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer; {steps} steps; peak lr {lr:.3g}")
+    flops = model.flops_per_token(int(np.mean(lengths) / 2))
     saved = {"optimizer": optimizer, "order": order}
     run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)
 
@@ -357,10 +328,11 @@ def main(config):
         model.train()
         batch = order.batch(config.batch_size)
         items = [train[i] for i in batch]
-        loss, chosen, rejected, accuracy = run_batch(model, items, label_probs[batch], ref_logps[batch], config)
+        means = run_batch(model, items, label_probs[batch], ref_logps[batch], config)
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-        run.require_finite(step, loss, [grad_norm], [side for item in items for side in item])
+        run.require_finite(step, means["loss"], [grad_norm], [side for item in items for side in item])
+        loss, chosen, rejected, accuracy = means.values()
         rewards = {"chosen_reward": config.beta * chosen, "rejected_reward": config.beta * rejected}
         rewards |= {"margin": config.beta * (chosen - rejected), "accuracy": accuracy}
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
@@ -368,35 +340,13 @@ def main(config):
 
         # 4. Validate, save
         if run.eval_due(step):
-            metrics, text = validate(model, val, val_label_probs, val_ref_logps, config)
-            run.validated(step, metrics, text)
+            model.eval()
+            with torch.no_grad():
+                metrics = run_batch(model, val, val_label_probs, val_ref_logps, config)
+            run.validated(step, {"val_loss": metrics.pop("loss"), **metrics})
             if metrics.get("chosen_logratio", 0) < 0:
-                run.warn_once("chosen", CHOSEN_FALLS)
+                run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
         run.end_step(step, model, tok)
-
-
-@torch.no_grad()
-def validate(model, items, label_probs, ref_logps, config):
-    """({"val_loss", "chosen_...", "rejected_...", "accuracy"}, the same in words) of held-out
-    items."""
-    model.eval()
-    loss, chosen, rejected, accuracy = run_batch(model, items, label_probs, ref_logps, config)
-    name = LOSSES[config.loss].compares
-    metrics = {"val_loss": loss, f"chosen_{name}": chosen, f"rejected_{name}": rejected, "accuracy": accuracy}
-    text = f"{loss:.4f}, {accuracy:.1%} of {len(items)} right; {name}: chosen {chosen:+.2f}, rejected {rejected:+.2f}"
-    return metrics, text
-
-
-def check_memory(run, model, optimizer, train):
-    """The memory plan of a step; see runtime/memory.py."""
-    config, lengths = run.config, item_lengths(train)
-
-    def loss(model, items):
-        n = len(items)
-        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
-
-    step_tokens = memory.likely_tokens(lengths, config.batch_size)
-    memory.check(run, [(model, optimizer, loss)], train, lengths, step_tokens, batch_flag="batch_size")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
 from data.read import read_jsonl
-from figures import distinct, interval, mean_interval, point_estimate, preference_figures, show
+from figures import distinct, interval, mean_interval, point_estimate, position_bias, preference_figures, show
 from kernels.head import linear_logprob
 from model import logprobs_no_grad
 from rollout import rollout, sample_completions
@@ -175,7 +175,7 @@ def judge_figures(config, model, tok, examples):
 
     The bias is how much the judge says " A" if both orders are asked: 1/2 is none.
     """
-    figures, says_a = {}, []
+    figures, bias = {}, []
     for principle in dict.fromkeys(row["principle"] for row in examples):
         mine = [row for row in examples if row["principle"] == principle]
         triples = [(row["prompt"], row["reply_a"], row["reply_b"]) for row in mine]
@@ -184,8 +184,8 @@ def judge_figures(config, model, tok, examples):
         name = principle.partition(":")[0].strip(".").lower()
         figures[f"judge: {name}, both orders"] = mean_interval((p.mean(1) > 0.5) == a_is_better, config.seed)
         figures[f"judge: {name}, one order"] = mean_interval((p[:, 0] > 0.5) == a_is_better, config.seed)
-        says_a.extend((p[:, 0] + 1 - p[:, 1]) / 2)
-    figures["judge: position bias"] = mean_interval(says_a, config.seed)
+        bias.extend(position_bias(p))
+    figures["judge: position bias"] = mean_interval(bias, config.seed)
     return figures
 
 

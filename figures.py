@@ -146,3 +146,53 @@ def gold_figures(margins, gold, seed):
         figures["order as gold's"] = mean_interval((margins > 0)[differ] == (gold > 0)[differ], seed)
     best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws its labels
     return figures | {"accuracy that noise allows (Bayes)": mean_interval(best, seed)}
+
+
+# --------------------------------------------------------------------------------------------------
+# A judge's verdicts p [n, 2]: that the first of two replies is better, in this order and the other
+
+
+def position_bias(p):
+    """float64 [n]: how much the judge says " A" over both orders; 1/2 is none."""
+    return (p[:, 0] + 1 - p[:, 1]) / 2
+
+
+def verdict_values(p, margins, probability, kept, known, principles):
+    """What verdicts say of the judge: {figure: its values, one per pair or verdict}.
+
+    p: [n, k, 2] by k principles, nan by those that were not asked; margins: [n, k] of the first
+    reply; probability: [n], that it is better; kept: bool [n]; known: {what else knows an order:
+    margins [n], nan if it does not know}.
+    """
+    asked = np.isfinite(margins)  # [n, k]
+    certainty = np.abs(probability - 0.5)
+    values = {"confidence, all pairs": 0.5 + certainty, "confidence, kept pairs": 0.5 + certainty[kept]}
+    for name, margin in known.items():
+        decided = np.isfinite(margin) & (margin != 0)
+        agrees = (probability > 0.5) == (margin > 0)
+        values[f"agrees with {name}, all pairs"] = agrees[decided]
+        values[f"agrees with {name}, kept pairs"] = agrees[decided & kept]
+        for j, principle in enumerate(principles):
+            agrees = (margins[:, j] > 0) == (margin > 0)
+            values[f"agrees with {name}, by: {principle}"] = agrees[decided & asked[:, j]]
+    by_principle = {f", by: {principle}": p[asked[:, j], j] for j, principle in enumerate(principles)}
+    for suffix, verdicts in {"": p[asked], **by_principle}.items():
+        values[f'position bias (how much " A" is said){suffix}'] = position_bias(verdicts)
+        contradicts = (verdicts[:, 0] > 0.5) != (verdicts[:, 1] > 0.5)
+        values[f"the two orders contradict each other{suffix}"] = contradicts
+    return values
+
+
+def show_record(record):
+    """A record of runtime/output.py as lines of text, its means with 95 % intervals.
+
+    The intervals take every value as independent, and as 0 or 1: they are at most too wide.
+    """
+    figures = {}
+    for name, (total, n) in record["figures"].items():
+        if n:
+            mean = total / n
+            error = 1.96 * math.sqrt(max(0.0, mean * (1 - mean)) / n)
+            figures[name] = {"value": mean, "low": mean - error, "high": mean + error}
+    counts = [f"{name:<48} {n:>9,}" for name, n in record["counts"].items()]
+    return "\n".join([*counts, show(figures)])

@@ -1,139 +1,160 @@
-"""Sharpen: GRPO, reinforcement learning without a critic: an answer is as good as it is better than the others to the same prompt.
+"""Sharpen: GRPO, reinforcement learning without a critic: a completion is as good as it is better
+than the others of the same prompt.
 
-    A_i = (r_i - mean(r)) / std(r)  over the G answers to one prompt,      L = -mean_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) + beta KL
+    A_i = (r_i - mean(r)) / std(r)        over the G completions of one prompt
+    L   = -mean_t min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A)
+    ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
-DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can check: R1 learnt to reason by it (2501.12948). Rewards are
-FILE.py:FUNCTION (data/rewards.py has some), reward models, or a judge, added up with weights. A group whose answers are all worth the same teaches
-nothing and is left out, also of the mean that the papers take over it; --refill samples others in its place. --recipe sets the flags as a paper has them,
-and flags of your own win over it:
+DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can
+check: R1 learned to reason by it (2501.12948). Rewards are FILE.py:FUNCTION (data/rules.py has
+some), reward models or a judge, added up by weight. A group whose completions are all worth the
+same teaches nothing and is left out, also of the mean that the papers take over it; --refill
+samples others in its place. L is the default recipe's. --recipe sets the flags marked (recipe) as a
+paper has them, unless they are given:
 
-    deepseekmath   std, mean over each answer and then over answers, k3, one update a batch                     (2402.03300, section 4.2)
-    r1             the same with a clip of 10, a small beta, minibatches, a reference renewed every 400 steps   (2501.12948, as in Nature 645, 2025)
-    dr_grpo        no std and no division by length: neither favours short right nor long wrong answers         (Liu et al. 2025, 2503.20783)
-    dapo           mean over all tokens, a higher upper clip, groups refilled, answers near the limit punished  (Yu et al. 2025, 2503.14476)
+    deepseekmath  + beta k3; mean over each completion, then over completions; one update per step
+                  (2402.03300, section 4.2)
+    r1            the same with a clip of 10, a small beta, minibatches, and a reference that is
+                  renewed every 400 steps (2501.12948, as in Nature 645, 2025)
+    dr_grpo       no std and no division by length: neither favours short right nor long wrong
+                  completions (Liu et al. 2025, 2503.20783)
+    dapo          as above, with minibatches, refilled groups, and a penalty near the limit of
+                  length (Yu et al. 2025, 2503.14476)
 
---kl names the estimator of d = log pi - log pi_ref that is added to the loss, by what its gradient is: k2 = d^2 / 2 has that of KL(pi || ref) on fresh samples;
-k3 = e^-d - 1 + d that of KL(ref || pi), the paper's; unbiased = ratio k3 that of KL(pi || ref), also off-policy (DeepSeek-V3.2, 2512.02556). k1 = d has none.
-Left out: process rewards, sequence-level ratios (GSPO), asynchronous sampling.
+--kl names the estimator that is added to the loss, times --beta, by what its gradient is. With
+d = log pi - log pi_ref, k2 = d^2 / 2 has that of KL(pi || ref) on fresh samples; k3 = e^-d - 1 + d,
+the paper's, that of KL(ref || pi); unbiased = ratio k3 that of KL(pi || ref), off-policy too
+(DeepSeek-V3.2, 2512.02556). k1 = d has none. Left out: process rewards, sequence-level ratios
+(GSPO), asynchronous sampling.
 
-    python grpo.py --init=out/sft --data=problems.jsonl --reward=data/rewards.py:final_number --out=out/grpo
-    torchrun --nproc_per_node=8 grpo.py --init=out/sft --data=problems.jsonl --reward=data/rewards.py:final_number --out=out/grpo
+    python grpo.py --init=out/sft --data=problems.jsonl --reward=data/rules.py:final_number --out=out/grpo
 """
-import time
+
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import checkpoint, memory
-from common import UserError, check, describe, launch, rank, reduce_sum, world_size
-from data import chat, corpus
-from data.chat import constant_logprobs, learnt_logprobs, pack_chats
-from data.pack import share, split
+import scoring
+from data import chat
+from data.pack import Chat, make_completion, rank_span, token_slices
+from model import completion_logprobs, logprobs_no_grad
 from optim import Optimizer, wsd
-from rollout import answers, check_one_distribution, load_rewards, reward_answers, reward_hashes, reward_shapes, validate
+from rollout import Sample, check_sampler_matches_trainer, sample_completions
+from runtime import checkpoint, memory
+from runtime.batches import index_order
+from runtime.cli import print0
+from runtime.errors import UserError
+from runtime.process import launch, rank, reduce_sum, world_size
+from runtime.run import RolloutConfig, Run
 
-
-@dataclass
-class Config:
-    init: str  # checkpoint the policy starts from: a run of sft.py, or of any stage after it
-    data: str  # problems {"prompt" or "question", "answer", ...}, or whatever else the reward reads; prompts as text or messages (see data/chat.py)
-    reward: str  # comma-separated, each with or without *WEIGHT: FILE.py:FUNCTION, a reward model's directory, or judge:DIR
-    out: str  # directory of the run
-    recipe: str = "ours"  # ours, deepseekmath, r1, dr_grpo or dapo: what the flags marked [recipe] are, where they are not given
-    group: int = 0  # answers to each prompt [recipe]
-    advantage: str = ""  # grpo (less the mean, over std), dr_grpo (less the mean) or rloo (less the mean of the others) [recipe]
-    loss: str = ""  # token (mean over all tokens), sequence (over each answer's, then over answers) or constant (sum over answers and --max_new) [recipe]
-    clip_low: float = -1.0  # how far below 1 a ratio may lead [recipe]
-    clip_high: float = -1.0  # how far above 1 [recipe]
-    kl: str = ""  # none, k2, k3 or unbiased [recipe]
-    beta: float = -1.0  # price of a nat of that [recipe]
-    refill: int = -1  # how often to sample new prompts in place of groups that were all worth the same [recipe]
-    overlong: str = ""  # none; mask: answers without an end teach nothing; punish: up to -1 over the last --overlong_share of --max_new tokens [recipe]
-    reference_every: int = -1  # steps after which the policy becomes its own reference; 0: never [recipe]
-    minibatches: int = 0  # optimizer steps an epoch [recipe]
-    overlong_share: float = 0.2  # of --max_new
-    reference: str = ""  # checkpoint the policy is held to; "": --init
-    constitution: str = ""  # for judge:DIR: a file of principles, one a line
-    monitor: str = ""  # rewards that are only logged, written as --reward is
-    val: str = ""  # prompts to validate on; "": hold some of --data out
-    val_fraction: float = 0.05  # how many to hold out
-    eval_prompts: int = 128  # of these, so many are answered at a validation
-    steps: int = 100  # rounds of sampling and updating
-    prompts: int = 16  # a step, over all ranks
-    epochs: int = 1  # passes over the answers of a step
-    micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result, depends on it
-    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
-    max_new: int = 256  # longest answer, in tokens
-    temperature: float = 1.0  # of sampling, and so of every log-probability
-    target_kl: float = 0.1  # nats a token from the policy that sampled, from which on the rest of a step is left out; 0: never
-    reward_timeout: float = 60.0  # seconds that a FUNCTION may take over one answer
-    lr: float = 0.0  # peak rate of AdamW; 0: 3e-4 (128 / width)^2
-    warmup: float = 0.05  # first share of the steps, over which the rate rises
-    decay: float = 0.5  # last share of the steps, over which it falls to 0
-    clip: float = 1.0  # largest gradient norm let through; 0: any
-    skip_bad: bool = False  # leave bad lines of the data out, and count them
-    seed: int = 0  # of the samples, the order of the prompts and what is held out
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    print_every: int = 1  # steps between lines on the terminal; log.jsonl has every step
-    eval_every: int = 20  # steps between validations (there is one at the end); 0: none between
-    save_every: int = 50  # steps between checkpoints (there is one at the end); 0: none between
-    keep_last: int = 2  # checkpoints kept, besides the best
-    resume: bool = False  # go on from the newest checkpoint in --out
-    overwrite: bool = False  # replace the run in --out
-
-
-FREE = {"out", "resume", "overwrite", "device", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "save_every", "keep_last", "monitor", "reward_timeout"}
-OURS = {"group": 8, "advantage": "grpo", "loss": "token", "clip_low": 0.2, "clip_high": 0.28, "kl": "none", "beta": 0.0, "refill": 0, "overlong": "none",
-        "reference_every": 0, "minibatches": 1}  # fmt: skip
-RECIPES = {
-    "ours": OURS,
-    "deepseekmath": OURS | {"group": 64, "loss": "sequence", "clip_high": 0.2, "kl": "k3", "beta": 0.04},
-    "r1": OURS | {"group": 16, "loss": "sequence", "clip_low": 10.0, "clip_high": 10.0, "kl": "k3", "beta": 0.001, "reference_every": 400, "minibatches": 16},
-    "dr_grpo": OURS | {"advantage": "dr_grpo", "loss": "constant", "clip_high": 0.2},
-    "dapo": OURS | {"group": 16, "refill": 4, "overlong": "punish", "minibatches": 16},
+DEFAULT_RECIPE = {"group_size": 8, "advantage": "grpo", "loss_aggregation": "token", "clip_low": 0.2, "clip_high": 0.28}
+DEFAULT_RECIPE |= {"kl": "none", "beta": 0.0, "refill": 0, "overlong": "none", "reference_every": 0, "minibatches": 1}
+RECIPES = {  # what differs from the default
+    "default": {},
+    "deepseekmath": {"group_size": 64, "loss_aggregation": "sequence", "clip_high": 0.2, "kl": "k3", "beta": 0.04},
+    "r1": {
+        **{"group_size": 16, "loss_aggregation": "sequence", "clip_low": 10.0, "clip_high": 10.0, "kl": "k3"},
+        **{"beta": 0.001, "reference_every": 400, "minibatches": 16},
+    },
+    "dr_grpo": {"advantage": "dr_grpo", "loss_aggregation": "constant", "clip_high": 0.2},
+    "dapo": {"group_size": 16, "refill": 4, "overlong": "punish", "minibatches": 16},
 }
 
 
-def fill_in(config):
-    """Give every flag that was left to it the recipe's value, and refuse values without meaning: UserError."""
+@dataclass(kw_only=True)
+class Config(RolloutConfig):
+    # -- What you will set --
+    # default, deepseekmath, r1, dr_grpo or dapo: sets the flags marked (recipe), unless given
+    recipe: str = "default"
+    # -- What you may set --
+    # rounds of sampling and updating [>= 1]
+    steps: int = 100
+    # prompts per step, over all ranks [>= 1]
+    prompts_per_step: int = 16
+    # (recipe) completions of each prompt [>= 2]
+    group_size: int = 0
+    # (recipe) reward minus the group's mean, over its std (grpo), minus the mean (dr_grpo), or
+    # minus the mean of the others (rloo) [one of grpo, dr_grpo, rloo]
+    advantage: str = ""
+    # (recipe) mean over all tokens (token), over each completion's and then over completions
+    # (sequence), or sum over completions and --max_new_tokens (constant) [one of token, sequence,
+    # constant]
+    loss_aggregation: str = ""
+    # (recipe) how far below 1 a ratio still has a gradient [>= 0]
+    clip_low: float = -1.0
+    # (recipe) how far above 1 [>= 0]
+    clip_high: float = -1.0
+    # (recipe) estimator of the KL to the reference [one of none, k2, k3, unbiased]
+    kl: str = ""
+    # (recipe) KL coefficient: the price of moving away from the reference [>= 0]
+    beta: float = -1.0
+    # (recipe) how often to sample other prompts in place of groups that are all worth the same
+    refill: int = -1
+    # (recipe) mask: completions without an end teach nothing; punish: up to -1 over the last
+    # --overlong_share of --max_new_tokens [one of none, mask, punish]
+    overlong: str = ""
+    # (recipe) steps after which the policy becomes its own reference; 0: never
+    reference_every: int = -1
+    # (recipe) optimizer steps per epoch [>= 1]
+    minibatches: int = 0
+    # -- What you will rarely set --
+    # passes over the completions of a step [>= 1]
+    epochs: int = 1
+    # of --max_new_tokens [> 0; <= 1]
+    overlong_share: float = 0.2
+    # share of the steps, at the end, over which the learning rate falls to 0 [>= 0; <= 1]
+    decay: float = 0.5
+    eval_every: int = 20
+
+
+def apply_recipe(config):
+    """Give each flag marked (recipe) that was left out the recipe's value."""
     if config.recipe not in RECIPES:
         raise UserError(f"--recipe={config.recipe}: expected one of {', '.join(RECIPES)}")
-    for name, value in RECIPES[config.recipe].items():
-        if vars(config)[name] == getattr(Config, name):
+    for name, value in (DEFAULT_RECIPE | RECIPES[config.recipe]).items():
+        if vars(config)[name] == vars(Config)[name]:
             setattr(config, name, value)
+
+
+def check_flags(config):
+    """Raises UserError for flags that do not go together."""
+    if not config.reward:
+        raise UserError("--reward: name what to maximise")
     if config.kl == "k1":
-        raise UserError("--kl=k1: as a loss it has the gradient 0 on average and so no effect; k2 is what you want")
-    for name, known in {"advantage": ("grpo", "dr_grpo", "rloo"), "loss": ("token", "sequence", "constant"), "kl": ("none", "k2", "k3", "unbiased"), "overlong": ("none", "mask", "punish")}.items():
-        if vars(config)[name] not in known:
-            raise UserError(f"--{name}={vars(config)[name]}: expected one of {', '.join(known)}")
+        raise UserError("--kl=k1: as a loss its gradient is 0 on average, so it has no effect; take k2")
     if (config.beta > 0) != (config.kl != "none"):
-        raise UserError(f"--beta={config.beta} and --kl={config.kl}: a price needs an estimator and an estimator a price (--kl=k2 --beta=0.02), or neither")
+        raise UserError(
+            f"--beta={config.beta} and --kl={config.kl}: a coefficient needs an estimator and an estimator a "
+            "coefficient (--kl=k2 --beta=0.02), or neither"
+        )
     if config.kl == "none" and (config.reference or config.reference_every):
-        raise UserError("--reference and --reference_every: without --kl there is none; --kl=k2 --beta=0.001 holds the policy to it, hardly, and logs the KL")
-    finite = {name: 0 <= vars(config)[name] < float("inf") for name in ("beta", "clip_low", "clip_high", "target_kl", "lr", "clip")}
-    count = {name: vars(config)[name] > 0 for name in ("prompts", "steps", "epochs", "minibatches", "max_new", "eval_prompts", "keep_last", "print_every")}
-    good = {**finite, **count, "group": config.group > 1, "refill": config.refill >= 0, "reference_every": config.reference_every >= 0, "temperature": 0 < config.temperature < float("inf"),
-            "reward": bool(config.reward), "reward_timeout": 0 < config.reward_timeout < float("inf"), "overlong_share": 0 < config.overlong_share <= 1,
-            "val_fraction": 0 < config.val_fraction < 1, "warmup": 0 <= config.warmup <= 1, "decay": 0 <= config.decay <= 1}  # fmt: skip
-    check(config, good)
-    if config.prompts < world_size():
-        raise UserError(f"--prompts={config.prompts}: fewer than there are ranks ({world_size()})")
+        raise UserError(
+            "--reference and --reference_every: without --kl there is none; --kl=k2 --beta=0.001 logs the KL and "
+            "hardly holds the policy"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The algorithm. P groups of G answers, M tokens in all; what belongs to tokens is fp32 [M], answer after answer.
+# --------------------------------------------------------------------------------------------------
+# The algorithm. P groups of G completions of M trained tokens in all; what belongs to tokens is
+# fp32 [M], completion after completion.
 
 
 def group_advantages(rewards, kind):
-    """[P, G] -> [P, G]: by how much each answer is better than its group. Exactly 0 where all of a group are worth the same.
+    """[P, G] -> [P, G]: by how much each completion is better than its group; 0 if all are worth
+    the same.
 
-    grpo: (r - mean) / std (2402.03300, section 4.1.2); dr_grpo: r - mean (2503.20783, eq. 4); rloo: r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740).
+    grpo: (r - mean) / std (2402.03300, section 4.1.2); dr_grpo: r - mean (2503.20783, eq. 4); rloo:
+    r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740).
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
     G = rewards.shape[1]
-    advantages = {"grpo": lambda: centred / (rewards.std(1, keepdim=True) + 1e-4), "dr_grpo": lambda: centred, "rloo": lambda: centred * G / (G - 1)}[kind]()
-    return torch.where(differs(rewards)[:, None], advantages, 0.0)  # rounding is no reason: (r - mean) / std of three equal 0.3 can be 0.7
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if kind == "grpo":
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    elif kind == "rloo":
+        advantages = advantages * G / (G - 1)
+    # Rounding is no reason to learn: (r - mean) / std of three equal 0.3 can be 0.7
+    return torch.where(differs(rewards)[:, None], advantages, 0.0)
 
 
 def differs(rewards):
@@ -141,222 +162,279 @@ def differs(rewards):
     return rewards.amax(1) - rewards.amin(1) > 1e-6
 
 
-def token_weights(lengths, kind, n_tokens, n_answers, max_new):
-    """fp32 [M]: what each token's loss counts, so that their sum is the loss; n_tokens, n_answers: of the minibatch on all ranks.
+def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
+    """fp32 [M]: the weight of each token's loss, so that their sum is the loss.
 
-    token: 1 / n_tokens (DAPO, eq. 8); sequence: 1 / (n_answers length) (GRPO); constant: 1 / (n_answers max_new) (Dr. GRPO).
+    token: 1 / n_tokens (DAPO, eq. 8); sequence: 1 / (n_completions length) (GRPO); constant: 1 /
+    (n_completions max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks.
     """
-    each = {"token": lambda n: 1 / n_tokens, "sequence": lambda n: 1 / (n_answers * n), "constant": lambda n: 1 / (n_answers * max_new)}[kind]
-    return torch.tensor([each(n) for n in lengths for _ in range(n)])
+    if kind == "token":
+        weights = [1 / n_tokens for _ in lengths]
+    elif kind == "sequence":
+        weights = [1 / (n_completions * length) for length in lengths]
+    else:
+        weights = [1 / (n_completions * max_new_tokens) for _ in lengths]
+    return torch.from_numpy(np.repeat(weights, lengths)).float()
 
 
 def policy_loss(logp, old_logp, advantages, clip_low, clip_high):
     """(loss [M], ratio [M]): the clipped objective, negated."""
     ratio = torch.exp(logp - old_logp)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high)), ratio
+    clipped_ratio = ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high)
+    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio), ratio
 
 
 def kl_loss(logp, ref_logp, ratio, kind):
-    """[M]: the estimator that is added to the loss; the module's docstring says what the gradient of each is."""
-    d = logp - ref_logp
-    k3 = lambda: torch.exp(-d) - 1 + d  # noqa: E731
-    return {"k2": lambda: 0.5 * d**2, "k3": k3, "unbiased": lambda: ratio * k3()}[kind]()
+    """[M]: an estimator of the KL to the reference; the module's docstring has their gradients."""
+    logratio = logp - ref_logp
+    if kind == "k2":
+        return 0.5 * logratio**2
+    k3 = torch.exp(-logratio) - 1 + logratio
+    return ratio * k3 if kind == "unbiased" else k3
 
 
-def overlong_penalty(length, max_new, share):
-    """0 for an answer up to the last `share` of max_new tokens, from there on falling to -1 at max_new (DAPO, eq. 13)."""
-    soft = share * max_new
-    return -min(1.0, max(0.0, (length - (max_new - soft)) / soft))
+def overlong_penalty(length, max_new_tokens, share):
+    """0 up to the last `share` of max_new_tokens; from there it falls to -1 (DAPO, eq. 13)."""
+    soft = share * max_new_tokens
+    return -min(1.0, max(0.0, (length - (max_new_tokens - soft)) / soft))
 
 
-def update_step(model, chats, parts, n_tokens, n_answers, config):
-    """Add up the gradient of the loss over this rank's part of a minibatch, of `n_tokens` tokens and `n_answers` answers on all ranks.
+# --------------------------------------------------------------------------------------------------
+# One step
 
-    parts: for each chat (old_logp, advantages, ref_logp); old_logp is None where no update came between: then it is what this pass finds. Returns this rank's
-    share of (loss, KL to the policy that sampled as its estimator k3, share of tokens clipped, mean ratio), fp32 [4], and the log-probabilities it found [M].
+
+@dataclass
+class Completion:
+    index: int  # among the completions of all ranks in this step; those of a group are neighbours
+    chat: Chat
+    sample: Sample
+    score: float
+    parts: dict  # {reward: what it says}
+    advantage: float = 0.0
+    old_logp: torch.Tensor = None  # fp32, of its trained tokens; None: the update's own pass finds it
+    ref_logp: torch.Tensor = None
+
+    @property
+    def n_tokens(self):
+        return int(self.chat.loss_mask.sum())
+
+
+def roll_out(run, model, tok, rewards, order, train, step):
+    """([Completion], n_prompts): this rank's completions, and how many prompts all ranks saw.
+
+    That is --prompts_per_step, and with --refill more, until so many groups have differences.
     """
-    model.train()
-    total, logps = torch.zeros(4, device=model.embed.device), []
-    for first, last in split([len(c.ids) for c in chats], config.micro_tokens):
-        logp = learnt_logprobs(model, chats[first:last], config.temperature)
-        old_logp, advantages, ref_logp = (logp.detach() if x[0] is None else torch.cat(x) for x in zip(*parts[first:last]))
-        losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_low, config.clip_high)
-        if config.kl != "none":
-            losses = losses + config.beta * kl_loss(logp, ref_logp, ratio, config.kl)
-        weights = token_weights([len(p[1]) for p in parts[first:last]], config.loss, n_tokens, n_answers, config.max_new).to(logp.device)
-        loss = (weights * losses).sum()
-        loss.backward()
-        with torch.no_grad():
-            d = logp - old_logp
-            clipped = ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).float()
-            total += torch.stack([loss, *(x.sum() / n_tokens for x in (torch.exp(d) - 1 - d, clipped, ratio))])
-        logps.append(logp.detach())
-    return total, torch.cat(logps) if logps else total[:0]
-
-
-def sample_groups(model, tok, rewards, order, train, step, config):
-    """Groups of answers to `config.prompts` prompts, or to fewer where --refill does not go on until all have differences; those without are left out.
-
-    Each rank samples its share. -> (groups, seen, sums, seconds). groups: this rank's, as (number among all prompts seen, prompt, samples, scores [G]);
-    seen: prompts on all ranks; sums: over the answers of all ranks, also those left out, (number, finished, tokens, score, *rewards).
-    """
-    G, groups, seen, missing = config.group, [], 0, config.prompts
-    sums, seconds = torch.zeros(4 + len(rewards), dtype=torch.float64), {"rollout": 0.0, "scoring": 0.0}
+    config, G = run.config, run.config.group_size
+    completions, n_prompts, missing = [], 0, config.prompts_per_step
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
-        begin, end = share([1] * missing, rank(), world_size())
-        how = dict(max_new=config.max_new, temperature=config.temperature, n=G, seed=config.seed * 1_000_003 + step, first=(seen + begin) * G)
-        clock = [time.perf_counter()]
-        prompts, samples, texts = answers(model, tok, [messages for messages, _ in rows[begin:end]], **how)
-        clock.append(time.perf_counter())
-        scores, parts = reward_answers(rewards, rows[begin:end], samples, texts)
-        if config.overlong == "punish":
-            scores = scores + [overlong_penalty(len(s.tokens), config.max_new, config.overlong_share) for s in samples]
-        clock.append(time.perf_counter())
-        seconds = {phase: seconds[phase] + b - a for phase, a, b in zip(seconds, clock, clock[1:])}
-        sums += torch.tensor([len(samples), sum(s.finished for s in samples), sum(len(s.tokens) for s in samples), scores.sum(), *(v.sum() for v in parts.values())])
-        scores = torch.from_numpy(scores).float().view(len(prompts), G)
-        groups += [(seen + begin + i, prompts[i], samples[i * G : (i + 1) * G], scores[i]) for i in differs(scores).nonzero()[:, 0].tolist()]
-        seen += missing
-        missing = config.prompts - int(reduce_sum(len(groups))[0])
+        begin, end = rank_span([1] * missing, rank(), world_size())
+        rows, first = rows[begin:end], (n_prompts + begin) * G
+        sampling = {"n": G, "seed": config.seed * 1_000_003 + step, "first": first}
+        sampling |= {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        prompts, samples, texts = sample_completions(model, tok, [messages for messages, _ in rows], **sampling)
+        run.time_phase("rollout")
+        scores, parts = scoring.score_completions(rewards, rows, samples, texts)
+        for i, s in enumerate(samples):
+            if config.overlong == "punish":
+                scores[i] += overlong_penalty(len(s.tokens), config.max_new_tokens, config.overlong_share)
+            document = make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask)
+            said = {name: values[i] for name, values in parts.items()}
+            completions.append(Completion(first + i, document, s, scores[i], said))
+        run.time_phase("scoring")
+        n_prompts += missing
+        missing -= int(reduce_sum(differs(torch.from_numpy(scores).float().view(-1, G)).sum())[0])
         if not missing:
             break
-    return groups, seen, reduce_sum(*sums), seconds
+    return completions, n_prompts
 
 
-def positions(groups, seen):
-    """Where this rank's groups stand among those of all ranks, in the order of their prompts, and how many there are: the same batch whatever the ranks."""
-    there = torch.zeros(seen)
-    there[[number for number, *_ in groups]] = 1
-    numbers = np.flatnonzero(reduce_sum(*there))
-    return np.searchsorted(numbers, [number for number, *_ in groups]), len(numbers)
+def find_advantages(completions, n_prompts, config):
+    """(trained, batch, lengths): this rank's completions that teach, with their advantages; the
+    indices of the completions of all ranks; and the trained tokens of each index.
+
+    Groups without a difference are left out. With --overlong=mask a completion without an end has 0
+    tokens, so that it teaches nothing.
+    """
+    scores = torch.tensor([c.score for c in completions], dtype=torch.float32).view(-1, config.group_size)
+    advantages = group_advantages(scores, config.advantage).flatten().tolist()
+    differ = differs(scores).repeat_interleave(config.group_size).tolist()
+    in_batch, lengths = np.zeros((2, n_prompts * config.group_size))
+    trained = []
+    for c, advantage, teaches in zip(completions, advantages, differ, strict=True):
+        in_batch[c.index], c.advantage = teaches, advantage
+        if teaches and (c.sample.finished or config.overlong != "mask"):
+            lengths[c.index] = c.n_tokens
+            trained.append(c)
+    in_batch, lengths = np.split(np.array(reduce_sum(*in_batch, *lengths)), 2)
+    return trained, np.flatnonzero(in_batch), lengths
 
 
-def minibatches(n_answers, step, config):
-    """The indices of the answers of each optimizer step, --epochs times all of them. On its own a batch keeps its order: then it is the pack it was before."""
+def set_logprobs(completions, name, logp):
+    """Give each completion its part of logp, fp32 [M], as its old_logp or ref_logp."""
+    for c, own in zip(completions, logp.split([c.n_tokens for c in completions]), strict=True):
+        setattr(c, name, own)
+
+
+def minibatches(batch, step, config):
+    """The indices of each optimizer step: --epochs times those of the batch. Undivided, it keeps
+    its order, and so is the pack that was read before."""
     for epoch in range(config.epochs):
-        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(n_answers)
-        yield from np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [np.arange(n_answers)]
+        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(batch)
+        yield from np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [batch]
+
+
+UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
+
+
+def update_step(model, completions, n_tokens, n_completions, config):
+    """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
+    tokens in `n_completions` completions on all ranks. Returns {name: mean over all ranks}.
+
+    A completion without old_logp gets what this pass finds.
+    """
+    model.train()
+    sums = torch.zeros(4, device=model.embed.device)
+    for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
+        micro_batch = completions[part]
+        logp = completion_logprobs(model, [c.chat for c in micro_batch], config.temperature)
+        if micro_batch[0].old_logp is None:
+            set_logprobs(micro_batch, "old_logp", logp.detach())
+        old_logp = torch.cat([c.old_logp for c in micro_batch])
+        lengths = [c.n_tokens for c in micro_batch]
+        advantages = torch.from_numpy(np.repeat([c.advantage for c in micro_batch], lengths)).to(logp)
+        losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_low, config.clip_high)
+        if config.kl != "none":
+            ref_logp = torch.cat([c.ref_logp for c in micro_batch])
+            losses = losses + config.beta * kl_loss(logp, ref_logp, ratio, config.kl)
+        weights = token_weights(lengths, config.loss_aggregation, n_tokens, n_completions, config.max_new_tokens)
+        loss = (weights.to(logp.device) * losses).sum()
+        loss.backward()
+        with torch.no_grad():
+            approx_kl = ratio - 1 - (logp - old_logp)  # k3 of KL(old || new)
+            clipped = ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).float()
+            sums += torch.stack([loss, *(x.sum() / n_tokens for x in (approx_kl, clipped, ratio))])
+    return dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))
+
+
+def load_reference(run, model, tok):
+    """The policy that the KL is measured from, as the run last renewed it; None without --kl."""
+    if run.config.kl == "none":
+        return None
+    if run.resumed and (run.resumed / "reference").exists():
+        return checkpoint.load_matching(run.resumed / "reference", model, tok, "--resume")
+    return run.load_reference(model, tok)
 
 
 def main(config):
-    fill_in(config)
-    run = checkpoint.Run("grpo", config, FREE)
-    device = run.device
+    apply_recipe(config)
+    check_flags(config)
+    run = Run("grpo", config)
 
-    # Policy, reference, rewards, problems
-    model, tok, _ = checkpoint.read(run.folder, device)
-    if model.config.scalar_head:
-        raise UserError(f"--init={config.init}: a reward model, which writes nothing; start from the model it was trained from")
-    model.checkpoint_activations = config.checkpoint_activations
-    reference = None
-    if config.kl != "none":
-        renewed = run.resumed / "reference" if run.resumed and (run.resumed / "reference").exists() else None
-        reference = checkpoint.companion(renewed or (checkpoint.find(config.reference) if config.reference else run.origin()), model, tok, f"--reference={config.reference}")
-        reference.requires_grad_(False)
-    rewards = load_rewards(config.reward, device, config.micro_tokens, config.constitution, config.reward_timeout, config.monitor)
-    held = ({"reference": reference.config} if reference else {}) | reward_shapes(f"{config.reward},{config.monitor}")
-    train, val, data = chat.read_prompts(config, tok, model.config.context)
-    data |= reward_hashes(config.reward, config.constitution)
-    data |= {config.reference: checkpoint.fingerprint(checkpoint.find(config.reference))} if config.reference else {}
-    val = val[: config.eval_prompts]
+    # Policy, reference, rewards, prompts
+    model, tok = run.load()
+    reference = load_reference(run, model, tok)
+    rewards = scoring.load_rewards_of(config, run.device)
+    train, val, hashes = chat.read_prompts(config, tok, model.config.context)
 
-    # Optimizer and the order of the prompts, and on a resume all their state
-    steps = config.steps
-    asked = [len(chat.encode_prompt(tok, messages)) for messages, _ in train]
-    memory.check(config, device, lambda c: memory.sampled(c, device, [model.config], asked, c.prompts * c.group, c.minibatches, held), smaller="prompts")
-    lr = config.lr or 3e-4 * (128 / model.config.width) ** 2
+    # bookkeeping: optimizer, memory, what is saved and resumed
+    steps, lr = config.steps, config.lr or 3e-4 * (128 / model.config.width) ** 2
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
-    order = corpus.Order(lambda random: (np.arange(len(train)), np.ones(len(train))), config.seed)
-    if rank() == 0:
-        flags = ", ".join(f"{name} {vars(config)[name]}" for name in OURS)
-        print(f"{len(train):,} prompts; {steps} steps of {config.prompts} x {config.group} answers; {flags}; peak rate {lr:.3g}; on {describe(device)['hardware']}")
-    if run.resumed:
-        run.check_same(data)
-    counters = run.begin(steps, {"": optimizer}, data, sum(p.numel() for p in model.parameters()))
-    usual, warned = None, False  # usual: (share finished, answer tokens) of the first step
-    if run.resumed:
-        order.begin(counters["epoch"], counters["index"])
-        usual, warned = counters["usual"], counters.get("warned", False)
+    order = index_order(len(train), config.seed)
+    check_memory(run, model, optimizer, reference, tok, train)
+    flags = ", ".join(f"{name} {vars(config)[name]}" for name in DEFAULT_RECIPE)
+    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step} prompts; {flags}; peak lr {lr:.3g}")
+    hashes |= scoring.reward_hashes(config.reward, config.constitution) | checkpoint.fingerprints(config.reference)
+    run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
-    for step in range(run.start + 1, steps + 1):
-        rate = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
-
+    for step in run.steps():
         # 1. Roll out and score
-        groups, seen, sums, seconds = sample_groups(model, tok, rewards, order, train, step, config)
-        at, n_groups = positions(groups, seen)
-        clock = time.perf_counter()
+        completions, n_prompts = roll_out(run, model, tok, rewards, order, train, step)
 
-        # 2. Advantages
-        advantages = group_advantages(torch.stack([g[3] for g in groups]), config.advantage) if groups else torch.zeros(0, config.group)
-        own = [(i * config.group + k, prompt, s, float(a)) for i, (_, prompt, samples, _), row in zip(at, groups, advantages) for k, (s, a) in enumerate(zip(samples, row))]
-        own = [(i, prompt, s, a) for i, prompt, s, a in own if s.finished or config.overlong != "mask"]
-        chats, samples = [chat.answered(prompt, s.tokens) for _, prompt, s, _ in own], [s for _, _, s, _ in own]
-        lengths = np.zeros(n_groups * config.group)  # of all ranks' answers; 0 where one teaches nothing
-        lengths[[i for i, *_ in own]] = [len(s.tokens) for s in samples]
-        lengths = np.array(reduce_sum(*lengths))
-        cut = [len(s.tokens) for s in samples]
-        ref_logp = constant_logprobs(reference, chats, config.temperature, config.micro_tokens) if reference else torch.zeros(sum(cut), device=device)  # [M]
-        # Of a batch that is updated once, the update's own pass has the old log-probabilities. The first step of a process checks that this is true.
-        once = config.epochs * config.minibatches == 1 and step > run.start + 1
-        if not once:
-            logp = constant_logprobs(model, chats, config.temperature, config.micro_tokens)
-            own_reference = ref_logp if reference and step == 1 and not config.reference else None
-            gap = check_one_distribution(model, chats, samples, logp, own_reference, config.temperature, config.micro_tokens, step == run.start + 1)
-        old = [None] * len(cut) if once else logp.split(cut)
-        of_token = dict(zip((i for i, *_ in own), zip(old, (torch.full((n,), a, device=device) for n, (*_, a) in zip(cut, own)), ref_logp.split(cut))))
-        of_answer = dict(zip((i for i, *_ in own), chats))
+        # 2. Advantages: how much better each completion is than its group
+        trained, batch, lengths = find_advantages(completions, n_prompts, config)
+        chats, samples = [c.chat for c in trained], [c.sample for c in trained]
+        options = chats, config.temperature, config.micro_batch_tokens
+        ref_logp = logprobs_no_grad(reference, *options) if reference else None  # [M]
+        if reference:
+            set_logprobs(trained, "ref_logp", ref_logp)
+        # If a batch is updated once, that update's own pass finds the old log-probabilities. The
+        # first step of a process checks that they are the same.
+        updated_once = config.epochs * config.minibatches == 1 and step > run.start + 1
+        if not updated_once:
+            logp = logprobs_no_grad(model, *options)  # [M]
+            gap = check_sampler_matches_trainer(run, step, model, chats, samples, logp, ref_logp)
+            set_logprobs(trained, "old_logp", logp)
 
-        # 3. Update
-        found, updates, norm, logps = torch.zeros(4), 0, torch.zeros(()), torch.zeros(0, device=device)
-        for minibatch in minibatches(len(lengths), step, config):
-            mine = [i for i in minibatch if i in of_answer]
-            n_tokens, n_answers = lengths[minibatch].sum(), np.count_nonzero(lengths[minibatch])
-            if not n_tokens:
+        # 3. Update: a few passes over these completions, in minibatches
+        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
+        by_index, updates, grad_norm = {c.index: c for c in trained}, [], torch.zeros(())
+        for minibatch in minibatches(batch, step, config):
+            n_tokens, n_completions = lengths[minibatch].sum(), np.count_nonzero(lengths[minibatch])
+            if not n_completions:
                 continue
-            total, logps = update_step(model, [of_answer[i] for i in mine], [of_token[i] for i in mine], n_tokens, n_answers, config)
-            total = torch.tensor(reduce_sum(*total))
-            if config.target_kl and total[1] > config.target_kl:  # the step itself is left out: a loss of 0 would still have moved the weights by Adam's momentum
-                optimizer.zero_grad()
+            own = [by_index[i] for i in minibatch if i in by_index]
+            stats = update_step(model, own, n_tokens, n_completions, config)
+            if config.stop_kl and stats["approx_kl"] > config.stop_kl:
+                optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
                 break
-            norm = optimizer.step(rate, config.clip)
-            if not norm.isfinite():
-                p, targets = pack_chats(chats)
-                checkpoint.refuse_nonfinite(run.path, step, float(total[0]), {"tokens": p.tokens, "cu": p.cu, "targets": targets})
-            found, updates = found + total, updates + 1
-        if once:
-            logp = logps
-            gap = check_one_distribution(model, chats, samples, logp, None, config.temperature, config.micro_tokens, repeat=False)
-        seconds["update"] = time.perf_counter() - clock
+            grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
+            run.require_finite(step, stats["loss"], [grad_norm], chats)
+            updates.append(stats)
+        if updated_once:
+            logp = torch.cat([torch.zeros(0, device=run.device), *(c.old_logp for c in trained)])
+            gap = check_sampler_matches_trainer(run, step, model, chats, samples, logp, ref_logp)
+        run.time_phase("update")
 
-        # What happened
-        n, finished, tokens, score, *others = sums
-        kl, entropy, M, trained = reduce_sum((logp - ref_logp).sum() if reference else 0.0, -logp.sum(), len(logp), sum(len(c.ids) for c in chats))
-        loss, approx_kl, clipped, ratio = (found / max(1, updates)).tolist()
-        shown = {"reward": score / n, **{name: v / n for (name, *_), v in zip(rewards, others) if len(rewards) > 1 or config.overlong == "punish"}, "same": 1 - n_groups / seen}
-        shown |= ({"kl": kl / max(1, np.count_nonzero(lengths))} if reference else {}) | {"answer_tokens": tokens / n, "loss": loss}
-        quiet = {"finished": finished / n, "prompts_seen": seen, "approx_kl": approx_kl, "clip_fraction": clipped, "ratio": ratio, "updates": updates, "entropy": entropy / max(1, M)}
-        quiet |= {"sampler_gap": gap, "lr": lr * rate, "grad_norm": norm.item(), **{f"seconds_{phase}": round(s, 4) for phase, s in seconds.items()}}
-        run.log.step(step, int(trained), model.flops_per_token(int(trained / max(1, len(lengths)))) * (config.epochs + 2 / 3), device, quiet, **shown)
-        usual = usual or [finished / n, tokens / n]
-        if not warned and rank() == 0 and (finished / n < usual[0] - 0.2 or tokens / n > 2 * usual[1]):
-            warned = True
-            print(f"warning: {finished / n:.0%} of the answers end, after {tokens / n:.0f} tokens; at first it was {usual[0]:.0%} after {usual[1]:.0f}. Look at samples.txt; --overlong=punish, a larger --max_new or a reward for brevity may help")
-        if reference and config.reference_every and step % config.reference_every == 0:
+        # 4. Log, validate, save
+        printed, log_only = step_metrics(completions, n_prompts, batch, lengths, logp, ref_logp, updates, config)
+        log_only |= {"sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
+        tokens = int(reduce_sum(sum(len(c.ids) for c in chats))[0])
+        flops = model.flops_per_token(tokens // max(1, len(batch))) * (config.epochs + 2 / 3)  # 2 forward passes
+        run.log(step, tokens, flops, log_only, **printed)
+        run.warn_of_drift(log_only["finished"], printed["completion_tokens"])
+        if config.reference_every and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
+        if run.eval_due(step):
+            judged = rewards, val[: config.eval_prompts], config, config.beta
+            metrics, text = scoring.validate_policy(model, reference, tok, *judged)
+            run.validated(step, metrics)
+            run.sample(step, f"{val[0][0][-1]['content']}\n--- completion:\n{text}")
+        renewed = config.reference_every and step >= config.reference_every
+        run.end_step(step, model, tok, {"reference": reference} if renewed else {})
 
-        # 4. Validate, save
-        leaving, metrics = run.stop.agreed(), {}
-        if run.due(step, config.eval_every) or run.due(step, config.save_every):
-            metrics, said = validate(model, reference, tok, rewards, val, config, config.beta)
-            run.validated(step, metrics, f"on {len(val)} held-out prompts: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "val_loss"))
-            run.log.sample(step, f"{val[0][0][-1]['content']}\n--- answers:\n{said}")
-        if run.due(step, config.save_every) or leaving:
-            beside = {"reference": reference} if reference and config.reference_every and step >= config.reference_every else {}
-            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index, "usual": usual, "warned": warned}, metrics, beside)
-        if leaving and step < steps:
-            run.stop.leave(step)
-        run.log.skip_time()
+
+def step_metrics(completions, n_prompts, batch, lengths, logp, ref_logp, updates, config):
+    """(printed, log_only): what a step logs, over all ranks. updates: what update_step returned."""
+    samples, rewards = [c.sample for c in completions], completions[0].parts
+    sums = {"reward": sum(c.score for c in completions)}
+    if len(rewards) > 1 or config.overlong == "punish":
+        sums |= {name: sum(c.parts[name] for c in completions) for name in rewards}
+    sums |= {"completion_tokens": sum(len(s.tokens) for s in samples), "finished": sum(s.finished for s in samples)}
+    kl = 0.0 if ref_logp is None else (logp - ref_logp).sum()
+    kl, entropy, M, n, *totals = reduce_sum(kl, -logp.sum(), len(logp), len(completions), *sums.values())
+    printed = {name: total / n for name, total in zip(sums, totals, strict=True)}
+    printed["zero_variance"] = 1 - len(batch) / n
+    if ref_logp is not None:
+        printed["kl"] = kl / max(1, np.count_nonzero(lengths))
+    means = {name: sum(stats[name] for stats in updates) / max(1, len(updates)) for name in UPDATE_STATS}
+    printed["loss"] = means.pop("loss")
+    log_only = {"finished": printed.pop("finished"), "entropy": entropy / max(1, M), "updates": len(updates)}
+    return printed, log_only | means | {"prompts_seen": n_prompts}
+
+
+def check_memory(run, model, optimizer, reference, tok, rows):
+    """The memory plan; see runtime/memory.py."""
+    config = run.config
+
+    def loss(model, chats):
+        logp = completion_logprobs(model, chats, config.temperature)
+        return policy_loss(logp, logp.detach(), 1.0, config.clip_low, config.clip_high)[0].sum()
+
+    frozen = {"reference": reference.config} if reference else {}
+    frozen |= scoring.reward_configs(f"{config.reward},{config.monitor}")
+    n = config.prompts_per_step * config.group_size
+    memory.check_rollout(run, [(model, optimizer, loss)], tok, rows, n / config.minibatches, n, frozen)
 
 
 if __name__ == "__main__":

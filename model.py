@@ -395,3 +395,17 @@ def score(model, pack):
     """fp32 [D]: the scalar head at each document's last token, the end-of-turn token of a finished
     answer."""
     return values(model, pack)[pack.cu_seqlens[1:].long() - 1]
+
+
+def state_values(critic, chats):
+    """fp32 [M]: the scalar head before each completion token, where the policy decides on it."""
+    hidden, _ = hidden_before_targets(critic, chats)
+    return (hidden.to(critic.score.dtype) @ critic.score[0]).float()
+
+
+@torch.no_grad()
+def values_no_grad(critic, chats, micro_batch_tokens):
+    """`state_values` in evaluation, at most `micro_batch_tokens` tokens at once."""
+    critic.eval()
+    parts = token_slices([len(c.ids) for c in chats], micro_batch_tokens)
+    return torch.cat([state_values(critic, chats[part]) for part in parts])

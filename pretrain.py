@@ -2,254 +2,344 @@
 
     minimise  -1/N sum_i log p(token_i | the tokens before it in its document)
 
-Text goes straight in (--data=book.txt, --data=a.jsonl,b.txt), or prepared shards do (data/prepare.py). Validation is in nats a token and in bits a
-byte, which no choice of tokenizer changes. Left out: curricula and other changes of the data on the way; the mixture is data/prepare.py's.
+Text goes straight in (--data=book.txt, --data=a.jsonl,b.txt), and so do shards that data/prepare.py
+has written. Validation is in nats per token and in bits per byte, which no choice of tokenizer
+changes. Left out: curricula; the mixture of the data is made by data/prepare.py.
 
-    python pretrain.py --data=shakespeare.txt --out=out/shakespeare --depth=4 --width=128 --context=64 --batch_tokens=768 --steps=2000
+    python pretrain.py --data=shakespeare.txt --out=out/shakespeare --depth=4 --width=128 \\
+        --context=64 --batch_tokens=768 --steps=2000
     python pretrain.py --data=out/data/world --out=out/base --depth=4
-    torchrun --nproc_per_node=8 pretrain.py --data=out/data/fineweb --out=out/base --depth=12 --compile
-    torchrun --nproc_per_node=8 pretrain.py --data=out/data/fineweb --out=out/base --depth=32 --shard=fsdp
+    torchrun --nproc_per_node=8 pretrain.py --data=out/web --out=out/base --depth=12 --compile
+    torchrun --nproc_per_node=8 pretrain.py --data=out/web --out=out/base --depth=32 --shard=fsdp
 """
-import dataclasses
+
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint, memory
-from common import UserError, check, describe, launch, rank, reduce_sum, world_size
-from data import corpus, prepare, tokenizer
-from data.pack import fill, share, split
-from kernels.head import IGNORE, linear_cross_entropy
+from data import corpus, tokenizer
+from data.pack import IGNORE, fill
+from data.shards import load_manifest, read_prepared
+from kernels.head import linear_cross_entropy
 from model import GPT, config_for
 from optim import Optimizer, wsd
 from rollout import stream
-from shard import keep_company, shard, unsharded
+from runtime import memory
+from runtime.batches import micro_batches, text_order
+from runtime.checkpoint import check_same_data
+from runtime.cli import print0
+from runtime.errors import UserError
+from runtime.files import sha256
+from runtime.process import describe, launch, rank, reduce_sum, world_size
+from runtime.run import Run, RunConfig
+from runtime.shard import shard, unsharded
 
 
-@dataclass
-class Config:
-    data: str  # text files (.txt, .jsonl), comma-separated, or a directory written by data/prepare.py
-    out: str  # directory of the run
-    val: str = ""  # validation text files; "": hold out the end of the data (prepared data bring their own)
-    val_fraction: float = 0.1  # how much of the text to hold out
-    tokenizer: str = "char"  # for text files: char, byte, or whatever data/tokenizer.py loads (a directory, gpt2)
-    init: str = ""  # checkpoint to go on from, with its tokenizer; "": fresh weights of the shape below
-    depth: int = 4  # layers: the one dial; what is 0 below follows from it
-    width: int = 0  # 0: 64 x depth
-    heads: int = 0  # 0: width / 32, 64 or 128, by width
-    kv_heads: int = 0  # 0: as many as heads
-    ffn: int = 0  # 0: 8/3 width
-    tied: bool = False  # one matrix for embedding and head
-    context: int = 1024  # longest window of a document, in tokens
-    dropout: float = 0.0  # for small corpora seen many times
-    steps: int = 0  # optimizer steps; 0: 20 tokens a parameter (Chinchilla)
-    batch_tokens: int = 0  # tokens an optimizer step, over all ranks; 0: 1024 x depth^2
-    micro_tokens: int = 16384  # tokens a rank holds at once: memory, not the result (dropout's masks apart), depends on it
-    checkpoint_activations: bool = False  # keep each block's input only, and compute the block again in the backward: less memory, more time, the same result
-    lr: float = 0.02  # peak rate of Muon, for the trunk's matrices
-    embed_lr: float = 0.0  # peak rate of AdamW for the embedding; 0: 0.3 (128 / width)^0.5, or the head's where they are tied
-    head_lr: float = 0.0  # for the head; 0: 0.01 (128 / width)^0.5
-    gain_lr: float = 0.01  # for the norms' gains
-    momentum: float = 0.95  # of Muon
-    weight_decay: float = 0.0  # of the trunk's matrices
-    warmup: int = 0  # steps over which the rates rise
-    decay: float = 0.6  # last share of the steps, over which they fall to 0
-    clip: float = 0.0  # largest gradient norm let through; 0: any
-    polar: str = "auto"  # precision of Muon's Newton-Schulz: bf16, fp32, or auto (bf16 where the processor is fast at it)
-    seed: int = 0  # of weights, data order and samples
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    compile: bool = False  # torch.compile the model
-    shard: str = ""  # fsdp: divide parameters, gradients and optimizer state over torchrun's ranks; "": each rank has them all
-    print_every: int = 1  # steps between lines on the terminal; log.jsonl has every step
-    eval_every: int = 250  # steps between validations (there is one at the end); 0: none between
-    eval_tokens: int = 1_000_000  # at most so many validation tokens
-    save_every: int = 1000  # steps between checkpoints (there is one at the end); 0: none between
-    keep_last: int = 2  # checkpoints kept, besides the best
-    sample_every: int = 500  # steps between samples in samples.txt; 0: none
-    prompt: str = ""  # what the samples continue; "": they begin a document
-    resume: bool = False  # go on from the newest checkpoint in --out
-    overwrite: bool = False  # replace the run in --out
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    # -- What you will set --
+    # text files (.txt, .jsonl), comma-separated, or a directory written by data/prepare.py
+    data: str
+    # layers: the one dial; a size below that is 0 follows from it [>= 1]
+    depth: int = 4
+    # longest piece of a document, in tokens [>= 1]
+    context: int = 1024
+    # -- What you may set --
+    # checkpoint to start from, with its tokenizer; "": fresh weights
+    init: str = ""
+    # validation text files; "": hold out the end of each file (prepared data bring their own)
+    val: str = ""
+    # share of the text to hold out [> 0; < 1]
+    val_fraction: float = 0.1
+    # of text files: char, byte, or what data/tokenizer.py loads (a directory, gpt2)
+    tokenizer: str = "char"
+    # 0: 64 x depth
+    width: int = 0
+    # 0: width / 32, 64 or 128, by width
+    heads: int = 0
+    # 0: as many as heads
+    kv_heads: int = 0
+    # hidden width of the MLP; 0: 8/3 width
+    ffn: int = 0
+    # one matrix for embedding and head
+    tied: bool = False
+    # tokens that a token sees in a windowed layer; 0: no windows
+    window: int = 0
+    # every n-th layer from the first is windowed [>= 1]
+    window_every: int = 1
+    # for small corpora that are seen many times [>= 0; < 1]
+    dropout: float = 0.0
+    # optimizer steps; 0: 20 tokens per parameter (Chinchilla) [may change on resume]
+    steps: int = 0
+    # tokens per optimizer step, over all ranks; 0: 1024 x depth^2
+    batch_tokens: int = 0
+    # tokens a rank holds at once: memory depends on it, the result does not (dropout's masks do)
+    # [>= 1; may change on resume]
+    micro_batch_tokens: int = 16384
+    # peak learning rate of Muon, for the matrices of the blocks [> 0]
+    lr: float = 0.02
+    # of AdamW, for the embedding; 0: 0.3 (128 / width)^0.5, or the head's if they are tied [>= 0]
+    embed_lr: float = 0.0
+    # of AdamW, for the head; 0: 0.01 (128 / width)^0.5 [>= 0]
+    head_lr: float = 0.0
+    # of AdamW, for the gains of the norms [>= 0]
+    norm_lr: float = 0.01
+    # torch.compile the model [may change on resume]
+    compile: bool = False
+    # fsdp: divide parameters, gradients and optimizer state over torchrun's ranks; "": each rank
+    # has them all [one of fsdp; may change on resume]
+    shard: str = ""
+    # steps between samples in samples.txt; 0: none [may change on resume]
+    sample_every: int = 500
+    # what the samples continue; "": they begin a document [may change on resume]
+    prompt: str = ""
+    # -- What you will rarely set --
+    # of Muon [>= 0; < 1]
+    momentum: float = 0.95
+    # decay of the matrices of the blocks [>= 0]
+    weight_decay: float = 0.0
+    # steps over which the learning rates rise
+    warmup: int = 0
+    # last share of the steps, over which they fall to 0 [>= 0; <= 1]
+    decay: float = 0.6
+    max_grad_norm: float = 0.0
+    # precision of Muon's Newton-Schulz; auto: bf16 if the processor is fast at it [one of auto,
+    # bf16, fp32]
+    muon_dtype: str = "auto"
+    eval_every: int = 250
+    # at most so many validation tokens [may change on resume]
+    eval_tokens: int = 1_000_000
+    save_every: int = 1000
+    # longest sample in samples.txt, in tokens [>= 1; may change on resume]
+    max_new_tokens: int = 200
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "shard", "steps", "micro_tokens", "checkpoint_activations", "print_every", "eval_every", "eval_tokens", "save_every", "keep_last", "sample_every", "prompt"}
+SHAPE = ("width", "heads", "kv_heads", "ffn", "tied", "window", "window_every")  # what overrides --depth
 
 
 def check_flags(config):
-    """UserError for a value that has the right type and no meaning."""
-    rates = {name: 0 <= vars(config)[name] < float("inf") for name in ("embed_lr", "head_lr", "gain_lr", "weight_decay", "clip")}
-    good = {**rates, "val_fraction": 0 < config.val_fraction < 1, "dropout": 0 <= config.dropout < 1, "decay": 0 <= config.decay <= 1, "lr": 0 < config.lr < float("inf"), "momentum": 0 <= config.momentum < 1,
-            "keep_last": config.keep_last > 0, "print_every": config.print_every > 0, "seed": config.seed < 2**63, "polar": config.polar in ("auto", "bf16", "fp32"), "shard": config.shard in ("", "fsdp"),
-            }  # fmt: skip
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-    for name in ("depth", "width", "heads", "kv_heads", "ffn", "tied", "tokenizer"):
-        if config.init and vars(config)[name] != defaults[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: the shape and the tokenizer come from --init={config.init}; leave it out")
-    for name in ("tokenizer", "val", "val_fraction"):
-        if Path(config.data).is_dir() and vars(config)[name] != defaults[name]:
-            raise UserError(f"--{name}={vars(config)[name]}: prepared data bring their own; leave it out")
-    check(config, good)
+    """Raises UserError for a flag that what is given with it decides already."""
+    decided = {}
+    if not config.window:
+        decided["window_every"] = "no layer is windowed without --window"
+    if Path(config.data).is_dir():
+        decided |= dict.fromkeys(("tokenizer", "val", "val_fraction"), "prepared data bring their own")
+    if config.init:
+        flags = ("depth", *SHAPE, "tokenizer")
+        decided |= dict.fromkeys(flags, f"the shape and the tokenizer come from --init={config.init}")
+    for flag, reason in decided.items():
+        value = vars(config)[flag]
+        if value != vars(Config)[flag]:
+            raise UserError(f"--{flag}={value}: {reason}; leave it out")
+
+
+# --------------------------------------------------------------------------------------------------
+# Data and model
 
 
 def data_hashes(config):
-    """{what --data and --val name: its SHA-256}, that of the manifest for prepared data."""
-    names = [config.data] if Path(config.data).is_dir() else [f for f in f"{config.data},{config.val}".split(",") if f]
-    return {name: checkpoint.sha256(Path(name) / "manifest.json" if Path(name).is_dir() else name) for name in names}
+    """{source: SHA-256} of --data and --val; of prepared data it is that of the manifest."""
+    if Path(config.data).is_dir():
+        return {config.data: sha256(Path(config.data) / "manifest.json")}
+    return {name: sha256(name) for name in f"{config.data},{config.val}".split(",") if name}
 
 
 def read_data(config, tok):
-    """(tokenizer, train streams, val streams) of --data. tok: the tokenizer of --init or of the run to resume, None for a fresh start."""
+    """(tokenizer, train streams, validation streams) of --data.
+
+    tok: the tokenizer of --init or of the run to resume; None for a fresh start.
+    """
     if Path(config.data).is_dir():
-        prepare.load_manifest(config.data)  # before its tokenizer: a folder of something else should be called that
+        load_manifest(config.data)  # before its tokenizer, so that the message is that these are no prepared data
         tok = tok or tokenizer.load(config.data)
-        return tok, *corpus.read_prepared(config.data, tok)
-    files, val_files = config.data.split(","), [f for f in config.val.split(",") if f]
-    train, val = [], [d for f in val_files for d in corpus.read_documents(f)]
-    for f in files:
-        documents = corpus.read_documents(f)
-        kept, held_out = (documents, []) if val_files else corpus.hold_out(documents, config.val_fraction)  # the end of each file
-        train, val = train + kept, val + held_out
-    if tok is None:
-        made = {"char": lambda: tokenizer.characters("".join(train + val)), "byte": tokenizer.byte_level}
-        tok = made.get(config.tokenizer, lambda: tokenizer.load(config.tokenizer))()
+        return tok, *read_prepared(config.data, tok)
+    files = [corpus.read_documents(file) for file in config.data.split(",")]
+    val_files = [corpus.read_documents(file) for file in config.val.split(",") if file]
+    if not val_files:
+        files, val_files = zip(*[corpus.hold_out(documents, config.val_fraction) for documents in files], strict=True)
+    train, val = ([document for documents in read for document in documents] for read in (files, val_files))
+    if tok is None and config.tokenizer == "char":
+        tok = tokenizer.characters("".join(train + val))
+    elif tok is None:
+        tok = tokenizer.byte_level() if config.tokenizer == "byte" else tokenizer.load(config.tokenizer)
     return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)]
 
 
 def make_model(config, tok):
-    """The model of --depth and of what overrides it, its weights from --seed."""
-    shape = dict(width=config.width, heads=config.heads, kv_heads=config.kv_heads, ffn=config.ffn, context=config.context, tied=config.tied)
-    return GPT(config_for(config.depth, tok.n_vocab, **shape)).init_weights(config.seed)
+    """The model of --depth and of the flags that override it, its weights from --seed."""
+    shape = {flag: vars(config)[flag] for flag in SHAPE}
+    return GPT(config_for(config.depth, tok.n_vocab, context=config.context, **shape)).init_weights(config.seed)
 
 
 def make_optimizer(config, model):
-    """Muon and AdamW at the rates of the flags. 0.3 and 0.01 were measured at width 128; AdamW's rates fall with the square root of the width."""
+    """Muon for the matrices of the blocks, AdamW for the rest.
+
+    AdamW's defaults were measured at width 128; they fall with the square root of the width.
+    """
     by_width = (128 / model.config.width) ** 0.5
     head_lr = config.head_lr or 0.01 * by_width
-    rates = dict(embed_lr=config.embed_lr or (head_lr if model.config.tied else 0.3 * by_width), head_lr=head_lr)  # a tied matrix is a head: 0.3 blows it up
-    return Optimizer(model, config.gain_lr, matrix_lr=config.lr, **rates, betas=(0.8, 0.95), momentum=config.momentum, weight_decay=config.weight_decay, polar=config.polar)
+    embed_lr = head_lr if model.config.tied else 0.3 * by_width  # a tied matrix is a head too, which 0.3 blows up
+    muon = {"matrix_lr": config.lr, "momentum": config.momentum, "muon_dtype": config.muon_dtype}
+    adamw = {"embed_lr": config.embed_lr or embed_lr, "head_lr": head_lr, "betas": (0.8, 0.95)}
+    return Optimizer(model, config.norm_lr, **muon, **adamw, weight_decay=config.weight_decay)
 
 
-def multiple(config, step, steps):
-    """The multiple of the peak rates for update `step`, counted from 0."""
-    return wsd(step, steps, config.warmup, int(config.decay * steps))
+# --------------------------------------------------------------------------------------------------
+# The loss
 
 
-def even_part(tokens, limit):
-    """`tokens` cut into the fewest parts of at most `limit`, all of one size: that size."""
-    return -(-tokens // -(-tokens // limit))
+def nll_sum(model, pack, targets):
+    """Sum of -log p(target) over a pack, a scalar in nats. targets: int64 [N]; IGNORE is left
+    out."""
+    device = model.embed.device
+    return linear_cross_entropy(model(pack.to(device)), model.head, targets.to(device))
 
 
-def one_shape(pack, targets, tokens):
-    """The pack and its targets filled up to `tokens` tokens and a power of two of documents, so that torch.compile sees few shapes; a larger pack as it is."""
-    missing = tokens - len(targets)
-    if missing < 0:
-        return pack, targets
-    documents = len(pack.cu) - 1 + -(-missing // pack.max_len)
-    return fill(pack, tokens, 1 << (documents - 1).bit_length()), F.pad(targets, (0, missing), value=IGNORE)
+def train_step(model, streams, pieces, micro_batch_tokens, one_size=False):
+    """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this
+    rank takes its part. Returns its part of the loss.
 
-
-def train_step(model, streams, pieces, micro_tokens, static=False):
-    """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this rank takes its share. Returns its share of the loss.
-
-    static: fill packs up to `micro_tokens`, for a compiled model.
+    one_size: fill every pack up to `micro_batch_tokens`, for a compiled model.
     """
-    model.train()  # sampling leaves it in evaluation
-    lengths = (pieces[:, 2] - pieces[:, 1]).tolist()
-    begin, end = share(lengths, rank(), world_size())
+    model.train()  # a sample or a validation leaves it in evaluation
+    lengths = pieces[:, 2] - pieces[:, 1]
     loss = torch.zeros((), device=model.embed.device)
-    for first, last in split(lengths[begin:end], micro_tokens):
-        pack, targets = corpus.pack_pieces(streams, pieces[begin + first : begin + last])
-        if static:
-            pack, targets = one_shape(pack, targets, micro_tokens)
-        pack, targets = pack.to(model.embed.device), targets.to(model.embed.device)
-        part = linear_cross_entropy(model(pack), model.head, targets) / sum(lengths)  # the batch's count, so that no split changes the gradient
-        part.backward()
-        loss += part.detach()
-    keep_company(model, lengths, micro_tokens)
+    for part in micro_batches(model, lengths, micro_batch_tokens):
+        pack, targets = corpus.pack_pieces(streams, pieces[part])
+        if one_size:
+            pack, targets = one_shape(pack, targets, micro_batch_tokens)
+        part_loss = nll_sum(model, pack, targets) / lengths.sum()  # of the batch, so that no split changes the gradient
+        part_loss.backward()
+        loss += part_loss.detach()
     return loss
 
 
-def continuation(model, tok, prompt, seed):
-    """The text of `prompt` (token ids, the document's eot first) and of what the model makes follow it."""
-    ids = stream(model, prompt, max_new=200, stop={tok.eot}, seed=seed)
-    return tok.decode([i for i in [*prompt, *ids] if i != tok.eot])
+@torch.no_grad()
+def evaluate(model, streams, pieces, sizes, micro_batch_tokens):
+    """(nats per token, bits per byte) of some pieces [n, 3], which the ranks share.
+
+    sizes: int64 [V], the bytes of each id (tokenizer.token_bytes).
+    """
+    model.eval()
+    lengths, nats, n_bytes = pieces[:, 2] - pieces[:, 1], 0.0, 0
+    for part in micro_batches(model, lengths, micro_batch_tokens):
+        pack, targets = corpus.pack_pieces(streams, pieces[part])
+        nats += nll_sum(model, pack, targets).item()
+        n_bytes += int(sizes[targets.numpy()].sum())
+    nats, n_bytes = reduce_sum(nats, n_bytes)
+    return nats / int(lengths.sum()), nats / math.log(2) / max(1, n_bytes)
+
+
+# --------------------------------------------------------------------------------------------------
+# One shape for torch.compile, which compiles again for every other
+
+
+def one_shape(pack, targets, tokens):
+    """A pack and its targets filled up to `tokens` tokens and a power of two of documents; a larger
+    pack as it is."""
+    missing = tokens - len(targets)
+    if missing < 0:
+        return pack, targets
+    documents = len(pack.cu_seqlens) - 1 + -(-missing // pack.max_len)
+    return fill(pack, tokens, 1 << (documents - 1).bit_length()), F.pad(targets, (0, missing), value=IGNORE)
+
+
+def even_pack_tokens(batch_tokens, context, limit):
+    """The one size of a rank's packs: as few as possible, of at most `limit` tokens, with space
+    for a last document that is longer than its share."""
+    tokens = -(-batch_tokens // world_size())
+    packs = -(-tokens // limit)
+    return min(limit, context + -(-tokens // packs))
 
 
 def main(config):
     check_flags(config)
-    run = checkpoint.Run("pretrain", config, FREE)
-    device = run.device
+    run = Run("pretrain", config)
 
     # 1. Data and model: fresh, from --init, or as they were when the run was stopped
-    model, tok, _ = checkpoint.read(run.folder) if run.folder else (None, None, {})
-    if run.resumed:
-        run.check_same(data_hashes(config))
+    if run.resumed:  # before it is read: changed text may have characters that the tokenizer lacks
+        check_same_data(run.info, data_hashes(config))
+    model, tok = run.load("cpu") if run.folder else (None, None)
     tok, train, val = read_data(config, tok)
-    model = model or make_model(config, tok)
-    model = shard(model, device) if config.shard else model.to(device)
-    context = min(config.context, model.config.context)
-    if config.init and config.context not in (Config.context, context):
-        raise UserError(f"--context={config.context}: the model of --init={config.init} reaches {context} tokens")
-    batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
-    static = config.compile and device.type == "cuda"  # compiled kernels want one shape: packs are filled up to it
-    micro_tokens = min(config.micro_tokens, context + even_part(-(-batch_tokens // world_size()), config.micro_tokens)) if static else config.micro_tokens
-    n_parameters = sum(p.numel() for p in model.parameters())
-    steps = config.steps or -(-20 * n_parameters // batch_tokens)
-    n_train = sum(map(len, train))
-    if n_train < batch_tokens:
-        raise UserError(f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens or bring more text")
-    val_pieces = corpus.some_pieces(val, tok.eot, context, config.eval_tokens)
-    sizes = tokenizer.token_bytes(tok)
-    prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
-
-    # 2. Optimizer and order of the data, and on a resume all their state
-    optimizer = make_optimizer(config, model)
-    order = corpus.text_order(train, tok.eot, context, config.seed)
+    if model is None:
+        model = make_model(config, tok)
     model.dropout, model.checkpoint_activations = config.dropout, config.checkpoint_activations
+    model = shard(model, run.device) if config.shard else model.to(run.device)
+    context = min(config.context, model.config.context)  # a default yields to the model, a --context does not
+    if config.context != Config.context:
+        context = run.context(model)
+    n_train, n_parameters = sum(map(len, train)), sum(p.numel() for p in model.parameters())
+    batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
+    steps = config.steps or -(-20 * n_parameters // batch_tokens)
+    if n_train < batch_tokens:
+        raise UserError(
+            f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens "
+            "or bring more text"
+        )
+    optimizer = make_optimizer(config, model)
+    order = text_order(train, tok.eot, context, config.seed)
+    val_pieces, sizes = corpus.some_pieces(val, tok.eot, context, config.eval_tokens), tokenizer.token_bytes(tok)
+    prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
+    check_memory(run, model, optimizer, train, order, batch_tokens, len(prompt))
+
+    # bookkeeping: what is compiled, printed, saved and resumed
+    micro_batch_tokens, one_size = config.micro_batch_tokens, config.compile and run.device.type == "cuda"
+    if one_size:
+        micro_batch_tokens = even_pack_tokens(batch_tokens, context, micro_batch_tokens)
     if config.compile:
         model.compile()
-    if rank() == 0:
-        c = model.config
-        print(f"{n_parameters:,} parameters: {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}; on {describe(device)['hardware']}")
-        print(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs")
-        if config.compile and device.type == "cpu":
-            print("warning: on a CPU --compile takes half a minute and was slower afterwards wherever it was measured")
-    walked = dict(read_tokens=int((val_pieces[:, 2] - val_pieces[:, 1]).sum()), samples=(1, context, len(prompt)), dropout=config.dropout, muon=optimizer.dtype, shards=world_size() if config.shard else 1)
-    memory.check(config, device, lambda c: memory.plan(c, device, [model.config], order.lengths, batch_tokens, loss="cross_entropy", **walked), or_else="" if config.shard else memory.SHARD)
-    counters = run.begin(steps, {"": optimizer}, data_hashes(config), n_parameters)
-    if run.resumed:
-        order.begin(counters["epoch"], counters["index"])
-    flops = model.flops_per_token(int(np.mean([b - a for _, a, b in order.items])))
+        if run.device.type == "cpu":
+            print0("warning: on a CPU --compile takes half a minute, and training was slower wherever it was measured")
+    c, hardware = model.config, describe(run.device)["hardware"]
+    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
+    print0(f"{n_parameters:,} parameters: {shape}; on {hardware}")
+    print0(
+        f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs"
+    )
+    flops = model.flops_per_token(int(order.lengths.mean()))
+    run.begin(steps, model, data=data_hashes(config), saved={"optimizer": optimizer, "order": order})
 
-    # 3. Train
-    for step in range(run.start + 1, steps + 1):
-        rate = multiple(config, step - 1, steps)
+    for step in run.steps():
+        # 2. Learn from the next pieces of text
         pieces = order.batch(batch_tokens)
-        loss = train_step(model, train, pieces, micro_tokens, static)
-        norm = optimizer.step(rate, config.clip)
+        loss = train_step(model, train, pieces, micro_batch_tokens, one_size)
+        lr_scale = wsd(step - 1, steps, config.warmup, int(config.decay * steps))
+        grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         (loss,) = reduce_sum(loss)
-        if not norm.isfinite():
-            pack, targets = corpus.pack_pieces(train, pieces)
-            checkpoint.refuse_nonfinite(run.path, step, loss, {"tokens": pack.tokens, "cu": pack.cu, "targets": targets})
-        run.log.step(step, int((pieces[:, 2] - pieces[:, 1]).sum()), flops, device, loss=loss, lr=config.lr * rate, grad_norm=norm.item())
+        if not grad_norm.isfinite():
+            run.require_finite(step, loss, [grad_norm], corpus.piece_chats(train, pieces))
+        n_tokens = int((pieces[:, 2] - pieces[:, 1]).sum())
+        run.log(step, n_tokens, flops, loss=loss, lr=config.lr * lr_scale, grad_norm=grad_norm.item())
 
-        # 4. Validate, sample, save
-        leaving, metrics = run.stop.agreed(), {}
-        if run.due(step, config.eval_every) or run.due(step, config.save_every):
-            loss, bpb = corpus.evaluate(model, val, val_pieces, sizes, config.micro_tokens)
-            metrics = run.validated(step, {"val_loss": loss, "val_bpb": bpb}, f"{loss:.4f} nats/token, {bpb:.4f} bits/byte")
+        # 3. Validate, sample, save
+        if run.eval_due(step):
+            nats, bits = evaluate(model, val, val_pieces, sizes, config.micro_batch_tokens)
+            metrics = {"val_loss": nats, "val_bpb": bits}
+            run.validated(step, metrics, f"{nats:.4f} nats per token, {bits:.4f} bits per byte")
         if config.sample_every and run.due(step, config.sample_every):
-            writer = unsharded(model, device, keep=rank() == 0)
-            if rank() == 0:
-                run.log.sample(step, continuation(writer, tok, prompt, config.seed))
-            del writer  # of a sharded model a whole copy
-        if run.due(step, config.save_every) or leaving:  # leaving, without a validation that is not due: who sends SIGTERM may not wait for one
-            run.save(step, model, tok, optimizer.state(), {"epoch": order.epoch, "index": order.index}, metrics)
-        if leaving and step < steps:
-            run.stop.leave(step)
-        run.log.skip_time()
+            write_sample(run, step, model, tok, prompt)
+        run.end_step(step, model, tok)
+
+
+def write_sample(run, step, model, tok, prompt):
+    """Append `prompt` (ids, the end of a document first) and a continuation to samples.txt."""
+    model = unsharded(model, run.device, keep=rank() == 0)
+    if rank() == 0:
+        ids = stream(model, prompt, max_new_tokens=run.config.max_new_tokens, stop={tok.eot}, seed=run.config.seed)
+        run.sample(step, tok.decode([i for i in [*prompt, *ids] if i != tok.eot]))
+
+
+def check_memory(run, model, optimizer, streams, order, batch_tokens, prompt_length):
+    """The memory plan of a step and of a sample; see runtime/memory.py."""
+
+    def loss(model, pieces):
+        return nll_sum(model, *corpus.pack_pieces(streams, pieces))
+
+    sample = {"prompt_lengths": [prompt_length], "completions": int(run.config.sample_every > 0)}
+    memory.check(run, [(model, optimizer, loss)], order.items, order.lengths, batch_tokens, **sample)
 
 
 if __name__ == "__main__":

@@ -197,25 +197,23 @@ class Sampler:
     """
 
     def __init__(self, model, slots, length):
+        device = model.embed.device
         model.eval()
-        self.model, self.slots, self.length = sampling_weights(model), slots, length
-        self.device = device = model.embed.device
+        self.model, self.slots, self.length, self.device = sampling_weights(model), slots, length, device
         self.cache = KVCache(self.model, slots, length)
         self.added, self.waiting, self.live = 0, deque(), {}  # live: {slot: Request}
         self.shared = (1.0, 0, 1.0)  # temperature, top_k and top_p; None if requests differ in it
 
         # One row per slot. What dead slots draw goes to a last column that nobody reads.
-        self.hidden = torch.zeros(
-            slots, model.config.width, dtype=model.compute_dtype, device=device
-        )  # after the prompt
-        self.u = torch.zeros(slots, length + 1, device=device)  # a random number for each token
-        self.tokens = torch.zeros(slots, length + 1, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(slots, length + 1, device=device)
-        self.settings = torch.zeros(slots, 3, dtype=wide_dtype(device), device=device)
-        self.is_stop = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=device)
-        self.limit = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.drawn = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.alive = torch.zeros(slots, dtype=torch.bool, device=device)
+        with torch.device(device):
+            self.hidden = torch.zeros(slots, model.config.width, dtype=model.compute_dtype)  # at the prompt's end
+            self.u = torch.zeros(slots, length + 1)  # a random number for each token
+            self.tokens = torch.zeros(slots, length + 1, dtype=torch.int64)
+            self.logprobs = torch.zeros(slots, length + 1)
+            self.settings = torch.zeros(slots, 3, dtype=wide_dtype(device))
+            self.is_stop = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool)
+            self.drawn = torch.zeros(slots, dtype=torch.int64)  # tokens so far
+            self.left = torch.zeros(slots, dtype=torch.int64)  # tokens that may follow; 0: dead
 
         # References, which run if a kernel is off or a head has an odd width, ask for the longest
         # length, which no graph can hold.
@@ -237,18 +235,19 @@ class Sampler:
         """
         for prompt in prompts:
             if not 0 < len(prompt) < self.length:
-                raise UserError(f"a prompt of {len(prompt)} tokens: 1 to {self.length - 1} are expected")
-        settings = shared = temperature, top_k, top_p
+                raise UserError(f"a prompt of {len(prompt)} tokens does not fit into a context of {self.length}")
+        vocab, begin, stop = self.is_stop.shape[1], self.added, list(stop)
+        # A top_k of V and a top_p of infinity cut nothing
+        settings = shared = temperature, min(top_k or vocab, vocab), top_p if top_p < 1 else math.inf
         if self.busy:
             shared = tuple(a if a == b else None for a, b in zip(self.shared, settings))
         if shared != self.shared:
             self.shared, self.graphs = shared, {}
-        begin = self.added
         for i, prompt in enumerate(map(tuple, prompts)):
             limit = min(max_new_tokens, self.length - len(prompt))
             for _ in range(n):
                 stream = seed, first + self.added - begin
-                self.waiting.append(Request(self.added, i, prompt, limit, settings, list(stop), stream))
+                self.waiting.append(Request(self.added, i, prompt, limit, settings, stop, stream))
                 self.added += 1
         return list(range(begin, self.added))
 
@@ -257,7 +256,7 @@ class Sampler:
         self.waiting = deque(request for request in self.waiting if request.id != id)
         for slot in [slot for slot, request in self.live.items() if request.id == id]:
             del self.live[slot]
-            self.alive[slot] = False
+            self.left[slot] = 0
 
     def written(self, id):
         """The tokens that a live request has so far; none while it waits."""
@@ -283,22 +282,21 @@ class Sampler:
     def admit(self):
         """Give the free slots to waiting requests, and draw their first tokens."""
         free = [slot for slot in range(self.slots) if slot not in self.live]
-        holders = {request.prompt: slot for slot, request in self.live.items()}
-        new, unread, copied = free[: len(self.waiting)], [], []
+        new = free[: len(self.waiting)]
         for slot in new:
-            request = self.waiting.popleft()
-            self.place(request, slot)
-            (copied if request.prompt in holders else unread).append(slot)
-            holders.setdefault(request.prompt, slot)
-        prompts = [self.live[slot].prompt for slot in unread]
-        for part in token_slices([len(p) for p in prompts], PROMPT_TOKENS):
-            p, slots = pack(prompts[part]).to(self.device), torch.tensor(unread[part], device=self.device)
+            self.place(self.waiting.popleft(), slot)
+        prompts = {slot: request.prompt for slot, request in self.live.items()}
+        holder = {prompt: slot for slot, prompt in reversed(prompts.items())}  # its first slot
+        unread = [slot for slot in new if holder[prompts[slot]] == slot]
+        for part in token_slices([len(prompts[slot]) for slot in unread], PROMPT_TOKENS):
+            slots = torch.tensor(unread[part], device=self.device)
+            p = pack([prompts[slot] for slot in unread[part]]).to(self.device)
             # `forward`, because a model that is compiled for training would be compiled again
             hidden = self.model.forward(p, self.cache, slots)  # [N, C]
             self.hidden[slots] = hidden[p.cu_seqlens[1:].long() - 1]
+        copied = {slot: holder[prompts[slot]] for slot in new if slot not in unread}
         if copied:
-            sources = [holders[self.live[slot].prompt] for slot in copied]
-            self.copy(sources, copied, [len(self.live[slot].prompt) for slot in copied], [self.hidden])
+            self.copy(copied.values(), copied, [len(prompts[slot]) for slot in copied], [self.hidden])
         slots = torch.tensor(new, device=self.device)
         self.draw_next(self.hidden[slots], slots)
 
@@ -307,39 +305,39 @@ class Sampler:
         self.live[slot] = request
         random = np.random.default_rng(request.stream).random(request.limit, dtype=np.float32)
         self.u[slot, : request.limit] = torch.from_numpy(random)
-        (temperature, top_k, top_p), vocab = request.settings, self.is_stop.shape[1]
-        cuts = min(top_k or vocab, vocab), top_p if top_p < 1 else torch.inf  # V and infinity cut nothing
-        self.settings[slot] = torch.tensor([temperature, *cuts])
+        self.settings[slot] = torch.tensor(request.settings, dtype=torch.float64)
         self.is_stop[slot] = False
         self.is_stop[slot, request.stop] = True
-        self.limit[slot], self.drawn[slot], self.alive[slot] = request.limit, 0, True
+        self.drawn[slot], self.left[slot] = 0, request.limit
 
     def copy(self, source, to, lengths, rows):
         """Copy keys and values of `lengths` tokens from slots to slots, and what `rows` has of them."""
-        source, to = torch.tensor(source, device=self.device), torch.tensor(to, device=self.device)
-        self.cache.copy(source, to, torch.tensor(lengths, device=self.device), max(lengths))
+        longest = max(lengths)
+        source, to, lengths = (torch.tensor(list(x), device=self.device) for x in (source, to, lengths))
+        self.cache.copy(source, to, lengths, longest)
         for x in rows:
             x[to] = x[source]
 
     def draw_next(self, hidden, slots):
         """Draw a token for each of `slots` (int64 [b]) from what the model has after its last, [b, C]."""
-        alive, drawn = self.alive[slots], self.drawn[slots]
-        column = torch.where(alive, drawn, self.length)
+        drawn, left = self.drawn[slots], self.left[slots]
+        column = torch.where(left > 0, drawn, self.length)
         settings = [self.settings[slots, i, None] if x is None else x for i, x in enumerate(self.shared)]
         token, logp = draw(logits_of(self.model, hidden), self.u[slots, column], *settings)
         self.tokens[slots, column], self.logprobs[slots, column] = token, logp
-        self.drawn[slots] = drawn = drawn + alive
-        self.alive[slots] = alive & ~self.is_stop[slots, token] & (drawn < self.limit[slots])
+        self.drawn[slots] = drawn + (left > 0)
+        self.left[slots] = (left - 1).clamp(min=0) * ~self.is_stop[slots, token]
 
     def advance(self):
         """Give each live slot its next token, and on CUDA the next GRAPH_STEPS."""
-        width = self.slots if self.captured else len(self.live)
-        while self.captured and len(self.live) <= width // 2:
+        if not self.captured:
+            self.close_up(len(self.live))
+            self.step_slots(len(self.live))
+            return
+        width = self.slots
+        while len(self.live) <= width // 2:
             width //= 2
         self.close_up(width)
-        if not self.captured:
-            self.step_slots(width)
-            return
         if width not in self.graphs:
             self.step_slots(width)  # by hand, which compiles what is then captured
             self.graphs[width] = torch.cuda.CUDAGraph()
@@ -355,29 +353,29 @@ class Sampler:
             return
         holes = [slot for slot in range(width) if slot not in self.live][: len(moved)]
         lengths = [len(self.live[slot].prompt) + self.live[slot].drawn - 1 for slot in moved]
-        rows = [self.hidden, self.u, self.tokens, self.logprobs, self.settings, self.is_stop]
-        self.copy(moved, holes, lengths, [*rows, self.limit, self.drawn, self.alive])
+        rows = [self.hidden, self.u, self.tokens, self.logprobs, self.settings, self.is_stop, self.drawn, self.left]
+        self.copy(moved, holes, lengths, rows)
         for slot, hole in zip(moved, holes):
             self.live[hole] = self.live.pop(slot)
-            self.alive[slot] = False
+            self.left[slot] = 0
 
     def step_slots(self, width):
         """One token for each of the first `width` slots. Nothing here waits for the GPU."""
         slots = torch.arange(width, device=self.device)
         last = self.tokens[slots, self.drawn[:width] - 1]
         self.draw_next(self.model.step(last, self.cache.first(width)), slots)
-        self.cache.lengths[:width] *= self.alive[:width]  # a dead slot stays short, and cheap
+        self.cache.lengths[:width] *= self.left[:width] > 0  # a dead slot stays short, and cheap
 
     def collect(self):
         """Free the slots that have finished -> their Samples.
 
         Raises UserError if log-probabilities are not finite.
         """
-        alive, drawn = torch.stack([self.alive, self.drawn]).tolist()
+        drawn, left = torch.stack([self.drawn, self.left]).tolist()
         samples = []
         for slot, request in list(self.live.items()):
             request.drawn = drawn[slot]
-            if alive[slot]:
+            if left[slot]:
                 continue
             tokens, logprobs = (x[slot, : request.drawn].tolist() for x in (self.tokens, self.logprobs))
             if not all(map(math.isfinite, logprobs)):
@@ -404,8 +402,7 @@ def rollout(model, prompts, *, max_new_tokens, n=1, slots=128, **options):
     """
     if not prompts:
         return []
-    budgets = token_budgets(model, prompts, max_new_tokens)
-    length = max(len(p) + budget for p, budget in zip(prompts, budgets))
+    length = min(model.config.context, max(map(len, prompts)) + max_new_tokens)
     sampler = Sampler(model, min(slots, n * len(prompts), affordable_slots(model, length)), length)
     sampler.add(prompts, max_new_tokens=max_new_tokens, n=n, **options)
     samples = []

@@ -1,23 +1,23 @@
-r"""Talk to any checkpoint: continue a prompt, or chat with a model that sft.py trained on conversations.
+r"""Talk to any checkpoint: continue a prompt, or chat with a model that sft.py trained to.
 
-    p(token) ~ exp(logit / temperature), cut to the likeliest tokens that hold top_p of the probability
+    p(token) ~ exp(logit / temperature), cut to the likeliest tokens that hold top_p in all
 
     python sample.py --model=out/base --prompt="ROMEO:" --max_new_tokens=300 --temperature=0.8
-    python sample.py --model=out/dpo --system="Be brief."              # a chat, as there is no --prompt
-    printf 'What is 2 + 3?\n/retry\n' | python sample.py --model=out/dpo > answers.txt    # from a pipe
+    python sample.py --model=out/dpo --system="Be brief."        # no --prompt: a chat
+    printf 'What is 2 + 3?\n/retry\n' | python sample.py --model=out/dpo > answers.txt
 
 In a chat:
 
     /undo                take back the last exchange
     /retry               draw another answer to the last message
-    /system TEXT         set the system message of the conversation from the next answer on; alone: none
+    /system TEXT         set the system message, from the next answer on; alone: none
     /compare CHECKPOINT  have another model answer too, from its own answers; alone: no longer
     /save FILE           append the conversation with --model to a JSONL file that sft.py reads
     /help                this list
     /quit                leave, as Ctrl-D does
 
-Ctrl-C stops an answer, which stays as it stands; at the prompt it leaves. Only answers go to stdout,
-everything about the chat goes to stderr.
+Ctrl-C stops an answer, which stays as it stands; at the prompt it leaves. Only answers go to
+stdout, everything about the chat goes to stderr.
 """
 
 import codecs
@@ -163,7 +163,7 @@ def answer(config, speakers, system, exchanges, seed):
 
 
 def save(name, messages):
-    """Append a conversation to a JSONL file as a row that sft.py reads -> what was done, in words."""
+    """Append a conversation to a JSONL file, for sft.py -> what was done, in words."""
     try:
         row = {"messages": rows.conversation({"messages": messages})}
     except ValueError as e:  # an empty answer

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import queue
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,10 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench/results/losses_9d07743.json"
 TOLERANCE = 1e-6
 THREADS = 2
+MODULES = [
+    *["data.world", "data.tokenizer", "data.prepare", "pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rlaif"],
+    *["evaluate", "sample"],
+]
 
 
 @dataclass
@@ -134,7 +139,7 @@ def new_name(key):
 TRAIN = ["--steps=20", "--device=cpu", "--print_every=20", "--eval_every=10", "--save_every=0"]
 TUNE = [*TRAIN, "--lr=1e-3", "--val_fraction=0.1"]
 PAIRS = ["--data=G/world/pairs.jsonl", "--batch_size=16", *TUNE]
-RL = [*TRAIN, "--max_new_tokens=40", "--eval_prompts=12", "--lr=5e-4"]
+RL = [*TRAIN, "--max_new_tokens=40", "--eval_every=0", "--eval_prompts=8", "--lr=5e-4"]
 PPO = [
     "ppo.py",
     "--init=G/sft",
@@ -240,25 +245,98 @@ SAMPLINGS = [
 ]
 
 
-def environment():
-    """The variables that every run has: two threads, which sleep while they wait."""
-    return os.environ | {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
+# --------------------------------------------------------------------------------------------------
+# Running commands of a checkout
 
 
-def run_python(checkout, words, variables=None):
-    """The standard output of `python words` in a checkout. Raises UserError if it fails."""
-    result = subprocess.run(
-        [sys.executable, *words],
-        cwd=checkout,
-        env=environment() | (variables or {}),
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
-        tail = "\n".join((result.stdout + result.stderr).splitlines()[-20:])
-        print(f"{tail}\n$ cd {checkout}; python {' '.join(words)}", file=sys.stderr, flush=True)
-        raise UserError(f"{words[0]} ended with status {result.returncode}, see above")
-    return result.stdout
+def fork_commands(modules):
+    """Import `modules`, then run each command that stdin brings in a forked copy of this process.
+
+    A line of stdin is JSON [words after `python`, file for the output]; the answer is the exit
+    status. Runs alone, with the modules of a checkout.
+    """
+    import contextlib
+    import importlib
+    import json
+    import os
+    import runpy
+    import sys
+    import traceback
+
+    def run(words, path):
+        status = 1
+        try:
+            for descriptor, name in ((1, path), (2, f"{path}.err")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            sys.argv = words[1:] if words[0] in ("-m", "-c") else words
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            elif words[0] == "-c":
+                exec(words[1], {"__name__": "__main__"})
+            else:
+                runpy.run_path(words[0], run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            print(e.code, file=sys.stderr)
+            status = e.code if isinstance(e.code, int) else int(bool(e.code))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    for module in modules:
+        with contextlib.suppress(Exception):  # a command that needs it will show the error
+            importlib.import_module(module)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            run(*json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+class Runner:
+    """A process in a checkout that has imported torch and the scripts, and forks for each command.
+
+    A fork is a process of its own without the seconds that the imports take. `variables` are added
+    to the environment. Two threads a process, which sleep while they wait.
+    """
+
+    def __init__(self, checkout, variables=None):
+        self.checkout = checkout
+        environment = {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE"} | (variables or {})
+        code = f"{inspect.getsource(fork_commands)}\nfork_commands({MODULES!r})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=checkout,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, words):
+        """The standard output of `python words`. Raises UserError if it fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "output")
+            self.process.stdin.write(json.dumps([words, str(path)]) + "\n")
+            self.process.stdin.flush()
+            status = self.process.stdout.readline().strip()
+            output = path.read_text()
+            if status != "0":
+                errors = Path(f"{path}.err").read_text()
+                tail = "\n".join((output + errors).splitlines()[-20:])
+                raise UserError(f"status {status or 'unknown'} of python {' '.join(words)}\n{tail}")
+        return output
+
+    def call(self, function, *arguments):
+        """Call a function of this file, which imports what it needs -> its standard output."""
+        return self.run(["-c", f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})"])
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def command(checkout, words, checkpoints, out=None):
@@ -311,33 +389,33 @@ def folder_hashes(folder, pattern):
     return {path.relative_to(folder).as_posix(): [file_hash(path)] for path in paths}
 
 
-def run_stage(checkout, words, checkpoints, scratch):
-    """Run an entry of RUNS in a checkout -> its figures."""
+def run_stage(runner, words, checkpoints, scratch):
+    """Run an entry of RUNS -> its figures."""
     script = words[0]
     suffix = {"rlaif.py": ".jsonl", "evaluate.py": ".json"}.get(script, "")
     out = None if script == "sample.py" else f"{scratch}/out{suffix}"
-    printed = run_python(checkout, command(checkout, words, checkpoints, out))
+    printed = runner.run(command(runner.checkout, words, checkpoints, out))
     if script == "sample.py":
-        return {"text": [printed]}
-    if script == "rlaif.py":
+        figures = {"text": [printed]}
+    elif script == "rlaif.py":
         figures = {"bytes of the file": [file_hash(out)]} | read_judgements(f"{scratch}/out.log.jsonl")
     elif script == "evaluate.py":
         figures = read_figures(out)
     else:
         figures = read_log(f"{out}/log.jsonl")
-    return {key.replace(f"{checkpoints}/", "G/"): values for key, values in figures.items()}
+    figures = {key.replace(f"{checkpoints}/", "G/"): values for key, values in figures.items()}
+    return {new_name(key): values for key, values in figures.items()} if is_old(runner.checkout) else figures
 
 
-def make_inputs(checkout, names, checkpoints, folder):
-    """Make some entries of INPUTS, which read `checkpoints`, in `folder`."""
+def make_inputs(runner, names, folder):
+    """Make some entries of INPUTS in `folder`, the later ones from the earlier ones."""
     for name in names:
-        words = INPUTS[name] if "-m" in INPUTS[name] else [*INPUTS[name], "--seed=0"]
-        run_python(checkout, command(checkout, words, checkpoints, f"{folder}/{name}"))
+        runner.run(command(runner.checkout, INPUTS[name], folder, f"{folder}/{name}"))
 
 
-def run_inputs(checkout, checkpoints, scratch):
+def run_inputs(runner, scratch):
     """The bytes of the data that the world, the tokenizer and data/prepare.py make."""
-    make_inputs(checkout, ["world", "tokenizer", "data"], checkpoints, scratch)
+    make_inputs(runner, ["world", "tokenizer", "data"], scratch)
     files = folder_hashes(scratch, "world/*.jsonl") | folder_hashes(scratch, "tokenizer/tokenizer.json")
     return files | folder_hashes(scratch, "data/**/*.bin")
 
@@ -386,49 +464,51 @@ def write_prompts(tokenizer_folder, rows_path, out):
         json.dump({"prompts": prompts, "stop": [chat.end_of_turn(tok)]}, f)
 
 
-def call_alone(checkout, function, *arguments, variables=None):
-    """Call a function of this file in a process that has the modules of a checkout.
-
-    -> its standard output.
-    """
-    code = f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})"
-    return run_python(checkout, ["-c", code], variables)
-
-
-def run_rollout(checkout, checkpoints, scratch):
+def run_rollout(runner, checkpoints, scratch):
     """The tokens and log-probabilities of a fixed set of prompts, several ways of sampling."""
-    arguments = f"{checkpoints}/sft", f"{checkpoints}/prompts.json", f"{scratch}/samples.json"
-    call_alone(checkout, draw_samples, *arguments, SAMPLINGS)
-    return json.loads(Path(arguments[-1]).read_text())
+    samples_path = f"{scratch}/samples.json"
+    runner.call(draw_samples, f"{checkpoints}/sft", f"{checkpoints}/prompts.json", samples_path, SAMPLINGS)
+    return json.loads(Path(samples_path).read_text())
 
 
 # --------------------------------------------------------------------------------------------------
 # The two sides
 
 
-def measure(name, checkout, checkpoints):
-    """One run -> its figures, and the seconds it took."""
-    begin = time.perf_counter()
+def measure(name, runner, checkpoints):
+    """The figures of one run, to nine digits: they determine an fp32 number."""
     with tempfile.TemporaryDirectory() as scratch:
         if name == "inputs":
-            figures = run_inputs(checkout, checkpoints, scratch)
+            figures = run_inputs(runner, scratch)
         elif name == "rollout":
-            figures = run_rollout(checkout, checkpoints, scratch)
+            figures = run_rollout(runner, checkpoints, scratch)
         else:
-            figures = run_stage(checkout, RUNS[name], checkpoints, scratch)
-    return figures, time.perf_counter() - begin
+            figures = run_stage(runner, RUNS[name], checkpoints, scratch)
+    return {key: [float(f"{x:.9g}") if isinstance(x, float) else x for x in xs] for key, xs in figures.items()}
 
 
 def measure_all(config, checkout):
-    """{run: its figures} of a checkout, the runs that --only names."""
+    """{run: its figures, or the UserError it ended in} of the runs that --only names."""
     prefixes = tuple(config.only.split(","))
     names = [name for name in ["inputs", "rollout", *RUNS] if name.startswith(prefixes)]
+    runners = queue.SimpleQueue()
+    for _ in range(config.workers):
+        runners.put(Runner(checkout))
+
+    def measure_next(name):
+        runner, begin = runners.get(), time.perf_counter()
+        try:
+            return measure(name, runner, config.checkpoints)
+        except UserError as e:
+            return e
+        finally:
+            print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+            runners.put(runner)
+
     with ThreadPoolExecutor(config.workers) as pool:
-        jobs = {name: pool.submit(measure, name, checkout, config.checkpoints) for name in names}
-        results = {}
-        for name, job in jobs.items():
-            results[name], seconds = job.result()
-            print(f"{name}: {seconds:.1f} s", flush=True)
+        results = dict(zip(names, pool.map(measure_next, names), strict=True))
+    for _ in range(config.workers):
+        runners.get().close()
     return results
 
 
@@ -439,11 +519,6 @@ def hardware():
     return f"{name}, {os.cpu_count()} cores"
 
 
-def round_trip(value):
-    """A number with the nine digits that determine an fp32 number, for a shorter record."""
-    return float(f"{value:.9g}") if isinstance(value, float) else value
-
-
 def make_golden(config, record_path):
     """Run the old code: write the checkpoints, then the record of what every run computed."""
     if not is_old(config.old or "."):
@@ -452,17 +527,22 @@ def make_golden(config, record_path):
     if checkpoints.exists() and any(checkpoints.iterdir()):
         raise UserError(f"--checkpoints={checkpoints}: not empty; choose another directory")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    make_inputs(config.old, INPUTS, checkpoints, checkpoints)
-    arguments = f"{checkpoints}/tokenizer", f"{checkpoints}/world/prompts.jsonl", f"{checkpoints}/prompts.json"
-    call_alone(config.old, write_prompts, *arguments)
+    runner = Runner(config.old)
+    make_inputs(runner, INPUTS, checkpoints)
+    prompts_path = checkpoints / "world/prompts.jsonl"
+    runner.call(write_prompts, f"{checkpoints}/tokenizer", str(prompts_path), f"{checkpoints}/prompts.json")
+    runner.close()
 
     runs = measure_all(config, config.old)
+    for error in runs.values():
+        if isinstance(error, UserError):
+            raise error
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=config.old, capture_output=True, text=True)
     machine = {"commit": revision.stdout.strip(), "hardware": hardware(), "threads": THREADS}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     lines = []
     for name, figures in runs.items():
-        entries = [f"  {json.dumps(key)}: {json.dumps([*map(round_trip, xs)])}" for key, xs in figures.items()]
+        entries = [f"  {json.dumps(key)}: {json.dumps(xs)}" for key, xs in figures.items()]
         lines.append(f" {json.dumps(name)}: {{\n" + ",\n".join(entries) + "\n }")
     head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in (machine | versions).items())
     record_path.write_text(f'{{\n{head}"runs": {{\n' + ",\n".join(lines) + "\n}\n}\n")
@@ -470,29 +550,34 @@ def make_golden(config, record_path):
 
 
 def difference(old, new):
-    """(largest relative, largest absolute difference, whether they count as the same)."""
+    """(largest relative, largest absolute difference, place of the first number that differs).
+
+    Differences are infinite between lists of two lengths, texts and numbers that are not finite;
+    the place is None if all numbers count as the same.
+    """
     if len(old) != len(new):
-        return math.inf, math.inf, False
-    relative, absolute, same = 0.0, 0.0, True
-    for a, b in zip(old, new, strict=True):
+        return math.inf, math.inf, min(len(old), len(new))
+    relative, absolute, first = 0.0, 0.0, None
+    for i, (a, b) in enumerate(zip(old, new, strict=True)):
         if a == b:
             continue
-        if isinstance(a, str) or isinstance(b, str) or not math.isfinite(a - b):
-            return math.inf, math.inf, False
-        gap = abs(a - b)
-        relative = max(relative, gap / max(abs(a), 1e-30))
+        comparable = isinstance(a, int | float) and isinstance(b, int | float) and math.isfinite(a - b)
+        gap = abs(a - b) if comparable else math.inf
+        size = abs(a) if comparable else 1.0
+        relative = max(relative, gap / size if size else gap)
         absolute = max(absolute, gap)
-        same = same and gap <= TOLERANCE * max(1.0, abs(a))
-    return relative, absolute, same
+        if first is None and gap > TOLERANCE * max(1.0, size):
+            first = i
+    return relative, absolute, first
 
 
 def match_names(name, old, new):
-    """[(new name, old figures, new figures or None)] of a run.
+    """[(name, old figures, new figures or None)] of a run.
 
     The figures of evaluate.py and rlaif.py have sentences as names; if they were reworded, they
     match in their order.
     """
-    old = {new_name(key): values for key, values in old.items() if new_name(key) not in DROPPED.get(name, ())}
+    old = {key: values for key, values in old.items() if key not in DROPPED.get(name, ())}
     if not name.startswith(("evaluate", "rlaif")):
         return [(key, values, new.get(key)) for key, values in old.items()]
     unmatched = iter([key for key in new if key not in old])
@@ -506,23 +591,28 @@ def match_names(name, old, new):
 def compare(record, measured):
     """Print every stage's largest differences -> the runs that differ."""
     failed = []
-    stages = {}  # stage: {figure: [relative, absolute, same, run]} of the worst run
+    stages = {}  # stage: {figure: (largest absolute, relative difference, run)}
     for name, new in measured.items():
+        if isinstance(new, UserError):
+            print(f"\n{name} failed: {new.args[0]}")
+            failed.append(name)
+            continue
         worst = stages.setdefault(name.split()[0], {})
         for key, old_values, new_values in match_names(name, record["runs"][name], new):
-            relative, absolute, same = difference(old_values, new_values or [])
-            if (absolute, relative) >= worst.get(key, (-1.0, -1.0))[:2]:
-                worst[key] = (absolute, relative, same, name)
-            if not same:
-                failed.append(f"{name}: {key}" + ("" if new_values is not None else " is missing"))
+            relative, absolute, first = difference(old_values, new_values or [])
+            worst[key] = max(worst.get(key, (0.0, 0.0, "")), (absolute, relative, name))
+            if new_values is None:
+                failed.append(f"{name}: {key} is missing")
+            elif first is not None:
+                failed.append(f"{name}: {key} from number {first + 1} of {len(old_values)}")
     for stage, worst in stages.items():
-        print(f"\n{stage:<32} relative   absolute   run with the largest")
-        for key, (absolute, relative, same, run) in worst.items():
+        print(f"\n{stage:<42} relative   absolute   largest in")
+        for key, (absolute, relative, run) in worst.items():
             if absolute:
-                print(f"  {key[:40]:<40} {relative:9.2g}  {absolute:9.2g}   {run}{'' if same else '   DIFFERS'}")
+                print(f"  {key[:40]:<40} {relative:9.2g}  {absolute:9.2g}   {run}")
         equal = [key for key, (absolute, *_) in worst.items() if not absolute]
         if equal:
-            print(f"  equal bit for bit: {', '.join(equal)}")
+            print(f"  equal to nine digits: {', '.join(equal)}")
     return failed
 
 
@@ -542,7 +632,8 @@ def main(config):
     print(f"\nrecord of {record['hardware']}, torch {record['torch']}; here {hardware()}, torch {torch.__version__}")
     print(f"{len(measured)} runs in {time.perf_counter() - begin:.0f} s")
     if failed:
-        raise UserError(f"FAIL at {TOLERANCE:g}: {'; '.join(failed)}")
+        print("\n".join(failed))
+        raise UserError(f"FAIL: {len(failed)} figures differ by more than {TOLERANCE:g}")
     print(f"PASS: every number is the same to {TOLERANCE:g}")
 
 

@@ -1,20 +1,20 @@
 """Judge texts: words as numbers, the rules, and what duplicates are.
 
-Pure functions of batches; data/prepare.py applies them to files. A batch of D texts becomes W words,
-each a 64-bit hash, and all else is arithmetic on these. A word is a maximal run of letters, digits
-and combining marks, lower-cased; in scripts written without spaces (Chinese, Japanese, Thai, ...)
-each letter is a word.
+Pure functions of batches; data/prepare.py applies them to files. A batch of D texts becomes W
+words, each a 64-bit hash, and all else is arithmetic on these. A word is a maximal run of letters,
+digits and combining marks, lower-cased; in scripts written without spaces (Chinese, Japanese, Thai,
+...) each letter is a word.
 
-Near-duplicates are found by MinHash. For texts with sets A, B of word 5-grams, and a random order of
-all 5-grams,
+Near-duplicates are found by MinHash. For texts with sets A, B of word 5-grams, and a random order
+of all 5-grams,
 
     P[first of A = first of B] = |A n B| / |A u B| = J        (Broder 1997)
 
 One such order is spread over 112 bins, each of which keeps its first (Li, Owen, Zhang 2012); empty
 bins borrow from full ones (Shrivastava 2017); 8 bits of each are stored. Texts that agree in one of
 14 bands of 8 bins are compared, P = 1 - (1 - J^8)^14 (FineWeb's numbers): 0.05 at J = 0.5, 0.56 at
-0.7, 0.99 at 0.85. They are duplicates if 77 % of all bins agree. Left out: duplicates within a text,
-learned quality filters (fastText).
+0.7, 0.99 at 0.85. They are duplicates if 77 % of all bins agree. Left out: duplicates within a
+text, learned quality filters (fastText).
 """
 
 import collections
@@ -29,7 +29,8 @@ import numpy as np
 GRAM = 5  # words
 BANDS, ROWS = 14, 8
 BINS = BANDS * ROWS
-# Two standard deviations of the estimate (and some) below 0.85: nearly every pair with J = 0.85 passes.
+# Two standard deviations of the estimate (and some) below 0.85: nearly every pair with J = 0.85
+# passes.
 SIMILAR = 0.77
 
 SPACE, SYMBOL, ALONE, DIGIT, LETTER = range(5)  # kinds of characters; ALONE: a letter that is a word
@@ -72,7 +73,7 @@ def character_kinds():
 
 
 def splitmix64(x):
-    """The finalizer of splitmix64: uint64 -> uint64, one to one, every bit depending on all bits."""
+    """The finalizer of splitmix64: uint64 -> uint64, one to one; every bit depends on all bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -81,8 +82,9 @@ def splitmix64(x):
 def span_hashes(values, begin, end):
     """uint64 [n]: hashes of the spans values[begin[i]:end[i]], none of them empty.
 
-    A hash is the polynomial sum_j values[begin + j] B^j mod 2^64, mixed by splitmix64. All come from
-    one prefix sum S of values[j] B^j, as (S[end] - S[begin]) B^-begin. B is odd, so it has an inverse.
+    A hash is the polynomial sum_j values[begin + j] B^j mod 2^64, mixed by splitmix64. All come
+    from one prefix sum S of values[j] B^j, as (S[end] - S[begin]) B^-begin. B is odd, so it has an
+    inverse.
     """
     base = 0x9E3779B97F4A7C15
     powers = np.cumprod(np.full(len(values), base, np.uint64))
@@ -119,8 +121,8 @@ def contains(table, hashes):
 
 
 # -------------------------------------------------------------------------------------------------
-# Rules: (texts, their Words, config) -> bool [D], True for a text that must go. It is counted for the
-# first rule that it breaks. From Gopher (Rae et al. 2021, appendix A.1), but milder if Gopher's
+# Rules: (texts, their Words, config) -> bool [D], True for a text that must go. It is counted for
+# the first rule that it breaks. From Gopher (Rae et al. 2021, appendix A.1), but milder if Gopher's
 # bounds, meant for web pages, would remove good exercises, dialogue or code.
 
 
@@ -140,12 +142,12 @@ def too_long(texts, words, config):
 
 
 def few_letters(texts, words, config):
-    """Under 30 % letters: tables, drawings, encoded data (Gopher: 80 % of the words have a letter)."""
+    """Under 30 % letters: tables, drawings, codes (Gopher: 80 % of the words have a letter)."""
     return words.letters < 0.3
 
 
 def many_marks(texts, words, config):
-    """More than one hash sign or ellipsis in ten words: tag clouds, teasers (Gopher). `###` is one."""
+    """More than one hash sign (`###` is one) or ellipsis in ten words: tag clouds, teasers (Gopher)."""
     return np.array([len(re.findall(r"#+|\.\.\.|\u2026", text)) for text in texts]) > 0.1 * words.count
 
 
@@ -178,7 +180,7 @@ RULES = (empty, too_short, too_long, few_letters, many_marks, repeated_lines, re
 
 
 def repeated_line_share(text):
-    """The share of a text's characters in lines that it had before, but for white space at the ends."""
+    """The share of a text's characters in lines that occurred before, white space at the ends aside."""
     lines = [line.strip() for line in text.split("\n")]
     again = sum(len(line) * (n - 1) for line, n in collections.Counter(lines).items())
     return again / max(sum(map(len, lines)), 1)
@@ -253,8 +255,8 @@ def near_duplicates(bands, rows):
 
     bands: signatures as uint64 [_, BANDS], one number per band. Sorted by a band, texts that share
     it are neighbors. Each is compared with the first of them and with the one just before it; all
-    pairs would be quadratic. So of a chain of near-duplicates the first stays. Memory: some 50 bytes
-    per text, besides the arguments.
+    pairs would be quadratic. So of a chain of near-duplicates the first stays. Memory: some 50
+    bytes per text, besides the arguments.
     """
     found = np.zeros(len(rows), bool)
     for band in range(BANDS):

@@ -2,15 +2,15 @@
 
 A stream is `eot document eot document ... eot`. Piece [a, b) is trained on as tokens [a, b) that
 predict tokens [a+1, b+1): a document begins with the eot before it, and the last thing it predicts
-is the eot after it. A document longer than the context is cut into windows. Every token is predicted
-once per epoch; nothing is dropped and nothing padded.
+is the eot after it. A document longer than the context is cut into windows. Every token is
+predicted once per epoch; nothing is dropped and nothing padded.
 """
 
 import numpy as np
 import torch
 
 from data.pack import Chat, pack
-from data.read import read_jsonl, read_text
+from data.read import read_text, read_texts
 from runtime.errors import UserError
 
 
@@ -19,14 +19,7 @@ def read_documents(path):
 
     Raises UserError naming the file, the line and what is wrong.
     """
-    if not path.endswith(".jsonl"):
-        documents = [read_text(path)]
-    else:
-        documents = []
-        for line, row in read_jsonl(path):
-            if not isinstance(row.get("text"), str):
-                raise UserError(f'{path}:{line}: no "text" string; pretraining reads {{"text": "..."}}')
-            documents.append(row["text"])
+    documents = list(read_texts(path)) if path.endswith(".jsonl") else [read_text(path)]
     if not any(documents):
         raise UserError(f"{path}: there is no text in it")
     return documents
@@ -86,7 +79,7 @@ def some_pieces(streams, eot, context, tokens):
 
 
 def pack_pieces(streams, cut):
-    """Pieces [n, 3] -> (pack, targets): the pieces as documents, and int64 [N] what they predict."""
+    """Pieces [n, 3] as one pack -> (pack, targets int64 [N])."""
     targets = np.concatenate([streams[s][a + 1 : b + 1] for s, a, b in cut]).astype(np.int64)
     return pack([streams[s][a:b] for s, a, b in cut]), torch.from_numpy(targets)
 

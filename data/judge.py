@@ -7,7 +7,7 @@ def judge_prompt(prompt, reply_a, reply_b, principle):
 
 
 def question(messages):
-    """What a reward function gets as the prompt: the text of a single message, else the messages."""
+    """What a reward function gets as the prompt: the text of a single message, or the messages."""
     return messages[-1]["content"] if len(messages) == 1 else messages
 
 

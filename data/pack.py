@@ -1,4 +1,4 @@
-"""The pack: a flat run of documents without padding, the one shape in which tokens pass every stage.
+"""The pack: a flat run of documents without padding, in which tokens pass through every stage.
 
 documents     [a b c] [d e]
 tokens        a b c d e

@@ -1,10 +1,10 @@
-"""Prepare text for pretraining: clean it, remove duplicates and evaluation texts, mix, split, tokenize.
+"""Prepare text for pretraining: clean, drop duplicates and evaluation texts, mix, split, tokenize.
 
-Data quality is half of what makes a model. Three passes:
+Three passes:
 
 1. scan     Each document is judged by itself: by the rules of data/clean.py, and by whether it
-            shares 13 words in a row with an evaluation file. What the next pass must know of it is a
-            record of 127 bytes: source, verdict, size, hash, MinHash signature.
+            shares 13 words in a row with an evaluation file. What the next pass must know of it is
+            a record of 127 bytes: source, verdict, size, hash, MinHash signature.
 2. decide   All records together: exact and near duplicates (data/clean.py), mixture weights, the
             train/val split.
 3. write    The chosen documents are read again and tokenized: `eot document eot document ... eot`
@@ -15,35 +15,32 @@ and ends in the same bytes.
 
 Sources: .jsonl with a string "text" in each row; .txt; hf:NAME[configuration,split,rows], copied to
 the work folder first (needs the extra `data`). A .txt file is divided into documents at lines
-`<|endoftext|>`, before lines that match --heading, and, once a document has --cut characters, at the
-next blank line (at twice that, the next line end). Blank lines alone divide nothing, and a book
+`<|endoftext|>`, before lines that match --heading, and, once a document has --cut characters, at
+the next blank line (at twice that, the next line end). Blank lines alone divide nothing, and a book
 becomes documents of some pages.
 
-Weights are shares of the text written: with a:0.7,b:0.3, 70 % of the training bytes come from a. The
-source that is shortest of its share is used --epochs times, the others e times in proportion: a
+Weights are shares of the text written: with a:0.7,b:0.3, 70 % of the training bytes come from a.
+The source that is shortest of its share is used --epochs times, the others e times in proportion: a
 document is written floor(e) times and, with probability e - floor(e), once more. Without weights,
 each is written once. Sources are interleaved evenly. Whether a document is held out depends on its
-text alone, not on order, seed or other documents. Left out: a global shuffle (pretrain.py shuffles).
+text alone, not on order, seed or other documents. Left out: a global shuffle (pretrain.py
+shuffles).
 
-    python -m data.prepare --data=book.txt --tokenizer=out/tok --out=out/data/book --val_fraction=0.1
-    python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2 --decontaminate=gsm8k_test.jsonl \
+    python -m data.prepare --data=book.txt --tokenizer=out/tok --out=out/data/book
+    --val_fraction=0.1 python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2
+    --decontaminate=gsm8k_test.jsonl \
         --tokenizer=out/tok --out=out/data/mix --workers=8
 """
 
-import collections
-import concurrent.futures.process
 import datetime
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +49,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data import clean, tokenizer
-from data.read import hub_rows, parse_mixture, read_json, read_jsonl, read_lines, read_text
+from data.read import parse_mixture, read_json, read_jsonl, read_lines, read_text, read_texts
 from data.shards import load_manifest
+from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
 from runtime.files import flush, lock_file, sha256, write_json
@@ -141,10 +139,8 @@ def parse_sources(text, work):
 def download(name, path):
     """Copy hf:NAME[configuration,split,rows] from Hugging Face into a JSONL file, row by row."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        for row in hub_rows(name):
-            if not isinstance(row.get("text"), str):
-                raise UserError(f'{name}: its rows have no string "text" but {", ".join(row)}')
-            file.write(json.dumps({"text": row["text"]}) + "\n")
+        for text in read_texts(name):
+            file.write(json.dumps({"text": text}) + "\n")
     finish(path)
 
 
@@ -176,18 +172,8 @@ def documents(path, config):
     """Yield the texts of a source; None for a bad line under --skip_bad."""
     if path.suffix == ".txt":
         yield from text_documents(path, config.heading, config.cut)
-        return
-    for number, row in read_jsonl(path, config.skip_bad):
-        text = row.get("text") if row else None
-        if isinstance(text, str):
-            yield text
-        elif config.skip_bad:
-            yield None
-        else:
-            raise UserError(
-                f'{path}:{number}: no string "text" in this row; '
-                "correct the line, or leave bad lines out with --skip_bad=True"
-            )
+    else:
+        yield from read_texts(str(path), config.skip_bad)
 
 
 def strings(value):
@@ -214,7 +200,7 @@ def evaluation_grams(paths):
             texts = [read_text(path)]
         else:
             texts = (text for _, row in read_jsonl(path) for text in strings(row))
-        for batch in tokenizer.batches(texts, BATCH):
+        for batch in batches(texts, BATCH):
             words = clean.find_words(batch)
             grams.append(clean.ngrams(words, SHARED)[0])
             short += int((words.count < SHARED).sum())
@@ -228,26 +214,22 @@ def evaluation_grams(paths):
 # 1. Scan
 
 
-def scanner(grams, config):
-    """Build a worker's function: a batch of (source number, text or None) -> RECORDs [D]."""
-
-    def scan(batch):
-        texts = [text or "" for _, text in batch]
-        words = clean.find_words(texts)
-        records = np.zeros(len(batch), RECORD)
-        records["source"] = [source for source, _ in batch]
-        records["bytes"] = [len(text.encode()) for text in texts]
-        records["key"] = [clean.text_key(text) for text in texts]
-        records["bands"] = clean.signatures(words).view("<u8")
-        if len(grams):
-            hashes, text = clean.ngrams(words, SHARED)
-            records["verdict"][text[clean.contains(grams, hashes)]] = VERDICTS.index("contaminated")
-        for rule in reversed(clean.RULES if config.clean else [clean.empty]):  # the first one counts
-            records["verdict"][rule(texts, words, config)] = VERDICTS.index(rule.__name__)
-        records["verdict"][[text is None for _, text in batch]] = VERDICTS.index("bad_line")
-        return records
-
-    return scan
+def scan(grams, config, batch):
+    """A batch of (source number, text or None) -> RECORDs [D]."""
+    texts = [text or "" for _, text in batch]
+    words = clean.find_words(texts)
+    records = np.zeros(len(batch), RECORD)
+    records["source"] = [source for source, _ in batch]
+    records["bytes"] = [len(text.encode()) for text in texts]
+    records["key"] = [clean.text_key(text) for text in texts]
+    records["bands"] = clean.signatures(words).view("<u8")
+    if len(grams):
+        hashes, text = clean.ngrams(words, SHARED)
+        records["verdict"][text[clean.contains(grams, hashes)]] = VERDICTS.index("contaminated")
+    for rule in reversed(clean.RULES if config.clean else [clean.empty]):  # the first one counts
+        records["verdict"][rule(texts, words, config)] = VERDICTS.index(rule.__name__)
+    records["verdict"][[text is None for _, text in batch]] = VERDICTS.index("bad_line")
+    return records
 
 
 def scan_sources(sources, grams, path, config):
@@ -255,8 +237,7 @@ def scan_sources(sources, grams, path, config):
     items = ((i, text) for i, source in enumerate(sources) for text in documents(source.path, config))
     progress = Progress("scan", sum(source.path.stat().st_size for source in sources))
     with open(f"{path}.tmp", "wb") as file:
-        batches = tokenizer.batches(items, BATCH, batch_size)
-        for records in in_order(scanner, (grams, config), batches, config.workers):
+        for records in in_order(scan, (grams, config), batches(items, BATCH, batch_size), config.workers):
             file.write(records.tobytes())
             progress.add(int(records["bytes"].sum(dtype=np.int64)))
     finish(path)
@@ -274,7 +255,8 @@ def uniform(keys, salt):
 def decide(records, sources, config):
     """Choose among the scanned documents.
 
-    Returns (verdict uint8 [D], copies to write int64 [D], held out bool [D], epochs of each source).
+    Returns (verdict uint8 [D], copies to write int64 [D], held out bool [D], epochs of each
+    source).
     """
     verdict, keys = records["verdict"].copy(), records["key"].copy()
     if config.dedup != "none":
@@ -359,27 +341,16 @@ def read_numbered(path, numbers, config):
         at = number + 1
 
 
-def encoder(where, dtype):
-    """Build a worker's function: a batch of (split, shard, text) -> its tokens by shard, in order.
-
-    The result is {(split, shard): (tokens, documents, bytes)}.
-    """
-    tok = tokenizer.load(where)
-
-    def encode(batch):
-        tokens = collections.defaultdict(list)
-        count, size = collections.Counter(), collections.Counter()
-        for split, shard, text in batch:
-            key = split, shard
-            tokens[key] += [tok.eot, *tok.encode_ordinary(text)]
-            count[key] += 1
-            size[key] += len(text.encode())
-        return {key: (np.array(tokens[key], dtype), count[key], size[key]) for key in tokens}
-
-    return encode
+def encode(tok, dtype, batch):
+    """A batch of (split, shard, text) -> [(split, shard, tokens, bytes)]."""
+    found = []
+    for split, shard, text in batch:
+        tokens = np.array([tok.eot, *tok.encode_ordinary(text)], dtype)
+        found.append((split, shard, tokens, len(text.encode())))
+    return found
 
 
-def write_splits(sources, records, copies, held_out, eot, dtype, config):
+def write_splits(sources, records, copies, held_out, tok, dtype, config):
     """Tokenize the chosen documents to shards -> {split: [manifest entry, ...]}."""
     document, shard = writing_order(records, copies, held_out, config.shard_bytes)
     source, first = records["source"][document], np.searchsorted(records["source"], np.arange(len(sources)))
@@ -387,87 +358,45 @@ def write_splits(sources, records, copies, held_out, eot, dtype, config):
     split = np.where(held_out[document], "val", "train").tolist()
     items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source, strict=True))
 
-    entries, parts = {"train": [], "val": []}, {"train": [], "val": []}  # parts: of the open shards
+    entries = {"train": [], "val": []}
+    tokens, sizes = {"train": [], "val": []}, {"train": [], "val": []}  # of the open shards, by document
+
+    def close_shard(name):
+        entries[name].append(write_shard(config.out, f"{name}_{len(entries[name]):05d}.bin", tokens[name], sizes[name]))
+        tokens[name], sizes[name] = [], []
+
     progress = Progress("write", int(records["bytes"][document].sum(dtype=np.int64)))
-    batches = tokenizer.batches(items, BATCH, batch_size)
-    for pieces in in_order(encoder, (config.tokenizer, dtype), batches, config.workers):
-        for (name, number), part in pieces.items():
+    for encoded in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
+        for name, number, ids, size in encoded:
             if number > len(entries[name]):
-                entries[name].append(write_shard(config.out, f"{name}_{number - 1:05d}.bin", parts[name], eot))
-                parts[name] = []
-            parts[name].append(part)
-            progress.add(part[2])
-    for name in parts:
-        if parts[name]:
-            file = f"{name}_{len(entries[name]):05d}.bin"
-            entries[name].append(write_shard(config.out, file, parts[name], eot))
+                close_shard(name)
+            tokens[name].append(ids)
+            sizes[name].append(size)
+            progress.add(size)
+    for name in entries:
+        if sizes[name]:
+            close_shard(name)
     return entries
 
 
-def write_shard(out, name, parts, eot):
-    """Write one shard from its parts (tokens, documents, bytes) -> its manifest entry."""
-    tokens, counts, sizes = zip(*parts, strict=True)
-    tokens = np.concatenate([*tokens, np.array([eot], tokens[0].dtype)])
+def write_shard(out, name, tokens, sizes):
+    """Write one shard from the tokens and bytes of its documents -> its manifest entry."""
+    tokens = np.concatenate([*tokens, tokens[0][:1]])  # ends with eot, as it begins
     path = Path(out) / name
     path.write_bytes(tokens)
     flush(path)
     return {
         "file": name,
         "tokens": len(tokens),
-        "documents": sum(counts),
+        "documents": len(sizes),
         "bytes": sum(sizes),
         "sha256": hashlib.sha256(tokens).hexdigest(),
     }
 
 
-# -------------------------------------------------------------------------------------------------
-# Processes and progress
-
-
 def batch_size(item):
     """What an item counts in a batch, in characters; its last part is the text."""
     return len(item[-1] or "") + 100  # a short document has its cost, too
-
-
-def begin_worker(build, arguments):
-    """First thing in each new process: make the function that `apply` applies."""
-    global function
-    function = build(*arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    """A killed parent would leave its workers waiting forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def apply(item):
-    return function(item)
-
-
-def in_order(build, arguments, items, workers):
-    """Yield build(*arguments)(item) for every item, in order, from `workers` processes.
-
-    At most two items per worker are under way, so memory is bounded.
-    """
-    if workers == 1:
-        yield from map(build(*arguments), items)
-        return
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=begin_worker, initargs=(build, arguments)) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(apply, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(
-                "a worker process died, perhaps for lack of memory; rerun the same command with fewer --workers"
-            ) from None
 
 
 class Progress:
@@ -593,7 +522,7 @@ def main(config):
     records = np.memmap(scan, RECORD, "r")
     verdict, copies, held_out, epochs = decide(records, sources, config)
     dtype = "uint16" if tok.n_vocab <= 65536 else "uint32"
-    splits = write_splits(sources, records, copies, held_out, tok.eot, dtype, config)
+    splits = write_splits(sources, records, copies, held_out, tok, dtype, config)
 
     manifest = {
         "format": 1,

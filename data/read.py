@@ -158,9 +158,9 @@ def without_nulls(row):
 
 
 def hub_rows(name):
-    """Yield the rows of hf:NAME[configuration,split,rows] from Hugging Face, as dicts without nulls.
+    """Yield the rows of hf:NAME[configuration,split,rows] of Hugging Face, as dicts without nulls.
 
-    Left out, these are the default configuration, train, and all.
+    The defaults are the default configuration, train, and all rows.
     """
     try:
         import datasets
@@ -176,7 +176,7 @@ def hub_rows(name):
 
 
 def parquet_rows(path):
-    """Yield the rows of a Parquet file as dicts, without nulls: every row of a table has all columns."""
+    """Yield the rows of a Parquet file as dicts, without nulls, for each row has every column."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -208,3 +208,18 @@ def read_rows(name, skip_bad=False):
         yield from read_jsonl(name, skip_bad)
     else:
         raise UserError(f"{name}: expected FILE.jsonl, FILE.parquet or hf:NAME")
+
+
+def read_texts(name, skip_bad=False):
+    """Yield the "text" of every row of a .jsonl or .parquet file or of hf:NAME[...].
+
+    Raises UserError naming the file and the line of a row without it; with `skip_bad`, yields None.
+    """
+    for line, row in read_rows(name, skip_bad):
+        text = row.get("text") if row else None
+        if isinstance(text, str):
+            yield text
+        elif skip_bad:
+            yield None
+        else:
+            raise UserError(f'{name}:{line}: no string "text" in this row; its fields: {", ".join(row) or "none"}')

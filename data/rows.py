@@ -177,7 +177,7 @@ def dialogue(text, field):
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if len(parts) < 5 or parts[0].strip():
         raise ValueError(
-            f'"{field}" is a string, but there is neither a "prompt" nor "\\n\\nHuman: ... \\n\\nAssistant: ..." turns in it'
+            f'"{field}" is a string without "\\n\\nHuman: ... \\n\\nAssistant: ..." turns, and there is no "prompt"'
         )
     roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[1::2]]
     return check_messages([message(*turn) for turn in zip(roles, parts[2::2], strict=True)], field)
@@ -238,10 +238,20 @@ def judged(row):
 
 
 def gold_margin(row):
-    """How much better "chosen" truly is, if the row has "gold_chosen" and "gold_rejected"; else nan."""
+    """How much better "chosen" truly is, by "gold_chosen" and "gold_rejected"; nan without them."""
     gold = [row.get(name) for name in ("gold_chosen", "gold_rejected")]
     known = all(isinstance(g, (int, float)) and abs(g) < 1e100 for g in gold)
     return float(gold[0] - gold[1]) if known else math.nan
+
+
+def kto_pairs(judged):
+    """[Pair]: the completions that `judged` gave, each as the chosen side, and as the rejected one
+    that of another prompt, by which KTO measures the KL; probability is the label, 1 for good."""
+    singles = [single for row in judged for single in row]
+    others = singles[2:] + singles[:2]  # two on, for the neighbours of a preference share their prompt
+    return [
+        Pair(prompt, text, other, float(label), {}) for (prompt, text, label), (_, other, _) in zip(singles, others)
+    ]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -275,9 +285,9 @@ def read(sources, parse, skip_bad=False, seed=0):
     """The rows of --data, each through `parse` -> (list, {source: SHA-256 of its rows}).
 
     sources: a.jsonl,b.parquet,hf:NAME[configuration,split,rows]. Weights, as in
-    a.jsonl:0.7,b.jsonl:0.3, are shares of the rows: every row is used of the source that is shortest
-    of its share, a random choice of the others. Raises UserError naming the file, the line, the
-    field and what is wrong.
+    a.jsonl:0.7,b.jsonl:0.3, are shares of the rows: every row is used of the source that is
+    shortest of its share, a random choice of the others. Raises UserError naming the file, the
+    line, the field and what is wrong.
     """
     mixture = parse_mixture(sources)
     found, hashes = [], {}

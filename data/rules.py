@@ -54,5 +54,5 @@ def thinks_first(prompt, completion, row):
 
 
 def brief(prompt, completion, row):
-    """1.0 for no words, falling evenly to 0.0 at 100: with a small weight, it prefers short answers."""
+    """1.0 for no words, falling evenly to 0.0 at 100; give it a small weight to prefer brevity."""
     return max(0.0, 1 - len(completion.split()) / 100)

@@ -63,7 +63,8 @@ def check(folder, tok):
         tokens = np.memmap(path, manifest["dtype"], "r")
         if tokens.max() >= tok.n_vocab or not tokens[0] == tokens[-1] == tok.eot or len(tokens) < 2:
             raise UserError(
-                f"{path}: has ids that the tokenizer lacks, or does not begin and end with the end of a document; {AGAIN}"
+                f"{path}: has ids that the tokenizer lacks, or does not begin and end with the end of a document; "
+                + AGAIN
             )
     return manifest
 

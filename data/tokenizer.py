@@ -1,47 +1,70 @@
-r"""Text to token ids and back: byte-level BPE, trained here, run by tiktoken, stored as Hugging Face's tokenizer.json.
+r"""Text to token ids and back: byte-level BPE, trained here, run by tiktoken, stored as
+tokenizer.json.
 
     text --PATTERN--> pieces (words, digits, punctuation) --UTF-8--> bytes --merges--> tokens
 
-Training begins with the 256 bytes as tokens and repeats: count the pairs of neighbouring tokens inside the pieces, make the commonest pair a new
-token. Encoding repeats the same merges, earliest first, so a token's id is its priority; `parts` spells that out for one token. Any byte is a token,
-so no text is out of vocabulary. The last ids are the SPECIALS, which mark structure: text never yields them, not even text that spells them.
+Training begins with the 256 bytes as tokens and repeats: count the pairs of neighboring tokens
+inside the pieces, make the commonest pair a new token. Encoding repeats the same merges, earliest
+first, so a token's id is its priority; `parts` spells that out for one token. Any byte is a token,
+so no text is out of vocabulary. The last ids are the SPECIALS, which mark structure: text never
+yields them, not even text that spells them.
 
-Read as well: any byte-level-BPE tokenizer.json (Llama 3, Qwen, GPT-4o, ...), GPT-2's files, tiktoken's own names. Left out: sentencepiece, WordPiece
-and Unigram, and vocabularies whose ids do not follow the order of their merges (OPT, RoBERTa): tiktoken has one number for both, and no model that
-Feinschliff loads needs two.
+Read as well: any byte-level-BPE tokenizer.json of Hugging Face (Llama 3, Qwen, GPT-4o, ...),
+GPT-2's files, tiktoken's own names. Left out: sentencepiece, WordPiece and Unigram, and
+vocabularies whose ids do not follow the order of their merges (OPT, RoBERTa): tiktoken has one
+number for both, and no model that Feinschliff loads needs two.
 
-    python -m data.tokenizer --data=corpus.txt,more.jsonl --vocab_size=4096 --out=out/tok --workers=2
+    python -m data.tokenizer --data=corpus.txt,more.jsonl --vocab_size=4096 --out=out/tok
+    --workers=2
 """
 
-import hashlib, heapq, json, multiprocessing, re, time, unicodedata
+import hashlib
+import heapq
+import json
+import re
+import time
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
 
-from runtime.cli import launch
+from data.read import parse_mixture, read_json, read_lines, read_texts
+from data.workers import batches, in_order
+from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from data.read import parse_mixture, read_json, read_lines, read_rows
+from runtime.files import write_json
 
 
 @dataclass
 class Config:
-    data: str  # comma-separated: .jsonl or hf:NAME[configuration,split,rows] with a string "text" in each row, anything else plain text
-    out: str  # folder that gets tokenizer.json and tokenizer_config.json
-    vocab_size: int = 4096  # ids in all: 256 bytes, merges, 4 special tokens (bpe only)
-    kind: str = "bpe"  # bpe, char (the characters of the data) or byte
-    workers: int = 1  # processes that count pieces (bpe only)
-    overwrite: bool = False  # replace the tokenizer.json in --out
+    # -- What you will set --
+    # comma-separated: .jsonl or hf:NAME[configuration,split,rows] with a string "text" in each row,
+    # anything else as plain text
+    data: str
+    # folder that gets tokenizer.json and tokenizer_config.json
+    out: str
+    # ids in all: 256 bytes, merges, 4 special tokens (bpe only)
+    vocab_size: int = 4096
+
+    # -- What you may set --
+    # char: the characters of the data; byte: the 256 bytes [one of bpe, char, byte]
+    kind: str = "bpe"
+    # processes that count pieces (bpe only) [>= 1]
+    workers: int = 1
+    # replace the tokenizer.json in --out
+    overwrite: bool = False
 
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
-# GPT-4's pattern with three changes: single digits (numbers are spelled alike, so sums generalise), combining marks stay with their letters, and no
-# possessive quantifiers and no (?i:...), so that the regex engines of tiktoken, Hugging Face and Python cut alike.
+# GPT-4's pattern with three changes: single digits (numbers are spelled alike, so sums generalize),
+# combining marks stay with their letters, and no possessive quantifiers and no (?i:...), so that
+# the regex engines of tiktoken, Hugging Face and Python cut alike.
 PATTERN = "|".join(
     (
         r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's, 'll and other English endings
@@ -49,63 +72,71 @@ PATTERN = "|".join(
         r"\p{N}",  # a digit
         r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
         r"\s*[\r\n]+",  # line ends
-        r"\s+(?!\S)|\s+",  # other white space, but for the space that the next word takes
+        r"\s+(?!\S)|\s+",  # other white space, except the space that the next word takes
     )
 )
 CHARACTER = r"[\s\S]"  # the pattern of a character vocabulary: every character is a piece
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+\z|\s+(?!\S)|\s"  # in tiktoken's spelling
-# SmolLM's and StarCoder's: GPT-2's on the stretches between digits, so white space may also end at a digit.
+# GPT-2's pattern, in tiktoken's spelling
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+\z|\s+(?!\S)|\s"
+# SmolLM's and StarCoder's: GPT-2's between digits, so white space may also end at a digit
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+\z|\s+(?!\S)|\s"
 
-LONG_PIECE = 100  # a longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one line cannot stall training
-LONG_SPACE = 500_000  # a run of a million white-space characters overflows the stack of tiktoken's regex engine
-LONG_TOKEN, MAX_ID = (
-    512,
-    2**20,
-)  # what an imported vocabulary beyond them would cost in time and memory is not worth it: it is damaged
-LONG_PATTERN, SQUARES = (
-    2000,
-    2**25,
-)  # characters (GPT-4o's, the longest in use, has 350); sum of squared lengths of tokens (GPT-2: 2.5 million), which is what `parts` costs
+BATCH = 2**20  # characters that a worker counts at once
+# A longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one
+# line cannot stall training.
+LONG_PIECE = 100
+LONG_SPACE = 500_000  # a run of a million spaces overflows the stack of tiktoken's regex engine
+# An imported vocabulary beyond these is damaged; it would cost too much time and memory.
+LONG_TOKEN, MAX_ID = 512, 2**20
+LONG_PATTERN = 2000  # characters; GPT-4o's, the longest in use, has 350
+SQUARES = 2**25  # sum of squared lengths of tokens, the cost of `parts`; GPT-2: 2.5 million
 
-# GPT-2 writes the bytes of a token as printable characters, those that are not printable from U+0100 on. Every tokenizer.json follows.
+# GPT-2 writes the bytes of a token as printable characters, those that are not printable from
+# U+0100 on. Every tokenizer.json follows.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {
-    b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)
-}
+UNPRINTABLE = [b for b in range(256) if b not in PRINTABLE]
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(UNPRINTABLE)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer(tiktoken.Encoding):
-    """A tiktoken.Encoding and what tokenizer.json says beyond it. Text goes in by `encode_ordinary`, special tokens by `encode_single_token`."""
+    """A tiktoken.Encoding, and what tokenizer.json says beyond it.
+
+    Text goes in by `encode_ordinary`, special tokens by `encode_single_token`.
+    """
 
     def __init__(
-        self, name, pat_str, mergeable_ranks, special_tokens, nfc=False, eot="<|endoftext|>", pad="<|pad|>", visible=()
+        self,
+        name,
+        pat_str,
+        mergeable_ranks,
+        special_tokens,
+        nfc=False,
+        eot="<|endoftext|>",
+        pad="<|pad|>",
+        visible=(),
     ):
         super().__init__(name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
-        self.nfc = nfc  # NFC-normalise a text first (Qwen)
+        self.nfc = nfc  # NFC-normalize a text first (Qwen)
         self.eot = special_tokens[eot]  # id that begins and ends a document
-        self.pad = special_tokens[pad]  # id for other people's padding; imported files may use eot for both
-        self.visible = visible  # special tokens that HF's decode(skip_special_tokens=True) shows (Qwen3's <think>)
+        self.pad = special_tokens[pad]  # id for other people's padding; may be eot's
+        self.visible = visible  # specials that HF's decode(skip_special_tokens=True) shows (<think>)
         self.missing_bytes = {b for b in range(256) if bytes([b]) not in mergeable_ranks}
 
     def encode_ordinary(self, text):
-        """The ids of a text, never a special one. UserError for a character that a vocabulary without all bytes does not have."""
+        """The ids of a text, never a special one.
+
+        Raises UserError for a character that the vocabulary lacks, and for a text that tiktoken
+        cannot cut into pieces.
+        """
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         if self.missing_bytes:
-            for char in set(text):
-                raw = char.encode("utf-8", "surrogatepass")
-                known = (
-                    raw in self._mergeable_ranks if self._pat_str == CHARACTER else self.missing_bytes.isdisjoint(raw)
-                )
-                if not known:
-                    raise UserError(
-                        f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; take it out of the text, or use a byte-level tokenizer"
-                    )
+            self.check_characters(text)
         if len(text) > LONG_SPACE and max(map(len, re.findall(r"\s+", text)), default=0) > LONG_SPACE:
             raise UserError(
-                f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; shorten them"
+                f"a text of {len(text)} characters has more than {LONG_SPACE} white-space characters in a row; "
+                "shorten them"
             )
         try:
             return super().encode_ordinary(text)
@@ -113,11 +144,29 @@ class Tokenizer(tiktoken.Encoding):
             if type(e).__name__ != "PanicException":
                 raise
             raise UserError(
-                f"tiktoken gave up on a text of {len(text)} characters: the pattern of this tokenizer takes too many steps on it ({e})"
+                f"tiktoken gave up on a text of {len(text)} characters: "
+                f"the pattern of this tokenizer takes too many steps on it ({e})"
             ) from None
 
+    def check_characters(self, text):
+        """Raises UserError if a vocabulary without all bytes lacks a character of the text."""
+        for char in set(text):
+            raw = char.encode("utf-8", "surrogatepass")
+            if self._pat_str == CHARACTER:
+                known = raw in self._mergeable_ranks
+            else:
+                known = self.missing_bytes.isdisjoint(raw)
+            if not known:
+                raise UserError(
+                    f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; "
+                    "take it out of the text, or use a byte-level tokenizer"
+                )
+
     def decode_single_token_bytes(self, token):
-        """The bytes of an id; none for an id without a token, which a model whose vocabulary was padded may draw."""
+        """The bytes of an id, b"" for an id without a token.
+
+        A model with a padded vocabulary may sample such an id.
+        """
         try:
             return super().decode_single_token_bytes(token)
         except KeyError:
@@ -127,38 +176,31 @@ class Tokenizer(tiktoken.Encoding):
         """The text of some ids, U+FFFD for bytes that are not UTF-8."""
         return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", errors)
 
-    def __getstate__(self):  # tiktoken pickles the arguments of its __init__, for worker processes; these are ours
-        return super().__getstate__() | {
-            "nfc": self.nfc,
-            "eot": self.decode([self.eot]),
-            "pad": self.decode([self.pad]),
-            "visible": self.visible,
-        }
+    def __getstate__(self):
+        """The arguments of __init__: tiktoken pickles an encoding by them, for worker processes."""
+        eot, pad = self.decode([self.eot]), self.decode([self.pad])
+        return super().__getstate__() | {"nfc": self.nfc, "eot": eot, "pad": pad, "visible": self.visible}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Making a tokenizer
 
 
 def train(documents, vocab_size, workers=1):
-    """Byte-level BPE of `vocab_size` ids in all, from an iterable of texts that is read once, its pieces counted in `workers` processes.
+    """Byte-level BPE of `vocab_size` ids in all, from an iterable of texts that is read once.
 
-    Memory grows with the number of different pieces; the result depends on the texts alone, not on their order or the workers. Only pairs seen twice
-    are merged. A corpus with too few of them is a UserError that names the vocabulary it supports: fewer ids than asked would go unnoticed.
+    `workers` processes count the pieces. Memory grows with the number of different pieces. The
+    result depends on the texts alone, not on their order or the workers. Only pairs that occur
+    twice are merged. Raises UserError naming the vocabulary that a small corpus supports, for
+    nobody would notice fewer ids.
     """
     n = vocab_size - 256 - len(SPECIALS)
     if n < 0:
-        raise UserError(
-            f"--vocab_size={vocab_size}: at least {256 + len(SPECIALS)} is needed, for the bytes and the special tokens"
-        )
+        least = 256 + len(SPECIALS)
+        raise UserError(f"--vocab_size={vocab_size}: at least {least} is needed, for the bytes and the special tokens")
     counts = Counter()
-    if workers > 1:
-        with multiprocessing.Pool(workers) as pool:
-            for part in pool.imap_unordered(count_pieces, batches(documents)):
-                counts.update(part)
-    else:
-        for batch in batches(documents):
-            counts.update(count_pieces(batch))
+    for part in in_order(count_pieces, (), batches(documents, BATCH), workers):
+        counts.update(part)
     pieces = Counter()
     for piece, count in counts.items():
         for i in range(0, len(piece), LONG_PIECE):
@@ -167,21 +209,11 @@ def train(documents, vocab_size, workers=1):
     if len(merged) < n:
         supported = vocab_size - n + len(merged)
         raise UserError(
-            f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; give more text, or --vocab_size={supported}"
+            f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; "
+            f"give more text, or --vocab_size={supported}"
         )
-    return reserve("bpe", PATTERN, {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + merged)}, {})
-
-
-def batches(texts, size=2**20):
-    """Lists of texts with about a million characters: what a worker counts at once."""
-    batch, length = [], 0
-    for text in texts:
-        batch.append(text)
-        length += len(text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    yield batch
+    tokens = [bytes([b]) for b in range(256)] + merged
+    return with_specials("bpe", PATTERN, {token: i for i, token in enumerate(tokens)}, {})
 
 
 def count_pieces(texts):
@@ -189,18 +221,16 @@ def count_pieces(texts):
 
 
 def learn_merges(pieces, n):
-    """The training algorithm: {piece: count} -> up to `n` new tokens, in the order they are learnt.
+    """BPE's training: {piece: count} -> up to `n` new tokens, in the order in which they are made.
 
-    Of equally common pairs the one of lower ids wins. A piece is held as a str with a character for each token, chr(id): then a pair is a str of two,
-    and merging it is str.replace.
+    Of equally common pairs the one of lower ids wins. A piece is held as a str with a character for
+    each token, chr(id): then a pair is a str of two, and merging it is str.replace.
     """
     words, weights = [piece.decode("latin-1") for piece in pieces], list(pieces.values())
-    counts, where = (
-        defaultdict(int),
-        defaultdict(set),
-    )  # pair -> occurrences; pair -> indices of the words it is in (or was)
+    counts = defaultdict(int)  # pair -> occurrences
+    where = defaultdict(set)  # pair -> indices of the words that contain it, or did
     for i, word in enumerate(words):
-        for a, b in zip(word, word[1:]):
+        for a, b in pairwise(word):
             counts[a + b] += weights[i]
             where[a + b].add(i)
     heap = [(-count, pair) for pair, count in counts.items()]
@@ -208,7 +238,7 @@ def learn_merges(pieces, n):
     tokens = [bytes([b]) for b in range(256)]
     while heap and len(tokens) < 256 + n:
         count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:  # out of date: the count of an old pair only falls, so it belongs further back
+        if -count != counts[pair]:  # out of date: an old pair's count only falls, so it comes later
             heapq.heappush(heap, (-counts[pair], pair))
             continue
         if -count < 2:
@@ -218,9 +248,9 @@ def learn_merges(pieces, n):
         for i in where.pop(pair):
             old, word = words[i], words[i].replace(pair, new)
             words[i] = word
-            for a, b in zip(old, old[1:]):
+            for a, b in pairwise(old):
                 counts[a + b] -= weights[i]
-            for a, b in zip(word, word[1:]):
+            for a, b in pairwise(word):
                 counts[a + b] += weights[i]
                 if new in (a, b):
                     where[a + b].add(i)
@@ -231,50 +261,48 @@ def learn_merges(pieces, n):
 
 
 def characters(text):
-    """The sorted characters of `text`, then the SPECIALS. Encoding any other character is a UserError."""
+    """The sorted characters of `text`, then the SPECIALS.
+
+    Encoding any other character raises UserError.
+    """
     if not text:
         raise UserError("a vocabulary of characters needs some text")
-    return reserve("characters", CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
+    return with_specials("characters", CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
 
 
 def byte_level():
     """The 256 bytes, then the SPECIALS."""
-    return reserve("bytes", PATTERN, {bytes([b]): b for b in range(256)}, {})
+    return with_specials("bytes", PATTERN, {bytes([b]): b for b in range(256)}, {})
 
 
-def reserve(name, pattern, ranks, specials):
-    """A Tokenizer in which those of our SPECIALS that `specials` lacks have the ids after all others."""
+def with_specials(name, pattern, ranks, specials):
+    """A Tokenizer that appends, after all other ids, those of the SPECIALS that `specials` lacks."""
     end = max([*ranks.values(), *specials.values()]) + 1
-    return Tokenizer(
-        name, pattern, ranks, specials | {s: end + i for i, s in enumerate(s for s in SPECIALS if s not in specials)}
-    )
+    missing = [s for s in SPECIALS if s not in specials]
+    return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(missing)})
 
 
 def with_turns(tok):
-    """The same tokenizer, <|im_start|> and <|im_end|> appended where it lacks them, as one from elsewhere may. What ends its documents and what pads stay."""
-    specials, end = dict(tok._special_tokens), tok.n_vocab
+    """The same tokenizer, with <|im_start|> and <|im_end|> appended if it lacks them.
+
+    What ends its documents and what pads stays.
+    """
+    specials, end = tok._special_tokens, tok.n_vocab
     missing = [s for s in SPECIALS[2:] if s not in specials]
-    name = {i: s for s, i in specials.items()}
-    return Tokenizer(
-        tok.name,
-        tok._pat_str,
-        tok._mergeable_ranks,
-        specials | {s: end + i for i, s in enumerate(missing)},
-        tok.nfc,
-        name[tok.eot],
-        name[tok.pad],
-        tok.visible,
-    )
+    specials = specials | {s: end + i for i, s in enumerate(missing)}
+    return Tokenizer(**tok.__getstate__() | {"special_tokens": specials})
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Reading one
 
 
 def load(where):
-    """The tokenizer in a directory (a checkpoint, prepared data, a download), a tokenizer.json, a folder with GPT-2's two files, or a tiktoken name.
+    """The tokenizer in a folder (a checkpoint, prepared data, a download), or of a tiktoken name.
 
-    Ids are kept. UserError names the file and what in it is damaged, or cannot be had with tiktoken.
+    The folder has a tokenizer.json or GPT-2's two files; a path to a tokenizer.json will do. Ids
+    are kept. Raises UserError naming the file and what in it is damaged, or impossible with
+    tiktoken.
     """
     path = Path(where)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -287,137 +315,154 @@ def load(where):
             ) from None
     if (path / "vocab.bpe").is_file():
         return gpt2(path)
+    folders = "a folder with tokenizer.json, or with encoder.json and vocab.bpe"
     names = tiktoken.list_encoding_names()
     if str(where) not in names:
-        raise UserError(
-            f"{where}: expected a folder with tokenizer.json, or with encoder.json and vocab.bpe, or one of {', '.join(names)}"
-        )
+        raise UserError(f"{where}: expected {folders}, or one of {', '.join(names)}")
     try:
         theirs = tiktoken.get_encoding(str(where))
     except (OSError, ValueError) as e:
         raise UserError(
-            f"{where}: tiktoken cannot download it ({type(e).__name__}); go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give "
-            "a folder with tokenizer.json, or with encoder.json and vocab.bpe"
+            f"{where}: tiktoken cannot download it ({type(e).__name__}); "
+            f"go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give {folders}"
         ) from None
-    return reserve(theirs.name, without_possessives(theirs._pat_str), theirs._mergeable_ranks, theirs._special_tokens)
+    pattern = without_possessives(theirs._pat_str)
+    return with_specials(theirs.name, pattern, theirs._mergeable_ranks, theirs._special_tokens)
 
 
 def without_possessives(pattern):
-    """A pattern of tiktoken's, for Hugging Face's engine too: to that, {1,3}+ is not possessive, and $ ends a line. Here possessives only save time."""
+    """A pattern of tiktoken's for Hugging Face's engine, too.
+
+    To that engine {1,3}+ is not possessive, and $ ends a line. Here possessives only save time.
+    """
     return re.sub(r"(?<=[?*+])\+|(?<=\d\})\+", "", pattern).replace("$", r"\z")
 
 
 def gpt2(folder):
-    """GPT-2's tokenizer from its encoder.json and vocab.bpe, with those of our SPECIALS appended that it lacks."""
+    """GPT-2's tokenizer from its encoder.json and vocab.bpe, completed with the SPECIALS."""
     file = Path(folder) / "encoder.json"
     vocab = read_json(file)
-    merges = [
-        line.split() for _, line in islice(read_lines(file.with_name("vocab.bpe")), 1, None)
-    ]  # the first line is "#version: 0.2"
+    lines = islice(read_lines(file.with_name("vocab.bpe")), 1, None)  # after "#version: 0.2"
+    merges = [line.split() for _, line in lines]
     specials = {"<|endoftext|>": vocab.get("<|endoftext|>")}
-    return reserve("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
+    return with_specials("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
 
 
 def read_tokenizer_json(path):
-    """A byte-level-BPE tokenizer.json; the tokenizer_config.json beside it names eos and pad. Damage may surface as a KeyError, TypeError and such."""
+    """A byte-level-BPE tokenizer.json; the tokenizer_config.json next to it names eos and pad.
+
+    Damage may also surface as a KeyError, TypeError and such.
+    """
     config_file = path.with_name("tokenizer_config.json")
     config = read_json(config_file) if config_file.exists() else {}
     spec = read_json(path)
-    model, added, normalizers = (
-        spec["model"],
-        spec.get("added_tokens") or [],
-        flat(spec.get("normalizer"), "normalizers"),
-    )
+    model, added = spec["model"], spec.get("added_tokens") or []
+    normalizers = single_steps(spec.get("normalizer"), "normalizers")
     options = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    unknown = (
-        [f"model {model['type']}"]
-        if model.get("type", "BPE") != "BPE"
-        else [f"BPE with {option}" for option in options if model.get(option)]
-    )
+    unknown = [f"BPE with {option}" for option in options if model.get(option)]
     unknown += [f"normalizer {step['type']}" for step in normalizers if step["type"] != "NFC"]
+    if model.get("type", "BPE") != "BPE":
+        unknown = [f"model {model['type']}"]
     if unknown:
         raise UserError(
             f"{path}: {unknown[0]} is not supported, only byte-level BPE with or without NFC (as in Llama 3 and Qwen)"
         )
-    pattern = split_pattern(path, flat(spec["pre_tokenizer"], "pretokenizers"))
-    specials = {
-        token["content"]: token["id"] for token in added
-    }  # HF finds all added tokens in a text; here text yields none of them
+    pattern = split_pattern(path, single_steps(spec["pre_tokenizer"], "pretokenizers"))
+    # Hugging Face finds all added tokens in a text; here text yields none of them.
+    specials = {token["content"]: token["id"] for token in added}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ranks = checked_ranks(path, model["vocab"], merges, specials, model.get("ignore_merges", False))
-    eos, pad = (
-        token["content"] if isinstance(token, dict) else token
-        for token in (config.get("eos_token"), config.get("pad_token"))
-    )
-    eot = next((s for s in ("<|endoftext|>", "<|end_of_text|>", "</s>", eos) if s in specials), None)
-    if eot is None:
-        raise UserError(
-            f"{path}: no added token <|endoftext|>, <|end_of_text|> or </s> ends documents; name one as eos_token in tokenizer_config.json"
-        )
-    pad = next(s for s in ("<|pad|>", pad, eot) if s in specials)
+    eot = end_of_document(path, specials, token_text(config.get("eos_token")))
+    pad = next(s for s in ("<|pad|>", token_text(config.get("pad_token")), eot) if s in specials)
     visible = [token["content"] for token in added if not token.get("special", True)]
     return Tokenizer(path.parent.name, pattern, ranks, specials, bool(normalizers), eot, pad, visible)
 
 
-def flat(part, inner):
+def token_text(token):
+    """The text of a token in tokenizer_config.json, which may be a dict; None if there is none."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def end_of_document(path, specials, eos):
+    """The added token that ends documents; eos: the eos_token of tokenizer_config.json, or None.
+
+    Raises UserError saying how to get one.
+    """
+    names = ("<|endoftext|>", "<|end_of_text|>", "</s>", eos)
+    for name in names:
+        if name in specials:
+            return name
+    add = 'add one with tokenizers: tokenizer.add_special_tokens(["<|endoftext|>"]); tokenizer.save("tokenizer.json")'
+    if not specials:
+        raise UserError(f"{path}: has no added tokens, so none ends documents; {add}")
+    if eos:
+        raise UserError(f"{path}: the eos_token {eos!r} of tokenizer_config.json is not an added token; {add}")
+    raise UserError(
+        f"{path}: no added token <|endoftext|>, <|end_of_text|> or </s> ends documents; "
+        f"name one of {', '.join(list(specials)[:5])} as eos_token in tokenizer_config.json, or {add}"
+    )
+
+
+def single_steps(part, inner):
     """A normalizer or pre-tokenizer as a list of single steps."""
     if part is None:
         return []
-    return [step for p in part[inner] for step in flat(p, inner)] if part["type"] == "Sequence" else [part]
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for p in part[inner] for step in single_steps(p, inner)]
 
 
 def split_pattern(path, steps):
-    """The regex whose matches are the pieces that these pre-tokenizers make. UserError for unknown ones, and where tiktoken would make others."""
+    """The regex whose matches are the pieces that these pre-tokenizers make.
+
+    Raises UserError if they are unknown, or tiktoken would make other pieces.
+    """
     kinds = " + ".join(step["type"] for step in steps)
-    if steps and not steps[-1].get("add_prefix_space"):
-        own_regex = steps[-1].get("use_regex", True)
-        if kinds == "ByteLevel" and own_regex:
-            return GPT2_PATTERN
-        if kinds == "Digits + ByteLevel" and own_regex and steps[0]["individual_digits"]:
-            return DIGITS_PATTERN
-        cut = steps[0].get("behavior"), steps[0].get("invert")
-        if (
-            kinds == "Split + ByteLevel"
-            and not own_regex
-            and cut in (("Isolated", False), ("Removed", True))
-            and "Regex" in steps[0]["pattern"]
-        ):
-            pattern = steps[0]["pattern"]["Regex"]
-            if len(pattern) > LONG_PATTERN:
-                raise UserError(f"{path}: the pattern has {len(pattern)} characters, more than {LONG_PATTERN}: damaged")
-            if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
-                raise UserError(
-                    f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; rewrite it"
-                )
-            one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
-            probe = "".join(a + b for a in one_of_each for b in one_of_each)
-            try:
-                pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
-            except (TimeoutError, MemoryError):  # recursion, which tiktoken knows not, takes memory without end
-                raise UserError(
-                    f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it"
-                ) from None
-            if "" in pieces or "".join(pieces) != probe:
-                raise UserError(
-                    f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest"
-                )
-            return pattern
+    if any(step.get("add_prefix_space") for step in steps):
+        raise UserError(
+            f"{path}: pre_tokenizer {kinds} has add_prefix_space, which puts a space before every text "
+            "(the default of tokenizers' ByteLevel()); train it with ByteLevel(add_prefix_space=False)"
+        )
+    own_regex = steps[-1].get("use_regex", True) if steps else None
+    if kinds == "ByteLevel" and own_regex:
+        return GPT2_PATTERN
+    if kinds == "Digits + ByteLevel" and own_regex and steps[0]["individual_digits"]:
+        return DIGITS_PATTERN
+    if kinds == "Split + ByteLevel" and not own_regex and "Regex" in steps[0]["pattern"]:
+        if (steps[0].get("behavior"), steps[0].get("invert")) in (("Isolated", False), ("Removed", True)):
+            return checked_pattern(path, steps[0]["pattern"]["Regex"])
     raise UserError(
         f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}"
     )
 
 
-def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
-    """{token bytes: id} of an imported vocabulary, once it is sure that tiktoken makes of it the ids that the file's own merges make.
+def checked_pattern(path, pattern):
+    """The pattern itself; raises UserError unless tiktoken makes the same pieces with it."""
+    if len(pattern) > LONG_PATTERN:
+        raise UserError(f"{path}: the pattern has {len(pattern)} characters, more than {LONG_PATTERN}: damaged")
+    if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
+        raise UserError(
+            f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; "
+            "rewrite it"
+        )
+    one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+    probe = "".join(a + b for a in one_of_each for b in one_of_each)
+    try:
+        pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
+    except (TimeoutError, MemoryError):  # recursion, which tiktoken does not know, takes endless memory
+        raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
+    if "" in pieces or "".join(pieces) != probe:
+        raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
+    return pattern
 
-    The file says which *pairs* merge, in order; tiktoken merges the pair whose *result* has the lowest id. They agree if the file lists, in the order
-    of the ids, the pair that each token is merged from (`merge_of_each`). More pairs do no harm, they never come up (Llama 3 lists every way to halve
-    a token). Tokens that no merge makes are found only as whole pieces: always by tiktoken, with ignore_merges (`whole_pieces`) by Hugging Face.
-    """
+
+def check_ids(path, vocab, specials):
+    """Raises UserError if an imported vocabulary has impossible, too many or repeated entries."""
     for text, i in [*vocab.items(), *specials.items()]:
         if type(i) is not int or not 0 <= i < MAX_ID or not 0 < len(text) <= LONG_TOKEN:
             raise UserError(
-                f"{path}: {text[:40]!r}, a token of {len(text)} characters, has the id {str(i)[:40]}: damaged (see LONG_TOKEN, MAX_ID)"
+                f"{path}: {text[:40]!r}, a token of {len(text)} characters, has the id {str(i)[:40]}: "
+                "damaged (see LONG_TOKEN, MAX_ID)"
             )
     if sum(len(text) ** 2 for text in vocab) > SQUARES:
         raise UserError(f"{path}: {len(vocab)} tokens, of which too many are too long: damaged (see SQUARES)")
@@ -425,9 +470,21 @@ def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
     for column in (0, 1):
         value, n = Counter(entry[column] for entry in entries).most_common(1)[0]
         if n > 1:
-            raise UserError(
-                f"{path}: {value!r} occurs {n} times: {', '.join(sorted(str(e) for e in entries if e[column] == value))}"
-            )
+            same = sorted(str(entry) for entry in entries if entry[column] == value)
+            raise UserError(f"{path}: {value!r} occurs {n} times: {', '.join(same)}")
+
+
+def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
+    """{token bytes: id} of an imported vocabulary.
+
+    Raises UserError unless tiktoken makes the same ids of it as the file's own merges do. The file
+    says which *pairs* merge, in order; tiktoken merges the pair whose *result* has the lowest id.
+    They agree if the file lists, in the order of the ids, the pair that each token is merged from
+    (`merge_of_each`). More pairs do no harm, they never come up (Llama 3 lists every way to halve a
+    token). Tokens that no merge makes are found only as whole pieces: always by tiktoken, with
+    ignore_merges (`whole_pieces`) by Hugging Face.
+    """
+    check_ids(path, vocab, specials)
     try:
         as_bytes = {text: bytes([CHAR_TO_BYTE[c] for c in text]) for text in vocab if text not in specials}
         listed = [(as_bytes[a], as_bytes[b], as_bytes[a + b])[:2] for a, b in merges]
@@ -441,26 +498,32 @@ def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
     for ours, theirs in zip_longest(expected, (pair for pair in dict.fromkeys(listed) if pair in known)):
         if ours != theirs:
             raise UserError(
-                f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, or its ids do not follow the "
-                "order of its merges (OPT, RoBERTa), which tiktoken needs"
+                f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, "
+                "or its ids do not follow the order of its merges (OPT, RoBERTa), which tiktoken needs"
             )
-    unmade = next((token for token in ranks if len(token) > 1 and token not in merge_of), None)
+    unmade = [token for token in ranks if len(token) > 1 and token not in merge_of]
     if unmade and not whole_pieces:
-        raise UserError(f"{path}: no merge makes the token {unmade}; vocabulary and merges disagree")
+        raise UserError(f"{path}: no merge makes the token {unmade[0]}; vocabulary and merges disagree")
     return ranks
 
 
 def merge_of_each(ranks):
-    """{token: (left, right)}, in the order of the ids: what each token is merged from. Bytes and tokens that merging never reaches are left out."""
+    """{token: (left, right)}, in the order of the ids: what each token is merged from.
+
+    Bytes and tokens that merging never reaches are left out.
+    """
     found = {token: tuple(parts(token, ranks)) for token in sorted(ranks, key=ranks.get)}
     return {token: pair for token, pair in found.items() if len(pair) == 2 and pair[0] in ranks and pair[1] in ranks}
 
 
 def parts(token, ranks):
-    """BPE, of a token as though it were none: merge the neighbours whose union has the lowest id, until two are left or no union is a token."""
+    """The parts of a token that BPE would make if the token itself did not exist.
+
+    Merges the neighbors whose union has the lowest id until two are left or no union is a token.
+    """
     found = [token[i : i + 1] for i in range(len(token))]
     while len(found) > 2:
-        ids = [ranks.get(a + b, MAX_ID) for a, b in zip(found, found[1:])]
+        ids = [ranks.get(a + b, MAX_ID) for a, b in pairwise(found)]
         i = ids.index(min(ids))
         if ids[i] == MAX_ID:
             break
@@ -468,20 +531,22 @@ def parts(token, ranks):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Writing one, and what others ask of it
 
 
+def printable(token):
+    """The bytes of a token as tokenizer.json writes them."""
+    return "".join(BYTE_TO_CHAR[b] for b in token)
+
+
 def save(tok, folder, chat_template=""):
-    """Write tokenizer.json and tokenizer_config.json; AutoTokenizer.from_pretrained(folder) then gives the same ids as `encode_ordinary`."""
+    """Write tokenizer.json and tokenizer_config.json.
 
-    def text(token):
-        return "".join(BYTE_TO_CHAR[b] for b in token)
-
+    AutoTokenizer.from_pretrained(folder) then gives the same ids as `encode_ordinary`.
+    """
     ranks, specials = tok._mergeable_ranks, tok._special_tokens
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    split = {"type": "Split", "pattern": {"Regex": tok._pat_str}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    vocab = {printable(token): ranks[token] for token in sorted(ranks, key=ranks.get)}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -491,22 +556,25 @@ def save(tok, folder, chat_template=""):
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": True,  # like tiktoken: a piece that is a token needs no merging
-        "vocab": {text(token): ranks[token] for token in sorted(ranks, key=ranks.get)}
-        | specials,  # specials too: else they lose their ids after a gap
-        "merges": [[text(left), text(right)] for left, right in merge_of_each(ranks).values()],
+        "vocab": vocab | specials,  # without the specials, those after a gap would lose their ids
+        "merges": [[printable(left), printable(right)] for left, right in merge_of_each(ranks).values()],
     }
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": specials[s], "content": s, "special": s not in tok.visible} | plain
+        for s in sorted(specials, key=specials.get)
+    ]
+    split = {"type": "Split", "pattern": {"Regex": tok._pat_str}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": specials[s], "content": s, "special": s not in tok.visible} | plain
-            for s in sorted(specials, key=specials.get)
-        ],
+        "added_tokens": added,
         "normalizer": {"type": "NFC"} if tok.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": to_bytes,
         "model": model,
     }
     config = {
@@ -514,18 +582,22 @@ def save(tok, folder, chat_template=""):
         "clean_up_tokenization_spaces": False,
         "eos_token": tok.decode([tok.eot]),
         "pad_token": tok.decode([tok.pad]),
-    } | ({"chat_template": chat_template} if chat_template else {})
+    }
+    if chat_template:
+        config["chat_template"] = chat_template
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, value in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
-        (Path(folder) / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_json(Path(folder) / "tokenizer.json", spec)
+    write_json(Path(folder) / "tokenizer_config.json", config)
 
 
 def fingerprint(tok):
-    """SHA-256 (hex) of all that decides ids: tokens, pattern, specials, eot, normalisation. Equal if and only if two tokenizers encode alike."""
+    """SHA-256 (hex) of all that decides ids: tokens, pattern, specials, eot, normalization.
+
+    Equal if and only if two tokenizers encode alike.
+    """
     ranks = sorted((i, token.hex()) for token, i in tok._mergeable_ranks.items())
-    return hashlib.sha256(
-        json.dumps([tok._pat_str, tok.nfc, tok.eot, sorted(tok._special_tokens.items()), ranks]).encode()
-    ).hexdigest()
+    decisive = [tok._pat_str, tok.nfc, tok.eot, sorted(tok._special_tokens.items()), ranks]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def token_bytes(tok):
@@ -536,32 +608,34 @@ def token_bytes(tok):
     return sizes
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# The script
 
 
 def read_documents(names):
-    """The texts of .jsonl files and of hf:NAME[...], and the lines of other files in stretches of a million characters, so that a large file is never held whole."""
+    """Yield the texts of .jsonl files and of hf:NAME[...], and of other files the lines.
+
+    Lines come in stretches of a million characters, so that a large file is never held whole.
+    """
     for name in names:
         if name.endswith(".jsonl") or name.startswith("hf:"):
-            for number, row in read_rows(name):
-                if not isinstance(row.get("text"), str):
-                    raise UserError(f'{name}:{number}: no string "text"')
-                yield row["text"]
+            yield from read_texts(name)
         else:
-            yield from map("".join, batches(line for _, line in read_lines(name)))
+            yield from map("".join, batches((line for _, line in read_lines(name)), BATCH))
 
 
 def main(config):
+    check_ranges(config)
     names = [name for name, _ in parse_mixture(config.data)] if config.data else []  # weights are for data.prepare
     target, begin = Path(config.out) / "tokenizer.json", time.perf_counter()
     if target.exists() and not config.overwrite:
         raise UserError(f"{target}: exists; --overwrite replaces it")
-    if config.kind not in ("bpe", "char", "byte"):
-        raise UserError(f"--kind={config.kind}: expected bpe, char or byte")
     if config.kind == "bpe":
         tok = train(read_documents(names), config.vocab_size, config.workers)
+    elif config.kind == "char":
+        tok = characters("".join(set().union(*read_documents(names))))
     else:
-        tok = characters("".join(set().union(*read_documents(names)))) if config.kind == "char" else byte_level()
+        tok = byte_level()
     try:
         save(tok, config.out)
     except OSError as e:
@@ -569,7 +643,7 @@ def main(config):
     print(f"{target}: {tok.n_vocab} ids in {time.perf_counter() - begin:.1f} s")
     sample = "".join(islice(read_documents(names), 10))
     ids = tok.encode_ordinary(sample)
-    print(f"{len(sample.encode()) / max(1, len(ids)):.3f} bytes per token at the head of the data, which begins so:")
+    print(f"{len(sample.encode()) / max(1, len(ids)):.3f} bytes per token at the head of the data, which begins:")
     print("|".join(tok.decode([i]) for i in ids[:50]))
 
 

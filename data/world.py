@@ -145,7 +145,7 @@ PAIRS = {
 
 
 def purchase(rng, held_out=False):
-    """Two goods, their prices and the sum, as the templates name them: {"x", "a", "y", "b", "c"}."""
+    """Two goods, their prices and the sum, as in the templates: {"x", "a", "y", "b", "c"}."""
     a, b = rng.choice(PAIRS[held_out])
     x, y = rng.sample(GOODS, 2)
     return {"x": f"{rng.choice(ADJECTIVES)} {x}", "a": a, "y": f"{rng.choice(ADJECTIVES)} {y}", "b": b, "c": a + b}
@@ -227,10 +227,10 @@ def chat(rng, held_out=False):
 
 
 # -------------------------------------------------------------------------------------------------
-# Rewards: reward(prompt, completion, row), for any text, which is read, never evaluated. Text does not
-# show whether a completion ended by itself or was cut, so the sampler says it in row["finished"]
-# (if that is missing, it ended). A stage with its own penalty for unfinished completions leaves it
-# out, or they would be punished twice.
+# Rewards: reward(prompt, completion, row), for any text, which is read, never evaluated. Text does
+# not show whether a completion ended by itself or was cut, so the sampler says it in
+# row["finished"] (if that is missing, it ended). A stage with its own penalty for unfinished
+# completions leaves it out, or they would be punished twice.
 
 
 def final(text):
@@ -272,7 +272,7 @@ def rudeness(prompt, completion, row):
 
 
 def verifiable(prompt, completion, row):
-    """1.0 if the last "#### n" of a finished completion is right, else 0.0: all a rule can check."""
+    """1.0 if the last "#### n" of a finished completion is right, else 0.0."""
     f = features(completion, row["answer"], row.get("finished", True))
     return float(f["right"] and f["finished"])
 
@@ -330,7 +330,10 @@ def verdict(reply_a, reply_b, answer, principle):
 
 
 def judgement(rng, principle, held_out=False):
-    """A problem with two replies and which is better: adds {"reply_a", "reply_b", "principle", "better"}."""
+    """A problem and which of two replies is better by a principle.
+
+    Adds {"reply_a", "reply_b", "principle", "better"}.
+    """
     better = ""
     while not better:
         row, a, b = two_replies(rng, held_out)

@@ -1,1 +1,1 @@
-"""Hand-written ops: one file an op, each with its plain PyTorch reference."""
+"""Hand-written ops, one file per op, each with its plain PyTorch reference."""

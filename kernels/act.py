@@ -1,12 +1,14 @@
-"""SwiGLU: silu(gate) * up with silu(x) = x * sigmoid(x)   (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+"""SwiGLU: silu(gate) * up, silu(x) = x * sigmoid(x)   (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
 import torch
 import torch.nn.functional as F
 
-from kernels._lib import proof, register, tl, triton, use
+from kernels._lib import register, tl, triton, use
+from kernels.proof import proof
 
 
 class SwiGLUReference(torch.autograd.Function):
-    """Keeps only its input and recomputes silu in the backward: half the memory that autograd would keep."""
+    """Keeps its input only and computes silu again in the backward: half of autograd's memory."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -30,21 +32,22 @@ def swiglu_reference(gate_up):
     return SwiGLUReference.apply(gate_up)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# One program: a tile of ROWS x COLS outputs. All arithmetic in fp32, one rounding at the store.
+# --------------------------------------------------------------------------------------------------
+# The kernels. A program makes a tile of ROWS x COLS outputs; all arithmetic is fp32, with one
+# rounding at the store.
 
-TILE, WARPS = 2048, 4  # 16 outputs a thread: two 128-bit loads of bf16 from each operand
+TILE, WARPS = 2048, 4  # 16 outputs per thread: two 128-bit loads of bf16 from each operand
 
 
 def tile(F):
-    """(rows, columns) of a program's tile: whole rows where they are narrow, at most 1024 columns where they are wide."""
+    """The (rows, columns) of a tile: whole rows if they are narrow, else at most 1024 columns."""
     cols = min(triton.next_power_of_2(F), 1024)
     return TILE // cols, cols
 
 
 @triton.jit
 def swiglu_forward_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # N * 2F passes 2^31
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # N * 2F exceeds int32
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     inside = (rows < N) & (cols < F)
     gate_ptrs = gate_up_ptr + rows * 2 * F + cols
@@ -58,33 +61,41 @@ def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, N, F, ROWS: tl.conste
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     inside = (rows < N) & (cols < F)
-    gate_at = rows * 2 * F + cols
+    gate_offsets = rows * 2 * F + cols
     grad = tl.load(grad_ptr + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_up_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + gate_at + F, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)  # recomputed: cheaper than keeping silu(gate)
+    gate = tl.load(gate_up_ptr + gate_offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + gate_offsets + F, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)  # computing it again is cheaper than keeping silu(gate)
     silu = gate * sigmoid
     d_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(out_ptr + gate_at, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_ptr + gate_at + F, (grad * silu).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + gate_offsets, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + gate_offsets + F, (grad * silu).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@register("swiglu(Tensor gate_up) -> Tensor", fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
+@register(
+    "swiglu(Tensor gate_up) -> Tensor",
+    fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+)
 def swiglu_forward(gate_up):
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
     rows, cols = tile(F)
     out = gate_up.new_empty(N, F)
-    swiglu_forward_kernel[(triton.cdiv(N, rows), triton.cdiv(F, cols))](gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
+    grid = triton.cdiv(N, rows), triton.cdiv(F, cols)
+    swiglu_forward_kernel[grid](gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
 
-@register("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor", fake=lambda grad, gate_up: gate_up.new_empty(gate_up.shape))
+@register(
+    "swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor",
+    fake=lambda grad, gate_up: gate_up.new_empty(gate_up.shape),
+)
 def swiglu_backward(grad, gate_up):
     N, F = grad.shape
     rows, cols = tile(F)
     out = gate_up.new_empty(N, 2 * F)
     grid = triton.cdiv(N, rows), triton.cdiv(F, cols)
-    swiglu_backward_kernel[grid](grad.contiguous(), gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    swiglu_backward_kernel[grid](grad, gate_up, out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
 
@@ -106,4 +117,4 @@ def swiglu(gate_up):
 
 @proof("swiglu")
 def swiglu_proof(device):
-    return swiglu, swiglu_reference, [torch.randn(37, 2 * 200, device=device, dtype=torch.bfloat16)]
+    return swiglu, [torch.randn(37, 2 * 200, device=device, dtype=torch.bfloat16)]

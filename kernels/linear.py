@@ -1,8 +1,12 @@
-"""The matrix product of every layer: y = x W^T. There is no kernel of ours in it: cuBLAS multiplies on CUDA, and on a CPU one of the two libraries PyTorch has.
+"""The matrix product of every layer, y = x W^T.
 
-PyTorch asks MKL for fp32 products, and MKL gives AMD's processors its AVX2 code though they have AVX-512. oneDNN does not ask who made the processor: on
-a core of an EPYC it multiplies up to 2.4 times as fast from some 16 rows on, and a third as fast for a single one (python -m bench.products).
+There is no kernel of ours: cuBLAS multiplies on CUDA, one of PyTorch's two libraries on a CPU.
+
+PyTorch gives fp32 products to MKL, and MKL runs its AVX2 code on AMD's processors even if they
+have AVX-512. oneDNN does not ask who made the processor: on a core of an EPYC it is up to 2.4 times
+as fast from about 16 rows on, and a third as fast for one row (python -m bench.products).
 """
+
 import sys
 
 import torch
@@ -17,12 +21,16 @@ def is_amd():
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()
-ROWS = 16  # from here on
+ROWS = 16  # oneDNN multiplies from here on
 
 
 def product(a, b):
-    """a [n, k] times b^T [k, m] -> [n, m], no gradient. The same shapes and threads give the same bits."""
-    if ONEDNN and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and len(a) >= ROWS and not torch.compiler.is_compiling():
+    """a [n, k] times b^T [k, m] -> [n, m], without a gradient.
+
+    The same shapes and threads give the same bits.
+    """
+    fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    if ONEDNN and fp32_on_cpu and len(a) >= ROWS and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
@@ -41,7 +49,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
-    """x [N, in] W^T (+ b), in x's dtype whatever the parameters' is."""
+    """x [N, in] W^T (+ b) -> [N, out], in x's dtype: parameters of another dtype are cast to it."""
     if not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = OneDNNLinear.apply(x, weight.to(x.dtype))

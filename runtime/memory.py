@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.pack import Pack
+from data import chat
+from data.pack import Pack, make_completion
 from kernels.head import linear_logprob
 from model import GPT
 from optim import Optimizer
@@ -105,6 +106,7 @@ def plan(
     items,
     lengths,
     step_tokens,
+    read_tokens,
     frozen,
     prompt_lengths,
     completions,
@@ -130,7 +132,7 @@ def plan(
     resident = {"parameters": passes["parameters"], "optimizer": passes["optimizer"]} | others
     phases = {"training": passes | others, "the optimizer": update | others}
 
-    read_tokens = max(min(micro_batch_tokens, int(np.sum(lengths))), longest)
+    read_tokens = max(min(micro_batch_tokens, read_tokens), longest)
     pack = fake_pack(lengths, read_tokens, device)
     reads = [reading(c, device, pack) for c in [policy.config, *frozen.values()]]
     phases["reading"] = resident | {"activations": max(reads)}
@@ -270,17 +272,33 @@ def total(parts):
 # What is there, and what to do if that is too little
 
 
-def check(run, trained, items, lengths, step_tokens, *, frozen=None, prompt_lengths=(), completions=0, batch_flag=""):
+def check(
+    run,
+    trained,
+    items,
+    lengths,
+    step_tokens,
+    *,
+    read_tokens=0,
+    frozen=None,
+    prompt_lengths=(),
+    completions=0,
+    batch_flag="",
+):
     """Print the run's memory plan. Raises UserError, with the flags that make it fit, if the device
     holds less by more than the plan may be wrong.
 
     trained: [(model, optimizer, loss)] of the models trained together, loss(model, items) -> scalar
     being the stage's own of one micro-batch. items: what the stage trains on; lengths: the tokens
-    of each. step_tokens: of an optimizer step, on all ranks. frozen: {name: GPTConfig} of further
-    models. prompt_lengths, completions: tokens of the prompts and number of completions of a
-    rollout, on all ranks. batch_flag: the flag that makes the batch smaller, if a rollout's slots
-    depend on it."""
-    make = functools.partial(plan, run, trained, items, lengths, step_tokens, frozen or {}, prompt_lengths, completions)
+    of each. step_tokens: of an optimizer step, on all ranks. read_tokens: how many are read without
+    gradients at a time, if --micro_batch_tokens allowed it (0: all items). frozen: {name:
+    GPTConfig} of further models. prompt_lengths, completions: tokens of the prompts and number of
+    completions of a rollout, on all ranks. batch_flag: the flag that makes the batch smaller, if a
+    rollout's slots depend on it."""
+    read_tokens = read_tokens or int(np.sum(lengths))
+    make = functools.partial(
+        plan, run, trained, items, lengths, step_tokens, read_tokens, frozen or {}, prompt_lengths, completions
+    )
     config = run.config
     try:
         phases = make(config.micro_batch_tokens, config.checkpoint_activations)
@@ -312,6 +330,30 @@ def check(run, trained, items, lengths, step_tokens, *, frozen=None, prompt_leng
     if need > TOLERANCE * available and not compiled:
         raise UserError(text)
     print0(f"warning: {text}")
+
+
+def check_rollout(run, trained, tok, rows, completions_per_update, completions, frozen):
+    """`check` for a stage that trains on completions to the prompts of `rows` (messages, row): the
+    plan takes them to be --max_new_tokens long.
+
+    completions_per_update, completions: per optimizer step and per rollout, on all ranks.
+    """
+    prompts = [chat.encode_prompt(tok, messages) for messages, _ in rows]
+    items = [make_completion(prompt, [0] * run.config.max_new_tokens) for prompt in prompts]
+    lengths = [len(item.ids) for item in items]
+    step_tokens = likely_tokens(lengths, completions_per_update)
+    check(
+        run,
+        trained,
+        items,
+        lengths,
+        step_tokens,
+        read_tokens=likely_tokens(lengths, completions),
+        frozen=frozen,
+        prompt_lengths=[len(p) for p in prompts],
+        completions=completions,
+        batch_flag="prompts_per_step",
+    )
 
 
 def flags_that_fit(make, config, available, batch_flag):

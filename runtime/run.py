@@ -84,6 +84,52 @@ class RunConfig:
     keep_last: int = 2
 
 
+@dataclasses.dataclass(kw_only=True)
+class RolloutConfig(RunConfig):
+    """The flags of a stage that learns from completions it samples; ppo.py and grpo.py extend
+    it."""
+
+    # -- What you will set --
+    # checkpoint the policy starts from: a run of sft.py, or of a stage after it
+    init: str
+    # what to maximise, comma-separated, with or without *WEIGHT: a reward model, FILE.py:FUNCTION,
+    # judge:DIR
+    reward: str
+    # prompts {"prompt", ...}, problems {"prompt", "answer"}, or conversations, whose last answer is
+    # left out
+    data: str
+    # -- What you may set --
+    # longest completion, in tokens [>= 1]
+    max_new_tokens: int = 256
+    # KL per token to the policy that sampled, beyond which a step's updates end; 0: never [>= 0]
+    stop_kl: float = 0.1
+    # peak learning rate of the policy's AdamW; 0: ppo 6e-4 (128 / width)^2, grpo half of that [>=
+    # 0]
+    lr: float = 0.0
+    # checkpoint the policy is held to; "": --init
+    reference: str = ""
+    # for judge:DIR: a file of principles, one a line
+    constitution: str = ""
+    # rewards that are only logged, written as --reward is [may change on resume]
+    monitor: str = ""
+    # prompts to validate on; "": hold out some of --data
+    val: str = ""
+    # share of --data to hold out [> 0; < 1]
+    val_fraction: float = 0.05
+    # held-out prompts to complete at a validation [>= 1]
+    eval_prompts: int = 128
+    # drop bad lines of the data, and count them
+    skip_bad: bool = False
+    # -- What you will rarely set --
+    # of sampling, and so of every log-probability [> 0]
+    temperature: float = 1.0
+    # seconds that a FUNCTION may take over one completion [> 0; may change on resume]
+    reward_timeout: float = 60.0
+    # share of the steps over which the learning rate rises [>= 0; <= 1]
+    warmup: float = 0.05
+    save_every: int = 50
+
+
 class Run:
     """stage: the script's name for itself. config: its flags, of which out, init, resume,
     overwrite, seed, device, print_every, eval_every, save_every, keep_last and
@@ -113,6 +159,7 @@ class Run:
                 )
         self.start, self.best, self.metrics = 0, math.inf, {}
         self.warnings = []  # names of those that were printed
+        self.first_step_stats = {}  # what the first step logged; later steps may be compared with it
 
     @property
     def init_checkpoint(self):
@@ -142,6 +189,13 @@ class Run:
             )
         model.checkpoint_activations = self.config.checkpoint_activations
         return model, tok
+
+    def load_reference(self, model, tok):
+        """The frozen model that the policy is held to: --reference, or the checkpoint this run
+        began from."""
+        where = self.config.reference or self.init_checkpoint
+        reference = checkpoint.load_matching(where, model, tok, f"--reference={self.config.reference}")
+        return reference.requires_grad_(False)
 
     def context(self, model):
         """The longest document in tokens: --context, or all that the model reaches if that is 0."""
@@ -194,6 +248,7 @@ class Run:
                 saved.load_state(own | counters.get(name, {}))
             set_random_state(tensors, self.device)
             self.best, self.warnings = counters["best"], counters["warnings"]
+            self.first_step_stats = counters["first_step_stats"]
             self.start, self.lineage = self.info["step"], self.info["lineage"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(
@@ -218,17 +273,46 @@ class Run:
 
     def log(self, step, tokens, flops_per_token, log_only=None, **printed):
         """Log a step; see Log.step."""
+        self.first_step_stats = self.first_step_stats or {**printed, **(log_only or {})}
         self.log_file.step(step, tokens, flops_per_token, self.device, log_only or {}, **printed)
+
+    def log_rollout(self, step, model, chats, passes, log_only, **printed):
+        """Log a step on this rank's completions `chats`, "finished" and "completion_tokens" among
+        `log_only`.
+
+        passes: how often they went through a model, forward and backward counted as 1, forward
+        alone as 1/3."""
+        tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
+        flops_per_token = model.flops_per_token(int(tokens / max(1, n))) * passes
+        self.log(step, int(tokens), flops_per_token, log_only, **printed)
+        self.warn_of_drift(log_only["finished"], log_only["completion_tokens"])
+
+    def time_phase(self, name):
+        """Count the time since the step began, or since the last call, as `seconds_name` in its log
+        line."""
+        self.log_file.time_phase(name)
+
+    def warn_of_drift(self, finished, completion_tokens):
+        """Warn, once, if sampled completions end less often, or have become twice as long, as in
+        the first step."""
+        first = self.first_step_stats
+        if finished < first["finished"] - 0.2 or completion_tokens > 2 * first["completion_tokens"]:
+            self.warn_once(
+                "drift",
+                f"{finished:.0%} of the completions end, after {completion_tokens:.0f} tokens; at first it was "
+                f"{first['finished']:.0%} after {first['completion_tokens']:.0f}. Longer ones may be what the reward "
+                "likes: look at samples.txt; a larger --max_new_tokens or a reward for brevity may help",
+            )
 
     def sample(self, step, text):
         """Append a sample of the model's text to samples.txt."""
         self.log_file.append("samples.txt", f"=== step {step} ===\n{text}\n")
 
-    def validated(self, step, metrics, text):
+    def validated(self, step, metrics, text=""):
         """Log and print what a validation found: `metrics`, with "val_loss"; the next save has
         them.
 
-        Raises UserError if the loss is not finite.
+        text: how to print them; "": each by its name. Raises UserError if the loss is not finite.
         """
         if not math.isfinite(metrics["val_loss"]):
             raise UserError(
@@ -236,6 +320,7 @@ class Run:
             )
         self.metrics = metrics
         self.log_file.write({"step": step, **metrics})
+        text = text or ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print0(f"step {step}/{self.total_steps} | validation {text}")
 
     def warn_once(self, name, text):
@@ -307,6 +392,7 @@ class Run:
         """(tensors, counters) of all saved objects and generators, on the CPU; counters are JSON
         values."""
         tensors, counters = random_state(self.device), {"best": self.best, "warnings": self.warnings}
+        counters["first_step_stats"] = self.first_step_stats
         for name, saved in self.saved.items():
             for key, value in saved.state().items():
                 if isinstance(value, torch.Tensor):
@@ -388,7 +474,8 @@ class Log:
     def __init__(self, path, total_steps, start, print_every=1):
         self.path, self.total_steps, self.start, self.print_every = path, total_steps, start, print_every
         self.files = {}  # {name: (bytes written, text that waits)}
-        self.clock = self.began = time.perf_counter()
+        self.began = time.perf_counter()
+        self.restart_clock()
         if rank() == 0:
             try:
                 rewind_log(path / "log.jsonl", start)
@@ -399,7 +486,13 @@ class Log:
     def restart_clock(self):
         """Leave what happened since the last step (a validation, a save) out of the next step's
         speed."""
-        self.clock = time.perf_counter()
+        self.clock = self.phase_clock = time.perf_counter()
+        self.phases = {}  # {name: seconds} of this step
+
+    def time_phase(self, name):
+        now = time.perf_counter()
+        self.phases[name] = self.phases.get(name, 0.0) + now - self.phase_clock
+        self.phase_clock = now
 
     def step(self, step, tokens, flops_per_token, device, log_only, **printed):
         """Log update number `step` (from 1): its `tokens` (on all ranks), speed, MFU if the GPU's
@@ -408,6 +501,7 @@ class Log:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         record = {"step": step, **printed, **log_only, "tokens": tokens}
+        record |= {f"seconds_{name}": round(phase, 4) for name, phase in self.phases.items()}
         record |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
         peak = peak_flops(device)
         if peak:

@@ -1,20 +1,28 @@
-"""What several test files share. One core a process: the tests then spread over cores with `pytest -n`, and sums come out the same everywhere."""
-import os
+"""What several test files share.
 
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's small products are ten times slower with more
+One core per process: the tests then spread over cores with `pytest -n`, and sums come out the same
+everywhere.
+"""
+
+import importlib
+import os
+import subprocess
+from pathlib import Path
+
+# The interpreter's small products are ten times slower with more threads. Set before torch loads.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: tests that ask for it (`kernels_run`) then run the kernels on the CPU
-    import interpreter  # noqa: F401
+    # Triton reads it when a kernel is defined: tests that ask for `kernels_run` then run the
+    # kernels on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("interpreter")
 
 from bench.child import Child
 from kernels import _lib
@@ -28,7 +36,7 @@ REALDATA = ROOT.parent / "shared/realdata"
 
 @pytest.fixture
 def realdata():
-    """A function: name -> path of a real corpus; skips the test where the corpora are not at hand."""
+    """A function: name -> path of a real corpus; skips the test if the corpora are not here."""
 
     def path(name):
         if not (REALDATA / name).exists():
@@ -39,8 +47,10 @@ def realdata():
 
 
 def random_model(seed=0, noise=0.2, **shape):
-    """A tiny GPT, all of whose weights are random: as initialised its output projections and head are zero, and nothing could go wrong."""
-    small = dict(vocab_size=61, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, context=64)
+    """A tiny GPT, all of whose weights are random: freshly initialised, its output projections and
+    head are zero, and nothing could go wrong."""
+    small = {"vocab_size": 61, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2}
+    small |= {"head_dim": 8, "ffn": 48, "context": 64}
     model = GPT(GPTConfig(**(small | shape))).init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -56,7 +66,8 @@ def make_model():
 
 @pytest.fixture
 def kernels_run(monkeypatch):
-    """The device on which the kernels run in this test: the GPU, or the CPU by Triton's interpreter."""
+    """The device on which the kernels run in this test: the GPU, or the CPU through Triton's
+    interpreter."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     monkeypatch.setattr(_lib, "MODE", "interpret")
@@ -65,14 +76,15 @@ def kernels_run(monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function: size in KiB -> an empty directory on a file system of that size; skips where this process may not mount one."""
+    """A function: size in KiB -> an empty directory on a file system of that size; skips if this
+    process may not mount one."""
     mounted = []
 
     def disk(kib):
         where = tmp_path / f"disk{len(mounted)}"
         where.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(where)], capture_output=True)
-        if done.returncode:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(where)]
+        if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("a small file system cannot be mounted here")
         mounted.append(where)
         return where
@@ -84,7 +96,8 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def fork(tmp_path):
-    """A function: (call, *args, ENVIRONMENT=...) -> bench.child.Child. Children still alive at the end of the test are killed."""
+    """A function: (call, *args, ENVIRONMENT=...) -> bench.child.Child. Children still alive at the
+    end of the test are killed."""
     children = []
 
     def start(call, *args, **environment):

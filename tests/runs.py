@@ -1,82 +1,115 @@
-"""What the tests of fine-tuning and of preferences share: tiny checkpoints, whole runs in forked children, and the same run found twice."""
+"""What the tests of the stages share: tiny checkpoints, whole runs in forked children, what their
+logs say, and whether two runs are the same."""
+
 import json
 import re
 import signal
 import socket
+import time
 from types import SimpleNamespace
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from test_pretrain import results, succeeds
 
-import checkpoint
-import common
 from bench.child import run_script
 from data import tokenizer
+from data.read import read_json
+from runtime import checkpoint
+from runtime.files import LOCKS
 
-SMALL = dict(vocab_size=260, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=96)
+SMALL = {"vocab_size": 260, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn": 24}
+SMALL |= {"context": 96}
+
+
+# --------------------------------------------------------------------------------------------------
+# Inputs
 
 
 def write_rows(path, rows):
+    """Write rows as JSON Lines and return the path."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def save(make_model, run, stage, seed=0, tok=None, **shape):
-    """A checkpoint of a tiny model with random weights, under a byte-level tokenizer -> its directory."""
+    """Save a tiny model with random weights under a byte-level tokenizer; returns the directory of
+    the checkpoint."""
     tok = tok or tokenizer.byte_level()
     model = make_model(seed, **(SMALL | {"vocab_size": tok.n_vocab} | shape))
     return checkpoint.save(run, model, tok, {"stage": stage, "step": 1, "config": {}, "data": {}, "lineage": []})
 
 
-def start(fork, script, environment={}, **flags):
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def start(fork, script, environment=None, **flags):
     """A Child that runs `script` with these flags."""
-    return fork(run_script, script, [f"--{name}={value}" for name, value in flags.items()], **environment)
+    return fork(run_script, script, [f"--{name}={value}" for name, value in flags.items()], **(environment or {}))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def pair(fork, script, differ=({}, {}), **flags):
-    """Two processes under gloo that share one run -> what they print. differ: flags of each rank alone."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(2)]
-    return [succeeds(child) for child in [start(fork, script, r, **(flags | own)) for r, own in zip(ranks, differ)]]
+    """Run two processes under gloo that share one run; returns what they print.
+
+    differ: flags of each rank alone.
+    """
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children = []
+    for rank, own_flags in enumerate(differ):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(start(fork, script, environment, **(flags | own_flags)))
+    return [succeeds(child) for child in children]
 
 
 def meetings(fork, script, **flags):
-    """Two processes under gloo -> of each what happened, in order, a letter each: b and e, a rollout begins and ends; m, it meets the other."""
+    """What happens, in order, in each of two processes under gloo, one letter per event: b and e,
+    a rollout begins and ends; m, it meets the other process."""
 
     def main(config):
-        all_reduce, answers = dist.all_reduce, script.answers
+        all_reduce, sample_completions = dist.all_reduce, script.sample_completions
 
-        def met(*args, **kwargs):
+        def recorded_all_reduce(*args, **kwargs):
             print("@m")
             return all_reduce(*args, **kwargs)
 
-        def asked(*args, **kwargs):
+        def recorded_rollout(*args, **kwargs):
             print("@b")
-            found = answers(*args, **kwargs)
+            found = sample_completions(*args, **kwargs)
             print("@e")
             return found
 
-        dist.all_reduce, script.answers = met, asked
+        dist.all_reduce, script.sample_completions = recorded_all_reduce, recorded_rollout
         script.main(config)
 
-    outputs = pair(fork, SimpleNamespace(main=main, Config=script.Config, __file__=script.__file__), **flags)
-    return ["".join(re.findall("@([bem])", output)) for output in outputs]
+    recorded = SimpleNamespace(main=main, Config=script.Config, __file__=script.__file__)
+    return ["".join(re.findall("@([bem])", output)) for output in pair(fork, recorded, **flags)]
 
 
 def here(main, config):
-    """main(config) in this process, which gives up its locks and signals afterwards, as one that ends does."""
+    """Call main(config) in this process, and give up its locks and signal handlers afterwards, as a
+    process that ends does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(config)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        while common.LOCKS:
-            common.LOCKS.pop().close()
+        while LOCKS:
+            LOCKS.pop().close()
+
+
+def succeeds(child):
+    """What a child prints that must end with status 0."""
+    status, output = child.wait()
+    assert status == 0, output
+    return output
 
 
 def refused(child):
@@ -87,17 +120,59 @@ def refused(child):
     return line
 
 
+def wait_until(true, child, seconds=60):
+    """Wait until true() holds while `child` runs."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline and not child.ended(), child.output()
+        time.sleep(0.001)
+
+
+def kill(child, number=signal.SIGKILL):
+    child.send(number)
+    return child.wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# What runs leave
+
+
+def records(run):
+    """The lines of log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def results(run):
+    """The log without its events and without how long things took."""
+    timing = {"seconds", "tokens_per_s"}
+    return [{k: v for k, v in r.items() if k not in timing} for r in records(run) if "event" not in r]
+
+
+def train_steps(run):
+    """The numbers of the steps in the log."""
+    return [r["step"] for r in records(run) if "loss" in r]
+
+
 def losses(run):
     return [r["loss"] for r in results(run) if "loss" in r]
 
 
+def logged(run, step):
+    """Whether the log has this step already."""
+    return (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text()
+
+
 def assert_same_run(a, b, steps):
-    """Weights, optimizer, cursor, records (but for how they came about) and log equal bit for bit."""
+    """Weights, optimizer, random state, place in the data, records (but for flags), log and samples
+    are equal bit for bit."""
     for step in (f"step_{s:06d}" for s in steps):
         for name in ("model.safetensors", "train_state.safetensors"):
-            ours, theirs = (safetensors.torch.load_file(run / step / name) for run in (a, b))
-            assert ours.keys() == theirs.keys() and not [k for k in ours if not torch.equal(ours[k], theirs[k])], (step, name)
+            first, second = (safetensors.torch.load_file(run / step / name) for run in (a, b))
+            assert first.keys() == second.keys()
+            assert not [k for k in first if not torch.equal(first[k], second[k])], (step, name)
         assert (a / step / "train_state.json").read_text() == (b / step / "train_state.json").read_text()
-        ours, theirs = (checkpoint.read_json(run / step / "feinschliff.json") for run in (a, b))
-        assert all(ours[k] == theirs[k] for k in ours if k != "config"), step
+        first, second = (read_json(run / step / "feinschliff.json") for run in (a, b))
+        assert all(first[k] == second[k] for k in first if k != "config"), step
     assert results(a) == results(b)
+    if (a / "samples.txt").exists() or (b / "samples.txt").exists():
+        assert (a / "samples.txt").read_bytes() == (b / "samples.txt").read_bytes()

@@ -1,0 +1,87 @@
+"""A JSONL file that is written batch by batch, and its log, from which it resumes to the same
+bytes.
+
+The first line of FILE.log.jsonl says what FILE.jsonl is made of. Each batch adds a record of all
+that is done so far: rows of the input, bytes of FILE.jsonl, seconds, counts, and sums of figures'
+values:
+
+    {"rows": 9, "bytes": 850, "seconds": 2.5, "counts": {"pairs": 7}, "figures": {"bias": [3.5, 7]}}
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.files import lock_file, replace_text
+
+
+def open_output(config, head):
+    """Lock --out and its log, cut both after the last batch that is complete -> the record so far.
+
+    config: a stage's, with out, resume and overwrite; head: {"stage", "config", "data"}, the first
+    line of a new log. Raises UserError if a file of another run is there.
+    """
+    out, log, records = Path(config.out), Path(config.out).with_suffix(".log.jsonl"), []
+    record = {"rows": 0, "bytes": 0, "seconds": 0.0, "counts": {}, "figures": {}}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock_file(out.with_name(f".{out.name}.lock"), config.out)
+        if out.exists() and not (config.resume or config.overwrite):
+            raise UserError(f"--out={out}: is here already; --resume continues it, --overwrite replaces it")
+        if out.exists() and config.resume:
+            stage, data, size = head["stage"], head["data"], out.stat().st_size
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+            head, *records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+            checkpoint.check_same_run(head, stage, config)
+            checkpoint.check_same_data(head, data)
+            records = [record for record in records if record["bytes"] <= size]
+            if records:
+                record = records[-1]
+                check_record(record)
+        with open(out, "ab") as f:
+            f.truncate(record["bytes"])
+        replace_text(log, "".join(json.dumps(line) + "\n" for line in [head, *records]))
+        return record
+    except OSError as e:
+        raise UserError(f"--out={out}: {e.strerror}") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise UserError(f"--resume: {log} is missing, damaged or of another script; --overwrite starts again") from None
+
+
+def check_record(record):
+    """Raises an error of some kind unless a record is as `write_batch` makes it."""
+    sums = [number for total, n in record["figures"].values() for number in (total, n)]
+    for number in (record["rows"], record["bytes"], record["seconds"], *record["counts"].values(), *sums):
+        if not number >= 0:
+            raise ValueError
+
+
+def write_batch(out, record, rows, n, counts, values):
+    """Append what became of n rows of the input to --out, and add it to the record and the log.
+
+    rows: [dict] to write; counts: {name: number}; values: {figure: [number]}.
+    """
+    record["bytes"] = append(out, [json.dumps(row, ensure_ascii=False, default=str) for row in rows])
+    record["rows"] += n
+    for name, number in counts.items():
+        record["counts"][name] = record["counts"].get(name, 0) + number
+    for name, numbers in values.items():
+        total, size = record["figures"].get(name, (0.0, 0))
+        record["figures"][name] = total + float(np.sum(numbers)), size + len(numbers)
+    append(Path(out).with_suffix(".log.jsonl"), [json.dumps(record)])
+
+
+def append(path, lines):
+    """Add lines to the end of a file and have the disk hold them -> the size of the file."""
+    try:
+        with open(path, "ab") as f:
+            f.write("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+            f.flush()
+            os.fsync(f.fileno())
+            return f.tell()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; --resume continues after the last batch that was written") from None

@@ -1,0 +1,460 @@
+"""What a completion is worth: rule functions, reward models and judges.
+
+A reward on the command line is FILE.py:FUNCTION, the directory of a reward model, or judge:DIR, a
+chat model that compares completions by the principles of a constitution. `load_rewards` turns each
+into a function(conversations, rows, samples, texts) -> float64 [n]: sample i answers conversation
+i, whose row of the data is rows[i], and says texts[i]. `score_completions` adds them up by weight.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import signal
+import sys
+import traceback
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import chat
+from data.judge import judge_prompt, question, transcript
+from data.pack import make_completion, pack, rank_span, token_slices
+from data.rules import final_number
+from model import GPT, logprobs_no_grad, score
+from rollout import sample_completions
+from runtime import checkpoint
+from runtime.cli import print0
+from runtime.errors import UserError
+from runtime.files import sha256
+from runtime.hub import config_from_hf
+from runtime.process import rank, reduce_sum, world_size
+
+# -------------------------------------------------------------------------------------------------
+# Rewards of a command line
+
+
+def reward_names(text):
+    """The [(name, weight)] of a --reward flag: names, comma-separated, each with or without
+    *WEIGHT.
+
+    Raises UserError if a weight is not a number.
+    """
+    names = []
+    for piece in filter(None, text.split(",")):
+        name, star, weight = piece.rpartition("*")
+        try:
+            names.append((name, float(weight)) if star else (piece, 1.0))
+        except ValueError:
+            raise UserError(f"--reward={piece}: {weight!r} is not a number; write NAME*0.5") from None
+    return names
+
+
+def is_function(name):
+    """Whether a reward is FILE.py:FUNCTION."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def is_model(name):
+    """Whether a reward is the directory of a reward model."""
+    return not name.startswith("judge:") and not is_function(name)
+
+
+def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.0, monitor=""):
+    """The rewards of a command line -> [(name, weight, function)].
+
+    names: of --reward; constitution: a file with the principles of judges; timeout: seconds that a
+    FUNCTION may take over one completion; monitor: more rewards, which are logged and weigh 0.
+    Raises UserError if a reward is named twice or cannot be loaded.
+    """
+    named = reward_names(names)
+    weights = dict(named)
+    if len(weights) < len(named):
+        raise UserError(f"--reward={names}: a reward is named twice; give it one weight")
+    for name, _ in reward_names(monitor):
+        weights.setdefault(name, 0.0)
+    rewards = []
+    for name, weight in weights.items():
+        if is_function(name):
+            reward = function_reward(name, timeout)
+        elif is_model(name):
+            reward = model_reward(name, device, micro_batch_tokens)
+        else:
+            reward = judge_reward(name, device, micro_batch_tokens, constitution)
+        rewards.append((name, weight, reward))
+    return rewards
+
+
+def reward_hashes(names, constitution=""):
+    """{name: SHA-256} of what the rewards are made of: a resumed run must have the same ones."""
+    hashes = {constitution: sha256(constitution)} if constitution else {}
+    for name, _ in reward_names(names):
+        if is_function(name):
+            hashes[name] = sha256(name.rpartition(":")[0])
+        else:
+            hashes[name] = checkpoint.fingerprint(checkpoint.find(name.removeprefix("judge:")))
+    return hashes
+
+
+def reward_configs(names):
+    """{directory: GPTConfig} of the reward models and judges of a command line."""
+    folders = {name.removeprefix("judge:") for name, _ in reward_names(names) if not is_function(name)}
+    return {folder: config_from_hf(checkpoint.find(folder) / "config.json") for folder in sorted(folders)}
+
+
+def score_completions(rewards, rows, samples, texts):
+    """What samples are worth -> (weighted sum float64 [n], {name: float64 [n]}).
+
+    rewards: of `load_rewards`; rows: [(messages, row)], one for each prompt_index of the samples.
+    """
+    total, parts = np.zeros(len(samples)), {}
+    conversations, data = zip(*(rows[s.prompt_index] for s in samples)) if samples else ((), ())
+    for name, weight, reward in rewards:
+        # A rank's share may be empty
+        parts[name] = reward(conversations, data, samples, texts) if samples else total
+        total = total + weight * parts[name]
+    return total, parts
+
+
+WARNED = set()
+
+
+def warn_once(name, text):
+    """Print a warning about a reward the first time only, not at every step."""
+    if name not in WARNED:
+        WARNED.add(name)
+        print(f"warning: {name}: {text} (said once)", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# Functions
+
+
+def function_reward(name, timeout):
+    """The reward that calls a user's function(prompt, completion, row) for each sample."""
+    function = load_function(name)
+
+    def reward(conversations, rows, samples, texts):
+        values = []
+        for messages, row, sample, text in zip(conversations, rows, samples, texts):
+            try:
+                with time_limit(timeout):
+                    value = float(function(question(messages), text, row | {"finished": sample.finished}))
+            except Exception as e:
+                line = traceback.extract_tb(e.__traceback__)[-1]
+                raise UserError(
+                    f"--reward={name}: {type(e).__name__}: {e} ({line.filename}:{line.lineno}), "
+                    f"for the completion {text[:200]!r} and the row {str(row)[:200]}"
+                ) from None
+            if not np.isfinite(value):
+                raise UserError(
+                    f"--reward={name}: {value} for the completion {text[:200]!r}; a finite number was expected"
+                )
+            values.append(value)
+        return np.array(values)
+
+    return reward
+
+
+def load_function(name):
+    """The function of FILE.py:FUNCTION. The file is run: the user's own code, with all the user's
+    rights.
+
+    Raises UserError if there is none.
+    """
+    file, _, function = name.rpartition(":")
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"--reward={name}: {file} does not exist")
+    if str(path) not in sys.modules:  # two functions of one file share its module
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))  # it may import the files next to it
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:
+            del sys.modules[str(path)]
+            raise UserError(f"--reward={name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
+    found = vars(sys.modules[str(path)]).get(function)
+    if not callable(found):
+        raise UserError(f"--reward={name}: {file} has no function {function}")
+    return found
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError if the body takes longer, even if the body catches that.
+
+    By a signal, so in the main thread and on POSIX only; elsewhere there is no limit.
+    """
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    late = TimeoutError(f"took longer than {seconds:g} seconds")
+    expired = ended = False
+
+    def on_alarm(number, frame):
+        nonlocal expired
+        expired = True
+        if not ended:  # nothing may be raised between the end of the body and the end of the timer
+            raise late
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, for a body that catches the first
+    try:
+        yield
+    finally:
+        ended = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if expired:
+        raise late
+
+
+# -------------------------------------------------------------------------------------------------
+# Reward models
+
+
+def model_reward(name, device, micro_batch_tokens):
+    """The reward that is a reward model's score at the end of a conversation."""
+    model, tok, info = checkpoint.load(name, device)
+    if not model.config.scalar_head:
+        raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
+    model.eval()
+    context = model.config.context
+
+    def reward(conversations, rows, samples, texts):
+        documents = []
+        for messages, text, sample in zip(conversations, texts, samples):
+            # An unfinished completion is scored as it stands, without an end of turn
+            encode = chat.encode_completion(tok, text) if sample.finished else tok.encode_ordinary(text)
+            documents.append(chat.encode_prompt(tok, messages) + encode)
+        long = sum(len(d) > context for d in documents)
+        if long:
+            warn_once(
+                name,
+                f"{long} of {len(documents)} conversations exceed its context of {context} tokens; it reads their ends",
+            )
+        documents = [d[-context:] for d in documents]
+        return reward_scores(model, documents, micro_batch_tokens, info.get("center", 0.0))
+
+    return reward
+
+
+@torch.no_grad()
+def reward_scores(model, documents, micro_batch_tokens, center=0.0):
+    """float64 [D]: the reward model's score at the last token of each document (token ids) -
+    `center`.
+
+    Raises UserError if a document is longer than the model's context or a score is not finite.
+    """
+    packs = packs_within_context(model, documents, micro_batch_tokens, "conversation")
+    return finite(torch.cat([score(model, p) for p in packs]), "reward model's scores") - center
+
+
+def packs_within_context(model, documents, micro_batch_tokens, what):
+    """Packs of at most `micro_batch_tokens` tokens on the model's device, in order."""
+    longest, context = max(map(len, documents)), model.config.context
+    if longest > context:
+        raise UserError(f"a {what} of {longest} tokens exceeds the model's context of {context}")
+    parts = token_slices([len(d) for d in documents], micro_batch_tokens)
+    return [pack(documents[part]).to(model.embed.device) for part in parts]
+
+
+def finite(values, what):
+    """float64 [n] of a tensor on any device. Raises UserError if one is not finite: it would pass
+    for a tie."""
+    if not values.isfinite().all():
+        raise UserError(f"the {what} are not finite: its weights are damaged; use another checkpoint")
+    return values.cpu().double().numpy()
+
+
+# -------------------------------------------------------------------------------------------------
+# Judges
+
+
+def judge_reward(name, device, micro_batch_tokens, constitution):
+    """How often a completion is better than the next one to the same prompt, by a judge's
+    probabilities.
+
+    The mean over both orders and all principles (Lee et al. 2023, arXiv 2309.00267).
+    """
+    if not constitution:
+        raise UserError(
+            f"--reward={name}: a judge needs principles, one per line of a file: --constitution=data/constitution.txt"
+        )
+    principles = read_constitution(constitution)
+    model, tok, _ = checkpoint.load(name.removeprefix("judge:"), device)
+    if model.config.scalar_head:
+        raise UserError(f"--reward={name}: a reward model, which writes no verdict; use it without judge:")
+    model.eval()
+    longest_principle = max(len(tok.encode_ordinary(principle)) for principle in principles)
+
+    def reward(conversations, rows, samples, texts):
+        opponents = next_of_group(samples, name)
+        triples = [(transcript(m), texts[i], texts[opponents[i]]) for i, m in enumerate(conversations)]
+        lengths = np.array([len(tok.encode_ordinary(judge_prompt(*triple, ""))) for triple in triples])
+        fits = 1 + lengths + 8 + longest_principle <= model.config.context
+        if not fits.all():
+            warn_once(
+                name,
+                f"{(~fits).sum()} of {len(triples)} comparisons exceed its context of {model.config.context} tokens "
+                "and count as ties",
+            )
+        values = np.full(len(triples), 0.5)
+        if fits.any():
+            fitting = [triples[i] for i in fits.nonzero()[0]]
+            by_principle = [judge_score(model, tok, fitting, p, micro_batch_tokens).mean(1) for p in principles]
+            values[fits] = np.mean(by_principle, axis=0)
+        return values
+
+    return reward
+
+
+def next_of_group(samples, name):
+    """For each sample the index of the next one to its prompt, in a circle; UserError if it is
+    alone."""
+    groups = defaultdict(list)
+    for i, sample in enumerate(samples):
+        groups[sample.prompt_index].append(i)
+    following = {}
+    for group in groups.values():
+        if len(group) < 2:
+            raise UserError(
+                f"--reward={name}: a judge compares the completions of one prompt, so there must be at least two "
+                "(--group_size=2)"
+            )
+        following |= zip(group, group[1:] + group[:1])
+    return following
+
+
+def judge_score(model, tok, triples, principle, micro_batch_tokens):
+    """float64 [n, 2]: the probability that the first of two replies is the better one by a
+    principle.
+
+    triples: (prompt, reply, reply). Column 0 has the judge read them in this order, column 1 in the
+    other."""
+    prompts = [judge_prompt(prompt, a, b, principle) for prompt, a, b in triples]
+    prompts += [judge_prompt(prompt, b, a, principle) for prompt, a, b in triples]
+    in_order, swapped = np.split(prefer_first(model, tok, prompts, micro_batch_tokens), 2)
+    return np.stack([in_order, 1 - swapped], axis=1)
+
+
+@torch.no_grad()
+def prefer_first(model, tok, prompts, micro_batch_tokens):
+    """float64 [n]: the probability of " A" against " B" after each judge prompt.
+
+    Raises UserError if these are not single tokens or a prompt is longer than the model's context.
+    """
+    labels = [tok.encode_ordinary(label) for label in (" A", " B")]
+    if any(len(ids) != 1 for ids in labels):
+        raise UserError('" A" and " B" are not single tokens of this tokenizer, so it cannot be a judge')
+    documents = [[tok.eot, *tok.encode_ordinary(prompt)] for prompt in prompts]
+    packs = packs_within_context(model, documents, micro_batch_tokens, "judge prompt")
+    hidden = torch.cat([model(p)[p.cu_seqlens[1:].long() - 1] for p in packs])  # [n, C]
+    logits = hidden.float() @ model.head[[ids[0] for ids in labels]].float().T  # [n, 2]
+    return finite(logits.softmax(-1)[:, 0], "judge's probabilities")
+
+
+def read_constitution(path):
+    """The principles of a constitution: one per line; empty lines and lines that begin with # are
+    skipped.
+
+    Raises UserError if the file cannot be read or has none.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--constitution={path}: {e}") from None
+    principles = [line for line in lines if line and not line.startswith("#")]
+    if not principles:
+        raise UserError(f"--constitution={path}: no principle in it; one per line is expected")
+    return principles
+
+
+# -------------------------------------------------------------------------------------------------
+# A policy on held-out rows
+
+
+def exact_match(model, tok, problems, max_new_tokens):
+    """[1.0 or 0.0]: whether the greedy completion of each problem (messages, row) ends in the right
+    number."""
+    conversations = [messages for messages, _ in problems]
+    _, samples, texts = sample_completions(model, tok, conversations, max_new_tokens=max_new_tokens, temperature=0)
+    return [
+        final_number(messages[-1]["content"], text, row | {"finished": s.finished})
+        for (messages, row), s, text in zip(problems, samples, texts)
+    ]
+
+
+def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penalty=0.0):
+    """Means over completions of held-out rows, always with the same random numbers, and a first
+    text.
+
+    -> ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, text). The ranks share
+    the rows. reference: None if there is none, and then no "kl". penalty: taken from the reward of
+    an unfinished completion. val_loss: kl_coef kl - reward."""
+    begin, end = 0, len(rows)
+    if end >= world_size():  # else every rank answers all rows, and the means stay
+        begin, end = rank_span([1] * end, rank(), world_size())
+    rows, n = rows[begin:end], 1
+    if "judge:" in config.reward + config.monitor:
+        n = config.group_size
+    prompts, samples, texts = sample_completions(
+        model,
+        tok,
+        [messages for messages, _ in rows],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        n=n,
+        seed=config.seed,
+        first=begin * n,
+    )
+    total, parts = score_completions(rewards, rows, samples, texts)
+    finished = np.array([s.finished for s in samples])
+    sums = {"reward": (total - penalty * ~finished).sum()}
+    if reference:
+        chats = [make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask) for s in samples]
+        options = chats, config.temperature, config.micro_batch_tokens
+        sums["kl"] = (logprobs_no_grad(model, *options) - logprobs_no_grad(reference, *options)).sum()
+    sums |= {"finished": finished.sum(), "completion_tokens": sum(len(s.tokens) for s in samples)}
+    if len(parts) > 1:
+        sums |= {f"reward {name}": values.sum() for name, values in parts.items()}
+    count, *totals = reduce_sum(len(samples), *sums.values())
+    means = {name: x / count for name, x in zip(sums, totals)}
+    return {"val_loss": kl_coef * means.get("kl", 0.0) - means["reward"], **means}, texts[0]
+
+
+def refuse_weak_reward_models(names, min_accuracy):
+    """Raises UserError if a reward model of a --reward flag ordered fewer than this share of its
+    held-out pairs right: what it rewards would be noise."""
+    for name, _ in reward_names(names):
+        if not is_model(name):
+            continue
+        metrics = checkpoint.read_info(checkpoint.find(name)).get("metrics", {})
+        accuracy = metrics.get("figures", {}).get("accuracy", {}).get("value", metrics.get("accuracy"))
+        if accuracy is None:
+            print0(f"{name}: its accuracy is not recorded; evaluate.py --model={name} --pairs=... tells it")
+        elif accuracy < min_accuracy:
+            raise UserError(
+                f"--reward={name}: it ordered {accuracy:.1%} of its held-out pairs right, less than "
+                f"--min_accuracy={min_accuracy}; train it on more or better pairs"
+            )
+
+
+def first_critic(config, policy, tok):
+    """(critic, its center): the reward model of --critic or of --reward (scaled by its weight), or
+    else the policy's trunk under a head of zeros.
+
+    The reward model knows at a completion's end the very score that the critic is to predict
+    earlier."""
+    for name, weight in [(config.critic, 1.0), *reward_names(config.reward)]:
+        if name and is_model(name):
+            critic = checkpoint.load_matching(name, policy, tok, f"--critic={name}", scalar_head=True)
+            critic.score.data *= weight
+            return critic, checkpoint.read_info(checkpoint.find(name)).get("center", 0.0) * weight
+    critic = GPT(dataclasses.replace(policy.config, scalar_head=True))
+    trunk = {name: p for name, p in policy.state_dict().items() if name != "untied_head"}
+    critic.load_state_dict(trunk | {"score": torch.zeros(1, policy.config.width)})
+    return critic.to(policy.embed.device), 0.0
