@@ -32,7 +32,6 @@ import torch
 from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
-from data.read import read_jsonl
 from figures import distinct, interval, mean_interval, point_estimate, position_bias, preference_figures, show
 from kernels.head import linear_logprob
 from model import logprobs_no_grad
@@ -93,20 +92,6 @@ class Config:
     device: str = "auto"
 
 
-def check_combinations(config):
-    """Raises UserError for flags that do not go together."""
-    for flag in ("reward", "reference", "samples"):
-        if vars(config)[flag] and not config.data:
-            raise UserError(f"--{flag}: needs --data, the prompts to complete")
-    if config.best_of > 1 and not config.reward:
-        raise UserError("--best_of: more than 1 needs a --reward to choose by")
-    for name, weight in reward_names(config.reward):
-        if weight != 1:
-            raise UserError(f"--reward={config.reward}: a weight means nothing here; --best_of chooses by the first")
-        if name.startswith("judge:") and (config.best_of < 2 or config.reference):
-            raise UserError(f"--reward={name}: a judge compares: --best_of must be 2 or more, without --reference")
-
-
 @torch.no_grad()
 def document_nats(model, tok, documents, micro_batch_tokens):
     """float64 [D, 3]: nats, tokens and bytes of each document, whose end counts as a token.
@@ -138,19 +123,15 @@ def text_figures(config, model, tok):
 
 
 def read_strings(path, fields):
-    """The rows of a JSONL file that have these fields, all strings.
+    """The rows of a file that have these fields, all strings; raises UserError for other rows."""
 
-    Raises UserError naming the file, line and field that is missing, or an empty file.
-    """
-    examples = []
-    for line, row in read_jsonl(path):
+    def parse(row):
         for field in fields:
             if not isinstance(row.get(field), str):
-                raise UserError(f'{path}:{line}: no "{field}" string')
-        examples.append(row)
-    if not examples:
-        raise UserError(f"{path}: there is nothing in it")
-    return examples
+                raise ValueError(f'no "{field}" string')
+        return row
+
+    return rows.read(path, parse)[0]
 
 
 def completions_right(model, tok, examples):
@@ -302,7 +283,16 @@ def write_samples(config, sampled):
 def main(config):
     # 1. The flags and the model
     check_ranges(config)
-    check_combinations(config)
+    for flag in ("reward", "reference", "samples"):
+        if vars(config)[flag] and not config.data:
+            raise UserError(f"--{flag}: needs --data, the prompts to complete")
+    if config.best_of > 1 and not config.reward:
+        raise UserError("--best_of: more than 1 needs a --reward to choose by")
+    for name, weight in reward_names(config.reward):
+        if weight != 1:
+            raise UserError(f"--reward={config.reward}: a weight means nothing here; --best_of chooses by the first")
+        if name.startswith("judge:") and (config.best_of < 2 or config.reference):
+            raise UserError(f"--reward={name}: a judge compares: --best_of must be 2 or more, without --reference")
     device = setup(config.device, config.seed)
     model, tok, info = checkpoint.load(config.model, device)
     model.eval()

@@ -50,8 +50,9 @@ def distinct(texts, n):
 def show(figures):
     """The figures as lines of text."""
     lines = []
+    width = max([48, *map(len, figures)])
     for name, figure in figures.items():
-        line = f"{name:<48} {figure['value']:9.4f}"
+        line = f"{name:<{width}} {figure['value']:9.4f}"
         if figure["low"] is not None:
             line += f"   [{figure['low']:.4f}, {figure['high']:.4f}]"
         lines.append(line)
@@ -66,16 +67,20 @@ def preference_figures(pairs, margins, lengths, seed):
     """What a reward model's margins say about labelled pairs: {name: figure}.
 
     pairs: [rows.Pair]. margins: float64 [n], score of the chosen minus score of the rejected.
-    lengths: [n, 2], tokens of the two completions.
+    lengths: [n, 2], tokens of the two completions. Agreement with the truth, and the accuracy that
+    the labels' noise allows, if the rows know the truth ("gold_chosen", "gold_rejected").
     """
     margins, lengths = np.asarray(margins, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
     labels = np.array([pair.probability for pair in pairs])
+    figures = length_figures(margins, lengths, labels, seed) | calibration_figures(margins, labels, seed)
     gold = np.array([gold_margin(pair.row) for pair in pairs])
-    return {
-        **length_figures(margins, lengths, labels, seed),
-        **calibration_figures(margins, labels, seed),
-        **gold_figures(margins, gold, seed),
-    }
+    if np.isfinite(gold).all():
+        differ = gold != 0
+        if differ.any():
+            figures["order as gold's"] = mean_interval((margins > 0)[differ] == (gold > 0)[differ], seed)
+        best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws labels
+        figures["accuracy that noise allows (Bayes)"] = mean_interval(best, seed)
+    return figures
 
 
 def agreement(margins, labels):
@@ -134,20 +139,6 @@ def calibration_error(confidence, agrees, bins=10):
     return sum(abs((confidence - agrees)[bin_of == b].sum()) for b in range(bins)) / len(confidence)
 
 
-def gold_figures(margins, gold, seed):
-    """Agreement with the true margins, and the accuracy that the labels' noise allows.
-
-    gold: float64 [n]; nan if a row does not know the truth, and then there are no figures.
-    """
-    if not np.isfinite(gold).all():
-        return {}
-    figures, differ = {}, gold != 0
-    if differ.any():
-        figures["order as gold's"] = mean_interval((margins > 0)[differ] == (gold > 0)[differ], seed)
-    best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws its labels
-    return figures | {"accuracy that noise allows (Bayes)": mean_interval(best, seed)}
-
-
 # --------------------------------------------------------------------------------------------------
 # A judge's verdicts p [n, 2]: that the first of two replies is better, in this order and the other
 
@@ -155,6 +146,12 @@ def gold_figures(margins, gold, seed):
 def position_bias(p):
     """float64 [n]: how much the judge says " A" over both orders; 1/2 is none."""
     return (p[:, 0] + 1 - p[:, 1]) / 2
+
+
+def label_margins(pairs):
+    """{"the labels", "gold": float64 [n], by how much the chosen side is better; nan if unknown}."""
+    labels = np.array([pair.probability - 0.5 for pair in pairs])
+    return {"the labels": labels, "gold": np.array([gold_margin(pair.row) for pair in pairs])}
 
 
 def verdict_values(p, margins, probability, kept, known, principles):

@@ -27,7 +27,7 @@ the paper's, that of KL(ref || pi); unbiased = ratio k3 that of KL(pi || ref), o
 (DeepSeek-V3.2, 2512.02556). k1 = d has none. Left out: process rewards, sequence-level ratios
 (GSPO), asynchronous sampling.
 
-    python grpo.py --init=out/sft --data=problems.jsonl --reward=data/rules.py:final_number --out=out/grpo
+    python grpo.py --init=out/sft --data=sums.jsonl --reward=data/rules.py:final_number --out=out/rl
 """
 
 from dataclasses import dataclass
@@ -77,9 +77,8 @@ class Config(RolloutConfig):
     # (recipe) reward minus the group's mean, over its std (grpo), minus the mean (dr_grpo), or
     # minus the mean of the others (rloo) [one of grpo, dr_grpo, rloo]
     advantage: str = ""
-    # (recipe) mean over all tokens (token), over each completion's and then over completions
-    # (sequence), or sum over completions and --max_new_tokens (constant) [one of token, sequence,
-    # constant]
+    # (recipe) mean over all tokens, over each completion's first (sequence), or the sum over
+    # completions x --max_new_tokens (constant) [one of token, sequence, constant]
     loss_aggregation: str = ""
     # (recipe) how far below 1 a ratio still has a gradient [>= 0]
     clip_low: float = -1.0
@@ -109,12 +108,14 @@ class Config(RolloutConfig):
 
 
 def apply_recipe(config):
-    """Give each flag marked (recipe) that was left out the recipe's value."""
+    """Give each flag marked (recipe) that was left out the recipe's value, and print them."""
     if config.recipe not in RECIPES:
         raise UserError(f"--recipe={config.recipe}: expected one of {', '.join(RECIPES)}")
     for name, value in (DEFAULT_RECIPE | RECIPES[config.recipe]).items():
         if vars(config)[name] == vars(Config)[name]:
             setattr(config, name, value)
+    flags = ", ".join(f"{name} {vars(config)[name]}" for name in DEFAULT_RECIPE)
+    print0(f"recipe {config.recipe}: {flags}")
 
 
 def check_flags(config):
@@ -124,15 +125,9 @@ def check_flags(config):
     if config.kl == "k1":
         raise UserError("--kl=k1: as a loss its gradient is 0 on average, so it has no effect; take k2")
     if (config.beta > 0) != (config.kl != "none"):
-        raise UserError(
-            f"--beta={config.beta} and --kl={config.kl}: a coefficient needs an estimator and an estimator a "
-            "coefficient (--kl=k2 --beta=0.02), or neither"
-        )
+        raise UserError(f"--beta={config.beta} and --kl={config.kl}: give both (--kl=k2 --beta=0.02) or neither")
     if config.kl == "none" and (config.reference or config.reference_every):
-        raise UserError(
-            "--reference and --reference_every: without --kl there is none; --kl=k2 --beta=0.001 logs the KL and "
-            "hardly holds the policy"
-        )
+        raise UserError("--reference and --reference_every need --kl; --kl=k2 --beta=0.001 does little but log it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,17 +210,16 @@ class Completion:
     ref_logp: torch.Tensor = None
 
     @property
-    def n_tokens(self):
+    def n_tokens(self):  # those that are trained
         return int(self.chat.loss_mask.sum())
 
 
-def roll_out(run, model, tok, rewards, order, train, step):
+def roll_out(model, tok, rewards, order, train, step, config, time_phase):
     """([Completion], n_prompts): this rank's completions, and how many prompts all ranks saw.
 
     That is --prompts_per_step, and with --refill more, until so many groups have differences.
     """
-    config, G = run.config, run.config.group_size
-    completions, n_prompts, missing = [], 0, config.prompts_per_step
+    G, completions, n_prompts, missing = config.group_size, [], 0, config.prompts_per_step
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
         begin, end = rank_span([1] * missing, rank(), world_size())
@@ -233,7 +227,7 @@ def roll_out(run, model, tok, rewards, order, train, step):
         sampling = {"n": G, "seed": config.seed * 1_000_003 + step, "first": first}
         sampling |= {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
         prompts, samples, texts = sample_completions(model, tok, [messages for messages, _ in rows], **sampling)
-        run.time_phase("rollout")
+        time_phase("rollout")
         scores, parts = scoring.score_completions(rewards, rows, samples, texts)
         for i, s in enumerate(samples):
             if config.overlong == "punish":
@@ -241,7 +235,7 @@ def roll_out(run, model, tok, rewards, order, train, step):
             document = make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask)
             said = {name: values[i] for name, values in parts.items()}
             completions.append(Completion(first + i, document, s, scores[i], said))
-        run.time_phase("scoring")
+        time_phase("scoring")
         n_prompts += missing
         missing -= int(reduce_sum(differs(torch.from_numpy(scores).float().view(-1, G)).sum())[0])
         if not missing:
@@ -276,12 +270,19 @@ def set_logprobs(completions, name, logp):
         setattr(c, name, own)
 
 
-def minibatches(batch, step, config):
-    """The indices of each optimizer step: --epochs times those of the batch. Undivided, it keeps
-    its order, and so is the pack that was read before."""
+def minibatches(trained, batch, lengths, step, config):
+    """Yield (this rank's completions, number of trained tokens and of completions that teach on all
+    ranks) of each optimizer step: --epochs times the whole batch, shuffled.
+
+    An undivided batch keeps its order, and so is the very pack that was read before.
+    """
+    by_index = {c.index: c for c in trained}
     for epoch in range(config.epochs):
         shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(batch)
-        yield from np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [batch]
+        for indices in np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [batch]:
+            n_completions = np.count_nonzero(lengths[indices])
+            if n_completions:
+                yield [by_index[i] for i in indices if i in by_index], lengths[indices].sum(), n_completions
 
 
 UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
@@ -330,11 +331,14 @@ def main(config):
     apply_recipe(config)
     check_flags(config)
     run = Run("grpo", config)
+    if config.prompts_per_step < world_size():
+        raise UserError(f"--prompts_per_step={config.prompts_per_step}: less than one for each of {world_size()} ranks")
 
     # Policy, reference, rewards, prompts
     model, tok = run.load()
     reference = load_reference(run, model, tok)
-    rewards = scoring.load_rewards_of(config, run.device)
+    options = config.constitution, config.reward_timeout, config.monitor
+    rewards = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
 
     # bookkeeping: optimizer, memory, what is saved and resumed
@@ -342,39 +346,36 @@ def main(config):
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, reference, tok, train)
-    flags = ", ".join(f"{name} {vars(config)[name]}" for name in DEFAULT_RECIPE)
-    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step} prompts; {flags}; peak lr {lr:.3g}")
+    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
     hashes |= scoring.reward_hashes(config.reward, config.constitution) | checkpoint.fingerprints(config.reference)
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
     for step in run.steps():
-        # 1. Roll out and score
-        completions, n_prompts = roll_out(run, model, tok, rewards, order, train, step)
+        # 1. Roll out and score: groups of completions
+        completions, n_prompts = roll_out(model, tok, rewards, order, train, step, config, run.time_phase)
 
         # 2. Advantages: how much better each completion is than its group
         trained, batch, lengths = find_advantages(completions, n_prompts, config)
         chats, samples = [c.chat for c in trained], [c.sample for c in trained]
-        options = chats, config.temperature, config.micro_batch_tokens
-        ref_logp = logprobs_no_grad(reference, *options) if reference else None  # [M]
+        limits = config.temperature, config.micro_batch_tokens
+        ref_logp = logprobs_no_grad(reference, chats, *limits) if reference else None  # [M]
         if reference:
             set_logprobs(trained, "ref_logp", ref_logp)
-        # If a batch is updated once, that update's own pass finds the old log-probabilities. The
-        # first step of a process checks that they are the same.
+        # A single update finds the old log-probabilities in its own pass. The first step of a
+        # process checks that this is true.
         updated_once = config.epochs * config.minibatches == 1 and step > run.start + 1
         if not updated_once:
-            logp = logprobs_no_grad(model, *options)  # [M]
-            gap = check_sampler_matches_trainer(run, step, model, chats, samples, logp, ref_logp)
+            logp = logprobs_no_grad(model, chats, *limits)  # [M]
             set_logprobs(trained, "old_logp", logp)
+            same_logp = ref_logp if step == 1 and not config.reference else None  # the KL must be 0 at first
+            repeat = step == run.start + 1
+            gap = check_sampler_matches_trainer(model, chats, samples, logp, same_logp, *limits, repeat)
 
         # 3. Update: a few passes over these completions, in minibatches
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
-        by_index, updates, grad_norm = {c.index: c for c in trained}, [], torch.zeros(())
-        for minibatch in minibatches(batch, step, config):
-            n_tokens, n_completions = lengths[minibatch].sum(), np.count_nonzero(lengths[minibatch])
-            if not n_completions:
-                continue
-            own = [by_index[i] for i in minibatch if i in by_index]
-            stats = update_step(model, own, n_tokens, n_completions, config)
+        updates, grad_norm = [], torch.zeros(())
+        for minibatch in minibatches(trained, batch, lengths, step, config):
+            stats = update_step(model, *minibatch, config)
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
                 optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
                 break
@@ -383,16 +384,13 @@ def main(config):
             updates.append(stats)
         if updated_once:
             logp = torch.cat([torch.zeros(0, device=run.device), *(c.old_logp for c in trained)])
-            gap = check_sampler_matches_trainer(run, step, model, chats, samples, logp, ref_logp)
+            gap = check_sampler_matches_trainer(model, chats, samples, logp, None, *limits, False)
         run.time_phase("update")
 
         # 4. Log, validate, save
         printed, log_only = step_metrics(completions, n_prompts, batch, lengths, logp, ref_logp, updates, config)
         log_only |= {"sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        tokens = int(reduce_sum(sum(len(c.ids) for c in chats))[0])
-        flops = model.flops_per_token(tokens // max(1, len(batch))) * (config.epochs + 2 / 3)  # 2 forward passes
-        run.log(step, tokens, flops, log_only, **printed)
-        run.warn_of_drift(log_only["finished"], printed["completion_tokens"])
+        run.log_rollout(step, model, chats, config.epochs + 2 / 3, log_only, **printed)
         if config.reference_every and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
         if run.eval_due(step):
@@ -410,17 +408,20 @@ def step_metrics(completions, n_prompts, batch, lengths, logp, ref_logp, updates
     sums = {"reward": sum(c.score for c in completions)}
     if len(rewards) > 1 or config.overlong == "punish":
         sums |= {name: sum(c.parts[name] for c in completions) for name in rewards}
-    sums |= {"completion_tokens": sum(len(s.tokens) for s in samples), "finished": sum(s.finished for s in samples)}
+    finished, tokens = sum(s.finished for s in samples), sum(len(s.tokens) for s in samples)
     kl = 0.0 if ref_logp is None else (logp - ref_logp).sum()
-    kl, entropy, M, n, *totals = reduce_sum(kl, -logp.sum(), len(logp), len(completions), *sums.values())
+    n, finished, tokens, M, entropy, kl, *totals = reduce_sum(
+        len(samples), finished, tokens, len(logp), -logp.sum(), kl, *sums.values()
+    )
     printed = {name: total / n for name, total in zip(sums, totals, strict=True)}
     printed["zero_variance"] = 1 - len(batch) / n
     if ref_logp is not None:
         printed["kl"] = kl / max(1, np.count_nonzero(lengths))
-    means = {name: sum(stats[name] for stats in updates) / max(1, len(updates)) for name in UPDATE_STATS}
-    printed["loss"] = means.pop("loss")
-    log_only = {"finished": printed.pop("finished"), "entropy": entropy / max(1, M), "updates": len(updates)}
-    return printed, log_only | means | {"prompts_seen": n_prompts}
+    log_only = {"finished": finished / n, "completion_tokens": tokens / n, "entropy": entropy / max(1, M)}
+    log_only |= {"prompts_seen": n_prompts, "updates": len(updates)}
+    for name in UPDATE_STATS:
+        log_only[name] = sum(stats[name] for stats in updates) / max(1, len(updates))
+    return printed | {"loss": log_only.pop("loss")}, log_only
 
 
 def check_memory(run, model, optimizer, reference, tok, rows):

@@ -46,10 +46,7 @@ from runtime.run import RolloutConfig, Run
 @dataclass(kw_only=True)
 class Config(RolloutConfig):
     # -- What you may set --
-    # prompts per step, over all ranks [>= 1]
     prompts_per_step: int = 96
-    # completions of each prompt [>= 1]
-    group_size: int = 1
     # rounds of sampling and updating; 0: as many as use each prompt once
     steps: int = 0
     # KL coefficient: the price of moving away from the reference [>= 0]

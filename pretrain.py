@@ -54,13 +54,13 @@ class Config(RunConfig):
     val: str = ""
     # share of the text to hold out [> 0; < 1]
     val_fraction: float = 0.1
-    # of text files: char, byte, or what data/tokenizer.py loads (a directory, gpt2)
+    # tokenizer of text files: char, byte, or what data/tokenizer.py loads (a directory, gpt2)
     tokenizer: str = "char"
-    # 0: 64 x depth
+    # width of the model; 0: 64 x depth
     width: int = 0
-    # 0: width / 32, 64 or 128, by width
+    # query heads; 0: width / 32, 64 or 128, by width
     heads: int = 0
-    # 0: as many as heads
+    # key-value heads; 0: as many as heads
     kv_heads: int = 0
     # hidden width of the MLP; 0: 8/3 width
     ffn: int = 0
@@ -70,7 +70,7 @@ class Config(RunConfig):
     window: int = 0
     # every n-th layer from the first is windowed [>= 1]
     window_every: int = 1
-    # for small corpora that are seen many times [>= 0; < 1]
+    # share of activations to drop, for small corpora that are seen many times [>= 0; < 1]
     dropout: float = 0.0
     # optimizer steps; 0: 20 tokens per parameter (Chinchilla) [may change on resume]
     steps: int = 0
@@ -81,11 +81,12 @@ class Config(RunConfig):
     micro_batch_tokens: int = 16384
     # peak learning rate of Muon, for the matrices of the blocks [> 0]
     lr: float = 0.02
-    # of AdamW, for the embedding; 0: 0.3 (128 / width)^0.5, or the head's if they are tied [>= 0]
+    # peak learning rate of AdamW, for the embedding; 0: 0.3 (128 / width)^0.5, or the head's if
+    # they are tied [>= 0]
     embed_lr: float = 0.0
-    # of AdamW, for the head; 0: 0.01 (128 / width)^0.5 [>= 0]
+    # peak learning rate of AdamW, for the head; 0: 0.01 (128 / width)^0.5 [>= 0]
     head_lr: float = 0.0
-    # of AdamW, for the gains of the norms [>= 0]
+    # peak learning rate of AdamW, for the gains of the norms [>= 0]
     norm_lr: float = 0.01
     # torch.compile the model [may change on resume]
     compile: bool = False
@@ -97,13 +98,13 @@ class Config(RunConfig):
     # what the samples continue; "": they begin a document [may change on resume]
     prompt: str = ""
     # -- What you will rarely set --
-    # of Muon [>= 0; < 1]
+    # momentum of Muon [>= 0; < 1]
     momentum: float = 0.95
     # decay of the matrices of the blocks [>= 0]
     weight_decay: float = 0.0
     # steps over which the learning rates rise
     warmup: int = 0
-    # last share of the steps, over which they fall to 0 [>= 0; <= 1]
+    # last share of the steps, over which the learning rates fall to 0 [>= 0; <= 1]
     decay: float = 0.6
     max_grad_norm: float = 0.0
     # precision of Muon's Newton-Schulz; auto: bf16 if the processor is fast at it [one of auto,
@@ -286,9 +287,9 @@ def main(config):
     check_memory(run, model, optimizer, train, order, batch_tokens, len(prompt))
 
     # bookkeeping: what is compiled, printed, saved and resumed
-    micro_batch_tokens, one_size = config.micro_batch_tokens, config.compile and run.device.type == "cuda"
+    pack_tokens, one_size = config.micro_batch_tokens, config.compile and run.device.type == "cuda"
     if one_size:
-        micro_batch_tokens = even_pack_tokens(batch_tokens, context, micro_batch_tokens)
+        pack_tokens = even_pack_tokens(batch_tokens, context, pack_tokens)
     if config.compile:
         model.compile()
         if run.device.type == "cpu":
@@ -296,16 +297,15 @@ def main(config):
     c, hardware = model.config, describe(run.device)["hardware"]
     shape = f"{c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
     print0(f"{n_parameters:,} parameters: {shape}; on {hardware}")
-    print0(
-        f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {steps * batch_tokens / n_train:.2f} epochs"
-    )
+    epochs = steps * batch_tokens / n_train
+    print0(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {epochs:.2f} epochs")
     flops = model.flops_per_token(int(order.lengths.mean()))
     run.begin(steps, model, data=data_hashes(config), saved={"optimizer": optimizer, "order": order})
 
     for step in run.steps():
         # 2. Learn from the next pieces of text
         pieces = order.batch(batch_tokens)
-        loss = train_step(model, train, pieces, micro_batch_tokens, one_size)
+        loss = train_step(model, train, pieces, pack_tokens, one_size)
         lr_scale = wsd(step - 1, steps, config.warmup, int(config.decay * steps))
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         (loss,) = reduce_sum(loss)

@@ -6,15 +6,14 @@
 --mode=judge writes preferences {"prompt", "chosen", "rejected", "probability"}, soft labels for
 reward.py and dpo.py (Lee et al. 2023, arXiv 2309.00267). A judge favours one place, so both orders
 are asked. The replies are sampled from --policy, or --data has them ("chosen"/"rejected" or
-"reply_a"/"reply_b"): then the judge is compared with their labels. --mode=revise has answers of
+"reply_a"/"reply_b"), and the judge is compared with their labels. --mode=revise has answers of
 --policy criticised by a random principle and rewritten, as chats for sft.py: the supervised half of
 constitutional AI (Bai et al. 2022, arXiv 2212.08073).
 
 In the mean, a principle of which the judge is very sure decides alone, and a small judge is often
 surest of the least; --principles=vote with --min_margin=0.3 keeps the pairs on which three agree. A
-pretrained model often judges better than a fine-tuned one, which has forgotten what it read; it must
-not be the policy that is trained. One of a million parameters can judge if it has read judgements;
-it cannot write a meaningful critique. The judge as a reward, without pairs: --reward=judge:DIR.
+pretrained model often judges better than a fine-tuned one, which has forgotten what it read, but it
+must not be the policy that is trained. The judge as a reward, without pairs: --reward=judge:DIR.
 
     python rlaif.py --policy=out/sft --judge=out/base --constitution=data/constitution.txt \\
         --data=prompts.jsonl --out=out/ai_pairs.jsonl
@@ -32,7 +31,7 @@ import numpy as np
 
 from data import chat, rows
 from data.judge import judge_prompt, question, transcript
-from figures import show_record, verdict_values
+from figures import label_margins, show_record, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
@@ -58,7 +57,6 @@ class Config:
     policy: str = ""
     # checkpoint that judges or criticises, any that writes; to revise, "" means --policy
     judge: str = ""
-
     # -- What you may set --
     # mean of the principles, their vote, or a random one per prompt [one of mean, vote, random]
     principles: str = "mean"
@@ -70,7 +68,7 @@ class Config:
     max_new_tokens: int = 256
     # drop a pair whose probability is nearer to 1/2 than this [>= 0; < 0.5]
     min_margin: float = 0.05
-    # critiques: in turns, as text to continue; auto: as the judge was trained [one of chat, text, auto]
+    # critiques: in turns, as text, or auto: as the judge was trained [one of chat, text, auto]
     ask: str = "auto"
     # compare the judge's order with that of this reward, as evaluate.py takes it
     reward: str = ""
@@ -84,7 +82,6 @@ class Config:
     resume: bool = False
     # replace it [may change on resume]
     overwrite: bool = False
-
     # -- What you will rarely set --
     # rows of --data between two writes: what a kill can cost [>= 1]
     rows_per_write: int = 256
@@ -102,22 +99,6 @@ REPLACED = """prompt question messages conversations instruction input output co
     reply_a reply_b better probability principle verdicts original critique""".split()
 
 
-def check_combinations(config):
-    """Raises UserError for flags that do not go together."""
-    if not config.out.endswith(".jsonl"):
-        raise UserError(f"--out={config.out}: name a .jsonl file")
-    if config.resume and config.overwrite:
-        raise UserError("--resume and --overwrite: choose one")
-    if config.mode == "judge" and not config.judge:
-        raise UserError("--judge: name the checkpoint that judges; the pretrained model is a good one")
-    if config.mode == "revise" and not config.policy:
-        raise UserError("--policy: name the checkpoint whose answers are to be revised")
-    if config.mode == "revise" and config.reward:
-        raise UserError("--reward: only --mode=judge has an order to compare with; evaluate.py measures answers")
-    if world_size() > 1:
-        raise UserError("rlaif.py is one process; for several GPUs start several, each with its own --data and --out")
-
-
 def other_fields(row):
     """What a row has besides its question and its replies: the "answer" of a problem, say."""
     return {name: value for name, value in row.items() if name not in REPLACED}
@@ -129,7 +110,7 @@ def random_principles(n, principles, seed, first):
 
 
 def reply_pair(row):
-    """A preference, or {"prompt", "reply_a", "reply_b"} with "better": "A" or "B" or without -> Pair.
+    """A preference, or {"prompt", "reply_a", "reply_b"} and perhaps "better": "A" or "B" -> Pair.
 
     Reply A is the chosen one; the probability is nan if the row does not say which is better.
     """
@@ -151,8 +132,8 @@ def sampled_pairs(config, model, tok, batch, first):
     fitting = [i for i, length in enumerate(lengths) if length < model.config.context]
     n, pairs, counts = config.group_size, [], Counter({"prompts too long": len(batch) - len(fitting)})
     sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
-    conversations = [batch[i][0] for i in fitting]
-    _, samples, texts = sample_completions(model, tok, conversations, n=n, first=first * n, **sampling)
+    prompts = [batch[i][0] for i in fitting]
+    _, samples, texts = sample_completions(model, tok, prompts, n=n, first=first * n, **sampling)
     for k, i in enumerate(fitting):
         group = range(k * n, (k + 1) * n)
         finished = [texts[j] for j in group if samples[j].finished and texts[j]]
@@ -177,13 +158,12 @@ def verdicts(model, tok, triples, principles, asked, micro_batch_tokens):
 
 
 def judge_batch(config, policy, judge, principles, rewards, batch, first):
-    """Judge some rows, `first` rows having come before.
+    """Judge a batch, [Pair] or with a policy [(messages, row)], that comes after `first` rows.
 
-    batch: [Pair], or with a policy [(messages, row)]. Returns (rows to write, counts, {figure: its
-    values}).
+    Returns (rows to write, counts, {figure: its values}).
     """
     # 1. Pairs of replies that the judge can read
-    (model, tok, _), limit = judge, config.micro_batch_tokens
+    model, tok, _ = judge
     if policy:
         pairs, counts = sampled_pairs(config, *policy[:2], batch, first)
     else:
@@ -207,21 +187,18 @@ def judge_batch(config, policy, judge, principles, rewards, batch, first):
     if config.principles == "random":
         drawn = random_principles(len(batch), len(principles), config.seed, first)
         asked = drawn[list(row_of), None] == np.arange(len(principles))
-    p = verdicts(model, tok, triples, principles, asked, limit)
+    p = verdicts(model, tok, triples, principles, asked, config.micro_batch_tokens)
 
     # 3. What else knows an order: {name: margins [n] of the first reply}
-    known = {}
-    if not policy:
-        known["the labels"] = np.array([pair.probability - 0.5 for pair in pairs])
-        known["gold"] = np.array([rows.gold_margin(pair.row) for pair in pairs])
+    known = {} if policy else label_margins(pairs)
     if rewards:
         samples = [Sample(i, [], [], True) for i in range(len(pairs)) for _ in range(2)]
         texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
         total, _ = score_completions(rewards, [(pair.prompt, pair.row) for pair in pairs], samples, texts)
         known["the reward"] = total[::2] - total[1::2]
 
-    written, kept_counts, figures = preferences(config, pairs, p, principles, known)
-    return written, counts | kept_counts, figures
+    written, kept_counts, values = preferences(config, pairs, p, principles, known)
+    return written, {**counts, **kept_counts}, values
 
 
 def preferences(config, pairs, p, principles, known):
@@ -286,9 +263,9 @@ def next_turn(messages, text, request):
 
 
 def revise_batch(config, policy, judge, principles, batch, first):
-    """Answer some prompts and revise the answers, `first` rows having come before.
+    """Answer the prompts of a batch [(messages, row)] after `first` rows, and revise the answers.
 
-    batch: [(messages, row)]. Returns (rows to write, counts, {figure: its values}).
+    Returns (rows to write, counts, {figure: its values}).
     """
     (model, tok, _), (critic, critic_tok, info) = policy, judge
     as_chat = config.ask == "chat" or (config.ask == "auto" and info.get("stage", "pretrain") != "pretrain")
@@ -315,14 +292,21 @@ def revise_batch(config, policy, judge, principles, batch, first):
 def main(config):
     check_ranges(config)
     device = setup(config.device, config.seed)
-    check_combinations(config)
+    if config.mode == "judge" and not config.judge:
+        raise UserError("--judge: name the checkpoint that judges; the pretrained model is a good one")
+    if config.mode == "revise" and not config.policy:
+        raise UserError("--policy: name the checkpoint whose answers are to be revised")
+    if config.mode == "revise" and config.reward:
+        raise UserError("--reward: only --mode=judge has an order to compare with; evaluate.py measures answers")
+    if world_size() > 1:
+        raise UserError("rlaif.py is one process; for several GPUs start several, each with its own --data and --out")
 
     # 1. Principles, rows and models
     principles = read_constitution(config.constitution)
     parse = rows.prompt_only if config.policy else reply_pair
     examples, data = rows.read(config.data, parse, config.skip_bad, config.seed)
     examples = examples[: config.limit or None]
-    models = {name: checkpoint.load(name, device) for name in {config.policy, config.judge} if name}
+    models = {name: checkpoint.load(name, device) for name in dict.fromkeys((config.policy, config.judge)) if name}
     for name, (model, _, _) in models.items():
         if model.config.scalar_head:
             raise UserError(f"{name}: a reward model, which writes nothing")

@@ -3,11 +3,11 @@
     p(token) = softmax(logits / temperature), cut to the `top_k` likeliest tokens or to the fewest
     that hold `top_p`. Sample.logprobs are logarithms of this very distribution.
 
-`Sampler` is continuous batching: B slots, each writing one completion. Prompts of any length are read
-as one pack; the samples of one prompt share that reading, its keys and values are copied. A slot that
-finishes is given to a waiting request. If none waits, the live slots close up, so that no step works
-for dead ones. On CUDA a step is one captured graph, drawing included, and the CPU looks for finished
-slots every 16 steps only.
+`Sampler` is continuous batching: B slots, each writing one completion. Prompts of any length are
+read as one pack; the samples of one prompt share that reading, its keys and values are copied. A
+slot that finishes is given to a waiting request. If none waits, the live slots close up, so that no
+step works for dead ones. On CUDA a step is one captured graph, drawing included, and the CPU looks
+for what has finished every 16 steps only.
 
 `rollout`, `stream` and `sample_completions` are loops over it. scoring.py says what a sample is worth.
 """
@@ -15,6 +15,7 @@ slots every 16 steps only.
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
@@ -53,13 +54,13 @@ class Sample:
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw one token per row: logits [B, V], u [B] uniform in [0, 1) -> (tokens int64 [B], logp fp32 [B]).
+    """Draw one token per row of logits [B, V] -> (tokens int64 [B], logp fp32 [B]).
 
-    logp is under the tempered, cut-off distribution. Temperature 0 takes the likeliest token (logp 0:
-    it was certain). top_k keeps the k likeliest tokens, top_p the fewest that hold that much
-    probability (Holtzman et al. 2020, arXiv 1904.09751). Each of the three is a number for all rows or
-    a tensor [B, 1] with one per row; then V and infinity cut nothing. The draw inverts the cumulative
-    distribution, so a row depends on its own u alone.
+    u [B], uniform in [0, 1): the draw inverts the cumulative distribution, so a row depends on its
+    own u alone. Temperature 0 takes the likeliest token (logp 0: it was certain). top_k keeps the k
+    likeliest tokens, top_p the fewest that hold that much probability (Holtzman et al. 2020, arXiv
+    1904.09751); logp is under what is left. Each of the three is a number for all rows, or a tensor
+    [B, 1] with one per row, of which V and infinity cut nothing.
     """
     if isinstance(temperature, torch.Tensor):
         greedy = temperature[:, 0] == 0
@@ -90,7 +91,7 @@ def wide_dtype(device):
 
 
 def running_sum(x):
-    """cumsum over the last dimension in fp64, by matrix products: CUDA's cumsum may change its bits."""
+    """cumsum over the last dimension, in fp64, by products: CUDA's cumsum may change its bits."""
     x = x.to(wide_dtype(x.device))
     width = int(x.shape[-1] ** 0.5) + 1
     blocks = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
@@ -129,9 +130,10 @@ def logits_of(model, hidden):
 
 
 def sampling_weights(model):
-    """The model with its matrices in the dtype it computes in: a step is as fast as weights are read.
+    """The model with its matrices in the dtype it computes in.
 
-    They are the numbers that `linear` makes of the fp32 ones at every use, made once.
+    `linear` makes the same numbers at every use; here they are made once, because a step is as fast
+    as the weights are read.
     """
     if model.compute_dtype == model.embed.dtype:
         return model
@@ -206,14 +208,14 @@ class Sampler:
 
         # One row per slot. What dead slots draw goes to a last column that nobody reads.
         with torch.device(device):
-            self.hidden = torch.zeros(slots, model.config.width, dtype=model.compute_dtype)  # at the prompt's end
+            self.hidden = torch.zeros(slots, model.config.width, dtype=model.compute_dtype)  # after the prompt
             self.u = torch.zeros(slots, length + 1)  # a random number for each token
             self.tokens = torch.zeros(slots, length + 1, dtype=torch.int64)
             self.logprobs = torch.zeros(slots, length + 1)
             self.settings = torch.zeros(slots, 3, dtype=wide_dtype(device))
             self.is_stop = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool)
             self.drawn = torch.zeros(slots, dtype=torch.int64)  # tokens so far
-            self.left = torch.zeros(slots, dtype=torch.int64)  # tokens that may follow; 0: dead
+            self.left = torch.zeros(slots, dtype=torch.int64)  # tokens that may follow; none: dead
 
         # References, which run if a kernel is off or a head has an odd width, ask for the longest
         # length, which no graph can hold.
@@ -240,7 +242,7 @@ class Sampler:
         # A top_k of V and a top_p of infinity cut nothing
         settings = shared = temperature, min(top_k or vocab, vocab), top_p if top_p < 1 else math.inf
         if self.busy:
-            shared = tuple(a if a == b else None for a, b in zip(self.shared, settings))
+            shared = tuple(x if x == self.shared[i] else None for i, x in enumerate(settings))
         if shared != self.shared:
             self.shared, self.graphs = shared, {}
         for i, prompt in enumerate(map(tuple, prompts)):
@@ -311,7 +313,7 @@ class Sampler:
         self.drawn[slot], self.left[slot] = 0, request.limit
 
     def copy(self, source, to, lengths, rows):
-        """Copy keys and values of `lengths` tokens from slots to slots, and what `rows` has of them."""
+        """Copy keys and values of `lengths` tokens, and these rows, from slots to slots."""
         longest = max(lengths)
         source, to, lengths = (torch.tensor(list(x), device=self.device) for x in (source, to, lengths))
         self.cache.copy(source, to, lengths, longest)
@@ -319,14 +321,14 @@ class Sampler:
             x[to] = x[source]
 
     def draw_next(self, hidden, slots):
-        """Draw a token for each of `slots` (int64 [b]) from what the model has after its last, [b, C]."""
+        """Draw a token for each of `slots`, int64 [b], from the hidden state after its last, [b, C]."""
         drawn, left = self.drawn[slots], self.left[slots]
         column = torch.where(left > 0, drawn, self.length)
         settings = [self.settings[slots, i, None] if x is None else x for i, x in enumerate(self.shared)]
         token, logp = draw(logits_of(self.model, hidden), self.u[slots, column], *settings)
         self.tokens[slots, column], self.logprobs[slots, column] = token, logp
         self.drawn[slots] = drawn + (left > 0)
-        self.left[slots] = (left - 1).clamp(min=0) * ~self.is_stop[slots, token]
+        self.left[slots] = (left - 1) * ~self.is_stop[slots, token]
 
     def advance(self):
         """Give each live slot its next token, and on CUDA the next GRAPH_STEPS."""
@@ -348,14 +350,14 @@ class Sampler:
 
     def close_up(self, width):
         """Move the live slots from `width` on into free ones before it."""
-        moved = sorted(slot for slot in self.live if slot >= width)
-        if not moved:
+        holes = [slot for slot in range(width) if slot not in self.live]
+        moves = {slot: holes.pop(0) for slot in sorted(self.live) if slot >= width}
+        if not moves:
             return
-        holes = [slot for slot in range(width) if slot not in self.live][: len(moved)]
-        lengths = [len(self.live[slot].prompt) + self.live[slot].drawn - 1 for slot in moved]
+        lengths = [len(self.live[slot].prompt) + self.live[slot].drawn - 1 for slot in moves]
         rows = [self.hidden, self.u, self.tokens, self.logprobs, self.settings, self.is_stop, self.drawn, self.left]
-        self.copy(moved, holes, lengths, rows)
-        for slot, hole in zip(moved, holes):
+        self.copy(moves, moves.values(), lengths, rows)
+        for slot, hole in moves.items():
             self.live[hole] = self.live.pop(slot)
             self.left[slot] = 0
 
@@ -371,11 +373,11 @@ class Sampler:
 
         Raises UserError if log-probabilities are not finite.
         """
-        drawn, left = torch.stack([self.drawn, self.left]).tolist()
+        drawn, left = self.drawn.tolist(), self.left.tolist()
         samples = []
         for slot, request in list(self.live.items()):
             request.drawn = drawn[slot]
-            if left[slot]:
+            if left[slot] > 0:
                 continue
             tokens, logprobs = (x[slot, : request.drawn].tolist() for x in (self.tokens, self.logprobs))
             if not all(map(math.isfinite, logprobs)):
@@ -449,20 +451,20 @@ def sample_completions(model, tok, conversations, **options):
 
 
 def check_sampler_matches_trainer(model, chats, samples, logp, ref_logp, temperature, micro_batch_tokens, repeat):
-    """What is sampled from must be what is differentiated. Returns mean |log p by the sampler - by the trainer|
-    over the trained tokens of all ranks.
+    """Check that what is sampled from is what is differentiated.
 
-    logp [M]: the trainer's, of the trained tokens of `chats`; ref_logp [M]: the reference's if the policy
-    still equals it, else None. Raises UserError if these two differ (KL != 0), if sampler and trainer are
-    further apart than rounding explains, or, with `repeat`, if the same pack has other log-probabilities
-    in training (ratio != 1 before the first update).
+    logp [M]: the trainer's, of the trained tokens of `chats`; ref_logp [M]: the reference's if the
+    policy still equals it, else None. Returns the mean |log p by the sampler - by the trainer| over
+    the trained tokens of all ranks. Raises UserError if it is more than rounding explains, if
+    policy and reference differ (KL != 0), or, with `repeat`, if the same pack has other
+    log-probabilities in training (ratio != 1 before the first update).
     """
     model.train()
     repeated = logp[:0]
     if repeat and chats:
         part = token_slices([len(c.ids) for c in chats], micro_batch_tokens)[0]
         repeated = completion_logprobs(model, chats[part], temperature).detach()
-    sampled = [x for s in samples for x, trained in zip(s.logprobs, s.loss_mask) if trained]
+    sampled = [logp for s in samples for logp in compress(s.logprobs, s.loss_mask)]
     gap = (torch.tensor(sampled, device=logp.device) - logp).abs().sum()
     ratio_not_one = not torch.equal(repeated, logp[: len(repeated)])
     kl_not_zero = ref_logp is not None and not torch.equal(logp, ref_logp)

@@ -56,7 +56,7 @@ class Config(RunConfig):
     # text to train on as well, so that it is not forgotten: files, or a directory written by
     # data/prepare.py
     replay: str = ""
-    # share of that in the tokens of a batch [> 0; < 1]
+    # share of the replayed text in the tokens of a batch [> 0; < 1]
     replay_share: float = 0.1
     # optimizer steps; 0: as many as --epochs takes
     steps: int = 0

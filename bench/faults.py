@@ -1,21 +1,27 @@
-"""Is anything ever lost? Every stage, as a user starts it, on a tiny model, under every fault that a machine or a user can bring upon it.
+"""Is anything ever lost? Every stage, as a user starts it, on a tiny model, under every fault that
+a machine or a user can bring upon it.
 
-A row of the table is one stage under one fault with one seed, which draws the moments and the files that are hit:
+A row of the table is one stage under one fault with one seed, which draws the moments and the files
+that are hit:
 
     survived       the fault ended in what it should end in: the run went on, or one line said what happened and what to do, with the right exit status
     nothing lost   checkpoints that were there stayed whole, none is half there, none holds a number that is not finite
     exact          gone on with, the run ended in the weights, optimizer state, log and samples of a run that nothing happened to, bit for bit
                    (on another number of ranks: in the same losses to 1e-5)
 
-Runs are forked from this process, which has imported torch once. A row whose fault cannot be made here (a full disk needs the right to mount one) is
-"not run". The exit status is 1 unless every row that ran is green.
+Runs are forked from this process, which has imported torch once. A row whose fault cannot be made
+here (a full disk needs the right to mount one) is "not run". The exit status is 1 unless every row
+that ran is green.
 
     python -m bench.faults
     python -m bench.faults --seeds=1 --stages=ppo,grpo --faults=kill,full_disk
 """
+
 import os
 
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # what is forked must have no threads, and sums must come out the same everywhere
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = (
+    "1"  # what is forked must have no threads, and sums must come out the same everywhere
+)
 
 import ctypes, json, random, shutil, signal, socket, subprocess, sys, tempfile, time, traceback
 from dataclasses import dataclass
@@ -27,8 +33,10 @@ import torch
 
 import checkpoint, dpo, grpo, ppo, pretrain, quickstart, reward, rlaif, sft
 from bench.child import Child, run_script
-from checkpoint import damage, steps_in
-from common import UserError, clock_time, launch
+from runtime.checkpoint import damage, steps_in
+from runtime.errors import UserError
+from runtime.process import launch
+from runtime.run import clock_time
 from data import chat, tokenizer
 from model import GPT, GPTConfig
 
@@ -46,15 +54,15 @@ COLUMNS = ("survived", "nothing lost", "exact")
 TOK = tokenizer.train(["Better: A Better: B " * 5], 256 + 4 + 7)  # " A" and " B" are single tokens, which a judge needs
 STEPS = 6
 TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=STEPS, out="run")
-RL = dict(init="sft", data="prompts.jsonl", max_new=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
+RL = dict(init="sft", data="prompts.jsonl", max_new_tokens=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
 STAGES = {  # name: (script, flags)
     "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=STEPS, polar="fp32")),
-    "sft": (sft, TRAINING | dict(init="base", data="chats.jsonl", replay="text.txt", batch_tokens=300, max_new=8)),
-    "reward": (reward, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6, center_samples=4, max_new=8)),
+    "sft": (sft, TRAINING | dict(init="base", data="chats.jsonl", replay="text.txt", batch_tokens=300, max_new_tokens=8)),
+    "reward": (reward, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6, center_samples=4, max_new_tokens=8)),
     "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),
-    "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, kl_target=0.1, kl_horizon=50)),
+    "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, adaptive_kl=0.1, kl_horizon=50)),
     "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=2)),
-    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=1, max_new=30, min_margin=0, out="run/run.jsonl")),
+    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=1, max_new_tokens=30, min_margin=0, out="run/run.jsonl")),
     "quickstart": (quickstart, dict(fast=True, out="run")),
 }  # fmt: skip
 REWARDS = """
@@ -81,8 +89,16 @@ def vowels(prompt, completion, row):
 
 
 def tiny(seed, **shape):
-    """A model with random weights that ends what it writes after a handful of tokens: one channel is much the same everywhere, and the ends read it."""
-    model = GPT(GPTConfig(**(dict(vocab_size=TOK.n_vocab, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=640) | shape))).init_weights(seed)
+    """A model with random weights that ends what it writes after a handful of tokens: one channel
+    is much the same everywhere, and the ends read it."""
+    model = GPT(
+        GPTConfig(
+            **(
+                dict(vocab_size=TOK.n_vocab, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=640)
+                | shape
+            )
+        )
+    ).init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
@@ -94,22 +110,45 @@ def tiny(seed, **shape):
 
 
 def make_inputs(made):
-    """Models, data and rewards of all stages, in made/inputs -> made. Every row gets a copy: runs name them by relative paths, so that their records do not differ."""
+    """Models, data and rewards of all stages, in made/inputs -> made. Every row gets a copy: runs
+    name them by relative paths, so that their records do not differ."""
     folder = made / "inputs"
     folder.mkdir()
     record = {"step": 1, "config": {}, "data": {}, "lineage": []}
-    for name, stage, seed, shape in (("base", "pretrain", 5, {}), ("sft", "sft", 0, {}), ("rm", "reward", 7, {"scalar_head": True})):
-        checkpoint.save(folder / name, tiny(seed, **shape), TOK, record | {"stage": stage, "center": 0.25, "metrics": {"accuracy": 0.8}})
+    for name, stage, seed, shape in (
+        ("base", "pretrain", 5, {}),
+        ("sft", "sft", 0, {}),
+        ("rm", "reward", 7, {"scalar_head": True}),
+    ):
+        checkpoint.save(
+            folder / name,
+            tiny(seed, **shape),
+            TOK,
+            record | {"stage": stage, "center": 0.25, "metrics": {"accuracy": 0.8}},
+        )
     draw = random.Random(0)
     name = lambda: draw.choice(["Ada", "Ben", "Cleo", "Dora"])  # noqa: E731
     rows = {
-        "chats": [{"messages": [{"role": "user", "content": f"hi {name()}"}, {"role": "assistant", "content": f"{name()}!" + " yes" * draw.randint(0, 2)}]} for _ in range(60)],
-        "pairs": [{"prompt": f"{name()}?", "chosen": f"{name()}." + " no" * draw.randint(0, 2), "rejected": f"{name()}, {i}"} for i in range(60)],
+        "chats": [
+            {
+                "messages": [
+                    {"role": "user", "content": f"hi {name()}"},
+                    {"role": "assistant", "content": f"{name()}!" + " yes" * draw.randint(0, 2)},
+                ]
+            }
+            for _ in range(60)
+        ],
+        "pairs": [
+            {"prompt": f"{name()}?", "chosen": f"{name()}." + " no" * draw.randint(0, 2), "rejected": f"{name()}, {i}"}
+            for i in range(60)
+        ],
         "prompts": [{"prompt": f"Number {i}?", "answer": str(i)} for i in range(16)],
     }
     for file, some in rows.items():
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    (folder / "text.txt").write_text("".join(f"{name()} sees {name()}.{draw.choice(' ' + chr(10))}" for _ in range(120)))
+    (folder / "text.txt").write_text(
+        "".join(f"{name()} sees {name()}.{draw.choice(' ' + chr(10))}" for _ in range(120))
+    )
     (folder / "constitution.txt").write_text("Be long.\nBe kind.\n")
     (folder / "rewards.py").write_text(REWARDS)
     return made
@@ -117,7 +156,8 @@ def make_inputs(made):
 
 @dataclass
 class Row:
-    """Where a row's runs are, and where the straight runs of its stage and seed are: runs that nothing happened to."""
+    """Where a row's runs are, and where the straight runs of its stage and seed are: runs that
+    nothing happened to."""
 
     made: Path
     folder: Path
@@ -150,11 +190,20 @@ def start_pair(row, before=None, **flags):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [start(row, {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, before, **flags) for r in range(2)]
+    return [
+        start(
+            row,
+            {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            before,
+            **flags,
+        )
+        for r in range(2)
+    ]
 
 
 def straight(row, ranks=1):
-    """The Row of a run of this stage, seed and number of ranks that nothing happened to; made once."""
+    """The Row of a run of this stage, seed and number of ranks that nothing happened to; made
+    once."""
     there = Row(row.made, row.made / f"{row.stage} {row.seed} straight {ranks}", row.stage, row.seed)
     if not there.folder.exists():
         new = Row(row.made, row.made / f"{there.folder.name} {os.getpid()}", row.stage, row.seed)
@@ -176,7 +225,8 @@ def fresh(row):
 
 
 def unfinished(row, ranks=1):
-    """Fill the row's folder with a straight run whose last checkpoint is gone: as after a kill before its last save."""
+    """Fill the row's folder with a straight run whose last checkpoint is gone: as after a kill
+    before its last save."""
     shutil.copytree(straight(row, ranks).folder, row.folder, symlinks=True, dirs_exist_ok=True)
     if row.stage == "rlaif":
         log = row.run.with_suffix(".log.jsonl")
@@ -190,7 +240,11 @@ def progress(row):
     """The steps (of rlaif, the batches) that the log has so far."""
     log = row.run.with_suffix(".log.jsonl") if row.stage == "rlaif" else row.run / "log.jsonl"
     lines = log.read_bytes().splitlines() if log.exists() else []
-    return len(lines) - 1 if row.stage == "rlaif" else sum(b'"grad_norm"' in line or b'"approx_kl"' in line for line in lines)
+    return (
+        len(lines) - 1
+        if row.stage == "rlaif"
+        else sum(b'"grad_norm"' in line or b'"approx_kl"' in line for line in lines)
+    )
 
 
 def begun(row):
@@ -205,7 +259,8 @@ def saves(row):
 
 
 def saving(row):
-    """Whether a save has begun that is not done: a half-written checkpoint, or rows that the log does not have."""
+    """Whether a save has begun that is not done: a half-written checkpoint, or rows that the log
+    does not have."""
     if row.stage == "rlaif":
         log = row.run.with_suffix(".log.jsonl")
         lines = log.read_bytes().splitlines() if log.exists() else []
@@ -224,7 +279,8 @@ def until(child, true, every=0.003):
 
 
 def error_line(output):
-    """The one error of a run that must end with one; "" where there is none, more, or a traceback."""
+    """The one error of a run that must end with one; "" where there is none, more, or a
+    traceback."""
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     return lines[0] if len(lines) == 1 and "Traceback" not in output else ""
 
@@ -236,17 +292,30 @@ def error_line(output):
 def lost(row):
     """What is lost or half there, in words; "" if nothing."""
     if row.stage == "rlaif":
-        found = [] if not row.run.exists() or straight(row).run.read_bytes().startswith(row.run.read_bytes()) else ["rows differ from the straight run's"]
+        found = (
+            []
+            if not row.run.exists() or straight(row).run.read_bytes().startswith(row.run.read_bytes())
+            else ["rows differ from the straight run's"]
+        )
     else:
         found = [f"{p.name}: {damage(p)}" for p in steps_in(row.run) if damage(p)]
-        found += [f"{p}: not finite" for p in row.run.glob("step_*/**/*.safetensors") for w in safetensors.torch.load_file(p).values() if not w.isfinite().all()]
+        found += [
+            f"{p}: not finite"
+            for p in row.run.glob("step_*/**/*.safetensors")
+            for w in safetensors.torch.load_file(p).values()
+            if not w.isfinite().all()
+        ]
     return "; ".join(found)
 
 
 def results(run):
     """The log without events and without how long things took."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds") and k != "tokens_per_s"} for r in rows if "event" not in r]
+    return [
+        {k: v for k, v in r.items() if not k.startswith("seconds") and k != "tokens_per_s"}
+        for r in rows
+        if "event" not in r
+    ]
 
 
 def difference(row, ranks=1):
@@ -258,31 +327,45 @@ def difference(row, ranks=1):
         return "it did not reach the last step"
     found = ["log.jsonl"] if results(ours) != results(theirs) else []
     found += [f"{name} is left" for name in (p.name for p in ours.glob(".tmp*"))]
-    if (theirs / "samples.txt").exists() and (ours / "samples.txt").read_bytes() != (theirs / "samples.txt").read_bytes():
+    if (theirs / "samples.txt").exists() and (ours / "samples.txt").read_bytes() != (
+        theirs / "samples.txt"
+    ).read_bytes():
         found.append("samples.txt")
     for step in {p.name for p in steps_in(ours)} & {p.name for p in steps_in(theirs)}:
         names = [{p.relative_to(run / step) for p in (run / step).rglob("*") if p.is_file()} for run in (ours, theirs)]
         found += [f"{step}: other files"] if names[0] != names[1] else []
-        found += [f"{step}/{n}" for n in names[1] if n.name not in ("manifest.json", "feinschliff.json") and (ours / step / n).read_bytes() != (theirs / step / n).read_bytes()]
-        records = [{k: v for k, v in checkpoint.read_json(run / step / checkpoint.INFO).items() if k != "config"} for run in (ours, theirs)]
+        found += [
+            f"{step}/{n}"
+            for n in names[1]
+            if n.name not in ("manifest.json", "feinschliff.json")
+            and (ours / step / n).read_bytes() != (theirs / step / n).read_bytes()
+        ]
+        records = [
+            {k: v for k, v in checkpoint.read_json(run / step / checkpoint.INFO).items() if k != "config"}
+            for run in (ours, theirs)
+        ]
         found += [f"{step}: {k}" for k in records[1] if records[0].get(k) != records[1][k]]
     return ", ".join(sorted(found))
 
 
 def goes_on(row, ranks=1):
     """Resume the row's run to its end, and yield what must be true of it then."""
-    for status, output in [child.wait(120) for child in ([start(row, resume=True)] if ranks == 1 else start_pair(row, resume=True))]:
+    for status, output in [
+        child.wait(120) for child in ([start(row, resume=True)] if ranks == 1 else start_pair(row, resume=True))
+    ]:
         yield "survived", status == 0, output
     yield "nothing lost", not lost(row), lost(row)
     yield "exact", not difference(row, ranks), difference(row, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# The faults. Each brings itself upon a run in the row's folder and yields (column, whether it is as it must be, what there is to see).
+# The faults. Each brings itself upon a run in the row's folder and yields (column, whether it is as
+# it must be, what there is to see).
 
 
 def kill(row, draw):
-    """Five SIGKILLs: as it starts, two at a step, one inside a save, one anywhere; after each the run is gone on with."""
+    """Five SIGKILLs: as it starts, two at a step, one inside a save, one anywhere; after each the
+    run is gone on with."""
     fresh(row)
     seconds = float((straight(row).folder / "seconds").read_text())
     moments = ["start", "step", "step", "any"]
@@ -336,7 +419,9 @@ def sigint(row, draw):
 
 
 def two_signals(row, draw):
-    yield from stopped(row, draw, [signal.SIGINT, signal.SIGTERM], 143, "left at once on a second SIGTERM; what was saved is whole")
+    yield from stopped(
+        row, draw, [signal.SIGINT, signal.SIGTERM], 143, "left at once on a second SIGTERM; what was saved is whole"
+    )
 
 
 def full_disk(row, draw):
@@ -345,16 +430,33 @@ def full_disk(row, draw):
     disk, pages = row.folder / "run", 2  # of rlaif the second page of the log finds no room
     if row.stage != "rlaif":
         newest = steps_in(straight(row).run)[-1]
-        pages = int(sum(-(-p.stat().st_size // 4096) for p in newest.rglob("*") if p.is_file()) * draw.uniform(1.4, 1.9)) + 6
+        pages = (
+            int(sum(-(-p.stat().st_size // 4096) for p in newest.rglob("*") if p.is_file()) * draw.uniform(1.4, 1.9))
+            + 6
+        )
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages * 4}k", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={pages * 4}k", "none", str(disk)], capture_output=True
+    ).returncode:
         return  # no right to
     try:
         status, output = start(row).wait(120)
         kept = [p.name for p in steps_in(row.run)]
-        says = ["No space left", "--resume"] + (["make room", f"kept: {', '.join(kept)}"] if row.stage != "rlaif" else [])
-        yield "survived", status == 1 and all(x in error_line(output) for x in says) and (row.stage == "rlaif" or "training goes on" in output), output
-        yield "nothing lost", not lost(row) and (row.stage == "rlaif" or kept and progress(row) == STEPS), f"{kept} {lost(row)} {output}"
+        says = ["No space left", "--resume"] + (
+            ["make room", f"kept: {', '.join(kept)}"] if row.stage != "rlaif" else []
+        )
+        yield (
+            "survived",
+            status == 1
+            and all(x in error_line(output) for x in says)
+            and (row.stage == "rlaif" or "training goes on" in output),
+            output,
+        )
+        yield (
+            "nothing lost",
+            not lost(row) and (row.stage == "rlaif" or kept and progress(row) == STEPS),
+            f"{kept} {lost(row)} {output}",
+        )
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         yield from goes_on(row)
     finally:
@@ -362,7 +464,8 @@ def full_disk(row, draw):
 
 
 def obey_permissions():
-    """Take from root what lets it write where no permission is: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    """Take from root what lets it write where no permission is: CAP_DAC_OVERRIDE and
+    CAP_DAC_READ_SEARCH."""
     libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc.capget(header, sets)
     sets[0] &= ~0b110
@@ -380,21 +483,30 @@ def no_permission(row, draw):
     child.send(signal.SIGCONT)
     status, output = child.wait(60)
     goes = row.stage == "rlaif" or "training goes on" in output
-    yield "survived", status == 1 and "Permission denied" in error_line(output) and "--resume" in error_line(output) and goes, output
+    yield (
+        "survived",
+        status == 1 and "Permission denied" in error_line(output) and "--resume" in error_line(output) and goes,
+        output,
+    )
     yield "nothing lost", not lost(row) and saves(row) >= before, lost(row)
     row.run.chmod(0o644 if row.stage == "rlaif" else 0o755)
     yield from goes_on(row)
 
 
 def damaged(row, draw, ruin):
-    """The newest checkpoint of a finished run is damaged: the one before is taken, and its last steps are made again."""
+    """The newest checkpoint of a finished run is damaged: the one before is taken, and its last
+    steps are made again."""
     shutil.copytree(straight(row).folder, row.folder, symlinks=True, dirs_exist_ok=True)
     newest = steps_in(row.run)[-1]
     victim = draw.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size))
     ruin(victim)
     child = start(row, resume=True)
     status, output = child.wait(60)
-    yield "survived", status == 0 and f"{newest.name}: " in output and "falling back to the checkpoint before" in output, f"{victim}: {output}"
+    yield (
+        "survived",
+        status == 0 and f"{newest.name}: " in output and "falling back to the checkpoint before" in output,
+        f"{victim}: {output}",
+    )
     yield "nothing lost", not lost(row), lost(row)
     yield "exact", not difference(row), f"{victim}: {difference(row)}"
 
@@ -425,13 +537,18 @@ def missing(row, draw):
 
 
 def two_runs(row, draw):
-    """A second run on the same --out is refused, by its name, whether it resumes or overwrites; the first is unharmed."""
+    """A second run on the same --out is refused, by its name, whether it resumes or overwrites; the
+    first is unharmed."""
     fresh(row)
     child, at = start(row), draw.randint(1, 3)
     until(child, lambda: progress(row) >= at)
     for flag in ({}, {"resume": True}, {"overwrite": True}):
         status, output = start(row, **flag).wait(60)
-        yield "survived", status == 1 and f"--out={STAGES[row.stage][1]['out']}: another process" in error_line(output), output
+        yield (
+            "survived",
+            status == 1 and f"--out={STAGES[row.stage][1]['out']}: another process" in error_line(output),
+            output,
+        )
     child.send(signal.SIGCONT)
     status, output = child.wait(60)
     yield "survived", status == 0, output
@@ -442,11 +559,18 @@ def two_runs(row, draw):
 def changed_data(row, draw):
     """A file that the run reads is another one when it is gone on with."""
     unfinished(row)
-    names = {"ppo": ["prompts.jsonl", "rewards.py"], "grpo": ["prompts.jsonl", "rewards.py"], "sft": ["chats.jsonl", "text.txt"], "rlaif": ["prompts.jsonl", "constitution.txt"]}
+    names = {
+        "ppo": ["prompts.jsonl", "rewards.py"],
+        "grpo": ["prompts.jsonl", "rewards.py"],
+        "sft": ["chats.jsonl", "text.txt"],
+        "rlaif": ["prompts.jsonl", "constitution.txt"],
+    }
     name = draw.choice(names.get(row.stage, [STAGES[row.stage][1]["data"]]))
     whole = (row.folder / name).read_bytes()
     lines = whole.splitlines(keepends=True)
-    (row.folder / name).write_bytes(b"".join([*lines, lines[draw.randrange(len(lines))] if name != "rewards.py" else b"\n"]))
+    (row.folder / name).write_bytes(
+        b"".join([*lines, lines[draw.randrange(len(lines))] if name != "rewards.py" else b"\n"])
+    )
     status, output = start(row, resume=True).wait(60)
     line = error_line(output)
     yield "survived", status == 1 and name in line and "not the data this run was started with" in line, output
@@ -455,16 +579,20 @@ def changed_data(row, draw):
 
 
 def plant(folder, name, value, rows=slice(None)):
-    """Put a number into rows of a tensor of a checkpoint, whose manifest is made to fit: damage that no hash tells."""
+    """Put a number into rows of a tensor of a checkpoint, whose manifest is made to fit: damage
+    that no hash tells."""
     weights = safetensors.torch.load_file(folder / checkpoint.WEIGHTS)
     weights[name][rows] = value
     safetensors.torch.save_file(weights, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
     written = checkpoint.read_json(folder / checkpoint.MANIFEST)
-    checkpoint.write_json(folder / checkpoint.MANIFEST, written | {checkpoint.WEIGHTS: checkpoint.sha256(folder / checkpoint.WEIGHTS)})
+    checkpoint.write_json(
+        folder / checkpoint.MANIFEST, written | {checkpoint.WEIGHTS: checkpoint.sha256(folder / checkpoint.WEIGHTS)}
+    )
 
 
 def nan_weight(row, draw):
-    """One weight of the checkpoint that is gone on with, or of --init's, is not a number: refused by the tensor's name, before anything is written."""
+    """One weight of the checkpoint that is gone on with, or of --init's, is not a number: refused
+    by the tensor's name, before anything is written."""
     for where in ("resumed", "init"):
         if row.stage in ("pretrain", "rlaif") and where == ("init" if row.stage == "pretrain" else "resumed"):
             continue
@@ -477,12 +605,17 @@ def nan_weight(row, draw):
         before = steps_in(row.run)
         status, output = start(row, resume=where == "resumed").wait(60)
         yield "survived", status == 1 and name in error_line(output) and "not finite" in error_line(output), output
-        yield "nothing lost", steps_in(row.run) == before and not [p for p in before if damage(p)], str(steps_in(row.run))
+        yield (
+            "nothing lost",
+            steps_in(row.run) == before and not [p for p in before if damage(p)],
+            str(steps_in(row.run)),
+        )
 
 
 def nan_batch(row, draw):
-    """A batch whose loss or gradient is not finite ends the run before it moves a weight, and is kept. Of a reward that is too large for the
-    advantages' fp32; in the other stages of a learning rate that blew the weights up at the step before."""
+    """A batch whose loss or gradient is not finite ends the run before it moves a weight, and is
+    kept. Of a reward that is too large for the advantages' fp32; in the other stages of a learning
+    rate that blew the weights up at the step before."""
     fresh(row)
     if row.stage in ("ppo", "grpo"):
         child, at = start(row), draw.choice([3, 5])  # no validation comes between this step and the next
@@ -493,7 +626,14 @@ def nan_batch(row, draw):
         child = start(row, save_every=0, eval_every=0, **too_high(row, draw.choice([1e30, 1e39])))
     status, output = child.wait(60)
     kept = list(row.run.glob("nonfinite_step_*.safetensors"))
-    yield "survived", status == 1 and "finite" in error_line(output) and len(kept) == 1 and len(safetensors.torch.load_file(kept[0])["tokens"]) > 0, output
+    yield (
+        "survived",
+        status == 1
+        and "finite" in error_line(output)
+        and len(kept) == 1
+        and len(safetensors.torch.load_file(kept[0])["tokens"]) > 0,
+        output,
+    )
     yield "nothing lost", not lost(row), lost(row)
     if row.stage in ("ppo", "grpo"):
         (row.folder / "huge").unlink()
@@ -501,25 +641,31 @@ def nan_batch(row, draw):
 
 
 def too_high(row, rate):
-    """Flags of a learning rate that blows the weights up in one step; at 1e39 they are no longer finite."""
+    """Flags of a learning rate that blows the weights up in one step; at 1e39 they are no longer
+    finite."""
     return {"lr": 1e30, "embed_lr": rate, "head_lr": rate} if row.stage == "pretrain" else {"lr": rate}
 
 
 def nan_save(row, draw):
     """Asked to leave after a step that made its weights not finite, a run does not save them."""
     fresh(row)
-    once = {"epochs": 1, "minibatches": 1} if row.stage in ("ppo", "grpo") else {}  # else the step's next update would notice
+    once = (
+        {"epochs": 1, "minibatches": 1} if row.stage in ("ppo", "grpo") else {}
+    )  # else the step's next update would notice
     child = start(row, save_every=0, eval_every=0, **too_high(row, 1e39), **once)
     until(child, lambda: (row.run / "log.jsonl").exists())  # before its first step
     child.send(signal.SIGTERM, signal.SIGCONT)
     status, output = child.wait(60)
-    said = "scores are not finite" if row.stage == "reward" else "no longer finite; these weights are not saved"  # a reward model is centred before it is saved
+    said = (
+        "scores are not finite" if row.stage == "reward" else "no longer finite; these weights are not saved"
+    )  # a reward model is centred before it is saved
     yield "survived", status == 1 and said in error_line(output), output
     yield "nothing lost", not steps_in(row.run), str(steps_in(row.run))
 
 
 def bad_reward(row, draw, what, said):
-    """From some step on the reward function does this; with the function as it was the run goes on."""
+    """From some step on the reward function does this; with the function as it was the run goes
+    on."""
     fresh(row)
     child, at = start(row), draw.randint(2, STEPS - 2)
     until(child, lambda: progress(row) >= at and not saving(row))
@@ -527,7 +673,11 @@ def bad_reward(row, draw, what, said):
     child.send(signal.SIGCONT)
     status, output = child.wait(30)
     line = error_line(output)
-    yield "survived", status == 1 and all(x in line for x in ("--reward=rewards.py:vowels: ", said, "completion")), output
+    yield (
+        "survived",
+        status == 1 and all(x in line for x in ("--reward=rewards.py:vowels: ", said, "completion")),
+        output,
+    )
     yield "nothing lost", not lost(row), lost(row)
     (row.folder / what).unlink()
     yield from goes_on(row)
@@ -567,14 +717,19 @@ def rank_killed(row, draw):
 
 
 def rank_stopped(row, draw):
-    """Of two processes only the one that does not save gets SIGTERM, and the other cannot save: it may not say that it did."""
+    """Of two processes only the one that does not save gets SIGTERM, and the other cannot save: it
+    may not say that it did."""
     fresh(row)
     pair, at = start_pair(row, before=obey_permissions), draw.randint(2, STEPS - 2)
     until(pair[1], lambda: progress(row) >= at)
     row.run.chmod(0o555)
     pair[1].send(signal.SIGTERM, signal.SIGCONT)
     (status, output), (other, _) = (child.wait(60) for child in pair)
-    yield "survived", (status, other) == (1, 1) and "Permission denied" in error_line(output) and "stopped after" not in output, f"{status} {other} {output}"
+    yield (
+        "survived",
+        (status, other) == (1, 1) and "Permission denied" in error_line(output) and "stopped after" not in output,
+        f"{status} {other} {output}",
+    )
     yield "nothing lost", not lost(row), lost(row)
     row.run.chmod(0o755)
     yield from goes_on(row, ranks=2)
@@ -594,13 +749,18 @@ def other_ranks(row, draw):
 
 def same_losses(row, *ranks):
     """The losses of a finished run are those of the straight runs on so many ranks."""
-    losses = [[r["loss"] for r in results(run) if "loss" in r] for run in (row.run, *(straight(row, n).run for n in ranks))]
-    near = len(losses[0]) == STEPS and all(abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other))
+    losses = [
+        [r["loss"] for r in results(run) if "loss" in r] for run in (row.run, *(straight(row, n).run for n in ranks))
+    ]
+    near = len(losses[0]) == STEPS and all(
+        abs(a - b) <= 1e-5 * max(1, abs(b)) for other in losses[1:] for a, b in zip(losses[0], other)
+    )
     yield "exact", near, str(losses)
 
 
 def shard_killed(row, draw):
-    """A model divided over two processes, of which one is killed; gone on with divided, and its last steps by one process alone."""
+    """A model divided over two processes, of which one is killed; gone on with divided, and its
+    last steps by one process alone."""
     yield from one_killed(row, draw, shard="fsdp")
     for status, output in [child.wait(60) for child in start_pair(row, resume=True, shard="fsdp")]:
         yield "survived", status == 0, output
@@ -611,16 +771,29 @@ def shard_killed(row, draw):
 
 
 def torchrun(row, draw):
-    """As a user has two processes: torchrun, one of whose workers is killed. It ends, none of them stays, and typed again with --resume the run goes on."""
+    """As a user has two processes: torchrun, one of whose workers is killed. It ends, none of them
+    stays, and typed again with --resume the run goes on."""
     fresh(row)
     script, flags = STAGES[row.stage]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__, *(f"--{k}={v}" for k, v in (flags | {"seed": row.seed}).items())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script.__file__,
+        *(f"--{k}={v}" for k, v in (flags | {"seed": row.seed}).items()),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with open(row.folder / "torchrun.txt", "w") as output:
         agent = subprocess.Popen(command, cwd=row.folder, stdout=output, stderr=output, env=environment)
         workers = []
         while len(workers) < 2 or progress(row) < 1:
-            workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split() if agent.poll() is None else ["", ""]
+            workers = (
+                Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+                if agent.poll() is None
+                else ["", ""]
+            )
             time.sleep(0.001)
         os.kill(int(draw.choice(workers)), signal.SIGKILL)
         status = agent.wait(timeout=2 * PATIENCE)
@@ -653,7 +826,8 @@ def pretrained(out):
 
 
 def typed_again(row, draw):
-    """The quick start is killed and what it started is not; then it is asked to end. Each time the same command is typed again, here up to the end of its pretraining."""
+    """The quick start is killed and what it started is not; then it is asked to end. Each time the
+    same command is typed again, here up to the end of its pretraining."""
     straight, run = row.folder / "straight", row.folder / "run"
     child = quick_start(row, straight)
     follow(child, lambda: pretrained(straight))
@@ -667,19 +841,33 @@ def typed_again(row, draw):
     status, output = quick_start(row, run).wait(60)
     yield "survived", status == 1 and f"--out={run}: another process is writing" in error_line(output), output
     child = quick_start(row, run)
-    while not follow(child, lambda: " training tokens; " in child.output()):  # until what the first one left behind has ended
+    while not follow(
+        child, lambda: " training tokens; " in child.output()
+    ):  # until what the first one left behind has ended
         time.sleep(0.1)
         child = quick_start(row, run)
     child.send(signal.SIGTERM)
     status, output = child.wait(60)
-    yield "survived", status == 143 and "stopped in pretrain; the same command as before goes on from here" in output, output
+    yield (
+        "survived",
+        status == 143 and "stopped in pretrain; the same command as before goes on from here" in output,
+        output,
+    )
     child = quick_start(row, run)
     yield "survived", follow(child, lambda: pretrained(run)), child.output()
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    files = [p.relative_to(straight) for pattern in ("world/*", "tokenizer/*", "data/*.bin", "base/step_*/*.safetensors", "base/samples.txt") for p in straight.glob(pattern)]
+    files = [
+        p.relative_to(straight)
+        for pattern in ("world/*", "tokenizer/*", "data/*.bin", "base/step_*/*.safetensors", "base/samples.txt")
+        for p in straight.glob(pattern)
+    ]
     differ = [str(p) for p in files if (straight / p).read_bytes() != (run / p).read_bytes()]
-    yield "exact", len(files) > 20 and not differ and results(straight / "base") == results(run / "base"), str(differ or files)
+    yield (
+        "exact",
+        len(files) > 20 and not differ and results(straight / "base") == results(run / "base"),
+        str(differ or files),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -697,11 +885,19 @@ def applies(stage, fault):
         return stage == "sft"
     if fault == "shard_killed":
         return stage in ("pretrain", "sft")
-    return stage != "rlaif" or fault not in ("flipped", "missing", "rank_killed", "other_ranks", "nan_batch", "nan_save")
+    return stage != "rlaif" or fault not in (
+        "flipped",
+        "missing",
+        "rank_killed",
+        "other_ranks",
+        "nan_batch",
+        "nan_save",
+    )
 
 
 def check(made, stage, fault, seed):
-    """(stage, fault, seed, {column: whether it is green}, what there is to see of those that are not, seconds) of a row."""
+    """(stage, fault, seed, {column: whether it is green}, what there is to see of those that are
+    not, seconds) of a row."""
     began, found, seen = time.monotonic(), {}, ""
     folder = made / f"{stage} {fault} {seed}"
     folder.mkdir()
@@ -717,24 +913,43 @@ def check(made, stage, fault, seed):
 
 
 def main(config):
-    stages, faults = (text.split(",") if text else list(known) for text, known in ((config.stages, STAGES), (config.faults, FAULTS)))
+    stages, faults = (
+        text.split(",") if text else list(known) for text, known in ((config.stages, STAGES), (config.faults, FAULTS))
+    )
     if set(stages) - set(STAGES) or set(faults) - set(FAULTS):
-        raise UserError(f"--stages={config.stages} --faults={config.faults}: stages are {', '.join(STAGES)}; faults are {', '.join(FAULTS)}")
+        raise UserError(
+            f"--stages={config.stages} --faults={config.faults}: stages are {', '.join(STAGES)}; faults are {', '.join(FAULTS)}"
+        )
     torch.set_num_threads(1)
     began, results = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         made = make_inputs(Path(folder))
-        rows = [(made, stage, fault, seed) for stage in stages for fault in faults if applies(stage, fault) for seed in range(config.seeds)]
+        rows = [
+            (made, stage, fault, seed)
+            for stage in stages
+            for fault in faults
+            if applies(stage, fault)
+            for seed in range(config.seeds)
+        ]
         print(f"{'stage':<11} {'fault':<14} seed   survived  nothing lost  exact  seconds", flush=True)
         with get_context("fork").Pool(config.jobs) as pool:
             for stage, fault, seed, found, seen, seconds in pool.imap_unordered(check_row, rows):
                 results.append((stage, fault, seed, found))
-                mark = [{True: "yes", False: "NO", None: "-"}[found.get(column)] for column in COLUMNS] if found else ["not run", "", ""]
-                print(f"{stage:<11} {fault:<14} {seed:>4}   {mark[0]:<8}  {mark[1]:<12}  {mark[2]:<5}  {seconds:7.1f}", flush=True)
+                mark = (
+                    [{True: "yes", False: "NO", None: "-"}[found.get(column)] for column in COLUMNS]
+                    if found
+                    else ["not run", "", ""]
+                )
+                print(
+                    f"{stage:<11} {fault:<14} {seed:>4}   {mark[0]:<8}  {mark[1]:<12}  {mark[2]:<5}  {seconds:7.1f}",
+                    flush=True,
+                )
                 print(seen[-3000:], end="", flush=True)
     red = [f"{stage} {fault} {seed}" for stage, fault, seed, found in results if not all(found.values())]
     idle = sum(not found for *_, found in results)
-    print(f"{len(results) - len(red) - idle} of {len(results) - idle} rows green, {idle} not run, in {clock_time(time.monotonic() - began)}")
+    print(
+        f"{len(results) - len(red) - idle} of {len(results) - idle} rows green, {idle} not run, in {clock_time(time.monotonic() - began)}"
+    )
     if red:
         raise UserError(f"something is lost: {'; '.join(red)}")
 

@@ -1,14 +1,18 @@
-"""The README's figure, drawn from the logs of a quick start: how a model learns to speak, and then to be kind and right.
+"""The README's figure, drawn from the logs of a quick start: how a model learns to speak, and then
+to be kind and right.
 
-Left the loss of pretraining, on stories and notes. Right the gold reward of the answers sampled while PPO learns from
-the reward model and then GRPO from the sums, with their smoothed course; gold is what the stages never see. The colours suit a light and a dark page.
+Left the loss of pretraining, on stories and notes. Right the gold reward of the answers sampled
+while PPO learns from the reward model and then GRPO from the sums, with their smoothed course; gold
+is what the stages never see. The colours suit a light and a dark page.
 
     python -m bench.figure --quickstart=out/quickstart --out=docs/quickstart.svg
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, launch
+from runtime.errors import UserError
+from runtime.process import launch
 from report import read_lines, series, smooth
 
 try:
@@ -30,24 +34,41 @@ class Config:
 
 def main(config):
     if pyplot is None:
-        raise UserError("matplotlib is not there: pip install matplotlib, or the extra \"report\"")
+        raise UserError('matplotlib is not there: pip install matplotlib, or the extra "report"')
     start = Path(config.quickstart)
     with pyplot.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "feinschliff", "axes.spines.top": False, "axes.spines.right": False,
                             **{name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}}):  # fmt: skip
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(1, 1.5))
         left.plot(*series(read_lines(start / "base/log.jsonl"), "loss"), color="#3b76c4", linewidth=1.2)
-        left.plot(*series(read_lines(start / "base/log.jsonl"), "val_loss"), "o", color=INK, markersize=3, label="on held-out text")
+        left.plot(
+            *series(read_lines(start / "base/log.jsonl"), "val_loss"),
+            "o",
+            color=INK,
+            markersize=3,
+            label="on held-out text",
+        )
         left.set(xlabel="step of pretrain.py", ylabel="loss, nats a token", title="learning to speak", ylim=(0, None))
         left.legend(frameon=False)
         begun, bound = 0, 1.9
         for name, colour in (("ppo", "#d9822b"), ("grpo", "#3d9a50")):
             steps, gold = series(read_lines(start / name / "log.jsonl"), "data/world.py:gold")
             right.plot([begun + s for s in steps], gold, ".", color=colour, markersize=3, alpha=0.6)
-            right.plot([begun + s for s in steps], smooth(gold, 0.15), color=colour, linewidth=1.6, label={"ppo": "ppo.py: people's preferences", "grpo": "grpo.py on top: sums that check out"}[name])
+            right.plot(
+                [begun + s for s in steps],
+                smooth(gold, 0.15),
+                color=colour,
+                linewidth=1.6,
+                label={"ppo": "ppo.py: people's preferences", "grpo": "grpo.py on top: sums that check out"}[name],
+            )
             begun += steps[-1]
         right.axhline(bound, color=INK, linestyle=":", linewidth=1)
         right.text(0, bound, " the best there is", va="bottom", fontsize=8)
-        right.set(xlabel="step", ylabel="gold reward of an answer", title="learning to be kind, and then right", ylim=(None, 2.05))
+        right.set(
+            xlabel="step",
+            ylabel="gold reward of an answer",
+            title="learning to be kind, and then right",
+            ylim=(None, 2.05),
+        )
         right.legend(frameon=False, loc="lower right")
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(config.out, transparent=True, metadata={"Date": None})

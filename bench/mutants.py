@@ -1,20 +1,30 @@
-"""Do the tests notice? The classic bugs of preference learning, of RLHF, of resuming and of sharding, each planted alone into a copy of the sources, whose tests must then fail.
+"""Do the tests notice? The classic bugs of preference learning, of RLHF, of resuming and of
+sharding, each planted alone into a copy of the sources, whose tests must then fail.
 
-A mutant is (name, file, old, new, tests): `old` must be in the file exactly once, and becomes `new`; `tests` are pytest's arguments. First the tests run on
-an unchanged copy: those that fail there prove nothing and are left out. The table says which test caught each mutant, and after how many seconds. The exit
-status is 1 if one survives.
+A mutant is (name, file, old, new, tests): `old` must be in the file exactly once, and becomes
+`new`; `tests` are pytest's arguments. First the tests run on an unchanged copy: those that fail
+there prove nothing and are left out. The table says which test caught each mutant, and after how
+many seconds. The exit status is 1 if one survives.
 
     python -m bench.mutants                      all of them, about ten minutes on one core
     python -m bench.mutants --only=kl_sign,gae   those whose name contains one of these
 """
+
 import os, re, shutil, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, launch
+from runtime.errors import UserError
+from runtime.process import launch
 
 PPO, GRPO, DPO, RM = "tests/test_ppo.py", "tests/test_grpo.py", "tests/test_dpo.py", "tests/test_reward.py"
-PRETRAIN, FAULTS, SHARD, MEMORY, SECURITY = "tests/test_pretrain.py", "tests/test_faults.py", "tests/test_shard.py", "tests/test_memory.py", "tests/test_security.py"
+PRETRAIN, FAULTS, SHARD, MEMORY, SECURITY = (
+    "tests/test_pretrain.py",
+    "tests/test_faults.py",
+    "tests/test_shard.py",
+    "tests/test_memory.py",
+    "tests/test_security.py",
+)
 MUTANTS = [
     # The critic and its advantages
     ("value_off_by_one", "ppo.py", "hidden, _ = before_learnt(critic, chats)", "hidden = torch.cat([critic(pack_chats([c])[0])[torch.from_numpy(c.learnt)] for c in chats])", PPO),
@@ -57,7 +67,7 @@ MUTANTS = [
     ("k3_without_its_ratio", "grpo.py", "ratio * k3()", "ratio.detach() * k3()", GRPO),
     ("clips_swapped", "grpo.py", "ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high)", "ratio.clamp(max(0.0, 1 - clip_high), 1 + clip_low)", GRPO),
     ("sequence_of_this_micro_batch", "grpo.py", "1 / (n_answers * n)", "1 / (len(lengths) * n)", GRPO),
-    ("constant_without_max_new", "grpo.py", "1 / (n_answers * max_new)", "1 / n_answers", GRPO),
+    ("constant_without_max_new", "grpo.py", "1 / (n_answers * max_new_tokens)", "1 / n_answers", GRPO),
     ("grpo_early_stop_steps", "grpo.py", "optimizer.zero_grad()\n", "[setattr(p, 'grad', torch.zeros_like(p)) for p in model.parameters()], optimizer.step(rate)\n", GRPO),
     ("refilled_with_the_same_numbers", "grpo.py", "first=(seen + begin) * G)", "first=begin * G)", GRPO),
     ("equal_groups_dilute", "grpo.py", "differs(scores).nonzero()[:, 0].tolist()", "range(len(scores))", GRPO),
@@ -79,9 +89,9 @@ MUTANTS = [
     ("lost_optimizer", "checkpoint.py", "optimizer.load_state({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})", "pass", FAULTS),
     ("lost_random_state", "checkpoint.py", "set_random_state(tensors, self.device)", "pass", PRETRAIN),
     ("lost_place_in_the_data", "sft.py", 'order.begin(counters["epoch"], counters["index"])', "pass", FAULTS),
-    ("lost_lines_twice", "common.py", '.get("step", 0) <= step and line', '.get("step", 0) <= 10**9 and line', FAULTS),
+    ("lost_lines_twice", "runtime/process.py", '.get("step", 0) <= step and line', '.get("step", 0) <= 10**9 and line', FAULTS),
     ("lost_in_a_damaged_file", "checkpoint.py", "if sha256(path) != digest:", "if False:", FAULTS),
-    ("lost_to_a_second_run", "common.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", FAULTS),
+    ("lost_to_a_second_run", "runtime/process.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", FAULTS),
     ("lost_to_a_full_disk", "checkpoint.py", "if step == self.steps or self.stop.leaving:", "if True:", FAULTS),
     ("lost_to_other_data", "checkpoint.py", 'if info["data"].get(name) != digest:', "if False:", FAULTS),
     ("lost_to_nan", "checkpoint.py", "if not whole(p.isfinite().all()):", "if False:", FAULTS),
@@ -121,8 +131,21 @@ def plant(where, file, old, new):
 
 def run_tests(where, words, seconds):
     """(exit status of pytest, the tests that failed, seconds)"""
-    begin, environment = time.monotonic(), os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={where}/tmp", *words]
+    begin, environment = (
+        time.monotonic(),
+        os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        f"--basetemp={where}/tmp",
+        *words,
+    ]
     try:
         done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -141,13 +164,24 @@ def main(config):
             plant(copy(Path(folder) / f"{i}"), file, old, new)
         files = sorted({word for *_, tests in chosen for word in tests.split()})
         _, broken, seconds = run_tests(clean, files, 10 * config.seconds)
-        print(f"unchanged: {' '.join(files)} in {seconds:.0f} s" + "".join(f"\n  fails without a mutant, and so is left out: {name}" for name in broken), flush=True)
+        print(
+            f"unchanged: {' '.join(files)} in {seconds:.0f} s"
+            + "".join(f"\n  fails without a mutant, and so is left out: {name}" for name in broken),
+            flush=True,
+        )
         survivors = []
         print(f"{'mutant':<32} {'caught by':<110} seconds")
         for i, (name, _, _, _, tests) in enumerate(chosen):
-            status, failed, seconds = run_tests(Path(folder) / f"{i}", ["-x", *tests.split(), *(f"--deselect={test}" for test in broken)], config.seconds)
+            status, failed, seconds = run_tests(
+                Path(folder) / f"{i}",
+                ["-x", *tests.split(), *(f"--deselect={test}" for test in broken)],
+                config.seconds,
+            )
             survivors += [name] if status == 0 else []
-            print(f"{name:<32} {failed[0].removeprefix('tests/') if status and failed else 'NOBODY' if status == 0 else '(does not import)':<110} {seconds:7.1f}", flush=True)
+            print(
+                f"{name:<32} {failed[0].removeprefix('tests/') if status and failed else 'NOBODY' if status == 0 else '(does not import)':<110} {seconds:7.1f}",
+                flush=True,
+            )
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
     if survivors:
         raise UserError(f"the tests did not notice: {', '.join(survivors)}")

@@ -1,4 +1,5 @@
-"""Other people's libraries on our weights, our tokenizer and our data, in the same run: what one gives up, or gains, by using this repository.
+"""Other people's libraries on our weights, our tokenizer and our data, in the same run: what one
+gives up, or gains, by using this repository.
 
     dpo     TRL's DPOTrainer: the same batches in the same order, the same AdamW, rates, clipping, fp32 (bf16 on a GPU); its losses must be ours. It runs
             as its users would run it on such a machine (no gradient checkpointing, no padding to multiples), with the reference's log-probabilities
@@ -8,14 +9,17 @@
     grpo    TRL's GRPOTrainer: steps of --samples answers, --group to a prompt, each of --new tokens: sampling, reward, update; one update a batch, no KL, the
             same reward, AdamW, rate and clipping, on a CPU as its users run it there (no vLLM). The entropy of the first answers must be the same
 
-In dpo tokens are real tokens, without padding, of the training steps, and seconds go from texts and loaded weights to the end of the last step: tokenizing,
-the reference's pass and training, not imports. In rollout and grpo they are new tokens; the weights are such that the end of a turn is never drawn, so that
-all answers have --new tokens, which is checked; the first call or step warms up and the fastest counts. Every contender has a process of its own, one after the other, --rounds
-times, and its fastest turn counts. Memory is the whole process at its peak, and what was added after imports and weights; on a GPU both are what PyTorch
-allocated. Last line of output: JSON.
+In dpo tokens are real tokens, without padding, of the training steps, and seconds go from texts and
+loaded weights to the end of the last step: tokenizing, the reference's pass and training, not
+imports. In rollout and grpo they are new tokens; the weights are such that the end of a turn is
+never drawn, so that all answers have --new tokens, which is checked; the first call or step warms
+up and the fastest counts. Every contender has a process of its own, one after the other, --rounds
+times, and its fastest turn counts. Memory is the whole process at its peak, and what was added
+after imports and weights; on a GPU both are what PyTorch allocated. Last line of output: JSON.
 
     python -m bench.peers --data=../shared/realdata/ai_preferences_train.jsonl      pip install trl transformers, or the extra "peers"
 """
+
 import contextlib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +29,8 @@ import torch
 
 import checkpoint, dpo, grpo
 from bench.preference import apart, clock, fresh, memory
-from common import UserError, describe, launch, setup
+from runtime.errors import UserError
+from runtime.process import describe, launch, setup
 from data import chat, tokenizer
 from kernels import _lib
 from model import config_for
@@ -52,8 +57,18 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
 
 
-BETAS, EPS, BETA, CLIP = (0.9, 0.95), 1e-10, 0.1, 1.0  # AdamW's (EPS is optim.py's), DPO's, and the largest gradient norm
-ASKED = {"speed": 5.0, "memory": 0.5, "first_loss": 1e-5, "losses": 1e-3}  # dpo: times TRL's tokens/s, its peak, and how far losses may lie apart
+BETAS, EPS, BETA, CLIP = (
+    (0.9, 0.95),
+    1e-10,
+    0.1,
+    1.0,
+)  # AdamW's (EPS is optim.py's), DPO's, and the largest gradient norm
+ASKED = {
+    "speed": 5.0,
+    "memory": 0.5,
+    "first_loss": 1e-5,
+    "losses": 1e-3,
+}  # dpo: times TRL's tokens/s, its peak, and how far losses may lie apart
 ASKED_SPEED = {"rollout": 3.0, "grpo": 3.0}  # times the other's new tokens/s
 
 
@@ -72,9 +87,21 @@ class Meter:
         self.batches.append((len(ids), hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()))
 
     def end(self, *packages):
-        seconds, cpu_seconds, peak = clock(self.device) - self.start, time.process_time() - self.cpu_start, memory(self.device, peak=True)
+        seconds, cpu_seconds, peak = (
+            clock(self.device) - self.start,
+            time.process_time() - self.cpu_start,
+            memory(self.device, peak=True),
+        )
         versions = {name: importlib.metadata.version(name) for name in packages}
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak, "added": peak - self.held, "losses": self.losses, "batches": self.batches, "versions": versions}
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak": peak,
+            "added": peak - self.held,
+            "losses": self.losses,
+            "batches": self.batches,
+            "versions": versions,
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -90,7 +117,7 @@ def our_dpo(config, folder, pairs):
     meter = Meter(device)
     meter.begin()
     items, known = dpo.read_items(tok, pairs, False)
-    known, ref_logps = torch.tensor(known, dtype=torch.float32), dpo.all_logps(model, items, flags.micro_tokens)
+    known, ref_logps = torch.tensor(known, dtype=torch.float32), dpo.all_logps(model, items, flags.micro_batch_tokens)
     optimizer = Optimizer(model, config.lr, betas=BETAS)
     steps = len(items) // config.batch
     for step in range(steps):
@@ -102,7 +129,8 @@ def our_dpo(config, folder, pairs):
 
 
 def trl_dpo(config, folder, pairs, precompute):
-    """TRL's trainer; precompute: whether the reference's log-probabilities are computed before the first step."""
+    """TRL's trainer; precompute: whether the reference's log-probabilities are computed before the
+    first step."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -110,10 +138,17 @@ def trl_dpo(config, folder, pairs, precompute):
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
-    device = torch.device(config.device)  # without `setup`: what that does to PyTorch and to the C library, its users do not do
-    model, tok = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
+    device = torch.device(
+        config.device
+    )  # without `setup`: what that does to PyTorch and to the C library, its users do not do
+    model, tok = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     message = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-    rows = [{"prompt": pair.prompt, "chosen": message(pair.chosen), "rejected": message(pair.rejected)} for pair in pairs]
+    rows = [
+        {"prompt": pair.prompt, "chosen": message(pair.chosen), "rejected": message(pair.rejected)} for pair in pairs
+    ]
     meter = Meter(device)
 
     class Trainer(DPOTrainer):
@@ -137,12 +172,19 @@ def trl_dpo(config, folder, pairs, precompute):
 
 
 def dpo_contest(config):
-    """{contender: row} and what was asked of ours, after all have trained the same model on the same pairs."""
+    """{contender: row} and what was asked of ours, after all have trained the same model on the
+    same pairs."""
     if config.pairs % config.batch:
-        raise UserError(f"--pairs={config.pairs}: whole batches of --batch={config.batch} are needed, for the two may end an epoch differently")
+        raise UserError(
+            f"--pairs={config.pairs}: whole batches of --batch={config.batch} are needed, for the two may end an epoch differently"
+        )
     rows, _ = chat.read(config.data, chat.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
-    pairs = [r for r in rows[: 4 * config.pairs] if all(len(side.ids) <= config.context for side in dpo.read_items(tok, [r], False)[0][0])][: config.pairs]
+    pairs = [
+        r
+        for r in rows[: 4 * config.pairs]
+        if all(len(side.ids) <= config.context for side in dpo.read_items(tok, [r], False)[0][0])
+    ][: config.pairs]
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     contenders = {"feinschliff": (our_dpo,), "TRL": (trl_dpo, False), "TRL, reference first": (trl_dpo, True)}
     turns = {name: [] for name in contenders}
@@ -155,23 +197,43 @@ def dpo_contest(config):
     ours, theirs = found["feinschliff"], [found[name] for name in contenders if name != "feinschliff"]
     for other in theirs:
         if other["batches"] != ours["batches"]:
-            raise UserError("the two did not see the same tokens in the same order, so times would compare different things")
+            raise UserError(
+                "the two did not see the same tokens in the same order, so times would compare different things"
+            )
     tokens = sum(n for n, _ in ours["batches"])
-    print(f"\ndpo: {len(pairs)} pairs, {tokens:,} tokens, {len(ours['losses'])} steps of {config.batch} pairs; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {theirs[0]['versions']}")
-    print(f"{'':<22} {'tokens/s':>9} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}   losses of the first steps, and of the last")
+    print(
+        f"\ndpo: {len(pairs)} pairs, {tokens:,} tokens, {len(ours['losses'])} steps of {config.batch} pairs; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {theirs[0]['versions']}"
+    )
+    print(
+        f"{'':<22} {'tokens/s':>9} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}   losses of the first steps, and of the last"
+    )
     for name, row in found.items():
         row["tokens_per_s"] = tokens / row["seconds"]
         shown = " ".join(f"{loss:.6f}" for loss in [*row["losses"][:3], row["losses"][-1]])
-        print(f"{name:<22} {row['tokens_per_s']:>9,.0f} {row['seconds']:>8.2f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}   {shown}")
-    apart_by = [max(abs(a - b) for a, b in zip(ours["losses"][:n], other["losses"][:n])) for n in (1, 3, None) for other in theirs]
+        print(
+            f"{name:<22} {row['tokens_per_s']:>9,.0f} {row['seconds']:>8.2f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}   {shown}"
+        )
+    apart_by = [
+        max(abs(a - b) for a, b in zip(ours["losses"][:n], other["losses"][:n]))
+        for n in (1, 3, None)
+        for other in theirs
+    ]
     compared = {
         "speed": min(other["seconds"] for other in theirs) / ours["seconds"], "memory": ours["peak"] / min(other["peak"] for other in theirs),
         "added": ours["added"] / min(other["added"] for other in theirs),
         "first_loss": max(apart_by[:2]), "losses": max(apart_by[2:4]), "all_losses": max(apart_by[4:]),
     }  # fmt: skip
-    reached = {key: compared[key] >= asked if key == "speed" else compared[key] <= asked for key, asked in ASKED.items()}
-    print(f"against TRL's better: {compared['speed']:.2f} times as fast, {compared['memory']:.2f} of its peak memory ({compared['added']:.2f} of what is added); losses differ by {compared['first_loss']:.1e} at the first step, {compared['losses']:.1e} over three, {compared['all_losses']:.1e} over all")
-    return {"contenders": {name: {k: v for k, v in row.items() if k != "batches"} for name, row in found.items()}, **compared, "reached": reached}
+    reached = {
+        key: compared[key] >= asked if key == "speed" else compared[key] <= asked for key, asked in ASKED.items()
+    }
+    print(
+        f"against TRL's better: {compared['speed']:.2f} times as fast, {compared['memory']:.2f} of its peak memory ({compared['added']:.2f} of what is added); losses differ by {compared['first_loss']:.1e} at the first step, {compared['losses']:.1e} over three, {compared['all_losses']:.1e} over all"
+    )
+    return {
+        "contenders": {name: {k: v for k, v in row.items() if k != "batches"} for name, row in found.items()},
+        **compared,
+        "reached": reached,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -187,7 +249,8 @@ def quiet():
 
 @torch.no_grad()
 def endless(shape, ends):
-    """A model of random weights that never says the tokens `ends`: a channel of the stream is 1 whatever is read, and their logits fall with it."""
+    """A model of random weights that never says the tokens `ends`: a channel of the stream is 1
+    whatever is read, and their logits fall with it."""
     model = fresh(shape, 0, torch.device("cpu"))
     model.embed[:, 0], model.untied_head[:, 0] = 1.0, 0.0
     for block in model.blocks:
@@ -211,9 +274,17 @@ def our_rollout(config, folder, prompts):
     device = setup(config.device, 0)
     _lib.prove(device)
     model, tok, _ = checkpoint.load(folder, device)
-    greedy = [s.tokens for s in rollout(model, prompts, max_new=min(16, config.new), temperature=0)]
+    greedy = [s.tokens for s in rollout(model, prompts, max_new_tokens=min(16, config.new), temperature=0)]
     held, lengths = memory(device), []
-    seconds = best_of(lambda seed: lengths.append([len(s.tokens) for s in rollout(model, prompts, max_new=config.new, stop={chat.end_of_turn(tok)}, seed=seed)]), device)
+    seconds = best_of(
+        lambda seed: lengths.append(
+            [
+                len(s.tokens)
+                for s in rollout(model, prompts, max_new_tokens=config.new, stop={chat.end_of_turn(tok)}, seed=seed)
+            ]
+        ),
+        device,
+    )
     return result(seconds, lengths, greedy, memory(device, peak=True), held, "torch")
 
 
@@ -222,7 +293,10 @@ def their_rollout(config, folder, prompts):
     import transformers
 
     device = torch.device(config.device)
-    model, tok = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
+    model, tok = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     tok.padding_side = "left"
     batch = tok.pad({"input_ids": prompts}, return_tensors="pt").to(device)
@@ -233,7 +307,9 @@ def their_rollout(config, folder, prompts):
 
         def sample(seed):
             torch.manual_seed(seed)
-            out = model.generate(**batch, max_new_tokens=config.new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True)[:, width:]
+            out = model.generate(
+                **batch, max_new_tokens=config.new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True
+            )[:, width:]
             lengths.append((out != tok.pad_token_id).sum(1).tolist())
 
         seconds = best_of(sample, device)
@@ -241,16 +317,29 @@ def their_rollout(config, folder, prompts):
 
 
 def result(seconds, lengths, greedy, peak, held, *packages):
-    return {"seconds": seconds, "lengths": lengths, "greedy": greedy, "peak": peak, "added": peak - held, "versions": {name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "seconds": seconds,
+        "lengths": lengths,
+        "greedy": greedy,
+        "peak": peak,
+        "added": peak - held,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def endless_checkpoint(config, folder):
-    """(checkpoint of a model that never ends a turn, its tokenizer, its shape, the prompts of --data that leave room)."""
+    """(checkpoint of a model that never ends a turn, its tokenizer, its shape, the prompts of
+    --data that leave room)."""
     rows, _ = chat.read(config.data, chat.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     prompts = [r.prompt for r in rows if len(chat.encode_prompt(tok, r.prompt)) <= config.context - config.new]
-    return checkpoint.save(folder, endless(shape, sorted(tok._special_tokens.values())), tok, {"stage": "sft", "step": 0}), tok, shape, prompts
+    return (
+        checkpoint.save(folder, endless(shape, sorted(tok._special_tokens.values())), tok, {"stage": "sft", "step": 0}),
+        tok,
+        shape,
+        prompts,
+    )
 
 
 def turns_of(contenders, config, *args):
@@ -263,17 +352,28 @@ def turns_of(contenders, config, *args):
 
 
 def compare(name, found, config, shape, tokens, what):
-    """Print the two rows of a contest and return what it found. `tokens`: new ones in a row's seconds."""
+    """Print the two rows of a contest and return what it found. `tokens`: new ones in a row's
+    seconds."""
     (our_name, ours), (their_name, theirs) = found.items()
-    print(f"\n{name}: {what}; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {torch.get_num_threads()} threads; {theirs['versions']}")
+    print(
+        f"\n{name}: {what}; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {torch.get_num_threads()} threads; {theirs['versions']}"
+    )
     print(f"{'':<22} {'new tokens/s':>12} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}")
     for who, row in found.items():
         row["tokens_per_s"] = tokens / row["seconds"]
-        print(f"{who:<22} {row['tokens_per_s']:>12,.0f} {row['seconds']:>8.3f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}")
+        print(
+            f"{who:<22} {row['tokens_per_s']:>12,.0f} {row['seconds']:>8.3f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}"
+        )
     speed, share = theirs["seconds"] / ours["seconds"], ours["peak"] / theirs["peak"]
     print(f"against {their_name}: {speed:.2f} times as fast, {share:.2f} of its peak memory")
     kept = {who: {k: v for k, v in row.items() if k not in ("lengths", "greedy")} for who, row in found.items()}
-    return {"contenders": kept, "speed": speed, "memory": share, "asked": ASKED_SPEED[name], "reached": speed >= ASKED_SPEED[name]}
+    return {
+        "contenders": kept,
+        "speed": speed,
+        "memory": share,
+        "asked": ASKED_SPEED[name],
+        "reached": speed >= ASKED_SPEED[name],
+    }
 
 
 def rollout_contest(config):
@@ -308,13 +408,22 @@ def our_grpo(config, folder, prompts):
         data = Path(out) / "prompts.jsonl"
         data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
         flags = grpo.Config(init=str(folder), data=str(data), val=str(data), eval_prompts=1, reward=f"{__file__}:vowels", out=f"{out}/run", group=config.group, prompts=config.samples // config.group,
-                            steps=config.steps, max_new=config.new, lr=config.lr, warmup=0.0, decay=1.0, clip=CLIP, eval_every=0, save_every=0, device=config.device)  # fmt: skip
+                            steps=config.steps, max_new_tokens=config.new, lr=config.lr, warmup=0.0, decay=1.0, clip=CLIP, eval_every=0, save_every=0, device=config.device)  # fmt: skip
         held = memory(setup(config.device, 0))
         with contextlib.redirect_stdout(io.StringIO()):
             grpo.main(flags)
-        log = [row for row in map(json.loads, (Path(out) / "run/log.jsonl").read_text().splitlines()) if "seconds" in row]
+        log = [
+            row for row in map(json.loads, (Path(out) / "run/log.jsonl").read_text().splitlines()) if "seconds" in row
+        ]
     phases = {name: min(row[f"seconds_{name}"] for row in log[1:]) for name in ("rollout", "scoring", "update")}
-    return of_steps([row["seconds"] for row in log], [row["answer_tokens"] for row in log], log[0], held, torch.device(config.device), "torch") | {"phases": phases}
+    return of_steps(
+        [row["seconds"] for row in log],
+        [row["completion_tokens"] for row in log],
+        log[0],
+        held,
+        torch.device(config.device),
+        "torch",
+    ) | {"phases": phases}
 
 
 def trl_grpo(config, folder, prompts):
@@ -325,7 +434,10 @@ def trl_grpo(config, folder, prompts):
 
     datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
     device = torch.device(config.device)
-    model, tok = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
+    model, tok = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     held, ticks = memory(device), []
 
     class Clock(transformers.TrainerCallback):
@@ -343,16 +455,32 @@ def trl_grpo(config, folder, prompts):
             max_completion_length=config.new, max_steps=config.steps, beta=0.0, num_iterations=1, temperature=1.0, learning_rate=config.lr, lr_scheduler_type="linear",
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
         )  # fmt: skip
-        trainer = GRPOTrainer(model, reward_funcs=reward, args=flags, train_dataset=datasets.Dataset.from_list([{"prompt": p} for p in prompts]), processing_class=tok)
+        trainer = GRPOTrainer(
+            model,
+            reward_funcs=reward,
+            args=flags,
+            train_dataset=datasets.Dataset.from_list([{"prompt": p} for p in prompts]),
+            processing_class=tok,
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(Clock())
         trainer.train()
         log = [row for row in trainer.state.log_history if "completions/mean_length" in row]
-    return of_steps(np.diff(ticks).tolist(), [row["completions/mean_length"] for row in log], log[0], held, device, "trl", "transformers", "torch")
+    return of_steps(
+        np.diff(ticks).tolist(),
+        [row["completions/mean_length"] for row in log],
+        log[0],
+        held,
+        device,
+        "trl",
+        "transformers",
+        "torch",
+    )
 
 
 def of_steps(seconds, lengths, first, held, device, *packages):
-    """A result of training steps: seconds of the fastest but the first; first: the log of that one."""
+    """A result of training steps: seconds of the fastest but the first; first: the log of that
+    one."""
     found = result(min(seconds[1:]), [lengths], [], memory(device, peak=True), held, *packages)
     return found | {"seconds_of_steps": seconds, "entropy": first["entropy"], "reward": first["reward"]}
 
@@ -360,7 +488,9 @@ def of_steps(seconds, lengths, first, held, device, *packages):
 def grpo_contest(config):
     """Seconds of a step, ours and TRL's."""
     if config.samples % config.group or config.steps < 2:
-        raise UserError(f"--samples={config.samples}: must be a multiple of --group={config.group}, and --steps at least 2")
+        raise UserError(
+            f"--samples={config.samples}: must be a multiple of --group={config.group}, and --steps at least 2"
+        )
     with tempfile.TemporaryDirectory() as folder:
         where, tok, shape, prompts = endless_checkpoint(config, folder)
         prompts = prompts[: config.samples // config.group * config.steps]  # each of them once
@@ -369,14 +499,20 @@ def grpo_contest(config):
     if any(abs(n - config.new) > 1e-6 for row in found.values() for run in row["lengths"] for n in run):
         raise UserError("an answer ended early, so times would compare different things")
     if abs(ours["entropy"] - theirs["entropy"]) > 0.03 + 10 / (config.samples * config.new) ** 0.5:
-        raise UserError(f"the first answers have {ours['entropy']:.3f} nats a token here and {theirs['entropy']:.3f} there: they are not of one model")
+        raise UserError(
+            f"the first answers have {ours['entropy']:.3f} nats a token here and {theirs['entropy']:.3f} there: they are not of one model"
+        )
     what = f"{config.steps - 1} steps after the first, of {config.samples} answers ({config.group} to a prompt) of {config.new} tokens; entropy at first {ours['entropy']:.3f} and {theirs['entropy']:.3f}, reward {ours['reward']:.4f} and {theirs['reward']:.4f}"
     compared = compare("grpo", found, config, shape, config.samples * config.new, what)
     print("of ours: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in ours["phases"].items()))
     return compared
 
 
-NEEDED = {"dpo": ["trl", "transformers", "datasets"], "rollout": ["transformers"], "grpo": ["trl", "transformers", "datasets"]}
+NEEDED = {
+    "dpo": ["trl", "transformers", "datasets"],
+    "rollout": ["transformers"],
+    "grpo": ["trl", "transformers", "datasets"],
+}
 CONTESTS = {"dpo": dpo_contest, "rollout": rollout_contest, "grpo": grpo_contest}
 
 
@@ -387,7 +523,9 @@ def main(config):
             raise UserError(f"--only={config.only}: expected some of {', '.join(CONTESTS)}")
         for package in NEEDED[name]:
             if not importlib.util.find_spec(package):
-                raise UserError(f"{package} is not installed, which {name} is compared with: pip install {package}, or the extra \"peers\"")
+                raise UserError(
+                    f'{package} is not installed, which {name} is compared with: pip install {package}, or the extra "peers"'
+                )
     device = setup(config.device, 0)
     config.device = str(device)
     print(describe(device), flush=True)

@@ -1,17 +1,22 @@
-"""What packing and a cached reference save: DPO's and SFT's training steps, without padding and with it, in the same run.
+"""What packing and a cached reference save: DPO's and SFT's training steps, without padding and
+with it, in the same run.
 
-Contenders take turns on the same batches, drawn at random from the file as a plain loop draws them (not sorted by length), and train from the same weights:
+Contenders take turns on the same batches, drawn at random from the file as a plain loop draws them
+(not sorted by length), and train from the same weights:
 
     packed       train_step of dpo.py and of sft.py, and the optimizer's step
     padded       the same on a batch filled up to its longest conversation: rows of [B, T], dense causal attention, the padding masked in the loss
     no cache     dpo.py's, packed, with the reference's forward in every step instead of its log-probabilities from before the first
 
-Padded and packed thus have the same operations on every token, and must have the same loss and gradients; that is proved first. A padded loop that puts
-prompts and padding through its head, or a mask into its attention, is slower and larger than this one. Tokens are real tokens. Memory is the peak that training adds to a
-process of its own: activations, gradients, the optimizer's moments, on a CPU resident memory. Last line of output: JSON.
+Padded and packed thus have the same operations on every token, and must have the same loss and
+gradients; that is proved first. A padded loop that puts prompts and padding through its head, or a
+mask into its attention, is slower and larger than this one. Tokens are real tokens. Memory is the
+peak that training adds to a process of its own: activations, gradients, the optimizer's moments, on
+a CPU resident memory. Last line of output: JSON.
 
     python -m bench.preference --data=../shared/realdata/ai_preferences_train.jsonl
 """
+
 import json, re, statistics, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +27,8 @@ import numpy as np
 import torch
 
 import dpo, sft
-from common import UserError, describe, launch, setup
+from runtime.errors import UserError
+from runtime.process import describe, launch, setup
 from data import chat, tokenizer
 from data.chat import Chat
 from kernels import _lib
@@ -44,7 +50,10 @@ class Config:
 
 
 CONTENDERS = [("DPO", "packed"), ("DPO", "padded"), ("DPO", "no cache"), ("SFT", "packed"), ("SFT", "padded")]
-ASKED = {"speed": 1.5, "saved": 1 / 3}  # packed against padded; the reference's forward against a step that has it cached
+ASKED = {
+    "speed": 1.5,
+    "saved": 1 / 3,
+}  # packed against padded; the reference's forward against a step that has it cached
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -70,7 +79,8 @@ def forget_peak(device):
 
 
 def apart(function, *args):
-    """function(*args) in a process of its own. A new one: a fork would begin with this one's memory, and its OpenMP threads would be gone."""
+    """function(*args) in a process of its own. A new one: a fork would begin with this one's
+    memory, and its OpenMP threads would be gone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -87,7 +97,8 @@ def clock(device):
 
 @torch.no_grad()
 def fresh(shape, seed, device):
-    """A model all of whose weights are random: as initialised, output projections are zero, and most gradients with them."""
+    """A model all of whose weights are random: as initialised, output projections are zero, and
+    most gradients with them."""
     model, generator = GPT(shape).init_weights(seed), torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if not p.any():
@@ -96,9 +107,13 @@ def fresh(shape, seed, device):
 
 
 def fill_up(chats, pad):
-    """The same conversations, each with padding behind it to the length of the longest. None of it is learnt."""
+    """The same conversations, each with padding behind it to the length of the longest. None of it
+    is learnt."""
     longest = max(len(c.ids) for c in chats)
-    return [Chat(*(np.pad(part, (0, longest - len(c.ids)), constant_values=fill) for part, fill in zip(c, (pad, False)))) for c in chats]
+    return [
+        Chat(*(np.pad(part, (0, longest - len(c.ids)), constant_values=fill) for part, fill in zip(c, (pad, False))))
+        for c in chats
+    ]
 
 
 class Contender:
@@ -108,18 +123,19 @@ class Contender:
         self.optimizer = Optimizer(self.model, 1e-4, betas=(0.9, 0.95))
         self.reference = fresh(shape, 1, device) if way == "no cache" else None
         everything = 2**40  # the batch at once, however long it is padded
-        self.config = dpo.Config(init="", data="", out="", beta=0.1, micro_tokens=everything)
+        self.config = dpo.Config(init="", data="", out="", beta=0.1, micro_batch_tokens=everything)
 
     def gradient(self, pairs, ref_logps):
-        """Leave the gradient of the mean loss over the pairs in the model -> that loss. ref_logps fp32 [P, 2]: the reference's."""
+        """Leave the gradient of the mean loss over the pairs in the model -> that loss. ref_logps
+        fp32 [P, 2]: the reference's."""
         chats = [pair[0] for pair in pairs] if self.stage == "SFT" else [side for pair in pairs for side in pair]
         if self.way == "padded":
             chats = fill_up(chats, self.pad)
         if self.stage == "SFT":
-            return sft.train_step(self.model, chats, self.config.micro_tokens)
+            return sft.train_step(self.model, chats, self.config.micro_batch_tokens)
         items = list(zip(chats[::2], chats[1::2]))
         if self.way == "no cache":
-            ref_logps = dpo.all_logps(self.reference, items, self.config.micro_tokens)
+            ref_logps = dpo.all_logps(self.reference, items, self.config.micro_batch_tokens)
         return dpo.train_step(self.model, items, torch.ones(len(items)), ref_logps, self.config)[0]
 
     def step(self, batch):
@@ -141,9 +157,13 @@ def growth(stage, way, shape, pad, batches, device_name):
 
 
 def difference(a, b, batch):
-    """How far apart two contenders' losses and gradients on a batch are, relative to the largest gradient of each parameter."""
+    """How far apart two contenders' losses and gradients on a batch are, relative to the largest
+    gradient of each parameter."""
     losses = [c.gradient(*batch).item() for c in (a, b)]
-    apart = max(((p.grad - q.grad).abs().max() / p.grad.abs().max()).item() for p, q in zip(a.model.parameters(), b.model.parameters()))
+    apart = max(
+        ((p.grad - q.grad).abs().max() / p.grad.abs().max()).item()
+        for p, q in zip(a.model.parameters(), b.model.parameters())
+    )
     for c in (a, b):
         c.optimizer.zero_grad()
     return losses, apart
@@ -159,7 +179,9 @@ def main(config):
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
     items, _ = dpo.fit(*dpo.read_items(tok, rows, False), config.context, config.data)
     if len(items) < config.pairs * (config.steps + 1):
-        raise UserError(f"{config.data}: {len(items)} pairs; {config.pairs * (config.steps + 1)} are needed for one step more than --steps={config.steps} of --pairs={config.pairs}")
+        raise UserError(
+            f"{config.data}: {len(items)} pairs; {config.pairs * (config.steps + 1)} are needed for one step more than --steps={config.steps} of --pairs={config.pairs}"
+        )
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     order = np.random.default_rng(config.seed).permutation(len(items))
     reference, batches = fresh(shape, 1, device), []
@@ -167,21 +189,29 @@ def main(config):
         pairs = [items[i] for i in order[begin : begin + config.pairs]]
         batches.append((pairs, dpo.all_logps(reference, pairs, 2**40)))
     del reference
-    lengths = np.array([[len(side.ids) for side in pair] for pairs, _ in batches[1:] for pair in pairs])  # [steps x pairs, 2]; the first batch warms up
+    lengths = np.array(
+        [[len(side.ids) for side in pair] for pairs, _ in batches[1:] for pair in pairs]
+    )  # [steps x pairs, 2]; the first batch warms up
     tokens = {"DPO": int(lengths.sum()), "SFT": int(lengths[:, 0].sum())}
     by_batch = lengths.reshape(config.steps, -1)
     real = by_batch.sum() / (by_batch.max(1) * by_batch.shape[1]).sum()
     print(f"{describe(device)}; kernels switched off: {off}")
-    print(f"{len(items):,} pairs; {config.depth} layers, width {shape.width}, {tok.n_vocab} ids; {lengths.mean():.0f} tokens a side; {real:.0%} of a padded batch of {config.pairs} pairs are real tokens")
+    print(
+        f"{len(items):,} pairs; {config.depth} layers, width {shape.width}, {tok.n_vocab} ids; {lengths.mean():.0f} tokens a side; {real:.0%} of a padded batch of {config.pairs} pairs are real tokens"
+    )
 
     # 1. The same loss, the same gradients
     contenders = {(stage, way): Contender(stage, way, shape, tok.pad, device) for stage, way in CONTENDERS}
     worst = 3e-2 if device.type == "cuda" else 1e-4  # bf16 products there
     for stage, other in (("DPO", "padded"), ("SFT", "padded"), ("DPO", "no cache")):
         (loss, other_loss), apart_by = difference(contenders[stage, "packed"], contenders[stage, other], batches[0])
-        print(f"{stage}: loss {loss:.7f} packed, {other_loss:.7f} {other}; gradients differ by {apart_by:.1e} of the largest")
+        print(
+            f"{stage}: loss {loss:.7f} packed, {other_loss:.7f} {other}; gradients differ by {apart_by:.1e} of the largest"
+        )
         if abs(loss - other_loss) > worst * abs(loss) or apart_by > worst:
-            raise UserError(f"{stage}, {other}: these losses or gradients are not the packed ones, so times would compare different things")
+            raise UserError(
+                f"{stage}, {other}: these losses or gradients are not the packed ones, so times would compare different things"
+            )
 
     # 2. In turns
     seconds = {key: [] for key in contenders}
@@ -196,7 +226,9 @@ def main(config):
 
     # 3. Memory, and the table
     result = {"real_share_of_padded": float(real)}
-    print(f"\n{'':<16} {'tokens/s':>9} {'ms a step':>10} {'speed':>6} {'MiB':>7} {'memory':>7}   speed and memory: packed against this one")
+    print(
+        f"\n{'':<16} {'tokens/s':>9} {'ms a step':>10} {'speed':>6} {'MiB':>7} {'memory':>7}   speed and memory: packed against this one"
+    )
     peaks = {key: apart(growth, *key, shape, tok.pad, batches[:4], str(device)) for key in CONTENDERS}
     for stage, way in CONTENDERS:
         ours, theirs = seconds[stage, "packed"], seconds[stage, way]
@@ -205,13 +237,21 @@ def main(config):
             "speed": statistics.median(t / o for t, o in zip(theirs, ours)), "memory": peaks[stage, "packed"] / peaks[stage, way],
         }  # fmt: skip
         result[f"{stage} {way}"] = row
-        print(f"{stage + ' ' + way:<16} {row['tokens_per_s']:>9,.0f} {row['ms']:>10.1f} {row['speed']:>6.2f} {row['mib']:>7.0f} {row['memory']:>7.2f}")
+        print(
+            f"{stage + ' ' + way:<16} {row['tokens_per_s']:>9,.0f} {row['ms']:>10.1f} {row['speed']:>6.2f} {row['mib']:>7.0f} {row['memory']:>7.2f}"
+        )
 
-    # 4. What the cache saves. It costs one forward of every pair, once, so of E epochs it saves that of E - 1.
+    # 4. What the cache saves. It costs one forward of every pair, once, so of E epochs it saves
+    # that of E - 1.
     more = result["DPO no cache"]["speed"] - 1
     saved = {"of_a_cached_step": more} | {f"of_{e}_epochs": (e - 1) / e * more / (1 + more) for e in (1, 2, 3, 10)}
-    print(f"the reference's forward takes {more:.1%} of a step that has it cached; the cache saves " + ", ".join(f"{saved[f'of_{e}_epochs']:.1%} of {e} epoch{'s' * (e > 1)}" for e in (1, 2, 3, 10)))
-    reached = {f"{stage} packed": result[f"{stage} padded"]["speed"] >= ASKED["speed"] for stage in ("DPO", "SFT")} | {"cache": more >= ASKED["saved"]}
+    print(
+        f"the reference's forward takes {more:.1%} of a step that has it cached; the cache saves "
+        + ", ".join(f"{saved[f'of_{e}_epochs']:.1%} of {e} epoch{'s' * (e > 1)}" for e in (1, 2, 3, 10))
+    )
+    reached = {f"{stage} packed": result[f"{stage} padded"]["speed"] >= ASKED["speed"] for stage in ("DPO", "SFT")} | {
+        "cache": more >= ASKED["saved"]
+    }
     print(json.dumps(result | {"saved": saved, "asked": ASKED, "reached": reached}))
 
 

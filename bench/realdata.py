@@ -1,11 +1,14 @@
-"""The stages on real files: a base model from WikiText and Shakespeare, then SFT, the reward model (also cross-validated), DPO, PPO and GRPO on people's data.
+"""The stages on real files: a base model from WikiText and Shakespeare, then SFT, the reward model
+(also cross-validated), DPO, PPO and GRPO on people's data.
 
-A model of a million parameters and minutes of training: what counts is that every stage runs to its end on real text, that validation falls, and
-how the reward model stands against "the longer answer wins", in a paired bootstrap and among pairs of nearly equal length. Each stage is the command a
+A model of a million parameters and minutes of training: what counts is that every stage runs to its
+end on real text, that validation falls, and how the reward model stands against "the longer answer
+wins", in a paired bootstrap and among pairs of nearly equal length. Each stage is the command a
 user would type. Last line of output: JSON of all figures.
 
     python -m bench.realdata --texts=../shared/realdata
 """
+
 import json, math, shlex, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +16,22 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
-from common import UserError, describe, launch, replace_text
+from runtime.errors import UserError
+from runtime.files import replace_text
+from runtime.process import describe, launch
 from data import chat
 from evaluate import pair_documents, preference_figures, show
 
-FILES = ("wikitext2_valid.txt", "shakespeare.txt", "instructions_train.jsonl", "instructions_test.jsonl", "ai_preferences_train.jsonl", "ai_preferences_test.jsonl", "gsm8k_train.jsonl", "gsm8k_test.jsonl")
+FILES = (
+    "wikitext2_valid.txt",
+    "shakespeare.txt",
+    "instructions_train.jsonl",
+    "instructions_test.jsonl",
+    "ai_preferences_train.jsonl",
+    "ai_preferences_test.jsonl",
+    "gsm8k_train.jsonl",
+    "gsm8k_test.jsonl",
+)
 
 
 @dataclass
@@ -35,29 +49,113 @@ def commands(config):
     """[(name, words)] of the stages in order."""
     text, out, seed = (f"{config.texts}/{{}}".format, config.out, f"--seed={config.seed}")
     corpus = f"{text('wikitext2_valid.txt')},{text('shakespeare.txt')}"
-    shape = [f"--depth={config.depth}", f"--width={config.width}", "--context=1024", "--batch_tokens=4096", f"--steps={config.steps}"]
+    shape = [
+        f"--depth={config.depth}",
+        f"--width={config.width}",
+        "--context=1024",
+        "--batch_tokens=4096",
+        f"--steps={config.steps}",
+    ]
     quiet = ["--print_every=50", "--eval_every=50", seed]
-    pairs = [f"--data={text('ai_preferences_train.jsonl')}", f"--val={text('ai_preferences_test.jsonl')}", "--skip_bad"]  # in two rows both answers are the same
+    pairs = [
+        f"--data={text('ai_preferences_train.jsonl')}",
+        f"--val={text('ai_preferences_test.jsonl')}",
+        "--skip_bad",
+    ]  # in two rows both answers are the same
     return [
         ("tokenizer", ["-m", "data.tokenizer", f"--data={corpus}", "--vocab_size=4096", f"--out={out}/tokenizer"]),
-        ("base", ["pretrain.py", f"--data={corpus}", f"--tokenizer={out}/tokenizer", *shape, "--print_every=100", seed, f"--out={out}/base"]),
-        ("sft", ["sft.py", f"--init={out}/base", f"--data={text('instructions_train.jsonl')}", f"--val={text('instructions_test.jsonl')}", "--epochs=3", *quiet, f"--out={out}/sft"]),
+        (
+            "base",
+            [
+                "pretrain.py",
+                f"--data={corpus}",
+                f"--tokenizer={out}/tokenizer",
+                *shape,
+                "--print_every=100",
+                seed,
+                f"--out={out}/base",
+            ],
+        ),
+        (
+            "sft",
+            [
+                "sft.py",
+                f"--init={out}/base",
+                f"--data={text('instructions_train.jsonl')}",
+                f"--val={text('instructions_test.jsonl')}",
+                "--epochs=3",
+                *quiet,
+                f"--out={out}/sft",
+            ],
+        ),
         ("rm", ["reward.py", f"--init={out}/sft", *pairs, "--center_samples=64", *quiet, f"--out={out}/rm"]),
         ("dpo", ["dpo.py", f"--init={out}/sft", *pairs, *quiet, f"--out={out}/dpo"]),
-        ("ppo", ["ppo.py", f"--init={out}/sft", f"--reward={out}/rm", f"--data={text('instructions_train.jsonl')}", f"--val={text('instructions_test.jsonl')}", "--max_new=96", "--batch=64",
-                 "--steps=20", "--eval_prompts=64", seed, f"--out={out}/ppo"]),
-        # A model this small solves no problem. It can learn the form of a solution, and is paid a little for it; what is shown is that the loop holds.
-        ("gsm8k", ["sft.py", f"--init={out}/sft", f"--data={text('gsm8k_train.jsonl')}", f"--val={text('gsm8k_test.jsonl')}", "--steps=200", *quiet, f"--out={out}/gsm8k"]),
-        ("grpo", ["grpo.py", f"--init={out}/gsm8k", "--reward=data/rewards.py:final_number,data/rewards.py:one_final_number*0.2", f"--data={text('gsm8k_train.jsonl')}",
-                  f"--val={text('gsm8k_test.jsonl')}", "--max_new=128", "--steps=20", "--eval_prompts=64", seed, f"--out={out}/grpo"]),
-        # Two answers that GPT-4 has compared, judged by a model that has read a little Wikipedia: near chance, in both orders.
-        ("judge", ["rlaif.py", f"--judge={out}/base", f"--constitution={out}/constitution.txt", f"--data={text('ai_preferences_test.jsonl')}", "--min_margin=0", "--skip_bad", seed,
-                   f"--out={out}/judged.jsonl"]),
+        (
+            "ppo",
+            [
+                "ppo.py",
+                f"--init={out}/sft",
+                f"--reward={out}/rm",
+                f"--data={text('instructions_train.jsonl')}",
+                f"--val={text('instructions_test.jsonl')}",
+                "--max_new_tokens=96",
+                "--batch=64",
+                "--steps=20",
+                "--eval_prompts=64",
+                seed,
+                f"--out={out}/ppo",
+            ],
+        ),
+        # A model this small solves no problem. It can learn the form of a solution, and is paid a
+        # little for it; what is shown is that the loop holds.
+        (
+            "gsm8k",
+            [
+                "sft.py",
+                f"--init={out}/sft",
+                f"--data={text('gsm8k_train.jsonl')}",
+                f"--val={text('gsm8k_test.jsonl')}",
+                "--steps=200",
+                *quiet,
+                f"--out={out}/gsm8k",
+            ],
+        ),
+        (
+            "grpo",
+            [
+                "grpo.py",
+                f"--init={out}/gsm8k",
+                "--reward=data/rules.py:final_number,data/rules.py:one_final_number*0.2",
+                f"--data={text('gsm8k_train.jsonl')}",
+                f"--val={text('gsm8k_test.jsonl')}",
+                "--max_new_tokens=128",
+                "--steps=20",
+                "--eval_prompts=64",
+                seed,
+                f"--out={out}/grpo",
+            ],
+        ),
+        # Two answers that GPT-4 has compared, judged by a model that has read a little Wikipedia:
+        # near chance, in both orders.
+        (
+            "judge",
+            [
+                "rlaif.py",
+                f"--judge={out}/base",
+                f"--constitution={out}/constitution.txt",
+                f"--data={text('ai_preferences_test.jsonl')}",
+                "--min_margin=0",
+                "--skip_bad",
+                seed,
+                f"--out={out}/judged.jsonl",
+            ],
+        ),
     ]
 
 
 def run(words):
-    """Run one command, unless its run is finished already; its lines go to the terminal. UserError where it fails."""
+    """Run one command, unless its run is finished already; its lines go to the terminal. UserError
+    where it fails."""
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
     out = Path(words[-1].removeprefix("--out="))
     again = ["--overwrite"] if out.exists() and words[0] == "-m" else ["--resume"] if out.exists() else []
@@ -68,16 +166,36 @@ def run(words):
 
 
 def cross_validated(config, sft):
-    """`preference_figures` over all pairs of both files, each judged by a reward model that did not learn from it."""
-    pairs, _ = chat.read(f"{config.texts}/ai_preferences_train.jsonl,{config.texts}/ai_preferences_test.jsonl", chat.preference, skip_bad=True)
+    """`preference_figures` over all pairs of both files, each judged by a reward model that did not
+    learn from it."""
+    pairs, _ = chat.read(
+        f"{config.texts}/ai_preferences_train.jsonl,{config.texts}/ai_preferences_test.jsonl",
+        chat.preference,
+        skip_bad=True,
+    )
     fold_of = np.random.default_rng(config.seed).permutation(len(pairs)) % config.folds
     kept, margins, lengths = [], [], []
     for fold in range(config.folds):
         folder = Path(config.out) / f"fold{fold}"
         folder.mkdir(parents=True, exist_ok=True)
         for name, chosen in (("train", fold_of != fold), ("val", fold_of == fold)):
-            replace_text(folder / f"{name}.jsonl", "".join(json.dumps(p.row) + "\n" for p, here in zip(pairs, chosen) if here))
-        run(["reward.py", f"--init={sft}", f"--data={folder}/train.jsonl", f"--val={folder}/val.jsonl", "--center_samples=1", "--max_new=8", "--print_every=50", "--eval_every=0", f"--seed={config.seed}", f"--out={folder}/rm"])
+            replace_text(
+                folder / f"{name}.jsonl", "".join(json.dumps(p.row) + "\n" for p, here in zip(pairs, chosen) if here)
+            )
+        run(
+            [
+                "reward.py",
+                f"--init={sft}",
+                f"--data={folder}/train.jsonl",
+                f"--val={folder}/val.jsonl",
+                "--center_samples=1",
+                "--max_new_tokens=8",
+                "--print_every=50",
+                "--eval_every=0",
+                f"--seed={config.seed}",
+                f"--out={folder}/rm",
+            ]
+        )
         model, tok, _ = checkpoint.load(folder / "rm")
         mine = [p for p, here in zip(pairs, fold_of == fold) if here]
         documents = pair_documents(tok, mine)
@@ -92,17 +210,33 @@ def cross_validated(config, sft):
 
 def validations(run_dir):
     """The first and the last validation loss of a run."""
-    losses = [row["val_loss"] for row in map(json.loads, (Path(run_dir) / "log.jsonl").read_text().splitlines()) if "val_loss" in row]
+    losses = [
+        row["val_loss"]
+        for row in map(json.loads, (Path(run_dir) / "log.jsonl").read_text().splitlines())
+        if "val_loss" in row
+    ]
     return {"first": losses[0], "last": losses[-1], "ln 2": math.log(2)}
 
 
 def reinforced(run_dir):
-    """Of the first and the last fifth of a run of ppo.py or grpo.py: the mean of what its log has, and of all of it the largest gap between sampler and trainer."""
-    rows = [row for row in map(json.loads, (Path(run_dir) / "log.jsonl").read_text().splitlines()) if "sampler_gap" in row]
+    """Of the first and the last fifth of a run of ppo.py or grpo.py: the mean of what its log has,
+    and of all of it the largest gap between sampler and trainer."""
+    rows = [
+        row for row in map(json.loads, (Path(run_dir) / "log.jsonl").read_text().splitlines()) if "sampler_gap" in row
+    ]
     n = max(1, len(rows) // 5)
-    names = [name for name in rows[0] if name in ("reward", "kl", "finished", "answer_tokens", "same", "explained_variance") or name.startswith(("data/", "seconds_"))]
+    names = [
+        name
+        for name in rows[0]
+        if name in ("reward", "kl", "finished", "completion_tokens", "same", "explained_variance")
+        or name.startswith(("data/", "seconds_"))
+    ]
     mean = lambda part: {name: round(float(np.mean([row[name] for row in part])), 4) for name in names}  # noqa: E731
-    return {"first": mean(rows[:n]), "last": mean(rows[-n:]), "largest sampler gap": max(row["sampler_gap"] for row in rows)}
+    return {
+        "first": mean(rows[:n]),
+        "last": mean(rows[-n:]),
+        "largest sampler gap": max(row["sampler_gap"] for row in rows),
+    }
 
 
 def main(config):
@@ -111,17 +245,26 @@ def main(config):
             raise UserError(f"--texts={config.texts}: {name} is not there")
     found = {"seconds": {}, "validation": {}}
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    replace_text(Path(config.out) / "constitution.txt", "The better reply is the one that helps more.\nThe better reply is the one that is true.\n")
+    replace_text(
+        Path(config.out) / "constitution.txt",
+        "The better reply is the one that helps more.\nThe better reply is the one that is true.\n",
+    )
     for name, words in commands(config):
         if not (Path(config.out) / name / "latest").exists() or name == "tokenizer":
             found["seconds"][name] = round(run(words), 1)
     for name in ("base", "sft", "rm", "dpo", "gsm8k"):
         found["validation"][name] = validations(f"{config.out}/{name}")
     judged = json.loads((Path(config.out) / "judged.log.jsonl").read_text().splitlines()[-1])
-    found["judge"] = {name: round(total / n, 4) for name, (total, n) in judged["figures"].items() if n} | judged["counts"] | {"seconds": judged["seconds"]}
+    found["judge"] = (
+        {name: round(total / n, 4) for name, (total, n) in judged["figures"].items() if n}
+        | judged["counts"]
+        | {"seconds": judged["seconds"]}
+    )
     for name in ("ppo", "grpo"):
         found[name] = reinforced(f"{config.out}/{name}")
-    found["reward model on the test file"] = checkpoint.read_json(checkpoint.find(f"{config.out}/rm") / checkpoint.INFO)["metrics"]["figures"]
+    found["reward model on the test file"] = checkpoint.read_json(
+        checkpoint.find(f"{config.out}/rm") / checkpoint.INFO
+    )["metrics"]["figures"]
     if config.folds:
         found[f"reward model, {config.folds} folds over both files"] = cross_validated(config, f"{config.out}/sft")
     model, _, _ = checkpoint.load(f"{config.out}/sft")
@@ -129,7 +272,14 @@ def main(config):
     for name, losses in found["validation"].items():
         print(f"validation of {name}: {losses['first']:.4f} -> {losses['last']:.4f}")
     for name in ("ppo", "grpo"):
-        print(f"{name}: " + "; ".join(f"{key} {found[name]['first'][key]:.3g} -> {found[name]['last'][key]:.3g}" for key in found[name]["first"]) + f"; largest sampler gap {found[name]['largest sampler gap']:.1e}")
+        print(
+            f"{name}: "
+            + "; ".join(
+                f"{key} {found[name]['first'][key]:.3g} -> {found[name]['last'][key]:.3g}"
+                for key in found[name]["first"]
+            )
+            + f"; largest sampler gap {found[name]['largest sampler gap']:.1e}"
+        )
     print("judge: " + "; ".join(f"{name} {value:.4g}" for name, value in found["judge"].items()))
     for name in [n for n in found if n.startswith("reward model")]:
         print(f"\n{name}\n{show(found[name])}")

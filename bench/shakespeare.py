@@ -1,16 +1,21 @@
-"""The field's best-known small run, and ours beside it in the same process: character-level Shakespeare, nanoGPT's CPU or GPU size.
+"""The field's best-known small run, and ours beside it in the same process: character-level
+Shakespeare, nanoGPT's CPU or GPU size.
 
-90/10 split by characters, the characters of the whole file as vocabulary. --size=cpu: 4 layers, width 128, 4 heads, context 64, 12 x 64 tokens a step, 2,000 steps.
---size=gpu: 6 layers, width 384, 6 heads, context 256, 64 x 256 tokens, dropout 0.2, 5,000 steps. Three models train in turns of 50 steps, so that a noisy machine slows all alike:
+90/10 split by characters, the characters of the whole file as vocabulary. --size=cpu: 4 layers,
+width 128, 4 heads, context 64, 12 x 64 tokens a step, 2,000 steps. --size=gpu: 6 layers, width 384,
+6 heads, context 256, 64 x 256 tokens, dropout 0.2, 5,000 steps. Three models train in turns of 50
+steps, so that a noisy machine slows all alike:
 
     ours        pretrain.py's own functions at its default rates
     short       the same with a horizon of its own, only as long as it takes to pass the baseline's final loss
     baseline    nanoGPT's recipe, written plainly below: GPT-2 block with LayerNorm, learned positions, tied embedding, AdamW 1e-3, betas 0.9/0.99, cosine to 1e-4, warm-up 100
 
-Validation is over the whole held-out split in windows of the context, for all three; its time, and that of drawing batches, is not counted. Last line of output: JSON.
+Validation is over the whole held-out split in windows of the context, for all three; its time, and
+that of drawing batches, is not counted. Last line of output: JSON.
 
     python -m bench.shakespeare --text=shakespeare.txt
 """
+
 import json, math, sys, time
 from dataclasses import dataclass
 
@@ -19,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pretrain
-from common import describe, launch, setup
+from runtime.process import describe, launch, setup
 from data import corpus, tokenizer
 from data.read import read_text
 
@@ -42,7 +47,8 @@ SIZES = {  # layers, width, heads, context, sequences a step, dropout, steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# The baseline: nanoGPT's model.py and train.py at their Shakespeare settings, as plainly as it can be said
+# The baseline: nanoGPT's model.py and train.py at their Shakespeare settings, as plainly as it can
+# be said
 
 
 class BaselineBlock(nn.Module):
@@ -69,7 +75,9 @@ class Baseline(nn.Module):
         self.ln_f = nn.LayerNorm(width, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith(("proj.weight", "out.weight")) else 0.02)
+                nn.init.normal_(
+                    p, std=0.02 / math.sqrt(2 * layers) if name.endswith(("proj.weight", "out.weight")) else 0.02
+                )
 
     def forward(self, x, y):
         h = F.dropout(self.wte(x) + self.wpe.weight[: x.shape[1]], self.p, self.training)
@@ -85,7 +93,12 @@ class BaselineRun:
         self.model = Baseline(tok.n_vocab, layers, width, heads, self.context, dropout).to(device)
         decay = [p for p in self.model.parameters() if p.dim() >= 2]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.99), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+            lr=1e-3,
+            betas=(0.9, 0.99),
+            fused=True,
+        )
         self.generator = torch.Generator().manual_seed(config.seed)
         if device.type == "cuda":
             self.model.compile()
@@ -115,7 +128,9 @@ class BaselineRun:
         self.model.eval()
         rows = (len(self.val) - 1) // self.context
         x, y = (self.val[o : o + rows * self.context].view(rows, self.context) for o in (0, 1))
-        total = sum(self.loss(a.to(self.device), b.to(self.device)).item() * len(a) for a, b in zip(x.split(64), y.split(64)))
+        total = sum(
+            self.loss(a.to(self.device), b.to(self.device)).item() * len(a) for a, b in zip(x.split(64), y.split(64))
+        )
         self.model.train()
         return total / rows
 
@@ -127,7 +142,16 @@ class BaselineRun:
 class OurRun:
     def __init__(self, config, size, streams, device, tok, steps):
         layers, width, heads, context, sequences, dropout, _ = size
-        flags = dict(depth=layers, width=width, heads=heads, context=context, batch_tokens=sequences * context, dropout=dropout, steps=steps, seed=config.seed)
+        flags = dict(
+            depth=layers,
+            width=width,
+            heads=heads,
+            context=context,
+            batch_tokens=sequences * context,
+            dropout=dropout,
+            steps=steps,
+            seed=config.seed,
+        )
         self.config = pretrain.Config(data=config.text, out="", **flags)
         self.model = pretrain.make_model(self.config, tok).to(device)
         self.model.dropout = dropout
@@ -143,7 +167,7 @@ class OurRun:
         for _ in range(min(steps, self.config.steps - self.done)):
             pieces = self.order.batch(self.config.batch_tokens)
             begin = clock(self.device)
-            pretrain.train_step(self.model, self.train, pieces, self.config.micro_tokens)
+            pretrain.train_step(self.model, self.train, pieces, self.config.micro_batch_tokens)
             self.optimizer.step(pretrain.multiple(self.config, self.done, self.config.steps), self.config.clip)
             self.seconds += clock(self.device) - begin
             self.done += 1
@@ -165,22 +189,32 @@ def main(config):
         size = (*size[:-1], config.steps)
     text = read_text(config.text)
     train, val = corpus.hold_out([text], 0.1)
-    tok = {"char": lambda: tokenizer.characters(text), "byte": tokenizer.byte_level}.get(config.tokenizer, lambda: tokenizer.load(config.tokenizer))()
+    tok = {"char": lambda: tokenizer.characters(text), "byte": tokenizer.byte_level}.get(
+        config.tokenizer, lambda: tokenizer.load(config.tokenizer)
+    )()
     streams = corpus.encode(tok, train), corpus.encode(tok, val)
     torch.manual_seed(config.seed)
     baseline = BaselineRun(config, size, streams, device, tok)
     ours = OurRun(config, size, streams, device, tok, size[-1])
     short = OurRun(config, size, streams, device, tok, int(config.short * size[-1]))
     outside = sum(p.numel() for p in ours.model.parameters()) - ours.model.embed.numel()
-    print(f"{describe(device)}; {outside:,} parameters outside the embedding; baseline {sum(p.numel() for p in baseline.model.parameters()):,} in all")
+    print(
+        f"{describe(device)}; {outside:,} parameters outside the embedding; baseline {sum(p.numel() for p in baseline.model.parameters()):,} in all"
+    )
     for done in range(50, size[-1] + 50, 50):
         for run in (baseline, ours, short):
             run.advance(50)
         if done % 250 == 0 or done >= size[-1]:
-            print(f"step {min(done, size[-1])}: val ours {ours.validate():.4f}, baseline {baseline.validate():.4f}", flush=True)
+            print(
+                f"step {min(done, size[-1])}: val ours {ours.validate():.4f}, baseline {baseline.validate():.4f}",
+                flush=True,
+            )
     val, baseline_val, short_val = ours.validate(), baseline.validate(), short.validate()
     reached = short_val <= baseline_val
-    print(f"short run: {short.config.steps} steps to {short_val:.4f} in {short.seconds:.1f} s, {short.seconds / baseline.seconds:.3f} of the baseline's time" + ("" if reached else ": NOT at the baseline's loss"))
+    print(
+        f"short run: {short.config.steps} steps to {short_val:.4f} in {short.seconds:.1f} s, {short.seconds / baseline.seconds:.3f} of the baseline's time"
+        + ("" if reached else ": NOT at the baseline's loss")
+    )
     print(json.dumps({
         "val": round(val, 4), "baseline_val": round(baseline_val, 4),
         "ms": round(1e3 * ours.seconds / size[-1], 2), "baseline_ms": round(1e3 * baseline.seconds / size[-1], 2),

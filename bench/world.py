@@ -1,17 +1,21 @@
-"""The quick start over several seeds (another world, other weights, another order of the data): mean and spread of what later stages build on.
+"""The quick start over several seeds (another world, other weights, another order of the data):
+mean and spread of what later stages build on.
 
-Each seed runs quickstart.py's own commands. Last line of output: JSON {"figure": {"mean", "low", "high", "target"}}.
+Each seed runs quickstart.py's own commands. Last line of output: JSON {"figure": {"mean", "low",
+"high", "target"}}.
 
     python -m bench.world --seeds=5
 """
+
 import json
 from dataclasses import dataclass
 
 import torch
 
 import quickstart
-from checkpoint import INFO, find, read_json
-from common import UserError, describe, launch
+from runtime.checkpoint import INFO, find, read_json
+from runtime.errors import UserError
+from runtime.process import describe, launch
 from data.read import read_jsonl
 from data.world import features
 
@@ -44,7 +48,8 @@ class Config:
 
 
 def order_by_manners(pairs):
-    """How many of the pairs that gold tells apart would be ordered as gold does by somebody who knows all of it but whether the sum is right; ties count half."""
+    """How many of the pairs that gold tells apart would be ordered as gold does by somebody who
+    knows all of it but whether the sum is right; ties count half."""
     gold = [p["gold_chosen"] - p["gold_rejected"] for p in pairs]
     sums = [features(p["chosen"], p["answer"])["right"] - features(p["rejected"], p["answer"])["right"] for p in pairs]
     manners = [round(g - r, 6) for g, r in zip(gold, sums)]
@@ -54,13 +59,18 @@ def order_by_manners(pairs):
 
 def figures(out):
     """{figure: value} of a finished quick start."""
-    base, sft, dpo, ppo, grpo, ai = (read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo", "ppo", "grpo", "ai_dpo"))
+    base, sft, dpo, ppo, grpo, ai = (
+        read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo", "ppo", "grpo", "ai_dpo")
+    )
     world, rm = read_json(f"{out}/world/world.json"), read_json(find(f"{out}/rm") / INFO)["metrics"]["figures"]
     seconds = {done["stage"]: done["seconds"] for done in read_json(f"{out}/report.json")["stages"]}
-    gold, right, rude = (f"reward data/{name}" for name in ("world.py:gold", "rewards.py:final_number", "world.py:rudeness"))
+    gold, right, rude = (
+        f"reward data/{name}" for name in ("world.py:gold", "rewards.py:final_number", "world.py:rudeness")
+    )
     won, kl = "win rate by data/world.py:gold", "KL to the reference, nats an answer"
     return {
-        "nats a token above the floor": (base["nats/document"]["value"] - world["story_floor"]) / base["tokens/document"]["value"],
+        "nats a token above the floor": (base["nats/document"]["value"] - world["story_floor"])
+        / base["tokens/document"]["value"],
         "held-out sums right": base["completions right"]["value"],
         "judge: be kind, both orders": base["judge: be kind, both orders"]["value"],
         "judge: be brief, both orders": base["judge: be brief, both orders"]["value"],
@@ -71,7 +81,9 @@ def figures(out):
         "RM: pairs ordered as labelled": rm["accuracy"]["value"],
         "RM: accuracy that noise allows (Bayes)": rm["accuracy that noise allows (Bayes)"]["value"],
         "RM: pairs ordered as gold's": rm["order as gold's"]["value"],
-        "RM: the same by one who cannot add": order_by_manners([row for _, row in read_jsonl(f"{out}/world/pairs_val.jsonl")]),
+        "RM: the same by one who cannot add": order_by_manners(
+            [row for _, row in read_jsonl(f"{out}/world/pairs_val.jsonl")]
+        ),
         "DPO: gold reward": dpo[gold]["value"],
         "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": dpo[gold]["low"] - sft[gold]["high"],
         "DPO: win rate against SFT, by gold": dpo[won]["value"],
@@ -88,12 +100,28 @@ def figures(out):
         "SFT: rude phrases an answer": sft[rude]["value"],
         "AI feedback: rude phrases an answer": ai[rude]["value"],
         "AI feedback: share of SFT's rude phrases left": ai[rude]["value"] / sft[rude]["value"],
-        "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": sft[rude]["low"] - ai[rude]["high"],
+        "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": sft[rude][
+            "low"
+        ]
+        - ai[rude]["high"],
         "AI feedback: gold reward": ai[gold]["value"],
         "AI feedback: KL to SFT, nats an answer": ai[kl]["value"],
-        **{f"seconds of {stage}": seconds[name] for stage, name in {"pretraining": "pretrain", "SFT": "sft", "RM": "reward", "DPO": "dpo", "PPO": "ppo", "GRPO": "grpo", "AI feedback": "rlaif"}.items()},
+        **{
+            f"seconds of {stage}": seconds[name]
+            for stage, name in {
+                "pretraining": "pretrain",
+                "SFT": "sft",
+                "RM": "reward",
+                "DPO": "dpo",
+                "PPO": "ppo",
+                "GRPO": "grpo",
+                "AI feedback": "rlaif",
+            }.items()
+        },
         "seconds of everything": sum(seconds.values()),
-        "rows of the report that improve for sure": sum(f["improved"] is True for f in read_json(f"{out}/report.json")["figures"]),
+        "rows of the report that improve for sure": sum(
+            f["improved"] is True for f in read_json(f"{out}/report.json")["figures"]
+        ),
         "rows that do not": sum(f["improved"] is False for f in read_json(f"{out}/report.json")["figures"]),
     }
 
@@ -112,11 +140,25 @@ def main(config):
     for name in found[0]:
         values = [f[name] for f in found]
         target, more = TARGETS.get(name, (None, True))
-        summary[name] = {"mean": round(sum(values) / len(values), 4), "low": round(min(values), 4), "high": round(max(values), 4)}
+        summary[name] = {
+            "mean": round(sum(values) / len(values), 4),
+            "low": round(min(values), 4),
+            "high": round(max(values), 4),
+        }
         if target is not None:
             summary[name] |= {"target": target, "reached": min(values) >= target if more else max(values) <= target}
     print(f"\n{config.seeds} seeds, {describe(torch.device('cpu'))}")
-    print(quickstart.table([("figure", "mean", "low", "high", "target"), *((n, *(f"{s.get(k, ''):.4g}" if k in s else "" for k in ("mean", "low", "high", "target"))) for n, s in summary.items())]))
+    print(
+        quickstart.table(
+            [
+                ("figure", "mean", "low", "high", "target"),
+                *(
+                    (n, *(f"{s.get(k, ''):.4g}" if k in s else "" for k in ("mean", "low", "high", "target")))
+                    for n, s in summary.items()
+                ),
+            ]
+        )
+    )
     print(json.dumps(summary))
 
 

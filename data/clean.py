@@ -147,7 +147,7 @@ def few_letters(texts, words, config):
 
 
 def many_marks(texts, words, config):
-    """More than one hash sign (`###` is one) or ellipsis in ten words: tag clouds, teasers (Gopher)."""
+    """Over one hash sign (`###` is one) or ellipsis in ten words: tag clouds, teasers (Gopher)."""
     return np.array([len(re.findall(r"#+|\.\.\.|\u2026", text)) for text in texts]) > 0.1 * words.count
 
 
@@ -180,7 +180,7 @@ RULES = (empty, too_short, too_long, few_letters, many_marks, repeated_lines, re
 
 
 def repeated_line_share(text):
-    """The share of a text's characters in lines that occurred before, white space at the ends aside."""
+    """The share of a text's characters in lines that it had before, stripped of white space."""
     lines = [line.strip() for line in text.split("\n")]
     again = sum(len(line) * (n - 1) for line, n in collections.Counter(lines).items())
     return again / max(sum(map(len, lines)), 1)

@@ -23,13 +23,10 @@ Weights are shares of the text written: with a:0.7,b:0.3, 70 % of the training b
 The source that is shortest of its share is used --epochs times, the others e times in proportion: a
 document is written floor(e) times and, with probability e - floor(e), once more. Without weights,
 each is written once. Sources are interleaved evenly. Whether a document is held out depends on its
-text alone, not on order, seed or other documents. Left out: a global shuffle (pretrain.py
-shuffles).
+text alone, not on order, seed or other documents. There is no global shuffle: pretrain.py shuffles.
 
-    python -m data.prepare --data=book.txt --tokenizer=out/tok --out=out/data/book
-    --val_fraction=0.1 python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2
-    --decontaminate=gsm8k_test.jsonl \
-        --tokenizer=out/tok --out=out/data/mix --workers=8
+    python -m data.prepare --data=book.txt --tokenizer=out/tok --out=out/book --val_fraction=0.1
+    python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2 --tokenizer=out/tok --out=out/mix
 """
 
 import datetime
@@ -67,7 +64,6 @@ class Config:
     # directory to write
     out: str
 
-    # -- What you may set --
     # evaluation files (every string of a .jsonl, all of a .txt): what shares 13 words in a row with
     # them is removed
     decontaminate: str = ""
@@ -75,16 +71,8 @@ class Config:
     val_fraction: float = 0.01
     # with weights: how often the source that is shortest of its share is used [> 0; <= 1000]
     epochs: float = 1.0
-    # language to keep; "": any [one of en]
-    language: str = ""
-    # worker processes [>= 1]
-    workers: int = 1
-    # leave bad lines out and count them
-    skip_bad: bool = False
-    # replace what an earlier run wrote to --out
-    overwrite: bool = False
 
-    # -- What you will rarely set --
+    # -- What you may set --
     # .txt: a document begins with a line that this regular expression matches as a whole (WikiText:
     # ' = [^=].* = ')
     heading: str = ""
@@ -96,12 +84,20 @@ class Config:
     min_words: int = 10
     # most words of a document (Gopher)
     max_words: int = 100_000
+    # language to keep; "": any [one of en]
+    language: str = ""
     # duplicates to remove; near: exact ones too [one of none, exact, near]
     dedup: str = "near"
     # bytes of text in a shard [>= 1]
     shard_bytes: int = 2**27
     # which documents of a source that exceeds its share are used [< 4294967296]
     seed: int = 0
+    # leave bad lines out and count them
+    skip_bad: bool = False
+    # worker processes; the result does not depend on them [>= 1]
+    workers: int = 1
+    # replace what an earlier run wrote to --out
+    overwrite: bool = False
 
 
 SHARED = 13  # words in a row that give an evaluation text away (GPT-3, appendix C)
@@ -312,11 +308,11 @@ def writing_order(records, copies, held_out, shard_bytes):
     for source in np.unique(records["source"][copies > 0]):
         mine = np.flatnonzero((records["source"] == source) & (copies > 0))
         mine = np.concatenate([mine[copies[mine] > n] for n in range(copies[mine].max())])
-        written = np.cumsum(records["bytes"][mine], dtype=np.float64)
         document.append(mine)
-        share.append(written / written[-1])
-    order = np.argsort(np.concatenate(share), kind="stable")
-    document = np.concatenate(document)[order]
+        share.append(np.cumsum(records["bytes"][mine], dtype=np.float64))
+        share[-1] /= share[-1][-1]
+    document, share = np.concatenate(document), np.concatenate(share)
+    document = document[np.argsort(share, kind="stable")]
 
     shard = np.zeros(len(document), np.int64)
     for split in (False, True):
@@ -342,12 +338,13 @@ def read_numbered(path, numbers, config):
 
 
 def encode(tok, dtype, batch):
-    """A batch of (split, shard, text) -> [(split, shard, tokens, bytes)]."""
-    found = []
+    """(split, shard, text)s -> {(split, shard): (tokens, bytes of each text)}, in order."""
+    pieces = {}
     for split, shard, text in batch:
-        tokens = np.array([tok.eot, *tok.encode_ordinary(text)], dtype)
-        found.append((split, shard, tokens, len(text.encode())))
-    return found
+        tokens, sizes = pieces.setdefault((split, shard), ([], []))
+        tokens += [tok.eot, *tok.encode_ordinary(text)]
+        sizes.append(len(text.encode()))
+    return {key: (np.array(tokens, dtype), sizes) for key, (tokens, sizes) in pieces.items()}
 
 
 def write_splits(sources, records, copies, held_out, tok, dtype, config):
@@ -358,35 +355,34 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
     split = np.where(held_out[document], "val", "train").tolist()
     items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source, strict=True))
 
-    entries = {"train": [], "val": []}
-    tokens, sizes = {"train": [], "val": []}, {"train": [], "val": []}  # of the open shards, by document
+    entries, parts = {"train": [], "val": []}, {"train": [], "val": []}  # parts: of the open shards
 
     def close_shard(name):
-        entries[name].append(write_shard(config.out, f"{name}_{len(entries[name]):05d}.bin", tokens[name], sizes[name]))
-        tokens[name], sizes[name] = [], []
+        entries[name].append(write_shard(Path(config.out) / f"{name}_{len(entries[name]):05d}.bin", parts[name]))
+        parts[name] = []
 
     progress = Progress("write", int(records["bytes"][document].sum(dtype=np.int64)))
-    for encoded in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
-        for name, number, ids, size in encoded:
+    for pieces in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
+        for (name, number), part in pieces.items():
             if number > len(entries[name]):
                 close_shard(name)
-            tokens[name].append(ids)
-            sizes[name].append(size)
-            progress.add(size)
+            parts[name].append(part)
+            progress.add(sum(part[1]))
     for name in entries:
-        if sizes[name]:
+        if parts[name]:
             close_shard(name)
     return entries
 
 
-def write_shard(out, name, tokens, sizes):
-    """Write one shard from the tokens and bytes of its documents -> its manifest entry."""
-    tokens = np.concatenate([*tokens, tokens[0][:1]])  # ends with eot, as it begins
-    path = Path(out) / name
+def write_shard(path, parts):
+    """Write one shard from its parts (tokens, bytes of each text) -> its manifest entry."""
+    tokens = np.concatenate([part for part, _ in parts])
+    tokens = np.append(tokens, tokens[0])  # ends with eot, as it begins
+    sizes = [size for _, part in parts for size in part]
     path.write_bytes(tokens)
     flush(path)
     return {
-        "file": name,
+        "file": path.name,
         "tokens": len(tokens),
         "documents": len(sizes),
         "bytes": sum(sizes),

@@ -1,5 +1,4 @@
-r"""Text to token ids and back: byte-level BPE, trained here, run by tiktoken, stored as
-tokenizer.json.
+"""Text to token ids and back: byte-level BPE, trained here, run by tiktoken.
 
     text --PATTERN--> pieces (words, digits, punctuation) --UTF-8--> bytes --merges--> tokens
 
@@ -9,13 +8,12 @@ first, so a token's id is its priority; `parts` spells that out for one token. A
 so no text is out of vocabulary. The last ids are the SPECIALS, which mark structure: text never
 yields them, not even text that spells them.
 
-Read as well: any byte-level-BPE tokenizer.json of Hugging Face (Llama 3, Qwen, GPT-4o, ...),
-GPT-2's files, tiktoken's own names. Left out: sentencepiece, WordPiece and Unigram, and
-vocabularies whose ids do not follow the order of their merges (OPT, RoBERTa): tiktoken has one
-number for both, and no model that Feinschliff loads needs two.
+Stored as Hugging Face's tokenizer.json. Read as well: any byte-level-BPE tokenizer.json (Llama 3,
+Qwen, GPT-4o, ...), GPT-2's files, tiktoken's own names. Left out: sentencepiece, WordPiece and
+Unigram, and vocabularies whose ids do not follow the order of their merges (OPT, RoBERTa): tiktoken
+has one number for both, and no model that Feinschliff loads needs two.
 
-    python -m data.tokenizer --data=corpus.txt,more.jsonl --vocab_size=4096 --out=out/tok
-    --workers=2
+    python -m data.tokenizer --data=corpus.txt,more.jsonl --out=out/tok --vocab_size=4096
 """
 
 import hashlib
@@ -276,7 +274,7 @@ def byte_level():
 
 
 def with_specials(name, pattern, ranks, specials):
-    """A Tokenizer that appends, after all other ids, those of the SPECIALS that `specials` lacks."""
+    """A Tokenizer that appends those of the SPECIALS that `specials` lacks, after all other ids."""
     end = max([*ranks.values(), *specials.values()]) + 1
     missing = [s for s in SPECIALS if s not in specials]
     return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(missing)})
@@ -418,22 +416,25 @@ def split_pattern(path, steps):
     Raises UserError if they are unknown, or tiktoken would make other pieces.
     """
     kinds = " + ".join(step["type"] for step in steps)
-    if any(step.get("add_prefix_space") for step in steps):
-        raise UserError(
-            f"{path}: pre_tokenizer {kinds} has add_prefix_space, which puts a space before every text "
-            "(the default of tokenizers' ByteLevel()); train it with ByteLevel(add_prefix_space=False)"
-        )
-    own_regex = steps[-1].get("use_regex", True) if steps else None
+    first, last = (steps[0], steps[-1]) if steps else ({}, {})
+    own_regex, pattern = last.get("use_regex", True), None
     if kinds == "ByteLevel" and own_regex:
-        return GPT2_PATTERN
-    if kinds == "Digits + ByteLevel" and own_regex and steps[0]["individual_digits"]:
-        return DIGITS_PATTERN
-    if kinds == "Split + ByteLevel" and not own_regex and "Regex" in steps[0]["pattern"]:
-        if (steps[0].get("behavior"), steps[0].get("invert")) in (("Isolated", False), ("Removed", True)):
-            return checked_pattern(path, steps[0]["pattern"]["Regex"])
-    raise UserError(
-        f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}"
-    )
+        pattern = GPT2_PATTERN
+    elif kinds == "Digits + ByteLevel" and own_regex and first["individual_digits"]:
+        pattern = DIGITS_PATTERN
+    elif kinds == "Split + ByteLevel" and not own_regex and "Regex" in first["pattern"]:
+        if (first.get("behavior"), first.get("invert")) in (("Isolated", False), ("Removed", True)):
+            pattern = checked_pattern(path, first["pattern"]["Regex"])
+    if pattern is None:
+        raise UserError(
+            f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}"
+        )
+    if last.get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
+        raise UserError(
+            f"{path}: ByteLevel with add_prefix_space, which adds a space to every text, is not supported; "
+            "train the tokenizer with ByteLevel(add_prefix_space=False)"
+        )
+    return pattern
 
 
 def checked_pattern(path, pattern):
@@ -445,7 +446,8 @@ def checked_pattern(path, pattern):
             f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; "
             "rewrite it"
         )
-    one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+    one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639"
+    one_of_each += "\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
     probe = "".join(a + b for a in one_of_each for b in one_of_each)
     try:
         pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]

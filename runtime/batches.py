@@ -1,6 +1,8 @@
 """The order of the data, which a resumed run finds again, and micro-batches, which bound the
 memory."""
 
+import operator
+
 import numpy as np
 import torch
 
@@ -51,7 +53,11 @@ class Order:
         return {"epoch": self.epoch, "index": self.index}
 
     def load_state(self, state):
-        self.begin_epoch(state["epoch"], state["index"])
+        """Raises TypeError or ValueError if `state` is not a place in the data."""
+        epoch, index = operator.index(state["epoch"]), operator.index(state["index"])
+        if min(epoch, index) < 0:
+            raise ValueError(f"epoch {epoch}, item {index} is no place in the data")
+        self.begin_epoch(epoch, index)
 
 
 def index_order(n, seed, lengths=None):

@@ -175,7 +175,8 @@ def refuse_unsupported(h, path, family, rope_type):
         "mlp_bias": h.get("mlp_bias", False),
         "use_sliding_window": h.get("use_sliding_window", False) and family == "llama",
         "attention_bias": h.get("attention_bias", False) and family != "qwen2",
-        "layer_types": "sliding_attention" in listed(h, "layer_types") and not h.get("use_sliding_window"),
+        "layer_types": not h.get("use_sliding_window")
+        and any(kind != "full_attention" for kind in listed(h, "layer_types")),
         "tie_word_embeddings": h.get("tie_word_embeddings") not in (None, True, False),
     }
     for key, found in refused.items():
@@ -200,7 +201,8 @@ def window_pattern(h, layers, path):
     types = listed(h, "layer_types")
     sliding = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
     every = sliding[1] if len(sliding) > 1 else layers
-    if len(types) != layers or not sliding or sliding != list(range(0, layers, every)):
+    pattern = ["full_attention" if i % every else "sliding_attention" for i in range(len(types))]
+    if len(types) != layers or types != pattern:
         raise UserError(
             f"{path}: layer_types is {reprlib.repr(types)}; this GPT has sliding windows in every n-th layer, from "
             "the first"

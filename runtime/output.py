@@ -25,6 +25,10 @@ def open_output(config, head):
     config: a stage's, with out, resume and overwrite; head: {"stage", "config", "data"}, the first
     line of a new log. Raises UserError if a file of another run is there.
     """
+    if not config.out.endswith(".jsonl"):
+        raise UserError(f"--out={config.out}: name a .jsonl file")
+    if config.resume and config.overwrite:
+        raise UserError("--resume and --overwrite: choose one")
     out, log, records = Path(config.out), Path(config.out).with_suffix(".log.jsonl"), []
     record = {"rows": 0, "bytes": 0, "seconds": 0.0, "counts": {}, "figures": {}}
     try:

@@ -99,6 +99,10 @@ class RolloutConfig(RunConfig):
     # left out
     data: str
     # -- What you may set --
+    # prompts per step, over all ranks [>= 1]
+    prompts_per_step: int = 16
+    # completions of each prompt [>= 1]
+    group_size: int = 1
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
     # KL per token to the policy that sampled, beyond which a step's updates end; 0: never [>= 0]
@@ -141,6 +145,10 @@ class Run:
         if stage != "pretrain" and not config.init:
             raise UserError("--init: name the checkpoint to start from")
         self.device = setup(config.device, config.seed)
+        if isinstance(config, RolloutConfig) and config.prompts_per_step < world_size():
+            raise UserError(
+                f"--prompts_per_step={config.prompts_per_step}: fewer than there are ranks ({world_size()})"
+            )
         self.path = open_run(config.out, config.resume, config.overwrite)
         self.stop = Stop()
         self.resumed = None  # the checkpoint that this run continues from
@@ -151,12 +159,12 @@ class Run:
             self.folder = checkpoint.find(config.init)
         self.info = checkpoint.read_info(self.folder) if self.folder else {}
         if self.resumed:
-            checkpoint.check_same_run(self.info, stage, config)
             if self.info.get("format") != FORMAT:
                 raise UserError(
-                    f"--resume: {self.resumed} was written by an earlier version of Feinschliff, whose runs cannot be "
+                    f"--resume: {self.resumed} was written by another version of Feinschliff, whose runs cannot be "
                     f"continued; start a new run with --init={self.resumed} and another --out"
                 )
+            checkpoint.check_same_run(self.info, stage, config)
         self.start, self.best, self.metrics = 0, math.inf, {}
         self.warnings = []  # names of those that were printed
         self.first_step_stats = {}  # what the first step logged; later steps may be compared with it
@@ -247,7 +255,7 @@ class Run:
                 own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
                 saved.load_state(own | counters.get(name, {}))
             set_random_state(tensors, self.device)
-            self.best, self.warnings = counters["best"], counters["warnings"]
+            self.best, self.warnings = float(counters["best"]), list(counters["warnings"])
             self.first_step_stats = counters["first_step_stats"]
             self.start, self.lineage = self.info["step"], self.info["lineage"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:

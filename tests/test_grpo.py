@@ -1,28 +1,66 @@
-"""grpo.py: advantages, weights and the KL estimators by exact enumeration, gradients against fp64 on full logits, real runs with every guard rail tripped."""
+"""grpo.py: advantages, weights and the KL estimators by exact enumeration, gradients against fp64 on
+full logits, and real runs in which every guard rail is tripped."""
+
+import math
 import shutil
 
 import numpy as np
 import pytest
 import safetensors.torch
+import test_ppo
 import torch
-from runs import SMALL, meetings, pair, refused, save, start, write_rows
-from test_evaluate import constant_model
-from test_ppo import REWARDS, TOK, ask, assert_close_runs, assert_same, files, full_logps, moved, questions, results, sampled, save_reward_model, steps_of, talker  # noqa: F401
-from test_pretrain import kill, logged, records, succeeds, train_steps, wait_until
+from runs import (
+    SMALL,
+    kill,
+    logged,
+    meetings,
+    pair,
+    records,
+    refused,
+    save,
+    start,
+    succeeds,
+    train_steps,
+    wait_until,
+    write_rows,
+)
+from test_ppo import (
+    REWARDS,
+    TOK,
+    ask,
+    assert_close_runs,
+    assert_same,
+    full_logps,
+    moved,
+    questions,
+    sampled,
+    save_reward_model,
+    steps_of,
+    talker,
+)
 
-import checkpoint
 import grpo
-import rollout
-from common import UserError
-from data import chat, corpus, tokenizer
-from data.chat import constant_logprobs, learnt_logprobs
-from data.world import judge_prompt
+import ppo
+import scoring
+from data import chat, rows as data_rows, tokenizer
+from data.judge import judge_prompt
+from data.pack import make_completion, pack
+from model import completion_logprobs, logprobs_no_grad
+from optim import Optimizer
+from rollout import Sample, rollout
+from runtime import checkpoint
+from runtime.batches import index_order
+from runtime.cli import check_ranges
+from runtime.errors import UserError
 
-TINY = dict(prompts=4, group=4, max_new=6, lr=0.003, steps=3, eval_every=2, eval_prompts=4, val_fraction=0.2, save_every=2, keep_last=9, device="cpu")
+files = test_ppo.files
+KINDS = ("grpo", "dr_grpo", "rloo")
+TINY = {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 6, "lr": 0.003, "steps": 3, "eval_every": 2}
+TINY |= {"eval_prompts": 4, "val_fraction": 0.2, "save_every": 2, "keep_last": 9, "device": "cpu"}
 
 
 @pytest.fixture
-def flags(files):  # noqa: F811
+def flags(files):
     return TINY | {"init": files / "sft", "data": files / "prompts.jsonl", "reward": f"{files}/rewards.py:some"}
 
 
@@ -37,46 +75,64 @@ def train(fork, flags):
 
 
 def configure(**flags):
-    config = grpo.Config("", "", "x.py:y", "", **flags)
-    grpo.fill_in(config)
+    config = grpo.Config(init="", data="", reward="x.py:y", out="", **flags)
+    grpo.apply_recipe(config)
+    grpo.check_flags(config)
+    check_ranges(config)
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def weights(run):
+    """{name: tensor} of the newest checkpoint of a run."""
+    return safetensors.torch.load_file(checkpoint.find(run) / "model.safetensors")
+
+
+def assert_nothing_moved(init, run):
+    before, after = weights(init), weights(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# --------------------------------------------------------------------------------------------------
 # Advantages, weights, penalties by hand
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_group_of_equal_rewards_has_no_advantages_at_all(kind):
     for value, G in ((0.3, 6), (0.1, 3), (1 / 3, 7), (1e6 + 0.1, 5), (0.0, 4), (-0.7, 64)):
         for dtype in (torch.float32, torch.float64):
             rewards = torch.full((2, G), value, dtype=dtype)
             assert (grpo.group_advantages(rewards, kind) == 0).all() and not grpo.differs(rewards).any()
     mixed = torch.tensor([[0.3] * 6, [0.3] * 5 + [0.4]])
-    assert (grpo.group_advantages(mixed, kind)[0] == 0).all() and (grpo.group_advantages(mixed, kind)[1] != 0).all() and grpo.differs(mixed).tolist() == [False, True]
+    equal, different = grpo.group_advantages(mixed, kind)
+    assert (equal == 0).all() and (different != 0).all() and grpo.differs(mixed).tolist() == [False, True]
 
 
-def test_advantages_are_of_each_group_alone():
-    rewards = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.arange(5)[:, None] * 10
-    for kind in ("grpo", "dr_grpo", "rloo"):
-        found = grpo.group_advantages(rewards, kind)
-        for row, group in zip(found, rewards.tolist()):
-            mean, n = sum(group) / 6, 6
-            std = (sum((r - mean) ** 2 for r in group) / (n - 1)) ** 0.5
-            wanted = {"grpo": [(r - mean) / (std + 1e-4) for r in group], "dr_grpo": [r - mean for r in group], "rloo": [r - (sum(group) - r) / (n - 1) for r in group]}[kind]
-            assert row.tolist() == pytest.approx(wanted, abs=1e-9)
-            assert row.tolist() == pytest.approx(grpo.group_advantages(torch.tensor([group], dtype=torch.float64), kind)[0].tolist(), abs=1e-12)
-    torch.testing.assert_close(grpo.group_advantages(rewards, "rloo"), grpo.group_advantages(rewards, "dr_grpo") * 6 / 5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_are_of_each_group_alone(kind):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(5, 6, generator=generator, dtype=torch.float64) + torch.arange(5)[:, None] * 10
+    found = grpo.group_advantages(rewards, kind)
+    for row, group in zip(found, rewards.tolist(), strict=True):
+        mean = sum(group) / 6
+        std = (sum((r - mean) ** 2 for r in group) / 5) ** 0.5
+        expected = {
+            "grpo": [(r - mean) / (std + 1e-4) for r in group],
+            "dr_grpo": [r - mean for r in group],
+            "rloo": [r - (sum(group) - r) / 5 for r in group],
+        }
+        assert row.tolist() == pytest.approx(expected[kind], abs=1e-9)
+        alone = grpo.group_advantages(torch.tensor([group], dtype=torch.float64), kind)[0]
+        assert row.tolist() == pytest.approx(alone.tolist(), abs=1e-12)
 
 
-def test_what_a_token_counts():
+def test_the_weight_of_a_token():
     lengths = [3, 1, 6]
-    token, sequence, constant = (grpo.token_weights(lengths, kind, 20, 5, 8) for kind in ("token", "sequence", "constant"))
-    assert token.tolist() == pytest.approx([1 / 20] * 10)
-    assert sequence.tolist() == pytest.approx([1 / 15] * 3 + [1 / 5] + [1 / 30] * 6)
-    assert constant.tolist() == pytest.approx([1 / 40] * 10)
-    whole = {kind: grpo.token_weights(lengths, kind, 10, 3, 8) for kind in ("token", "sequence", "constant")}
-    assert whole["token"].sum().item() == pytest.approx(1) == whole["sequence"].sum().item() and whole["constant"].sum().item() == pytest.approx(10 / 24)
+    assert grpo.token_weights(lengths, "token", 20, 5, 8).tolist() == pytest.approx([1 / 20] * 10)
+    expected = [1 / 15] * 3 + [1 / 5] + [1 / 30] * 6
+    assert grpo.token_weights(lengths, "sequence", 20, 5, 8).tolist() == pytest.approx(expected)
+    assert grpo.token_weights(lengths, "constant", 20, 5, 8).tolist() == pytest.approx([1 / 40] * 10)
+    for kind, total in (("token", 1), ("sequence", 1), ("constant", 10 / 24)):
+        assert grpo.token_weights(lengths, kind, 10, 3, 8).sum().item() == pytest.approx(total)
 
 
 def test_the_penalty_of_length_falls_over_the_last_share():
@@ -85,114 +141,157 @@ def test_the_penalty_of_length_falls_over_the_last_share():
     assert grpo.overlong_penalty(50, 100, 1.0) == -0.5
 
 
-def test_the_clipped_objective_is_clipped_at_both_ends_by_their_own_measure():
+def test_the_objective_is_clipped_at_both_ends_by_their_own_measure():
     ratio = torch.tensor([0.5, 0.9, 1.1, 1.25, 1.5] * 2, dtype=torch.float64)
     advantages = torch.tensor([2.0] * 5 + [-3.0] * 5, dtype=torch.float64)
     logp = ratio.log().requires_grad_()
     losses, found = grpo.policy_loss(logp, torch.zeros_like(ratio), advantages, 0.2, 0.28)
     assert found.tolist() == pytest.approx(ratio.tolist())
-    assert losses.tolist() == pytest.approx([-2 * min(r, 1.28) for r in ratio[:5].tolist()] + [3 * max(r, 0.8) for r in ratio[5:].tolist()])
+    expected = [-2 * min(r, 1.28) for r in ratio[:5].tolist()] + [3 * max(r, 0.8) for r in ratio[5:].tolist()]
+    assert losses.tolist() == pytest.approx(expected)
     (slope,) = torch.autograd.grad(losses.sum(), logp)
-    inside = [True, True, True, True, False, False, True, True, True, True]
-    assert slope.tolist() == pytest.approx([-a * r * i for a, r, i in zip(advantages.tolist(), ratio.tolist(), inside)])
+    inside = torch.tensor([True, True, True, True, False, False, True, True, True, True])
+    assert slope.tolist() == pytest.approx((-advantages * ratio * inside).tolist())
     wide, _ = grpo.policy_loss(logp, torch.zeros_like(ratio), advantages, 10.0, 10.0)  # R1's: none below
     assert wide.tolist() == pytest.approx((-advantages * ratio).tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the gradient of each KL estimator is, on 7 tokens, by enumeration
+
+
+def kl(p, q):
+    """KL(p || q) of two distributions over all tokens, given as log-probabilities."""
+    return (p.exp() * (p - q)).sum()
 
 
 @pytest.fixture
 def tiny_policy():
+    """Log-probabilities of a policy, its reference and an old policy, and the gradients of the KL
+    in both directions with respect to the policy's logits."""
     generator = torch.Generator().manual_seed(3)
     logits, ref, old = (torch.randn(7, generator=generator, dtype=torch.float64) * 1.5 for _ in range(3))
     logits.requires_grad_()
-    kl = lambda p, q: (p.exp() * (p - q)).sum()  # noqa: E731
     logp, ref_logp = logits.log_softmax(0), ref.log_softmax(0)
-    return {"logits": logits, "logp": logp, "ref": ref_logp, "old": old.log_softmax(0), "reverse": torch.autograd.grad(kl(logp, ref_logp), logits, retain_graph=True)[0],
-            "forward": torch.autograd.grad(kl(ref_logp, logp), logits, retain_graph=True)[0]}  # fmt: skip
+    (reverse,) = torch.autograd.grad(kl(logp, ref_logp), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad(kl(ref_logp, logp), logits, retain_graph=True)
+    policy = {"logits": logits, "logp": logp, "ref": ref_logp, "old": old.log_softmax(0)}
+    return policy | {"reverse": reverse, "forward": forward}
 
 
-def expected_slope(t, kind, behaviour):
-    """E over `behaviour` of the gradient of the estimator, its ratio made by policy_loss."""
+@pytest.mark.parametrize(
+    "kind, truth, behaviour",
+    [("k2", "reverse", "logp"), ("k3", "forward", "logp"), ("unbiased", "reverse", "logp")]
+    + [("unbiased", "reverse", "old")],
+)
+def test_the_gradient_of_each_kl_estimator(tiny_policy, kind, truth, behaviour):
+    """In expectation over what samples, the policy itself or an old one."""
+    t, behaviour = tiny_policy, tiny_policy[behaviour].detach()
     _, ratio = grpo.policy_loss(t["logp"], behaviour, torch.zeros(7), 0.2, 0.2)
-    values = grpo.kl_loss(t["logp"], t["ref"], ratio, kind)
-    (slope,) = torch.autograd.grad((behaviour.exp() * values).sum(), t["logits"], retain_graph=True)
-    return slope, (behaviour.exp() * values).sum().item()
-
-
-@pytest.mark.parametrize("kind, truth, off_policy", [("k2", "reverse", False), ("k3", "forward", False), ("unbiased", "reverse", False), ("unbiased", "reverse", True)])
-def test_the_gradient_of_each_kl_estimator(tiny_policy, kind, truth, off_policy):
-    slope, value = expected_slope(tiny_policy, kind, tiny_policy["old"] if off_policy else tiny_policy["logp"].detach())
-    assert slope.tolist() == pytest.approx(tiny_policy[truth].tolist(), abs=1e-12)
+    value = (behaviour.exp() * grpo.kl_loss(t["logp"], t["ref"], ratio, kind)).sum()
+    (slope,) = torch.autograd.grad(value, t["logits"], retain_graph=True)
+    assert slope.tolist() == pytest.approx(t[truth].tolist(), abs=1e-12)
     if kind != "k2":
-        assert value == pytest.approx((tiny_policy["logp"].exp() * (tiny_policy["logp"] - tiny_policy["ref"])).sum().item())
-    assert (tiny_policy["forward"] - tiny_policy["reverse"]).abs().max() > 0.1
+        assert value.item() == pytest.approx(kl(t["logp"], t["ref"]).item())
+    assert (t["forward"] - t["reverse"]).abs().max() > 0.1
 
 
 def test_k1_as_a_loss_has_no_gradient_and_is_refused(tiny_policy):
     logp = tiny_policy["logp"]
-    (slope,) = torch.autograd.grad((logp.detach().exp() * (logp - tiny_policy["ref"])).sum(), tiny_policy["logits"])
+    expected_k1 = (logp.detach().exp() * (logp - tiny_policy["ref"])).sum()
+    (slope,) = torch.autograd.grad(expected_k1, tiny_policy["logits"])
     assert slope.abs().max() < 1e-12
-    with pytest.raises(UserError, match="--kl=k1: as a loss it has the gradient 0"):
+    with pytest.raises(UserError, match="--kl=k1: as a loss its gradient is 0"):
         configure(kl="k1", beta=0.1)
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3", "unbiased"])
-def test_the_price_draws_the_policy_back_to_its_reference(kind):
+def test_the_kl_draws_the_policy_back_to_its_reference(kind):
     ref_logp, logp = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -3.0], requires_grad=True)
-    assert (grpo.kl_loss(logp, ref_logp, torch.ones(2), kind) > 0).all() and (grpo.kl_loss(ref_logp, ref_logp, torch.ones(2), kind) == 0).all()
-    (slope,) = torch.autograd.grad(grpo.kl_loss(logp, ref_logp, torch.ones(2), kind).sum(), logp)
+    losses = grpo.kl_loss(logp, ref_logp, torch.ones(2), kind)
+    assert (losses > 0).all() and (grpo.kl_loss(ref_logp, ref_logp, torch.ones(2), kind) == 0).all()
+    (slope,) = torch.autograd.grad(losses.sum(), logp)
     assert slope[0] > 0 > slope[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recipes
 
 
-def test_a_recipe_sets_what_is_not_given():
-    for name, wanted in grpo.RECIPES.items():
-        config = configure(recipe=name)
-        assert {k: vars(config)[k] for k in wanted} == wanted and set(wanted) == set(grpo.OURS)
-    papers = {"deepseekmath": dict(group=64, advantage="grpo", loss="sequence", kl="k3", beta=0.04, minibatches=1), "r1": dict(group=16, clip_high=10.0, beta=0.001, reference_every=400),
-              "dr_grpo": dict(advantage="dr_grpo", loss="constant", kl="none", beta=0.0), "dapo": dict(loss="token", clip_low=0.2, clip_high=0.28, kl="none", overlong="punish")}  # fmt: skip
-    for name, wanted in papers.items():
-        assert {k: vars(configure(recipe=name))[k] for k in wanted} == wanted
-    config = configure(recipe="dapo", group=3, clip_high=0.5, overlong="none", refill=0, minibatches=2, loss="sequence")
-    assert (config.group, config.clip_high, config.overlong, config.refill, config.minibatches, config.loss, config.advantage, config.clip_low) == (3, 0.5, "none", 0, 2, "sequence", "grpo", 0.2)
+PAPERS = {
+    "default": {"group_size": 8, "loss_aggregation": "token", "kl": "none", "beta": 0.0, "clip_high": 0.28},
+    "deepseekmath": {"group_size": 64, "advantage": "grpo", "loss_aggregation": "sequence", "kl": "k3", "beta": 0.04},
+    "r1": {"group_size": 16, "clip_high": 10.0, "beta": 0.001, "reference_every": 400, "kl": "k3"},
+    "dr_grpo": {"advantage": "dr_grpo", "loss_aggregation": "constant", "kl": "none", "beta": 0.0},
+    "dapo": {"loss_aggregation": "token", "clip_low": 0.2, "clip_high": 0.28, "kl": "none", "overlong": "punish"},
+}
+
+
+@pytest.mark.parametrize("recipe", grpo.RECIPES)
+def test_a_recipe_sets_what_is_not_given(recipe):
+    config = vars(configure(recipe=recipe))
+    assert {name: config[name] for name in PAPERS[recipe]} == PAPERS[recipe]
+    of_recipe = {name: config[name] for name in grpo.DEFAULT_RECIPE}
+    assert of_recipe == grpo.DEFAULT_RECIPE | grpo.RECIPES[recipe]
+
+
+def test_a_flag_wins_over_the_recipe():
+    given = {"group_size": 3, "clip_high": 0.5, "overlong": "none", "refill": 0, "minibatches": 2}
+    config = vars(configure(recipe="dapo", **given))
+    assert {name: config[name] for name in given} == given
+    assert config["advantage"] == "grpo" and config["clip_low"] == 0.2
     config = configure(recipe="deepseekmath", kl="none", beta=0.0)
-    assert (config.kl, config.beta, config.loss) == ("none", 0.0, "sequence")
+    assert (config.kl, config.beta, config.loss_aggregation) == ("none", 0.0, "sequence")
 
 
-@pytest.mark.parametrize("flags, named", [
-    (dict(recipe="tulu"), "--recipe=tulu: expected one of ours, deepseekmath, r1, dr_grpo, dapo"),
-    (dict(advantage="gae"), "--advantage=gae: expected one of grpo, dr_grpo, rloo"),
-    (dict(loss="mean"), "--loss=mean: expected one of token, sequence, constant"),
-    (dict(kl="k4", beta=0.1), "--kl=k4: expected one of none, k2, k3, unbiased"),
-    (dict(overlong="cut"), "--overlong=cut: expected one of none, mask, punish"),
-    (dict(kl="k2"), "a price needs an estimator and an estimator a price"),
-    (dict(beta=0.1), "a price needs an estimator and an estimator a price"),
-    (dict(recipe="r1", kl="none"), "a price needs an estimator"),
-    (dict(group=1), "--group=1"),
-    (dict(prompts=0), "--prompts=0"),
-    (dict(temperature=0.0), "--temperature=0.0"),
-    (dict(overlong_share=0.0), "--overlong_share=0.0"),
-    (dict(reward_timeout=0.0), "--reward_timeout=0.0"),
-    (dict(decay=2.0), "--decay=2.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ({"recipe": "tulu"}, "--recipe=tulu: expected one of default, deepseekmath, r1, dr_grpo, dapo"),
+        ({"advantage": "gae"}, "--advantage=gae: expected one of 'grpo', 'dr_grpo', 'rloo'"),
+        ({"loss_aggregation": "mean"}, "--loss_aggregation=mean: expected one of 'token', 'sequence', 'constant'"),
+        ({"kl": "k4", "beta": 0.1}, "--kl=k4: expected one of 'none', 'k2', 'k3', 'unbiased'"),
+        ({"overlong": "cut"}, "--overlong=cut: expected one of 'none', 'mask', 'punish'"),
+        ({"kl": "k2"}, "--beta=0.0 and --kl=k2: give both"),
+        ({"beta": 0.1}, "--beta=0.1 and --kl=none: give both"),
+        ({"recipe": "r1", "kl": "none"}, "--beta=0.001 and --kl=none: give both"),
+        ({"reference": "out/sft"}, "--reference and --reference_every need --kl"),
+        ({"reference_every": 5}, "--reference and --reference_every need --kl"),
+        ({"group_size": 1}, "--group_size=1"),
+        ({"prompts_per_step": 0}, "--prompts_per_step=0"),
+        ({"clip_low": -0.5}, "--clip_low=-0.5"),
+        ({"refill": -2}, "--refill=-2"),
+        ({"temperature": 0.0}, "--temperature=0.0"),
+        ({"overlong_share": 0.0}, "--overlong_share=0.0"),
+        ({"reward_timeout": 0.0}, "--reward_timeout=0.0"),
+        ({"decay": 2.0}, "--decay=2.0"),
+        ({"stop_kl": math.inf}, "--stop_kl=inf"),
+    ],
+)
 def test_flags_without_meaning_are_refused(flags, named):
     with pytest.raises(UserError) as e:
         configure(**flags)
     assert named in str(e.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On models
 
 
-@pytest.mark.parametrize("loss, kl", [("token", "none"), ("sequence", "k3"), ("constant", "k2"), ("token", "unbiased")])
-def test_gradients_are_those_of_full_logits_however_the_answers_are_split_and_ordered(make_model, loss, kl):
+def completions_of(chats, samples, advantages, old_logp, ref_logp):
+    """[Completion] with an advantage each, and the log-probabilities [M] of their tokens."""
+    completions = []
+    for i, (c, sample) in enumerate(zip(chats, samples, strict=True)):
+        completions.append(grpo.Completion(i, c, sample, 0.0, {}, float(advantages[i])))
+    grpo.set_logprobs(completions, "old_logp", old_logp)
+    grpo.set_logprobs(completions, "ref_logp", ref_logp)
+    return completions
+
+
+@pytest.mark.parametrize(
+    "aggregation, kl", [("token", "none"), ("sequence", "k3"), ("constant", "k2"), ("token", "unbiased")]
+)
+def test_gradients_are_those_of_full_logits_for_any_split_and_order(make_model, aggregation, kl):
     old = talker(make_model).double()
     model, reference, T = moved(old, by=0.1).double(), moved(old, seed=4, by=0.05).double(), 0.8
     chats, samples = sampled(old, n=3, temperature=T)
@@ -200,290 +299,388 @@ def test_gradients_are_those_of_full_logits_however_the_answers_are_split_and_or
     assert len(set(lengths)) > 1
     old_logp, ref_logp = (full_logps(m, chats, T).detach() for m in (old, reference))
     random = np.random.default_rng(0)
-    advantages = torch.from_numpy(random.normal(size=len(chats))).repeat_interleave(torch.tensor(lengths))
+    advantages = random.normal(size=len(chats)).astype(np.float32)
+    of_tokens = torch.from_numpy(advantages.repeat(lengths))
     logp = full_logps(model, chats, T)
     ratio, d = (logp - old_logp).exp(), logp - ref_logp
     k3 = torch.exp(-d) - 1 + d
-    losses = -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.15) * advantages) + {"none": 0, "k2": 0.3 * d**2 / 2, "k3": 0.3 * k3, "unbiased": 0.3 * ratio * k3}[kl]
-    n_answers, n_tokens = 12, 61  # of all ranks
-    each = {"token": losses.sum() / n_tokens, "sequence": sum(x.mean() for x in losses.split(lengths)) / n_answers, "constant": losses.sum() / (n_answers * 6)}
-    wanted = torch.autograd.grad(each[loss], list(model.parameters()))
-    parts = list(zip(*(x.split(lengths) for x in (old_logp, advantages, ref_logp))))
-    for micro_tokens in (1, 70, 10**6):
-        config = configure(temperature=T, clip_low=0.1, clip_high=0.15, loss=loss, max_new=6, micro_tokens=micro_tokens, **({} if kl == "none" else {"kl": kl, "beta": 0.3}))
+    kl_losses = {"none": 0, "k2": d**2 / 2, "k3": k3, "unbiased": ratio * k3}[kl]
+    losses = -torch.minimum(ratio * of_tokens, ratio.clamp(0.9, 1.15) * of_tokens) + 0.3 * kl_losses
+    n_completions, n_tokens = 12, 61  # of all ranks
+    expected = {
+        "token": losses.sum() / n_tokens,
+        "sequence": sum(x.mean() for x in losses.split(lengths)) / n_completions,
+        "constant": losses.sum() / (n_completions * 6),
+    }[aggregation]
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    x = (logp - old_logp).detach()
+    clipped = ((ratio < 0.9) | (ratio > 1.15)).sum() / n_tokens
+    figures = [expected, (x.exp() - 1 - x).sum() / n_tokens, clipped, ratio.sum() / n_tokens]
+    flags = {"temperature": T, "clip_low": 0.1, "clip_high": 0.15, "loss_aggregation": aggregation}
+    flags |= {"max_new_tokens": 6, **({} if kl == "none" else {"kl": kl, "beta": 0.3})}
+    completions = completions_of(chats, samples, advantages, old_logp, ref_logp)
+    for micro_batch_tokens in (1, 70, 10**6):
+        config = configure(micro_batch_tokens=micro_batch_tokens, **flags)
         for order in (np.arange(len(chats)), random.permutation(len(chats))):
             model.zero_grad()
-            total, _ = grpo.update_step(model, [chats[i] for i in order], [parts[i] for i in order], n_tokens, n_answers, config)
-            for p, g in zip(model.parameters(), wanted):
+            stats = grpo.update_step(model, [completions[i] for i in order], n_tokens, n_completions, config)
+            for p, g in zip(model.parameters(), gradients, strict=True):
                 torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
-            x = (logp - old_logp).detach()
-            figures = (each[loss], (x.exp() - 1 - x).sum() / n_tokens, ((ratio < 0.9) | (ratio > 1.15)).sum() / n_tokens, ratio.sum() / n_tokens)
-            assert total.tolist() == pytest.approx([float(f.detach()) for f in figures], rel=1e-4)
+            assert list(stats.values()) == pytest.approx([float(f.detach()) for f in figures], rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_before_the_first_update_every_ratio_is_1(make_model, temperature):
+@pytest.mark.parametrize("known", [True, False])
+def test_before_the_first_update_every_ratio_is_1(make_model, temperature, known):
+    """Also if the old log-probabilities are not known before: then the update itself finds them."""
     model = talker(make_model)
     chats, samples = sampled(model, temperature=temperature)
-    logp = constant_logprobs(model, chats, temperature, 70)
-    lengths = [len(s.tokens) for s in samples]
-    parts = list(zip(logp.split(lengths), torch.ones_like(logp).split(lengths), logp.split(lengths)))
-    config = configure(temperature=temperature, micro_tokens=70, kl="k3", beta=0.5)
-    (loss, k3, clipped, ratio), _ = grpo.update_step(model, chats, parts, len(logp), len(chats), config)
-    assert k3 == 0 and clipped == 0 and ratio.item() == pytest.approx(1, abs=1e-6) and loss.item() == pytest.approx(-1, abs=1e-6)
+    logp = logprobs_no_grad(model, chats, temperature, 70)
+    completions = completions_of(chats, samples, np.ones(len(chats)), logp, logp)
+    if not known:
+        for c in completions:
+            c.old_logp = None
+    config = configure(temperature=temperature, micro_batch_tokens=70, kl="k3", beta=0.5)
+    stats = grpo.update_step(model, completions, len(logp), len(chats), config)
+    assert stats["approx_kl"] == 0 == stats["clip_fraction"]
+    assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["loss"] == pytest.approx(-1, abs=1e-6)
+    assert torch.equal(torch.cat([c.old_logp for c in completions]), logp)
 
 
-def test_an_update_makes_the_better_answer_likelier_and_of_flipped_rewards_the_worse(make_model):
-    """One question, two answers known, a few dozen steps on them."""
-    for sign in (1, -1):
-        model = talker(make_model)
-        prompt = chat.encode_prompt(TOK, ask("q1"))
-        chats = [chat.answered(prompt, chat.encode_answer(TOK, text)) for text in ("yes", "no")]
-        row = grpo.group_advantages(torch.tensor([[1.0, 0.0]]) * sign, "grpo")[0]
-        lengths = [4, 3]
-        optimizer, config = grpo.Optimizer(model, 1e-3), configure()
-        first = learnt_logprobs(model, chats).detach()
-        for _ in range(24):
-            old = constant_logprobs(model, chats, 1.0, 10**6).split(lengths)
-            grpo.update_step(model, chats, [(o, a.expand(len(o)), o) for o, a in zip(old, row)], 7, 2, config)
-            optimizer.step(1.0, 1.0)
-        yes, no = ((x.sum()).item() * sign for x in (learnt_logprobs(model, chats).detach() - first).split(lengths))
-        assert yes > 0.3 and no < -0.3
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_update_makes_the_better_completion_likelier_and_of_flipped_rewards_the_worse(make_model, sign):
+    """One question, two completions known, a few dozen steps on them."""
+    model = talker(make_model)
+    prompt = chat.encode_prompt(TOK, ask("q1"))
+    chats = [make_completion(prompt, chat.encode_completion(TOK, text)) for text in ("yes", "no")]
+    advantages = grpo.group_advantages(torch.tensor([[1.0, 0.0]]) * sign, "grpo")[0].tolist()
+    optimizer, config = Optimizer(model, 1e-3), configure()
+    before = completion_logprobs(model, chats).detach()
+    for _ in range(24):
+        logp = logprobs_no_grad(model, chats, 1.0, 10**6)
+        grpo.update_step(model, completions_of(chats, [None, None], advantages, logp, logp), 7, 2, config)
+        optimizer.step(1.0, 1.0)
+    change = (completion_logprobs(model, chats).detach() - before).split([4, 3])
+    assert change[0].sum() * sign > 0.3 and change[1].sum() * sign < -0.3
 
 
-def sample(files, n_prompts, reward, model=None, **flags):  # noqa: F811
-    """What sample_groups gives for n_prompts questions."""
-    config = configure(**({"group": 3, "prompts": n_prompts, "max_new": 6, "seed": 0} | flags))
-    model = model or checkpoint.load(files / "sft")[0]
-    train = [chat.prompt_only(row) for row in questions(30)]
-    order = corpus.Order(lambda random: (np.arange(30), np.ones(30)), 0)
-    return grpo.sample_groups(model, TOK, rollout.load_rewards(reward, "cpu", 10**6), order, train, 1, config), train, order
+def roll_out(files, n_prompts, function, **flags):
+    """(completions, n_prompts, config, rows, order) of a step on n_prompts questions."""
+    config = configure(**({"group_size": 3, "prompts_per_step": n_prompts, "max_new_tokens": 6, "seed": 0} | flags))
+    model = checkpoint.load(files / "sft")[0]
+    rows = [data_rows.prompt_only(row) for row in questions(30)]
+    rewards, order = scoring.load_rewards(f"{files}/rewards.py:{function}", "cpu", 10**6), index_order(30, 0)
+    completions, seen = grpo.roll_out(model, TOK, rewards, order, rows, 1, config, print)
+    return completions, seen, config, rows, order
 
 
-def test_groups_without_a_difference_are_left_out_and_refilled_with_other_prompts_and_other_numbers(files):  # noqa: F811
-    name = f"{files}/rewards.py:some"  # of every third question all answers are worth the same
-    (kept, seen, sums, _), train, _ = sample(files, 12, name)
-    assert 0 < len(kept) < 12 and seen == 12 and sums[0] == 36 and all(len(set(g[3].tolist())) > 1 for g in kept)
-    (groups, seen, sums, _), train, order = sample(files, 12, name, refill=5)
-    assert len(groups) == 12 < seen and sums[0] == 3 * seen == 3 * order.index
-    assert [g[0] for g in groups[: len(kept)]] == [g[0] for g in kept] and len({g[0] for g in groups}) == 12 and max(g[0] for g in groups) < seen
-    once = corpus.Order(lambda random: (np.arange(30), np.ones(30)), 0).batch(seen)
-    for number, prompt, samples, scores in groups:
-        messages, row = train[once[number]]
-        assert prompt == chat.encode_prompt(TOK, messages) and not row["flat"] and len(samples) == 3
-        assert scores.tolist() == pytest.approx([len(t) + 0.1 * t.count("e") for t in (chat.decode_answer(TOK, s.tokens) for s in samples)])
-        alone = rollout.rollout(checkpoint.load(files / "sft")[0], [prompt], max_new=6, n=3, stop={chat.end_of_turn(TOK)}, seed=1, first=number * 3)
-        assert [s.tokens for s in alone] == [s.tokens for s in samples]  # each prompt that is seen has random numbers of its own
-    (groups, seen, _, _), *_ = sample(files, 6, f"{files}/rewards.py:same", refill=2)
-    assert not groups and seen == 18
+def groups_of(completions, seen, config):
+    """{number of the prompt: its completions} of the groups that teach."""
+    groups = {}
+    for c in grpo.find_advantages(completions, seen, config)[0]:
+        groups.setdefault(c.index // config.group_size, []).append(c)
+    return groups
 
 
-def test_answers_near_the_limit_are_punished_in_the_score(files):  # noqa: F811
-    name = f"{files}/rewards.py:some"
-    (plain, _, _, _), *_ = sample(files, 12, name, max_new=4)
-    (punished, _, sums, _), *_ = sample(files, 12, name, max_new=4, overlong="punish", overlong_share=0.5)
-    both = {g[0]: g for g in punished}
-    assert len([g for g in plain if g[0] in both]) > 3
-    for number, _, samples, scores in plain:
-        if number in both:
-            assert both[number][3].tolist() == pytest.approx([s + grpo.overlong_penalty(len(x.tokens), 4, 0.5) for s, x in zip(scores.tolist(), samples)])
+def test_groups_without_a_difference_are_left_out(files):
+    """Of every third question all completions are worth the same."""
+    completions, seen, config, *_ = roll_out(files, 12, "some")
+    assert seen == 12 and [c.index for c in completions] == list(range(36))
+    trained, batch, lengths = grpo.find_advantages(completions, seen, config)
+    groups = groups_of(completions, seen, config)
+    assert 0 < len(groups) < 12 and all(len({c.score for c in group}) > 1 for group in groups.values())
+    assert [c.index for c in trained] == batch.tolist()
+    assert lengths[batch].tolist() == [c.n_tokens for c in trained] and lengths.sum() == lengths[batch].sum()
+    for group in groups.values():
+        scores = torch.tensor([[c.score for c in group]], dtype=torch.float32)
+        assert [c.advantage for c in group] == pytest.approx(grpo.group_advantages(scores, "grpo")[0].tolist())
 
 
-def test_minibatches_have_every_answer_once_an_epoch():
+def test_they_are_refilled_with_other_prompts_and_other_random_numbers(files):
+    kept = groups_of(*roll_out(files, 12, "some")[:3])
+    completions, seen, config, rows, order = roll_out(files, 12, "some", refill=5)
+    groups = groups_of(completions, seen, config)
+    assert len(groups) == 12 < seen and len(completions) == 3 * seen == 3 * order.index
+    assert list(groups)[: len(kept)] == list(kept)
+    model, asked = checkpoint.load(files / "sft")[0], index_order(30, 0).batch(seen)
+    for number, group in groups.items():
+        messages, row = rows[asked[number]]
+        prompt = chat.encode_prompt(TOK, messages)
+        assert not row["flat"] and len(group) == 3
+        texts = [chat.decode_completion(TOK, c.sample.tokens) for c in group]
+        assert [c.score for c in group] == pytest.approx([len(t) + 0.1 * t.count("e") for t in texts])
+        assert all(c.chat.ids.tolist() == prompt + c.sample.tokens for c in group)
+        sampling = {"max_new_tokens": 6, "n": 3, "stop": {chat.end_of_turn(TOK)}, "seed": 1, "first": number * 3}
+        assert [s.tokens for s in rollout(model, [prompt], **sampling)] == [c.sample.tokens for c in group]
+
+
+def test_refilling_ends_where_nothing_ever_differs(files):
+    completions, seen, config, *_ = roll_out(files, 6, "same", refill=2)
+    trained, batch, lengths = grpo.find_advantages(completions, seen, config)
+    assert seen == 18 and not trained and not len(batch) and not lengths.any()
+    assert list(grpo.minibatches(trained, batch, lengths, 1, config)) == []
+
+
+def test_completions_near_the_limit_are_punished_in_the_score(files):
+    plain, *_ = roll_out(files, 12, "some", max_new_tokens=4)
+    punished, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="punish", overlong_share=0.5)
+    penalties = [grpo.overlong_penalty(len(c.sample.tokens), 4, 0.5) for c in plain]
+    assert [c.score for c in punished] == pytest.approx([c.score + p for c, p in zip(plain, penalties, strict=True)])
+    assert min(penalties) < 0 == max(penalties)
+
+
+def test_completions_without_an_end_teach_nothing_if_they_are_masked(files):
+    completions, seen, config, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="mask")
+    trained, batch, lengths = grpo.find_advantages(completions, seen, config)
+    assert 0 < len(trained) < len(batch) and all(c.sample.finished for c in trained)
+    assert np.flatnonzero(lengths).tolist() == [c.index for c in trained]
+
+
+def test_minibatches_have_every_completion_once_per_epoch():
+    chats = [make_completion([1], [2] * (n % 3 + 1)) for n in range(12)]
+    completions = [grpo.Completion(3 * i, c, None, 0.0, {}) for i, c in enumerate(chats)]  # of other ranks in between
+    batch, lengths = np.arange(0, 40), np.zeros(40)
+    lengths[::3][:12] = [c.n_tokens for c in completions]
     config = configure(minibatches=4, epochs=3)
-    cuts = list(grpo.minibatches(10, 7, config))
-    assert len(cuts) == 12 and all(sorted(np.concatenate(cuts[i : i + 4]).tolist()) == list(range(10)) for i in (0, 4, 8))
-    assert not np.array_equal(np.concatenate(cuts[:4]), np.concatenate(cuts[4:8]))
-    assert [c.tolist() for c in grpo.minibatches(5, 7, configure(epochs=2))] == [list(range(5))] * 2
+    cuts = list(grpo.minibatches(completions, batch, lengths, 7, config))
+    assert len(cuts) == 12
+    for epoch in (cuts[:4], cuts[4:8], cuts[8:]):
+        assert sorted(c.index for own, *_ in epoch for c in own) == [c.index for c in completions]
+        for own, n_tokens, n_completions in epoch:
+            assert n_tokens == sum(c.n_tokens for c in own) and n_completions == len(own)
+    assert [c.index for own, *_ in cuts[:4] for c in own] != [c.index for own, *_ in cuts[4:8] for c in own]
+    undivided = list(grpo.minibatches(completions, batch, lengths, 7, configure(epochs=2)))
+    assert [own for own, *_ in undivided] == [completions] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole runs
 
 
-def test_one_step_by_hand(train, files, tmp_path):  # noqa: F811
-    """What is logged of the first update, from answers sampled and scored again here."""
-    how = dict(temperature=0.8, max_new=4, loss="sequence", kl="k3", beta=0.5, group=3, prompts=6, val=write_rows(tmp_path / "val.jsonl", questions(2)))
-    reference = checkpoint.save(tmp_path / "reference", moved(checkpoint.load(files / "sft")[0]), TOK, {"stage": "sft", "step": 1})
-    succeeds(train(tmp_path / "run", steps=1, reference=reference, **how))
+def test_one_step_by_hand(train, files, tmp_path):
+    """What is logged of the first update, from completions sampled and scored again here."""
+    reference = moved(checkpoint.load(files / "sft")[0])
+    reference_folder = checkpoint.save(tmp_path / "reference", reference, TOK, {"stage": "sft", "step": 1})
+    flags = {"temperature": 0.8, "max_new_tokens": 4, "group_size": 3}
+    run_flags = flags | {"loss_aggregation": "sequence", "kl": "k3", "beta": 0.5, "prompts_per_step": 6}
+    run_flags |= {"val": write_rows(tmp_path / "val.jsonl", questions(2)), "reference": reference_folder}
+    succeeds(train(tmp_path / "run", steps=1, **run_flags))
     (log,) = [r for r in records(tmp_path / "run") if "loss" in r]
-    model, ref = checkpoint.load(files / "sft")[0], checkpoint.load(reference)[0]
-    (groups, seen, sums, _), *_ = sample(files, 6, f"{files}/rewards.py:some", max_new=4, temperature=0.8)
+
+    completions, seen, config, *_ = roll_out(files, 6, "some", **flags)
+    trained, *_ = grpo.find_advantages(completions, seen, config)
+    groups, chats = groups_of(completions, seen, config), [c.chat for c in trained]
     assert 1 < len(groups) < 6
-    chats = [chat.answered(prompt, s.tokens) for _, prompt, samples, _ in groups for s in samples]
-    lengths = [len(s.tokens) for *_, samples, _ in groups for s in samples]
-    logp, ref_logp = full_logps(model, chats, 0.8), full_logps(ref, chats, 0.8)
+    logp, ref_logp = (full_logps(m, chats, 0.8) for m in (checkpoint.load(files / "sft")[0], reference))
     d = logp - ref_logp
-    k3 = (torch.exp(-d) - 1 + d).split(lengths)
-    advantages = [(r - np.mean(g)) / (np.std(g, ddof=1) + 1e-4) for g in (g[3].tolist() for g in groups) for r in g]
-    loss = np.mean([-a + 0.5 * k.mean().item() for a, k in zip(advantages, k3)])
-    wanted = {"loss": loss, "reward": sums[3] / 18, "same": 1 - len(groups) / 6, "kl": d.sum().item() / len(chats), "finished": sums[1] / 18, "answer_tokens": sums[2] / 18, "prompts_seen": 6, "approx_kl": 0, "ratio": 1,
-              "clip_fraction": 0, "updates": 1, "entropy": -logp.mean().item()}  # fmt: skip
-    assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5) and loss > 0.001
+    k3 = (torch.exp(-d) - 1 + d).split([c.n_tokens for c in trained])
+    advantages = []
+    for group in groups.values():
+        scores = [c.score for c in group]
+        advantages += [(r - np.mean(scores)) / (np.std(scores, ddof=1) + 1e-4) for r in scores]
+    loss = np.mean([-a + 0.5 * k.mean().item() for a, k in zip(advantages, k3, strict=True)])
+    expected = {
+        "loss": loss,
+        "reward": np.mean([c.score for c in completions]),
+        "zero_variance": 1 - len(groups) / 6,
+        "kl": d.sum().item() / len(chats),
+        "finished": np.mean([c.sample.finished for c in completions]),
+        "completion_tokens": np.mean([len(c.sample.tokens) for c in completions]),
+        "prompts_seen": 6,
+        "approx_kl": 0,
+        "ratio": 1,
+        "clip_fraction": 0,
+        "updates": 1,
+        "entropy": -logp.mean().item(),
+    }
+    assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5) and loss > 0.001
 
 
-@pytest.mark.parametrize("reward, sign", [("yes", 1), ("no", -1)])
-def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, files, tmp_path, reward, sign):  # noqa: F811
-    succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:{reward}", steps=12, group=6, lr=0.005, eval_every=0, save_every=0))
+@pytest.mark.parametrize("function, sign", [("yes", 1), ("no", -1)])
+def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, files, tmp_path, function, sign):
+    flags = {"steps": 12, "group_size": 6, "lr": 0.005, "eval_every": 0, "save_every": 0}
+    succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:{function}", **flags))
     before, after = (checkpoint.load(folder)[0] for folder in (files / "sft", tmp_path / "run"))
-    said = [chat.answered(chat.encode_prompt(TOK, ask(f"q{i}")), chat.encode_answer(TOK, "yes")) for i in range(4)]
-    change = [(learnt_logprobs(after, [c]).sum() - learnt_logprobs(before, [c]).sum()).item() * sign for c in said]
-    assert np.mean(change) > 0.3, change
+    yes = chat.encode_completion(TOK, "yes")
+    chats = [make_completion(chat.encode_prompt(TOK, ask(f"q{i}")), yes) for i in range(4)]
+    change = (completion_logprobs(after, chats) - completion_logprobs(before, chats)).sum().item() / 4
+    assert change * sign > 0.3
     reward = steps_of(tmp_path / "run", "reward")
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.1
 
 
-@pytest.mark.parametrize("how", [dict(kl="k2", beta=0.1, loss="sequence"), dict(recipe="dapo", minibatches=3, refill=0, epochs=2, max_new=5, overlong_share=0.5), dict(loss="constant", advantage="rloo", overlong="mask", max_new=4)], ids=["k2", "dapo", "rloo"])
-def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags, tmp_path, how):
-    """Where groups are left out, so that the ranks have unequal shares."""
-    how = dict(prompts=5, group=3, temperature=0.9, steps=4, eval_every=2, save_every=0, lr=0.001) | how
-    succeeds(train(tmp_path / "whole", **how))
-    succeeds(train(tmp_path / "micro", micro_tokens=1, **how))
-    outputs = pair(fork, grpo, **(flags | how | {"out": tmp_path / "pair"}))
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"kl": "k2", "beta": 0.1, "loss_aggregation": "sequence"},
+        {"recipe": "dapo", "minibatches": 3, "refill": 2, "epochs": 2, "max_new_tokens": 5, "overlong_share": 0.5},
+        {"loss_aggregation": "constant", "advantage": "rloo", "overlong": "mask", "max_new_tokens": 4},
+    ],
+    ids=["k2", "dapo", "rloo"],
+)
+def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags, tmp_path, more):
+    """If groups are left out, so that the ranks have unequal shares."""
+    more = {"prompts_per_step": 5, "group_size": 3, "temperature": 0.9, "steps": 4, "save_every": 0, "lr": 0.001} | more
+    succeeds(train(tmp_path / "whole", **more))
+    succeeds(train(tmp_path / "micro", micro_batch_tokens=1, **more))
+    outputs = pair(fork, grpo, **(flags | more | {"out": tmp_path / "pair"}))
     assert "step 4/4" in outputs[0] and not outputs[1].strip()
     for name in ("micro", "pair"):
         assert_close_runs(tmp_path / name, tmp_path / "whole", 4, ["model.safetensors"])
     assert max(steps_of(tmp_path / "whole", "updates")) > 0 and max(steps_of(tmp_path / "whole", "sampler_gap")) < 1e-5
+    assert max(steps_of(tmp_path / "whole", "prompts_seen")) > 5 or "refill" not in more
 
 
-def test_the_ranks_meet_once_for_all_answers_of_a_step(fork, flags, tmp_path):
+def test_the_ranks_meet_once_for_all_completions_of_a_step(fork, flags, tmp_path):
     for events in meetings(fork, grpo, **(flags | {"out": tmp_path / "pair", "steps": 3, "eval_every": 0})):
         assert events.count("bem") == events.count("b") == 3, events
 
 
-def test_two_processes_refill_as_one_does(train, fork, flags, tmp_path):
-    how = dict(prompts=5, group=3, refill=2, steps=3, eval_every=0, save_every=0)
-    succeeds(train(tmp_path / "whole", **how))
-    pair(fork, grpo, **(flags | how | {"out": tmp_path / "pair"}))
-    assert steps_of(tmp_path / "pair", "prompts_seen") == steps_of(tmp_path / "whole", "prompts_seen")
-    assert_close_runs(tmp_path / "pair", tmp_path / "whole", 3, ["model.safetensors"])
+def test_fewer_prompts_than_ranks_are_refused(fork, flags, tmp_path):
+    with pytest.raises(AssertionError, match="--prompts_per_step=1: less than one for each of 2 ranks"):
+        pair(fork, grpo, **(flags | {"out": tmp_path / "pair", "prompts_per_step": 1}))
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(train, make_model, files, tmp_path):  # noqa: F811
-    """With refilled groups and a reference that is renewed; even where the model it began from has been trained further since."""
-    init = tmp_path / "sft"
+def test_a_killed_run_resumes_as_if_nothing_had_been(train, make_model, files, tmp_path):
+    """With refilled groups and a reference that is renewed; even if the model it began from has
+    been trained further since."""
+    init, straight, killed = tmp_path / "sft", tmp_path / "straight", tmp_path / "killed"
     shutil.copytree(files / "sft", init, symlinks=True)
-    straight, killed, how = tmp_path / "straight", tmp_path / "killed", dict(init=init, kl="k2", beta=0.1, refill=2, reference_every=4, minibatches=2, steps=16, save_every=3)
-    succeeds(train(straight, **how))
-    child = train(killed, **how)
+    flags = {"init": init, "kl": "k2", "beta": 0.1, "refill": 2, "reference_every": 4, "minibatches": 2}
+    flags |= {"steps": 13, "save_every": 3}
+    succeeds(train(straight, **flags))
+    child = train(killed, **flags)
     wait_until(lambda: logged(killed, 7), child)
     assert kill(child)[0] == -9
     checkpoint.save(init, make_model(9, **SMALL), TOK, {"stage": "sft", "step": 2})
-    assert "going on after step" in succeeds(train(killed, resume=True, **how))
-    assert train_steps(killed) == list(range(1, 17)) and max(steps_of(killed, "prompts_seen")) > 4
-    assert_same(straight, killed, [3, 6, 9, 12, 15, 16])
+    assert "continuing after step" in succeeds(train(killed, resume=True, **flags))
+    assert train_steps(killed) == list(range(1, 14)) and max(steps_of(killed, "prompts_seen")) > 4
+    assert_same(straight, killed, [3, 6, 9, 12, 13])
     assert not (killed / "step_000003/reference").exists()
-    first, second, third, policy = (safetensors.torch.load_file(killed / f"{name}/model.safetensors") for name in ("step_000006/reference", "step_000009/reference", "step_000012/reference", "step_000012"))
-    assert any(not torch.equal(first[k], second[k]) for k in first) and all(torch.equal(third[k], policy[k]) for k in policy)
-    for flags, named in [({"kl": "k3"}, "--kl=k3: this run was started with --kl=k2"), ({"recipe": "dapo"}, "--recipe=dapo"), ({"refill": 1}, "--refill=1")]:
-        assert named in refused(train(killed, resume=True, **(how | flags)))
+    first, second, third, policy = (
+        safetensors.torch.load_file(killed / f"step_{name}/model.safetensors")
+        for name in ("000006/reference", "000009/reference", "000012/reference", "000012")
+    )
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+    assert all(torch.equal(third[k], policy[k]) for k in policy)
+    for changed, named in [
+        ({"kl": "k3"}, "--kl=k3: this run was started with --kl=k2"),
+        ({"recipe": "dapo"}, "--recipe=dapo"),
+        ({"refill": 1}, "--refill=1"),
+    ]:
+        assert named in refused(train(killed, resume=True, **(flags | changed)))
 
 
-def test_a_run_goes_on_only_with_the_rewards_it_began_with(train, make_model, files, tmp_path):  # noqa: F811
+def test_a_run_resumes_only_with_the_rewards_it_began_with(train, make_model, files, tmp_path):
     shutil.copy(files / "rewards.py", tmp_path / "mine.py")
     save_reward_model(make_model, tmp_path / "rm")
     reference = save(make_model, tmp_path / "reference", "sft", seed=3)
-    how = dict(reward=f"{tmp_path}/mine.py:yes,{tmp_path}/rm", kl="k2", beta=0.01, reference=reference, steps=2, save_every=1)
-    succeeds(train(tmp_path / "run", **how))
-    unlike = "not the data this run was started with (its SHA-256 is another)"
+    flags = {"reward": f"{tmp_path}/mine.py:yes,{tmp_path}/rm", "kl": "k2", "beta": 0.01, "reference": reference}
+    flags |= {"steps": 2, "save_every": 1}
+    succeeds(train(tmp_path / "run", **flags))
+    unlike = "not the data this run was started with (its SHA-256 differs)"
     (tmp_path / "mine.py").write_text(REWARDS + "\n")
-    assert unlike in refused(train(tmp_path / "run", resume=True, **how))
+    assert unlike in refused(train(tmp_path / "run", resume=True, **flags))
     (tmp_path / "mine.py").write_text(REWARDS)
-    succeeds(train(tmp_path / "run", resume=True, **how))
+    succeeds(train(tmp_path / "run", resume=True, **flags))
     for path, stage, shape in ((tmp_path / "rm", "reward", {"scalar_head": True}), (reference.parent, "sft", {})):
         kept = shutil.copytree(path, tmp_path / "kept", symlinks=True)
         shutil.rmtree(path)
         save(make_model, path, stage, seed=8, **shape)
-        assert unlike in refused(train(tmp_path / "run", resume=True, **how))
+        assert unlike in refused(train(tmp_path / "run", resume=True, **flags))
         shutil.rmtree(path)
         kept.rename(path)
 
 
-def test_a_reward_that_is_always_the_same_moves_nothing(train, files, tmp_path):  # noqa: F811
-    succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:same", refill=1, minibatches=2, kl="k2", beta=1))
-    before, after = (safetensors.torch.load_file(next(folder.glob("step_*")) / "model.safetensors") for folder in (files / "sft", tmp_path / "run"))
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert steps_of(tmp_path / "run", "updates") == [0, 0, 0] and steps_of(tmp_path / "run", "same") == [1, 1, 1] and steps_of(tmp_path / "run", "reward") == pytest.approx([0.3] * 3)
+def test_a_reward_that_is_always_the_same_moves_nothing(train, files, tmp_path):
+    flags = {"refill": 1, "minibatches": 2, "kl": "k2", "beta": 1}
+    succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:same", **flags))
+    assert_nothing_moved(files / "sft", tmp_path / "run")
+    assert steps_of(tmp_path / "run", "updates") == [0, 0, 0]
+    assert steps_of(tmp_path / "run", "zero_variance") == [1, 1, 1]
+    assert steps_of(tmp_path / "run", "reward") == pytest.approx([0.3] * 3)
 
 
 def test_too_far_a_step_is_left_out_and_moves_nothing(train, tmp_path):
-    how = dict(lr=0.01, eval_every=0)
-    succeeds(train(tmp_path / "short", epochs=1, target_kl=0, **how))
-    succeeds(train(tmp_path / "cut", epochs=3, target_kl=1e-5, **how))
+    flags = {"lr": 0.01, "eval_every": 0}
+    succeeds(train(tmp_path / "short", epochs=1, stop_kl=0, **flags))
+    succeeds(train(tmp_path / "cut", epochs=3, stop_kl=1e-5, **flags))
     assert steps_of(tmp_path / "cut", "updates") == [1, 1, 1]
     assert_same(tmp_path / "short", tmp_path / "cut", [3], log=False)
-    succeeds(train(tmp_path / "long", epochs=3, target_kl=0, **how))
+    succeeds(train(tmp_path / "long", epochs=3, stop_kl=0, **flags))
     assert steps_of(tmp_path / "long", "updates") == [3, 3, 3]
 
 
-def test_answers_without_an_end_teach_nothing_where_they_are_masked(train, files, tmp_path):  # noqa: F811
+def test_a_run_of_completions_without_an_end_moves_nothing_if_they_are_masked(train, files, tmp_path):
     """Of at most one token, none has an end."""
-    how = dict(reward=f"{files}/rewards.py:first", max_new=1, eval_every=0)
-    succeeds(train(tmp_path / "masked", overlong="mask", **how))
-    succeeds(train(tmp_path / "plain", **how))
-    assert steps_of(tmp_path / "masked", "finished") == [0, 0, 0] == steps_of(tmp_path / "masked", "updates") and sum(steps_of(tmp_path / "plain", "updates")) > 0
-    before, after = (safetensors.torch.load_file(next(folder.glob("step_*")) / "model.safetensors") for folder in (files / "sft", tmp_path / "masked"))
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    flags = {"reward": f"{files}/rewards.py:first", "max_new_tokens": 1, "eval_every": 0}
+    succeeds(train(tmp_path / "masked", overlong="mask", **flags))
+    succeeds(train(tmp_path / "plain", **flags))
+    assert steps_of(tmp_path / "masked", "finished") == [0, 0, 0] == steps_of(tmp_path / "masked", "updates")
+    assert sum(steps_of(tmp_path / "plain", "updates")) > 0
+    assert_nothing_moved(files / "sft", tmp_path / "masked")
 
 
-def test_answers_that_no_longer_end_are_reported_once(train, files, tmp_path):  # noqa: F811
-    how = dict(reward=f"{files}/rewards.py:length", steps=12, prompts=5, max_new=10, lr=0.02, target_kl=0, eval_every=0)
-    output = succeeds(train(tmp_path / "run", **how))
-    assert output.count("warning: ") == 1 and "of the answers end, after" in output and "--overlong=punish" in output
+def test_completions_that_no_longer_end_are_reported_once(train, files, tmp_path):
+    flags = {"reward": f"{files}/rewards.py:length", "steps": 12, "prompts_per_step": 5, "max_new_tokens": 10}
+    flags |= {"lr": 0.02, "stop_kl": 0, "eval_every": 0}
+    output = succeeds(train(tmp_path / "run", **flags))
+    assert output.count("warning: ") == 1 and "of the completions end, after" in output
     shutil.rmtree(tmp_path / "run/step_000012")
-    assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
+    assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **flags))  # it has been said
 
 
 @pytest.mark.parametrize("recipe", grpo.RECIPES)
-def test_every_recipe_runs_with_rewards_of_both_kinds(train, files, tmp_path, recipe):  # noqa: F811
+def test_every_recipe_runs_with_rewards_of_both_kinds(train, files, tmp_path, recipe):
     names = {f"{files}/rm": 0.5, f"{files}/rewards.py:yes": 2.0}
-    output = succeeds(train(tmp_path / "run", recipe=recipe, reward=",".join(f"{k}*{v}" for k, v in names.items()), monitor=f"{files}/rewards.py:length", steps=2, minibatches=2))
-    assert checkpoint.load(tmp_path / "run")[2]["stage"] == "grpo" and "validation on 4 held-out prompts: reward" in output
+    monitor = f"{files}/rewards.py:length"
+    flags = {"reward": ",".join(f"{name}*{weight}" for name, weight in names.items()), "monitor": monitor}
+    output = succeeds(train(tmp_path / "run", recipe=recipe, steps=2, minibatches=2, **flags))
+    assert checkpoint.load(tmp_path / "run")[2]["stage"] == "grpo" and "validation val_loss" in output
+    assert f"recipe {recipe}: group_size 4" in output
     for r in [r for r in records(tmp_path / "run") if "loss" in r]:
-        total = sum(w * r[name] for name, w in names.items())
-        assert total - 1 <= r["reward"] <= total + 1e-5 if recipe == "dapo" else r["reward"] == pytest.approx(total, abs=1e-5)
-        assert r["updates"] == 2 and f"{files}/rewards.py:length" in r and ("kl" in r) == (recipe in ("deepseekmath", "r1"))
+        total = sum(weight * r[name] for name, weight in names.items())
+        assert r["reward"] == pytest.approx(total, abs=1e-5) or (recipe == "dapo" and total - 1 <= r["reward"] < total)
+        assert r["updates"] == 2 and monitor in r and ("kl" in r) == (recipe in ("deepseekmath", "r1"))
 
 
-def test_a_reward_may_be_monitored_as_well(train, files, tmp_path):  # noqa: F811
-    succeeds(train(tmp_path / "run", monitor=f"{files}/rewards.py:some", steps=1))
-
-
-def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files, tmp_path):  # noqa: F811
+def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files, tmp_path):
     run = tmp_path / "old"
-    succeeds(train(run, steps=1))
+    succeeds(train(run, steps=1, monitor=f"{files}/rewards.py:some"))  # a reward may be monitored as well
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     other = save(make_model, tmp_path / "other", "sft", tok=tokenizer.train(["the old map " * 5], 256 + 4 + 3))
+    short = save(make_model, tmp_path / "short", "sft", context=20)
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "x" * 90}] * 2)
+    held = {"kl": "k2", "beta": 0.1}
     for flags, named in [
-        ({"init": files / "rm"}, "a reward model, which writes nothing"),
-        ({"reference": other, "kl": "k2", "beta": 0.1}, f"--reference={other}: it has another tokenizer than --init"),
-        ({"data": long}, "no prompt leaves room for an answer of --max_new=6 tokens"),
-        ({"data": files / "sft"}, "a checkpoint, where a .jsonl"),
-        ({"reward": f"{files}/rewards.py:yes*"}, "'' is no weight"),
+        ({"init": files / "rm"}, "a reward model, which has no output head and writes nothing"),
+        ({"reference": other, **held}, f"--reference={other}: it has another tokenizer"),
+        ({"reference": short, **held}, f"--reference={short}: its context of 20 tokens is shorter"),
+        ({"data": long}, "no prompt leaves room for a completion of --max_new_tokens=6 tokens"),
+        ({"data": files / "sft"}, "a checkpoint, "),
+        ({"reward": ""}, "--reward: name what to maximise"),
+        ({"reward": f"{files}/rewards.py:yes*"}, "'' is not a number"),
         ({"reward": "nowhere.py:f"}, "nowhere.py does not exist"),
         ({"reward": files / "sft"}, "not a reward model"),
-        ({"reward": f"{files}/rm,{files}/rm*0.5"}, "is there twice"),
+        ({"reward": f"{files}/rm,{files}/rm*0.5"}, "named twice"),
         ({"kl": "k1", "beta": 0.1}, "--kl=k1"),
-        ({"max_new": 96}, "--max_new=96: the model's context is 96 tokens"),
-    ]:  # fmt: skip
+        ({"max_new_tokens": 96}, "--max_new_tokens=96: the model's context is 96 tokens"),
+        ({"target_kl": 0.1}, "--target_kl: is called --stop_kl now"),
+        ({"loss": "token"}, "--loss: is called --loss_aggregation now"),
+    ]:
         line = refused(train(run, overwrite=True, **flags))
         assert named in line, (flags, line)
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, flags
 
 
-def test_a_reference_that_reaches_less_far_than_the_policy_is_refused(train, make_model, tmp_path):
-    reference = save(make_model, tmp_path / "reference", "sft", context=20)
-    assert "context" in refused(train(tmp_path / "run", reference=reference, kl="k2", beta=0.1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A judge as the reward
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """(its directory, a file of two principles): a model of random weights that has " A" and " B" as tokens."""
+    """(its directory, a file of two principles): a model of random weights that has " A" and " B"
+    as tokens."""
     from conftest import random_model
 
     folder = tmp_path_factory.mktemp("judge")
@@ -493,63 +690,66 @@ def judge(tmp_path_factory):
     return folder / "judge", folder / "principles.txt"
 
 
-def test_a_judge_compares_each_answer_with_the_next_one_in_both_orders_by_every_principle(judge):
+def test_a_judge_compares_each_completion_with_the_next_in_both_orders_by_every_principle(judge):
     folder, principles = judge
     model, tok, _ = checkpoint.load(folder)
-    ((name, weight, function),) = rollout.load_rewards(f"judge:{folder}*0.5", "cpu", 10**6, str(principles))
+    rewards = scoring.load_rewards(f"judge:{folder}*0.5", "cpu", 10**6, str(principles))
+    ((name, weight, function),) = rewards
     assert (name, weight) == (f"judge:{folder}", 0.5)
     texts = ["yes", "no", "ja", "well", "quite so"]
-    samples = [rollout.Sample(i // 3, [], [], True) for i in range(5)]
-    rows = [(ask("first"), {}), ([*ask("hello"), {"role": "assistant", "content": "hi"}, *ask("second")], {})]
-    total, parts = rollout.reward_answers([(name, weight, function)], rows, samples, texts)
-    a, b = (tok.encode_ordinary(t)[0] for t in (" A", " B"))
-    from data.pack import pack
+    samples = [Sample(i // 3, [], [], True) for i in range(5)]
+    conversation = [*ask("hello"), {"role": "assistant", "content": "hi"}, *ask("second")]
+    total, parts = scoring.score_completions(rewards, [(ask("first"), {}), (conversation, {})], samples, texts)
+    a, b = (tok.encode_ordinary(label)[0] for label in (" A", " B"))
 
     def first_is_better(prompt, x, y, principle):
         hidden = model(pack([[tok.eot, *tok.encode_ordinary(judge_prompt(prompt, x, y, principle))]]))[-1]
         return torch.softmax(hidden @ model.head[[a, b]].T, -1)[0].item()
 
-    wanted, said = [], ["first", "user: hello\nassistant: hi\nuser: second"]
+    prompts, expected = ["first", "user: hello\nassistant: hi\nuser: second"], []
     for i, opponent in enumerate((1, 2, 0, 4, 3)):
-        both = [(first_is_better(said[i // 3], texts[i], texts[opponent], p) + 1 - first_is_better(said[i // 3], texts[opponent], texts[i], p)) / 2 for p in ("Be kind: always.", "Be brief: never long.")]
-        wanted.append(sum(both) / 2)
-    assert parts[name].tolist() == pytest.approx(wanted, abs=1e-5) and total.tolist() == pytest.approx([0.5 * w for w in wanted], abs=1e-5) and np.std(wanted) > 1e-3
-    with pytest.raises(UserError, match=r"there must be at least two of them \(--group=2\)"):
+        wins = []
+        for principle in ("Be kind: always.", "Be brief: never long."):
+            wins.append(first_is_better(prompts[i // 3], texts[i], texts[opponent], principle))
+            wins.append(1 - first_is_better(prompts[i // 3], texts[opponent], texts[i], principle))
+        expected.append(np.mean(wins))
+    assert parts[name].tolist() == pytest.approx(expected, abs=1e-5) and np.std(expected) > 1e-3
+    assert total.tolist() == pytest.approx([0.5 * w for w in expected], abs=1e-5)
+    with pytest.raises(UserError, match=r"there must be at least two \(--group_size=2\)"):
         function([ask("q")], [{}], samples[:1], texts[:1])
 
 
-def test_runs_with_a_judge(train, fork, files, judge, tmp_path):  # noqa: F811
-    import ppo
-
+def test_runs_with_a_judge(train, fork, files, judge, tmp_path):
     folder, principles = judge
-    how = dict(reward=f"judge:{folder},{files}/rewards.py:yes*0.5", constitution=principles)
-    succeeds(train(tmp_path / "grpo", **how, steps=2))
+    flags = {"reward": f"judge:{folder},{files}/rewards.py:yes*0.5", "constitution": principles}
+    succeeds(train(tmp_path / "grpo", **flags, steps=2))
     (log, _) = [r for r in records(tmp_path / "grpo") if "loss" in r]
-    assert log["reward"] == pytest.approx(log[f"judge:{folder}"] + 0.5 * log[f"{files}/rewards.py:yes"], abs=1e-6) and log["updates"] == 1
-    tiny = dict(init=files / "sft", data=files / "prompts.jsonl", batch=8, max_new=6, steps=1, val_fraction=0.2, eval_prompts=4, device="cpu", **how)
-    succeeds(start(fork, ppo, out=tmp_path / "ppo", group=2, **tiny))
-    assert "--group=2" in refused(start(fork, ppo, out=tmp_path / "alone", **tiny))
+    total = log[f"judge:{folder}"] + 0.5 * log[f"{files}/rewards.py:yes"]
+    assert log["reward"] == pytest.approx(total, abs=1e-6) and log["updates"] == 1
+    ppo_flags = TINY | flags | {"init": files / "sft", "data": files / "prompts.jsonl", "steps": 1}
+    ppo_flags |= {"prompts_per_step": 8, "eval_every": 0, "save_every": 0}
+    succeeds(start(fork, ppo, **(ppo_flags | {"out": tmp_path / "ppo", "group_size": 2})))
+    alone = refused(start(fork, ppo, **(ppo_flags | {"out": tmp_path / "alone", "group_size": 1})))
+    assert "--group_size=2" in alone
     kept = principles.read_text()
     principles.write_text("Be bold: ever.\n")
-    line = refused(train(tmp_path / "grpo", resume=True, **how, steps=2))
+    line = refused(train(tmp_path / "grpo", resume=True, **flags, steps=2))
     principles.write_text(kept)
     assert f"{principles}: not the data this run was started with" in line
+    monitored = {"monitor": f"judge:{folder}", "constitution": principles}
+    succeeds(train(tmp_path / "monitored", **monitored, steps=1))
 
 
-def test_a_judge_may_be_monitored(train, judge, tmp_path):
+def test_a_judge_that_cannot_be_is_refused(train, files, judge, tmp_path):
     folder, principles = judge
-    succeeds(train(tmp_path / "run", monitor=f"judge:{folder}", constitution=principles, steps=1))
-
-
-def test_a_judge_that_cannot_be_is_refused(train, files, judge, tmp_path):  # noqa: F811
-    folder, principles = judge
-    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    absent, empty = tmp_path / "absent.txt", tmp_path / "empty.txt"
+    empty.write_text("# nothing\n\n")
     for flags, named in [
         ({"reward": f"judge:{folder}"}, "a judge needs principles"),
-        ({"reward": f"judge:{folder}", "constitution": tmp_path / "absent.txt"}, f"--constitution={tmp_path}/absent.txt"),
-        ({"reward": f"judge:{folder}", "constitution": tmp_path / "empty.txt"}, "no principle in it"),
+        ({"reward": f"judge:{folder}", "constitution": absent}, f"--constitution={absent}"),
+        ({"reward": f"judge:{folder}", "constitution": empty}, "no principle in it"),
         ({"reward": f"judge:{files}/sft", "constitution": principles}, "are not single tokens of this tokenizer"),
         ({"reward": f"judge:{tmp_path}/absent", "constitution": principles}, "absent: no checkpoint here"),
-    ]:  # fmt: skip
+    ]:
         line = refused(train(tmp_path / "run", overwrite=True, **flags))
         assert named in line, (flags, line)

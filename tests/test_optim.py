@@ -1,17 +1,25 @@
-"""Muon and AdamW against their formulas, one matrix at a time, in a tiny real model with random gradients."""
+"""Muon and AdamW against their formulas, one matrix at a time, in a tiny real model with random
+gradients."""
+
 import copy
+import json
+import os
 
 import pytest
 import torch
+from conftest import random_model
+from runs import free_port, succeeds
 
-from optim import Optimizer, polar, polar_dtype, wsd
+from model import parameter_table
+from optim import Optimizer, choose_muon_dtype, polar, wsd
+from runtime.process import setup
 
 
-def with_gradients(model, seed, scale=1.0):
-    """Random gradients of very different sizes."""
+def with_gradients(model, seed):
+    """Give every parameter a random gradient, of very different sizes; returns copies of them."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator) * scale * 10 ** torch.randn((), generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator) * 10 ** torch.randn((), generator=generator)
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -19,7 +27,16 @@ def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def matrices(model):
+    """{name: rows} of what Muon updates."""
+    return {name: row.rows for name, row in parameter_table(model.config).items() if row.muon}
+
+
+def norm(gradients):
+    return torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt().item()
+
+
+# --------------------------------------------------------------------------------------------------
 # The polar factor
 
 
@@ -30,8 +47,7 @@ def test_polar_brings_all_singular_values_near_one(dtype):
         u, v = (torch.linalg.qr(torch.randn(3, n, r, generator=generator))[0] for n in (r, c))
         for condition in (1.0, 10.0, 100.0):
             s = torch.logspace(0, -torch.tensor(condition).log10(), r) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
-            x = (u * s[:, None]) @ v.mT
-            found = polar(x, dtype)
+            found = polar((u * s[:, None]) @ v.mT, dtype)
             assert found.dtype == dtype
             sizes = torch.linalg.svdvals(found.float())
             assert 0.85 < sizes.min() and sizes.max() < 1.15, (r, c, condition)
@@ -47,76 +63,82 @@ def test_polar_of_a_matrix_without_full_rank_and_of_none():
     assert polar(torch.zeros(1, 4, 6), torch.bfloat16).eq(0).all()
 
 
-def test_polars_precision():
+def test_muons_precision():
     cpu = torch.device("cpu")
-    assert polar_dtype("bf16", cpu) == torch.bfloat16 and polar_dtype("fp32", cpu) == torch.float32
-    assert polar_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert polar_dtype("auto", torch.device("mps")) == torch.float32
+    assert choose_muon_dtype("bf16", cpu) == torch.bfloat16 and choose_muon_dtype("fp32", cpu) == torch.float32
+    assert choose_muon_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_muon_dtype("auto", torch.device("mps")) == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A step
 
 
-@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1, "ffn": 20, "qk_norm": False, "qkv_bias": True}, {"heads": 8, "ffn": 128}])
+def muon_direction(update):
+    """sqrt(max(1, rows / columns)) polar(update), a matrix at a time, in fp64."""
+    wide = update.shape[0] <= update.shape[1]
+    direction = polar(update[None] if wide else update.T[None], torch.float64)[0]
+    return max(1, update.shape[0] / update.shape[1]) ** 0.5 * (direction if wide else direction.T)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"kv_heads": 1, "ffn": 20, "qk_norm": False, "qkv_bias": True}, {"heads": 8, "ffn": 128}]
+)
 def test_muon_treats_every_matrix_alone(make_model, shape):
-    """Wide, tall and fused ones: q, k, v, gate and up each move by lr sqrt(max(1, rows / columns)) in all their directions."""
+    """Wide, tall and stacked ones: q, k, v, gate and up are five matrices."""
     model = make_model(**shape)
-    optimizer = Optimizer(model, 0.01, matrix_lr=0.03, momentum=0.9, weight_decay=0.2, polar="fp32")
+    optimizer = Optimizer(model, 0.01, matrix_lr=0.03, momentum=0.9, weight_decay=0.2, muon_dtype="fp32")
     expected = {n: p.double() for n, p in weights(model).items()}
     momenta = {n: torch.zeros_like(p) for n, p in expected.items()}
-    shapes = set()
+    tall = set()
     for step in range(3):
-        gradients, multiple = with_gradients(model, step), 0.5 + step
-        optimizer.step(multiple)
-        lr = 0.03 * multiple
-        for name, rows in model.matrices().items():
+        gradients, lr_scale = with_gradients(model, step), 0.5 + step
+        optimizer.step(lr_scale)
+        lr = 0.03 * lr_scale
+        for name, rows in matrices(model).items():
             g = gradients[name].double()
             momenta[name] = 0.9 * momenta[name] + 0.1 * g
+            updates = (0.1 * g + 0.9 * momenta[name]).split(rows)
             parts = []
-            for w, u in zip(expected[name].split(rows), (0.1 * g + 0.9 * momenta[name]).split(rows)):
-                shapes.add(u.shape[0] > u.shape[1])
-                direction = polar(u[None] if u.shape[0] <= u.shape[1] else u.T[None], torch.float64)[0]
-                direction = direction if u.shape[0] <= u.shape[1] else direction.T
-                parts.append((1 - lr * 0.2) * w - lr * max(1, u.shape[0] / u.shape[1]) ** 0.5 * direction)
+            for w, u in zip(expected[name].split(rows), updates, strict=True):
+                tall.add(u.shape[0] > u.shape[1])
+                parts.append((1 - lr * 0.2) * w - lr * muon_direction(u))
             expected[name] = torch.cat(parts)
-    assert shapes == {True, False}
-    for name in model.matrices():
+    assert tall == {True, False}
+    for name in matrices(model):
         torch.testing.assert_close(weights(model)[name].double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_matrices_are_the_trunks_and_their_rows_add_up(make_model):
-    model = make_model(kv_heads=1)
-    named = dict(model.named_parameters())
-    assert set(model.matrices()) == {n for n, p in named.items() if n.startswith("blocks.") and p.dim() == 2}
-    assert all(sum(rows) == len(named[name]) for name, rows in model.matrices().items())
-    assert model.matrices()["blocks.1.qkv"] == [32, 8, 8]
-
-
 @pytest.mark.parametrize("matrix_lr", [0.0, 0.02])
 def test_adamw_against_its_formula(make_model, matrix_lr):
-    """m / (sqrt(v) + eps), bias-corrected, each parameter at its rate. Without Muon AdamW decays matrices, and never gains or biases."""
+    """m / (sqrt(v) + eps), bias-corrected, each parameter at its rate.
+
+    Without Muon AdamW decays matrices, and never gains or biases.
+    """
     model = make_model(qkv_bias=True)
-    optimizer = Optimizer(model, 0.01, matrix_lr=matrix_lr, embed_lr=0.3, head_lr=0.02, betas=(0.8, 0.95), weight_decay=0.1)
-    expected = {n: p.double() for n, p in weights(model).items()}
     rates = {"embed": 0.3, "untied_head": 0.02}
-    names = [n for n in expected if n not in model.matrices() or not matrix_lr]
+    optimizer = Optimizer(
+        model, 0.01, matrix_lr=matrix_lr, embed_lr=0.3, head_lr=0.02, betas=(0.8, 0.95), weight_decay=0.1
+    )
+    expected = {n: p.double() for n, p in weights(model).items()}
+    names = [n for n in expected if n not in matrices(model) or not matrix_lr]
     m, v = ({n: torch.zeros_like(expected[n]) for n in names} for _ in range(2))
     for step in range(1, 5):
-        gradients, multiple = with_gradients(model, step), 1 / step
-        optimizer.step(multiple)
+        gradients, lr_scale = with_gradients(model, step), 1 / step
+        optimizer.step(lr_scale)
         for n in names:
-            lr, g = rates.get(n, 0.01) * multiple, gradients[n].double()
+            lr, g = rates.get(n, 0.01) * lr_scale, gradients[n].double()
             m[n] = 0.8 * m[n] + 0.2 * g
             v[n] = 0.95 * v[n] + 0.05 * g * g
+            m_hat, v_hat = m[n] / (1 - 0.8**step), v[n] / (1 - 0.95**step)
             decay = 0.1 if expected[n].dim() == 2 and not matrix_lr else 0.0
-            expected[n] = (1 - lr * decay) * expected[n] - lr * (m[n] / (1 - 0.8**step)) / ((v[n] / (1 - 0.95**step)).sqrt() + 1e-10)
+            expected[n] = (1 - lr * decay) * expected[n] - lr * m_hat / (v_hat.sqrt() + 1e-10)
     for n in names:
         torch.testing.assert_close(weights(model)[n].double(), expected[n], rtol=1e-5, atol=1e-5, msg=n)
 
 
-def test_a_multiple_of_zero_moves_nothing(make_model):
+def test_a_scale_of_zero_moves_nothing(make_model):
     model = make_model()
     before, optimizer = weights(model), Optimizer(model, 0.01, matrix_lr=0.02, weight_decay=0.1)
     with_gradients(model, 0)
@@ -124,36 +146,66 @@ def test_a_multiple_of_zero_moves_nothing(make_model):
     assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
 
 
-def test_clipping(make_model):
-    """A gradient beyond the limit is scaled to it, one below is not; the norm returned is that before."""
-    for scale, limit, factor in [(1.0, 1e9, 1.0), (1.0, 0.5, None)]:
-        models = [make_model(), make_model()]
-        optimizers = [Optimizer(m, 0.01, matrix_lr=0.02, momentum=0.5, betas=(0.5, 0.5), polar="fp32") for m in models]
-        for step in range(2):
-            gradients = with_gradients(models[0], step)
-            norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
-            for p, g in zip(models[1].parameters(), gradients.values()):
-                p.grad = g * min(1.0, limit / norm)
-            assert optimizers[0].step(1.0, clip=limit).item() == pytest.approx(norm, rel=1e-5)
-            optimizers[1].step(1.0)
-        for (n, a), b in zip(models[0].named_parameters(), models[1].parameters()):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=n)
+@pytest.mark.parametrize("limit", [1e9, 0.5])
+def test_clipping(make_model, limit):
+    """A gradient beyond the limit is scaled to it, one below is not; the norm returned is that
+    before."""
+    models = [make_model(), make_model()]
+    options = {"matrix_lr": 0.02, "momentum": 0.5, "betas": (0.5, 0.5), "muon_dtype": "fp32"}
+    optimizers = [Optimizer(m, 0.01, **options) for m in models]
+    for step in range(2):
+        gradients = with_gradients(models[0], step)
+        for p, g in zip(models[1].parameters(), gradients.values(), strict=True):
+            p.grad = g * min(1.0, limit / norm(gradients.values()))
+        found = optimizers[0].step(1.0, max_grad_norm=limit)
+        assert found.item() == pytest.approx(norm(gradients.values()), rel=1e-5)
+        optimizers[1].step(1.0)
+    for (n, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=n)
+
+
+WATCHED = ("attn.out", "mlp", "embed", "nothing")
+
+
+def step_in_two(rank, port):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    setup("cpu", 0)
+    model = random_model()
+    optimizer = Optimizer(model, 0.01, watch=WATCHED)
+    with_gradients(model, rank)
+    norms = {"all": optimizer.step(1.0, max_grad_norm=1e-3)} | optimizer.watched_norms
+    print(json.dumps({name: found.item() for name, found in norms.items()}))
+
+
+def test_watched_norms_are_those_of_all_ranks_before_clipping(fork, make_model):
+    """Read before the step, they would be those of one rank's share."""
+    model, port = make_model(), free_port()
+    children = [fork(step_in_two, rank, port) for rank in range(2)]
+    shares = [with_gradients(model, rank) for rank in range(2)]
+    gradients = {name: g + shares[1][name] for name, g in shares[0].items()}
+    expected = {"all": norm(gradients.values())}
+    for watched in WATCHED[:-1]:
+        expected[watched] = norm(g for name, g in gradients.items() if watched in name)
+    for child in children:
+        found = json.loads(succeeds(child))
+        assert found.pop("nothing") == 0.0 and found == pytest.approx(expected, rel=1e-5)
+    assert abs(norm(shares[0].values()) / expected["all"] - 1) > 0.1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(make_model, bad):
-    for clip in (0.0, 1.0):
-        model = make_model()
-        optimizer = Optimizer(model, 0.01, matrix_lr=0.02, weight_decay=0.1)
-        with_gradients(model, 0)
-        optimizer.step(1.0)
-        before, state = weights(model), copy.deepcopy(optimizer.state())
-        with_gradients(model, 1)
-        model.blocks[1].k_norm.grad[3] = bad
-        assert not optimizer.step(1.0, clip).isfinite()
-        assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
-        assert all(torch.equal(t, state[k]) for k, t in optimizer.state().items())
-        assert all(p.grad is None for p in model.parameters())
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_changes_nothing(make_model, bad, max_grad_norm):
+    model = make_model()
+    optimizer = Optimizer(model, 0.01, matrix_lr=0.02, weight_decay=0.1)
+    with_gradients(model, 0)
+    optimizer.step(1.0)
+    before, state = weights(model), copy.deepcopy(optimizer.state())
+    with_gradients(model, 1)
+    model.blocks[1].attn.k_norm.grad[3] = bad
+    assert not optimizer.step(1.0, max_grad_norm).isfinite()
+    assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
+    assert all(torch.equal(t, state[k]) for k, t in optimizer.state().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_parameters_without_a_gradient_stay(make_model):
@@ -161,42 +213,42 @@ def test_parameters_without_a_gradient_stay(make_model):
     optimizer = Optimizer(model, 0.01, matrix_lr=0.02, weight_decay=0.1)
     before = weights(model)
     with_gradients(model, 0)
-    frozen = ["embed", "blocks.0.qkv", "blocks.1.q_norm"]
+    frozen = ["embed", "blocks.0.attn.qkv", "blocks.1.attn.q_norm"]
     for n in frozen:
-        dict(model.named_parameters())[n].grad = None
+        model.get_parameter(n).grad = None
     optimizer.step(1.0)
     moved = {n for n, p in weights(model).items() if not torch.equal(p, before[n])}
     assert moved == set(before) - set(frozen)
     before = weights(model)
-    assert optimizer.step(1.0) == 0  # nothing has one: a batch in which nothing was asked
+    assert optimizer.step(1.0) == 0  # nothing has one: a batch in which nothing is trained
     assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
 
 
 @pytest.mark.parametrize("matrix_lr", [0.0, 0.02])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_state_is_everything_the_next_step_depends_on(make_model, matrix_lr, precision):
-    how = dict(lr=0.01, matrix_lr=matrix_lr, weight_decay=0.1, polar=precision)
+@pytest.mark.parametrize("muon_dtype", ["fp32", "bf16"])
+def test_state_is_everything_the_next_step_depends_on(make_model, matrix_lr, muon_dtype):
+    options = {"lr": 0.01, "matrix_lr": matrix_lr, "weight_decay": 0.1, "muon_dtype": muon_dtype}
     straight = make_model()
-    optimizer = Optimizer(straight, **how)
+    optimizer = Optimizer(straight, **options)
     for step in range(5):
         with_gradients(straight, step)
         optimizer.step(1.0 - step / 10)
         if step == 2:
             stopped, state = copy.deepcopy(straight), copy.deepcopy(optimizer.state())
-    again = Optimizer(stopped, **how)
+    again = Optimizer(stopped, **options)
     again.load_state(state)
     for tensor in state.values():
         tensor.fill_(torch.nan)  # the optimizer keeps none of the tensors it was given
     for step in (3, 4):
         with_gradients(stopped, step)
         again.step(1.0 - step / 10)
-    for (n, a), b in zip(straight.named_parameters(), stopped.parameters()):
+    for (n, a), b in zip(straight.named_parameters(), stopped.parameters(), strict=True):
         assert torch.equal(a, b), n
     assert optimizer.state().keys() == again.state().keys() == state.keys()
     assert all(torch.equal(t, again.state()[k]) for k, t in optimizer.state().items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The schedule
 
 
@@ -204,6 +256,7 @@ def test_warm_up_stable_decay():
     rates = [wsd(step, 100, 10, 40) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10:61] == [1.0] * 51
     assert rates[99] == pytest.approx(1 / 40) and wsd(100, 100, 10, 40) == 0
-    assert all(a - b == pytest.approx(1 / 40) for a, b in zip(rates[60:], rates[61:]))
+    assert all(a - b == pytest.approx(1 / 40) for a, b in zip(rates[60:], rates[61:], strict=False))
     assert all(wsd(step, 7, 0, 0) == 1.0 for step in range(7))
-    assert 0 < min(wsd(step, 5, 10, 10) for step in range(5)) and max(wsd(step, 5, 10, 10) for step in range(5)) < 1
+    short = [wsd(step, 5, 10, 10) for step in range(5)]
+    assert 0 < min(short) and max(short) < 1

@@ -1,4 +1,6 @@
-"""ppo.py: the algorithm by hand and against fp64 on full logits, one distribution for sampler and trainer, real runs that learn, stop, go on and split their work."""
+"""ppo.py: the algorithm by hand and against fp64 on full logits, one distribution for sampler and
+trainer, real runs that learn, stop, resume and divide their work."""
+
 import math
 import shutil
 
@@ -6,24 +8,48 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from runs import SMALL, meetings, pair, refused, save, start, write_rows
-from test_pretrain import kill, logged, records, train_steps, wait_until
-from test_pretrain import results as timed_results
-from test_pretrain import succeeds
+from runs import (
+    SMALL,
+    kill,
+    logged,
+    meetings,
+    pair,
+    records,
+    refused,
+    results as timed_results,
+    save,
+    start,
+    succeeds,
+    train_steps,
+    wait_until,
+    write_rows,
+)
 
-import checkpoint
 import ppo
 import rollout
+import scoring
 import sft
-from common import UserError
-from data import chat, tokenizer
-from data.chat import constant_logprobs, learnt_logprobs
-from data.pack import pack
+from data import chat, rows as data_rows, tokenizer
+from data.pack import make_completion, pack
+from model import completion_logprobs, logprobs_no_grad, state_values, values_no_grad
 from optim import Optimizer
+from runtime import checkpoint
+from runtime.batches import index_order
+from runtime.errors import UserError
 
 TOK = tokenizer.byte_level()
 END = chat.end_of_turn(TOK)
-TINY = dict(batch=12, max_new=6, lr=0.003, eval_every=2, eval_prompts=4, val_fraction=0.2, save_every=2, keep_last=9, device="cpu")
+TINY = dict(
+    prompts_per_step=12,
+    max_new_tokens=6,
+    lr=0.003,
+    eval_every=2,
+    eval_prompts=4,
+    val_fraction=0.2,
+    save_every=2,
+    keep_last=9,
+    device="cpu",
+)
 WORDS = ("yes", "no", "ja")
 REWARDS = """
 def yes(prompt, completion, row):
@@ -64,7 +90,9 @@ def questions(n):
 def talker(make_model, seed=0):
     """A tiny model that answers most questions with one of WORDS, and ends."""
     model = make_model(seed, **SMALL)
-    chats = [chat.encode(TOK, [*ask(f"q{i}"), {"role": "assistant", "content": word}]) for i in range(4) for word in WORDS]
+    chats = [
+        chat.encode(TOK, [*ask(f"q{i}"), {"role": "assistant", "content": word}]) for i in range(4) for word in WORDS
+    ]
     optimizer = Optimizer(model, 0.02)
     for _ in range(25):
         sft.train_step(model, chats, 10**6)
@@ -78,7 +106,9 @@ def files(tmp_path_factory):
     from conftest import random_model
 
     folder = tmp_path_factory.mktemp("ppo")
-    checkpoint.save(folder / "sft", talker(random_model), TOK, {"stage": "sft", "step": 1, "config": {}, "data": {}, "lineage": []})
+    checkpoint.save(
+        folder / "sft", talker(random_model), TOK, {"stage": "sft", "step": 1, "config": {}, "data": {}, "lineage": []}
+    )
     save_reward_model(random_model, folder / "rm")
     write_rows(folder / "prompts.jsonl", questions(30))
     (folder / "rewards.py").write_text(REWARDS)
@@ -87,7 +117,9 @@ def files(tmp_path_factory):
 
 def save_reward_model(make_model, run, seed=5, tok=TOK, **info):
     model = make_model(seed, **(SMALL | {"scalar_head": True, "vocab_size": tok.n_vocab}))
-    return checkpoint.save(run, model, tok, {"stage": "reward", "step": 1, "center": 0.25, "metrics": {"accuracy": 0.8}} | info)
+    return checkpoint.save(
+        run, model, tok, {"stage": "reward", "step": 1, "center": 0.25, "metrics": {"accuracy": 0.8}} | info
+    )
 
 
 @pytest.fixture
@@ -115,13 +147,20 @@ def steps_of(run, name):
 
 
 def assert_same(a, b, steps, log=True):
-    """Every tensor of these checkpoints, further models included, counters and log equal bit for bit."""
+    """Every tensor of these checkpoints, further models included, counters and log equal bit for
+    bit."""
     for step in (f"step_{s:06d}" for s in steps):
         names = sorted(p.relative_to(a / step).as_posix() for p in (a / step).rglob("*.safetensors"))
-        assert names == sorted(p.relative_to(b / step).as_posix() for p in (b / step).rglob("*.safetensors")) and "train_state.safetensors" in names
+        assert (
+            names == sorted(p.relative_to(b / step).as_posix() for p in (b / step).rglob("*.safetensors"))
+            and "train_state.safetensors" in names
+        )
         for name in names:
             ours, theirs = (safetensors.torch.load_file(run / step / name) for run in (a, b))
-            assert ours.keys() == theirs.keys() and not [k for k in ours if not torch.equal(ours[k], theirs[k])], (step, name)
+            assert ours.keys() == theirs.keys() and not [k for k in ours if not torch.equal(ours[k], theirs[k])], (
+                step,
+                name,
+            )
         if log:
             assert (a / step / "train_state.json").read_text() == (b / step / "train_state.json").read_text()
     if log:
@@ -132,7 +171,7 @@ def assert_close_runs(a, b, step, names):
     """Logs and final weights equal to rounding."""
     for ours, theirs in zip(results(a), results(b), strict=True):
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() - {"largest_ratio"}:
+        for key in ours.keys() - {"max_ratio"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
     for name in names:
         ours, theirs = (safetensors.torch.load_file(run / f"step_{step:06d}" / name) for run in (a, b))
@@ -140,10 +179,12 @@ def assert_close_runs(a, b, step, names):
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
 
 
-def sampled(model, n=6, temperature=1.0, max_new=6, seed=3, prompts=("q1", "q2", "a longer question")):
+def sampled(model, n=6, temperature=1.0, max_new_tokens=6, seed=3, prompts=("q1", "q2", "a longer question")):
     """(chats, samples) of answers by the model."""
-    starts, samples, _ = rollout.answers(model, TOK, [ask(p) for p in prompts], max_new=max_new, n=n, temperature=temperature, seed=seed)
-    return [chat.answered(starts[s.prompt_index], s.tokens) for s in samples], samples
+    starts, samples, _ = rollout.sample_completions(
+        model, TOK, [ask(p) for p in prompts], max_new_tokens=max_new_tokens, n=n, temperature=temperature, seed=seed
+    )
+    return [make_completion(starts[s.prompt_index], s.tokens) for s in samples], samples
 
 
 def full_logps(model, chats, temperature=1.0):
@@ -151,13 +192,19 @@ def full_logps(model, chats, temperature=1.0):
     found = []
     for c in chats:
         logp = torch.log_softmax(model(pack([c.ids])) @ model.head.T / temperature, dim=-1)
-        found += [logp[i - 1, c.ids[i]] for i in np.flatnonzero(c.learnt)]
+        found += [logp[i - 1, c.ids[i]] for i in np.flatnonzero(c.loss_mask)]
     return torch.stack(found)
 
 
 def full_values(critic, chats, center):
     """[M]: at each learnt token, the score of all that came before it."""
-    return torch.stack([(critic(pack([c.ids]))[i - 1] * critic.score[0]).sum() - center for c in chats for i in np.flatnonzero(c.learnt)])
+    return torch.stack(
+        [
+            (critic(pack([c.ids]))[i - 1] * critic.score[0]).sum() - center
+            for c in chats
+            for i in np.flatnonzero(c.loss_mask)
+        ]
+    )
 
 
 def moved(model, seed=9, by=0.05):
@@ -173,8 +220,14 @@ def moved(model, seed=9, by=0.05):
     return other
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # By hand
+
+
+def configure(**flags):
+    config = ppo.Config(init="", reward="x.py:y", data="", out="", **flags)
+    ppo.check_flags(config)
+    return config
 
 
 def ragged(seed):
@@ -208,7 +261,9 @@ def test_an_answers_rewards_add_up_to_its_score_less_the_price_of_its_kl():
     rewards = ppo.token_rewards(scores, logp, ref_logp, lengths, 0.3)
     for own, kl, score in zip(rewards.split(lengths), (logp - ref_logp).split(lengths), scores):
         assert own.sum().item() == pytest.approx((score - 0.3 * kl.sum()).item())
-        assert own[:-1].tolist() == pytest.approx((-0.3 * kl[:-1]).tolist()) and own[-1].item() == pytest.approx((score - 0.3 * kl[-1]).item())
+        assert own[:-1].tolist() == pytest.approx((-0.3 * kl[:-1]).tolist()) and own[-1].item() == pytest.approx(
+            (score - 0.3 * kl[-1]).item()
+        )
     likelier = ppo.token_rewards(scores, logp + 0.1, ref_logp, lengths, 0.3)
     assert (likelier < rewards).all()  # what the reference finds less likely than the policy does costs
 
@@ -216,16 +271,26 @@ def test_an_answers_rewards_add_up_to_its_score_less_the_price_of_its_kl():
 def test_advantages_are_whitened_over_all_tokens():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 3 + 7
     white = ppo.whiten(x)
-    assert white.mean().item() == pytest.approx(0, abs=1e-6) and white.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert white.mean().item() == pytest.approx(0, abs=1e-6) and white.std(correction=0).item() == pytest.approx(
+        1, abs=1e-6
+    )
     torch.testing.assert_close(white, (x - x.mean()) / x.std(correction=0), rtol=1e-5, atol=1e-5)
     assert ppo.whiten(torch.full((3,), 0.3)).abs().max() < 1  # nothing out of rounding
 
 
-def test_beta_is_steered_towards_the_target():
-    assert ppo.steered(0.1, 6.0, 64, 6.0, 1000) == 0.1
-    assert ppo.steered(0.1, 6.6, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.064))
-    assert ppo.steered(0.1, 60.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
-    assert ppo.steered(0.1, -5.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
+def adapted(beta, kl, n, target, horizon):
+    """Beta after n completions with this mean KL."""
+    b = ppo.Beta(configure(beta=beta, adaptive_kl=target, adaptive_kl_horizon=horizon, prompts_per_step=4))
+    b.update(kl, n)
+    return b.value
+
+
+def test_beta_is_adapted_towards_the_target():
+    assert adapted(0.1, 6.0, 64, 6.0, 1000) == 0.1
+    assert adapted(0.1, 6.6, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.064))
+    assert adapted(0.1, 60.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
+    assert adapted(0.1, -5.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
+    assert adapted(0.1, 60.0, 64, 0.0, 1000) == 0.1  # without a target it stays
 
 
 def test_the_clipped_objective_and_where_it_has_no_gradient():
@@ -235,9 +300,22 @@ def test_the_clipped_objective_and_where_it_has_no_gradient():
     logp = (ratio.log() + old).requires_grad_()
     losses, found = ppo.policy_loss(logp, old, advantages, 0.2)
     assert found.tolist() == pytest.approx(ratio.tolist())
-    assert losses.tolist() == pytest.approx([-2 * min(r, 1.2) for r in ratio[:5].tolist()] + [3 * max(r, 0.8) for r in ratio[5:].tolist()])
+    assert losses.tolist() == pytest.approx(
+        [-2 * min(r, 1.2) for r in ratio[:5].tolist()] + [3 * max(r, 0.8) for r in ratio[5:].tolist()]
+    )
     (slope,) = torch.autograd.grad(losses.sum(), logp)
-    inside = [True, True, True, True, False, False, True, True, True, True]  # too far in the direction that the advantage points to: no gradient
+    inside = [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]  # too far in the direction that the advantage points to: no gradient
     assert slope.tolist() == pytest.approx([-a * r * i for a, r, i in zip(advantages.tolist(), ratio.tolist(), inside)])
 
 
@@ -250,7 +328,7 @@ def test_the_value_loss_is_the_larger_of_both():
     assert slope.tolist() == pytest.approx([-2.0, 0.0, 1.5, 0.0, -1.9])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On models
 
 
@@ -258,58 +336,83 @@ def test_a_value_is_of_the_state_in_which_the_policy_decides(make_model):
     """It and the log-probability of token t see all before t and nothing from t, or after t, on."""
     model, critic = make_model(**SMALL).double(), make_model(1, **(SMALL | {"scalar_head": True})).double()
     prompt, answer = chat.encode_prompt(TOK, ask("q1")), [*b"an answer", END]
-    values = ppo.values_before(critic, [chat.answered(prompt, answer)], 0.25).detach()
-    logps = learnt_logprobs(model, [chat.answered(prompt, answer)]).detach()
+    values = state_values(critic, [make_completion(prompt, answer)]).detach()
+    logps = completion_logprobs(model, [make_completion(prompt, answer)]).detach()
     assert len(values) == len(logps) == len(answer)
     for t in range(len(answer)):
-        alone = (critic(pack([prompt + answer[:t]]))[-1] * critic.score[0]).sum().item() - 0.25  # of what has been said so far
+        alone = (critic(pack([prompt + answer[:t]]))[-1] * critic.score[0]).sum().item()  # of what has been said so far
         assert values[t].item() == pytest.approx(alone, abs=1e-5)
         other = [*answer[:t], (answer[t] + 1) % 250, *answer[t + 1 :]]
-        changed = (ppo.values_before(critic, [chat.answered(prompt, other)], 0.25) - values).abs() > 1e-6
+        changed = (state_values(critic, [make_completion(prompt, other)]) - values).abs() > 1e-6
         assert changed.tolist() == [i > t for i in range(len(answer))]
-        changed = (learnt_logprobs(model, [chat.answered(prompt, other)]) - logps).abs() > 1e-9
+        changed = (completion_logprobs(model, [make_completion(prompt, other)]) - logps).abs() > 1e-9
         assert changed.tolist() == [i >= t for i in range(len(answer))]
-    chats = [chat.answered(prompt, answer), chat.answered(prompt, [END]), chat.answered(prompt, answer[3:])]
-    torch.testing.assert_close(ppo.values_before(critic, chats, 0.25), full_values(critic, chats, 0.25).float(), rtol=1e-5, atol=1e-5)
-    for micro_tokens in (1, 60):
-        torch.testing.assert_close(ppo.constant_values(critic, chats, 0.25, micro_tokens), ppo.values_before(critic, chats, 0.25).detach(), rtol=1e-5, atol=1e-5)
-
-
-def configure(**flags):
-    config = ppo.Config("", "x.py:y", "", "", **flags)
-    ppo.check_flags(config)
-    return config
+    chats = [make_completion(prompt, answer), make_completion(prompt, [END]), make_completion(prompt, answer[3:])]
+    torch.testing.assert_close(state_values(critic, chats), full_values(critic, chats, 0).float(), rtol=1e-5, atol=1e-5)
+    for micro_batch_tokens in (1, 60):
+        torch.testing.assert_close(
+            values_no_grad(critic, chats, micro_batch_tokens),
+            state_values(critic, chats).detach(),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_before_the_first_update_every_ratio_is_1_and_there_is_no_kl(make_model, temperature):
     model, critic = talker(make_model), make_model(1, **(SMALL | {"scalar_head": True}))
     chats, samples = sampled(model, temperature=temperature)
-    for micro_tokens in (70, 10**6):
-        logp = constant_logprobs(model, chats, temperature, micro_tokens)
-        gap = rollout.check_one_distribution(model, chats, samples, logp, constant_logprobs(model, chats, temperature, micro_tokens), temperature, micro_tokens, repeat=True)
+    for micro_batch_tokens in (70, 10**6):
+        logp = logprobs_no_grad(model, chats, temperature, micro_batch_tokens)
+        gap = rollout.check_sampler_matches_trainer(
+            model,
+            chats,
+            samples,
+            logp,
+            logprobs_no_grad(model, chats, temperature, micro_batch_tokens),
+            temperature,
+            micro_batch_tokens,
+            repeat=True,
+        )
         assert 0 <= gap < 1e-5
         lengths = [len(s.tokens) for s in samples]
         zero = torch.zeros_like(logp)
         parts = list(zip(*(x.split(lengths) for x in (logp, zero, zero + 1, zero))))
-        (loss, _, k3, clipped, ratio), largest = ppo.update_step(model, critic, chats, parts, len(logp), configure(temperature=temperature, micro_tokens=micro_tokens), 0.0)
-        assert largest == 1 and k3 == 0 and clipped == 0 and ratio.item() == pytest.approx(1, abs=1e-6) and loss.item() == pytest.approx(-1, abs=1e-6)
+        stats = ppo.update_step(
+            model,
+            critic,
+            chats,
+            parts,
+            len(logp),
+            configure(temperature=temperature, micro_batch_tokens=micro_batch_tokens),
+            0.0,
+        )
+        assert stats["max_ratio"] == 1 and stats["approx_kl"] == 0 and stats["clip_fraction"] == 0
+        assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["loss"] == pytest.approx(-1, abs=1e-6)
 
 
 def test_what_is_not_one_distribution_is_refused(make_model):
     model = talker(make_model)
     chats, samples = sampled(model)
-    logp = constant_logprobs(model, chats, 1.0, 10**6)
-    check = lambda model, samples, logp, ref, temperature=1.0: rollout.check_one_distribution(model, chats, samples, logp, ref, temperature, 10**6, repeat=True)  # noqa: E731
+    logp = logprobs_no_grad(model, chats, 1.0, 10**6)
+
+    def check(model, samples, logp, ref_logp, temperature=1.0):
+        return rollout.check_sampler_matches_trainer(
+            model, chats, samples, logp, ref_logp, temperature, 10**6, repeat=True
+        )
+
     assert check(model, samples, logp, logp) < 1e-5 and check(model, samples, logp, None) < 1e-5
     with pytest.raises(UserError, match="KL != 0"):
-        check(model, samples, logp, constant_logprobs(moved(model, by=1e-3), chats, 1.0, 10**6))
+        check(model, samples, logp, logprobs_no_grad(moved(model, by=1e-3), chats, 1.0, 10**6))
     check(model, samples, logp, None)  # another reference is fine where one was asked for
     with pytest.raises(UserError, match="sampler and trainer disagree"):
-        check(model, samples, constant_logprobs(model, chats, 0.9, 10**6), None, 0.9)
+        check(model, samples, logprobs_no_grad(model, chats, 0.9, 10**6), None, 0.9)
     with pytest.raises(UserError, match="ratio != 1"):
-        check(model, samples, constant_logprobs(model, chats, 0.9, 10**6), None, 1.0)
-    one_off = [rollout.Sample(s.prompt_index, s.tokens, [x + (i == 3) * 0.01 for x in s.logprobs], s.finished) for i, s in enumerate(samples)]
+        check(model, samples, logprobs_no_grad(model, chats, 0.9, 10**6), None, 1.0)
+    one_off = []
+    for i, s in enumerate(samples):
+        logprobs = [x + (i == 3) * 0.01 for x in s.logprobs]
+        one_off.append(rollout.Sample(s.prompt_index, s.tokens, logprobs, s.finished, s.loss_mask))
     with pytest.raises(UserError, match="sampler and trainer disagree"):
         check(model, one_off, logp, None)
     model.dropout = 0.1
@@ -317,42 +420,56 @@ def test_what_is_not_one_distribution_is_refused(make_model):
         check(model, samples, logp, None)
     model.dropout = 0.0
     prompts = [chat.encode_prompt(TOK, ask(p)) for p in ("q1", "q2")]
-    cut = rollout.rollout(model, prompts, max_new=6, n=8, top_k=3, stop={END})
-    chats = [chat.answered(prompts[s.prompt_index], s.tokens) for s in cut]
+    cut = rollout.rollout(model, prompts, max_new_tokens=6, n=8, top_k=3, stop={END})
+    chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in cut]
     with pytest.raises(UserError, match="sampler and trainer disagree"):
-        check(model, cut, constant_logprobs(model, chats, 1.0, 10**6), None)
+        check(model, cut, logprobs_no_grad(model, chats, 1.0, 10**6), None)
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 70, 10**6])
-def test_gradients_are_those_of_full_logits_however_the_answers_are_split_and_ordered(make_model, micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 70, 10**6])
+def test_gradients_are_those_of_full_logits_however_the_answers_are_split_and_ordered(make_model, micro_batch_tokens):
     old = talker(make_model).double()
     model, critic = moved(old, by=0.1).double(), make_model(1, **(SMALL | {"scalar_head": True})).double()
     temperature, center, clip_ratio, clip_value = 0.8, 0.25, 0.1, 0.15
-    config = configure(temperature=temperature, clip_ratio=clip_ratio, clip_value=clip_value, micro_tokens=micro_tokens)
+    config = configure(
+        temperature=temperature, clip_ratio=clip_ratio, clip_value=clip_value, micro_batch_tokens=micro_batch_tokens
+    )
     chats, samples = sampled(old, n=3, temperature=temperature)
     lengths = [len(s.tokens) for s in samples]
     assert len(set(lengths)) > 1
     random = np.random.default_rng(0)
     old_logp = full_logps(old, chats, temperature).detach()
-    noise = lambda scale: torch.from_numpy(random.normal(size=len(old_logp))) * scale  # noqa: E731
+
+    def noise(scale):
+        return torch.from_numpy(random.normal(size=len(old_logp))) * scale
+
     advantages, old_values = noise(1), full_values(critic, chats, center).detach() + noise(0.3)
     returns = old_values + noise(1)
     ratio = (full_logps(model, chats, temperature) - old_logp).exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages).sum() / 50
     values = full_values(critic, chats, center)
-    led = old_values + (values - old_values).clamp(-clip_value, clip_value)
-    value_loss = 0.5 * torch.maximum((values - returns) ** 2, (led - returns) ** 2).sum() / 50
+    clipped_values = old_values + (values - old_values).clamp(-clip_value, clip_value)
+    value_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2).sum() / 50
     assert 0.1 < ((ratio - 1).abs() > clip_ratio).double().mean() < 0.9
-    wanted = torch.autograd.grad(loss, list(model.parameters())) + torch.autograd.grad(value_loss, list(critic.parameters()))
+    wanted = torch.autograd.grad(loss, list(model.parameters())) + torch.autograd.grad(
+        value_loss, list(critic.parameters())
+    )
     parts = list(zip(*(x.split(lengths) for x in (old_logp, old_values, advantages, returns))))
     for order in (np.arange(len(chats)), random.permutation(len(chats))):
         model.zero_grad(), critic.zero_grad()
-        total, largest = ppo.update_step(model, critic, [chats[i] for i in order], [parts[i] for i in order], 50, config, center)
+        stats = ppo.update_step(model, critic, [chats[i] for i in order], [parts[i] for i in order], 50, config, center)
         for p, g in zip([*model.parameters(), *critic.parameters()], wanted):
             torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
         d = ratio.detach().log()
-        figures = (loss, value_loss, (d.exp() - 1 - d).sum() / 50, ((ratio - 1).abs() > clip_ratio).sum() / 50, ratio.sum() / 50)
-        assert total.tolist() == pytest.approx([float(x.detach()) for x in figures], rel=1e-4) and largest == pytest.approx(ratio.detach().max().item(), rel=1e-4)
+        figures = (
+            loss,
+            value_loss,
+            (d.exp() - 1 - d).sum() / 50,
+            ((ratio - 1).abs() > clip_ratio).sum() / 50,
+            ratio.sum() / 50,
+        )
+        figures = [float(x.detach()) for x in (*figures, ratio.max())]
+        assert list(stats.values()) == pytest.approx(figures, rel=1e-4)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -361,7 +478,7 @@ def test_the_end_of_a_turn_is_learnt_as_any_other_token(make_model, sign):
     model, critic = talker(make_model), make_model(1, **(SMALL | {"scalar_head": True}))
     chats, samples = sampled(model, n=8)
     chats, samples = zip(*((c, s) for c, s in zip(chats, samples) if s.finished))
-    logp = constant_logprobs(model, list(chats), 1.0, 10**6)
+    logp = logprobs_no_grad(model, list(chats), 1.0, 10**6)
     ends = torch.tensor(np.cumsum([len(s.tokens) for s in samples]) - 1)
     advantages = torch.zeros_like(logp).index_fill(0, ends, float(sign))
     lengths, zero = [len(s.tokens) for s in samples], torch.zeros_like(logp)
@@ -373,39 +490,66 @@ def test_the_end_of_a_turn_is_learnt_as_any_other_token(make_model, sign):
     with torch.no_grad():
         for p in model.parameters():
             p.sub_(p.grad * 0.1)
-    after = constant_logprobs(model, list(chats), 1.0, 10**6)
+    after = logprobs_no_grad(model, list(chats), 1.0, 10**6)
     assert ((after - logp)[ends] * sign).mean() > 0
 
 
 def test_the_critic_begins_as_the_reward_model_or_as_nothing_expected(make_model, files):
     model = checkpoint.load(files / "sft")[0]
     chats, _ = sampled(model, n=2)
-    first = lambda **flags: ppo.first_critic(ppo.Config(**({"init": "", "data": "", "out": "", "reward": "a.py:b"} | flags)), model, TOK)  # noqa: E731
+
+    def first(**flags):
+        config = ppo.Config(**({"init": "", "data": "", "out": "", "reward": "a.py:b"} | flags))
+        return scoring.first_critic(config, model, TOK)
+
     critic, center = first()
-    assert center == 0 and ppo.constant_values(critic, chats, center, 10**6).abs().max() == 0
-    assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in critic.named_parameters() if name != "score")
+    assert center == 0 and values_no_grad(critic, chats, 10**6).abs().max() == 0
+    assert all(
+        torch.equal(p, dict(model.named_parameters())[name]) for name, p in critic.named_parameters() if name != "score"
+    )
     rm = checkpoint.load(files / "rm")[0]
-    for flags, weight in (({"reward": f"a.py:b,{files}/rm*2"}, 2), ({"critic": f"{files}/rm"}, 1)):  # as much as the reward model counts in the reward
+    for flags, weight in (
+        ({"reward": f"a.py:b,{files}/rm*2"}, 2),
+        ({"critic": f"{files}/rm"}, 1),
+    ):  # as much as the reward model counts in the reward
         critic, center = first(**flags)
         ours, theirs = critic.state_dict(), rm.state_dict()
-        assert center == 0.25 * weight and torch.equal(ours.pop("score"), weight * theirs.pop("score")) and all(torch.equal(ours[name], p) for name, p in theirs.items())
+        assert (
+            center == 0.25 * weight
+            and torch.equal(ours.pop("score"), weight * theirs.pop("score"))
+            and all(torch.equal(ours[name], p) for name, p in theirs.items())
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole runs
 
 
 def test_one_step_by_hand(train, files, make_model, tmp_path):
-    """What is logged of the first update, from a rollout and scores made again here; at another temperature, with a penalty, a center and another reference."""
-    reference = checkpoint.save(tmp_path / "reference", moved(checkpoint.load(files / "sft")[0]), TOK, {"stage": "sft", "step": 1})
-    how = dict(reward=f"{files}/rm*2,{files}/rewards.py:yes", monitor=f"{files}/rewards.py:length", reference=reference, temperature=0.8, max_new=3, beta=0.5, gamma=0.9, lam=0.8)
+    """What is logged of the first update, from a rollout and scores made again here; at another
+    temperature, with a penalty, a center and another reference."""
+    reference = checkpoint.save(
+        tmp_path / "reference", moved(checkpoint.load(files / "sft")[0]), TOK, {"stage": "sft", "step": 1}
+    )
+    how = dict(
+        reward=f"{files}/rm*2,{files}/rewards.py:yes",
+        monitor=f"{files}/rewards.py:length",
+        reference=reference,
+        temperature=0.8,
+        max_new_tokens=3,
+        beta=0.5,
+        gamma=0.9,
+        lam=0.8,
+    )
     succeeds(train(tmp_path / "run", steps=1, epochs=1, minibatches=1, unfinished_penalty=1.5, **how))
     (log,) = [r for r in records(tmp_path / "run") if "loss" in r]
     (model, _, _), (ref, _, _), (rm, _, _) = (checkpoint.load(x) for x in (files / "sft", reference, files / "rm"))
-    rows, _ = chat.split_off([chat.prompt_only(row) for row in questions(30)], 0.2, 0)
-    rows = [rows[i] for i in ppo.corpus.Order(lambda random: (np.arange(24), np.ones(24)), 0).batch(12)]
-    prompts, samples, texts = rollout.answers(model, TOK, [m for m, _ in rows], max_new=3, temperature=0.8, seed=1)
-    chats = [chat.answered(prompts[s.prompt_index], s.tokens) for s in samples]
+    rows, _ = data_rows.split_off([data_rows.prompt_only(row) for row in questions(30)], 0.2, 0)
+    rows = [rows[i] for i in index_order(24, 0).batch(12)]
+    prompts, samples, texts = rollout.sample_completions(
+        model, TOK, [m for m, _ in rows], max_new_tokens=3, temperature=0.8, seed=1
+    )
+    chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
     logp, ref_logp = full_logps(model, chats, 0.8), full_logps(ref, chats, 0.8)
     values = 2 * full_values(rm, chats, 0.25)  # the reward model counts twice
     scored = [(rm(pack([c.ids]))[-1] * rm.score[0]).sum().item() - 0.25 for c in chats]
@@ -417,18 +561,48 @@ def test_one_step_by_hand(train, files, make_model, tmp_path):
         rewards.append(-0.5 * kl)
         rewards[-1][-1] += score
     advantages, _ = ppo.gae(torch.cat(rewards), values, lengths, 0.9, 0.8)
-    wanted = {"reward": np.mean(scores), f"{files}/rm": np.mean(scored), f"{files}/rewards.py:length": np.mean([len(t) - 10 * s.finished for t, s in zip(texts, samples)]), "kl": (logp - ref_logp).sum().item() / 12,
-              "value_loss": 0.5 * advantages.square().mean().item(), "loss": 0, "approx_kl": 0, "ratio": 1, "clip_fraction": 0, "entropy": -logp.mean().item(), "updates": 1, "beta": 0.5,
-              "finished": np.mean([s.finished for s in samples]), "answer_tokens": np.mean(lengths), "explained_variance": 1 - (advantages.var(correction=0) / (advantages + values).var(correction=0)).item()}  # fmt: skip
+    returns = advantages + values
+    wanted = {
+        "reward": np.mean(scores),
+        f"{files}/rm": np.mean(scored),
+        f"{files}/rewards.py:length": np.mean([len(t) - 10 * s.finished for t, s in zip(texts, samples)]),
+        "kl": (logp - ref_logp).sum().item() / 12,
+        "value_loss": 0.5 * advantages.square().mean().item(),
+        "loss": 0,
+        "approx_kl": 0,
+        "ratio": 1,
+        "clip_fraction": 0,
+        "entropy": -logp.mean().item(),
+        "updates": 1,
+        "beta": 0.5,
+        "finished": np.mean([s.finished for s in samples]),
+        "completion_tokens": np.mean(lengths),
+        "explained_variance": 1 - (advantages.var(correction=0) / returns.var(correction=0)).item(),
+    }
     assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("reward, sign", [("yes", 1), ("no", -1)])
 def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, files, tmp_path, reward, sign):
-    succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:{reward}", steps=12, batch=24, beta=0.01, lr=0.01, eval_every=0, save_every=0))
+    succeeds(
+        train(
+            tmp_path / "run",
+            reward=f"{files}/rewards.py:{reward}",
+            steps=12,
+            prompts_per_step=24,
+            beta=0.01,
+            lr=0.01,
+            eval_every=0,
+            save_every=0,
+        )
+    )
     before, after = (checkpoint.load(folder)[0] for folder in (files / "sft", tmp_path / "run"))
-    said = [chat.answered(chat.encode_prompt(TOK, ask(f"q{i}")), chat.encode_answer(TOK, "yes")) for i in range(4)]
-    change = [(learnt_logprobs(after, [c]).sum() - learnt_logprobs(before, [c]).sum()).item() * sign for c in said]
+    said = [
+        make_completion(chat.encode_prompt(TOK, ask(f"q{i}")), chat.encode_completion(TOK, "yes")) for i in range(4)
+    ]
+    change = [
+        (completion_logprobs(after, [c]).sum() - completion_logprobs(before, [c]).sum()).item() * sign for c in said
+    ]
     assert np.mean(change) > 0.3, change
     reward = steps_of(tmp_path / "run", "reward")
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.1
@@ -438,20 +612,47 @@ def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, file
 def test_the_critic_learns_what_is_to_be_expected(train, files, tmp_path):
     """Of a reward that is always 0.3, from a head of zeros and a policy that stays as it is."""
     run = tmp_path / "run"
-    succeeds(train(run, reward=f"{files}/rewards.py:same", unfinished_penalty=0, steps=10, lr=1e-7, critic_lr=0.02, lam=1, eval_every=0, save_every=0))
+    succeeds(
+        train(
+            run,
+            reward=f"{files}/rewards.py:same",
+            unfinished_penalty=0,
+            steps=10,
+            lr=1e-7,
+            critic_lr=0.02,
+            lam=1,
+            eval_every=0,
+            save_every=0,
+        )
+    )
     loss = steps_of(run, "value_loss")
     assert loss[-1] < loss[0] / 10 and loss[0] < 0.5 * 0.3**2 + 1e-3
     chats, _ = sampled(checkpoint.load(run)[0], n=4)
-    values = ppo.constant_values(checkpoint.load(run / "latest/critic")[0], chats, checkpoint.load(run)[2]["critic_center"], 10**6)
+    values = (
+        values_no_grad(checkpoint.load(run / "latest/critic")[0], chats, 10**6)
+        - checkpoint.load(run)[2]["critic_center"]
+    )
     assert values.mean().item() == pytest.approx(0.3, abs=0.1)
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_one_process_micro_batches_and_two_processes_agree(train, fork, files, flags, tmp_path, group):
-    """With a reward model as reward and critic, another temperature, a steered beta and prompts that do not split evenly."""
-    how = dict(reward=f"{files}/rm,{files}/rewards.py:yes*0.5", group=group, batch=10, temperature=0.9, kl_target=0.5, kl_horizon=100, steps=4, eval_every=2, save_every=0, lr=0.001)
+    """With a reward model as reward and critic, another temperature, a steered beta and prompts
+    that do not split evenly."""
+    how = dict(
+        reward=f"{files}/rm,{files}/rewards.py:yes*0.5",
+        group_size=group,
+        prompts_per_step=10 // group,
+        temperature=0.9,
+        adaptive_kl=0.5,
+        adaptive_kl_horizon=100,
+        steps=4,
+        eval_every=2,
+        save_every=0,
+        lr=0.001,
+    )
     succeeds(train(tmp_path / "whole", **how))
-    succeeds(train(tmp_path / "micro", micro_tokens=1, **how))
+    succeeds(train(tmp_path / "micro", micro_batch_tokens=1, **how))
     outputs = pair(fork, ppo, **(flags | how | {"out": tmp_path / "pair"}))
     assert "step 4/4" in outputs[0] and not outputs[1].strip()
     for name in ("micro", "pair"):
@@ -459,14 +660,19 @@ def test_one_process_micro_batches_and_two_processes_agree(train, fork, files, f
             assert all(r["sampler_gap"] < 1e-5 for r in records(run) if "loss" in r)
         assert_close_runs(tmp_path / name, tmp_path / "whole", 4, ["model.safetensors", "critic/model.safetensors"])
     kl, beta = steps_of(tmp_path / "whole", "kl"), steps_of(tmp_path / "whole", "beta")
-    assert beta == pytest.approx([0.05, *(ppo.steered(b, k, 10, 0.5, 100) for b, k in zip(beta, kl))][:4]) and len(set(beta)) > 1
+    assert (
+        beta == pytest.approx([0.05, *(adapted(b, k, 10, 0.5, 100) for b, k in zip(beta, kl))][:4])
+        and len(set(beta)) > 1
+    )
 
 
-def test_the_largest_ratio_is_that_of_all_ranks(train, fork, flags, tmp_path):
+def test_the_max_ratio_is_that_of_all_ranks(train, fork, flags, tmp_path):
     how = dict(steps=1, lr=0.01, eval_every=0, seed=1)
     succeeds(train(tmp_path / "whole", **how))
     pair(fork, ppo, **(flags | how | {"out": tmp_path / "pair"}))
-    assert steps_of(tmp_path / "pair", "largest_ratio") == pytest.approx(steps_of(tmp_path / "whole", "largest_ratio"), rel=1e-4)
+    assert steps_of(tmp_path / "pair", "max_ratio") == pytest.approx(
+        steps_of(tmp_path / "whole", "max_ratio"), rel=1e-4
+    )
 
 
 def test_the_ranks_meet_once_for_all_answers_of_a_step(fork, flags, tmp_path):
@@ -481,19 +687,33 @@ def test_two_processes_may_share_a_single_held_out_prompt(fork, files, flags, tm
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(train, make_model, files, tmp_path):
-    """Critic, both optimizers, steered beta and order; even where the model it began from has been trained further since: that is not its reference."""
+    """Critic, both optimizers, steered beta and order; even where the model it began from has been
+    trained further since: that is not its reference."""
     init = tmp_path / "sft"
     shutil.copytree(files / "sft", init, symlinks=True)
-    straight, killed, how = tmp_path / "straight", tmp_path / "killed", dict(init=init, reward=f"{files}/rm,{files}/rewards.py:yes", kl_target=0.1, kl_horizon=50, steps=13, save_every=3)
+    straight, killed, how = (
+        tmp_path / "straight",
+        tmp_path / "killed",
+        dict(
+            init=init,
+            reward=f"{files}/rm,{files}/rewards.py:yes",
+            adaptive_kl=0.1,
+            adaptive_kl_horizon=50,
+            steps=13,
+            save_every=3,
+        ),
+    )
     succeeds(train(straight, **how))
     child = train(killed, **how)
     wait_until(lambda: logged(killed, 4), child)
     assert kill(child)[0] == -9
     checkpoint.save(init, make_model(9, **SMALL), TOK, {"stage": "sft", "step": 2})
-    assert "going on after step" in succeeds(train(killed, resume=True, **how))
+    assert "continuing after step" in succeeds(train(killed, resume=True, **how))
     assert train_steps(killed) == list(range(1, 14)) and len(set(steps_of(killed, "beta"))) > 1
     assert_same(straight, killed, [3, 6, 9, 12, 13])
-    assert {p.name for p in (killed / "step_000013").iterdir()} >= {"critic", "model.safetensors"} and checkpoint.load(killed / "step_000013/critic")[0].config.scalar_head
+    assert {p.name for p in (killed / "step_000013").iterdir()} >= {"critic", "model.safetensors"} and checkpoint.load(
+        killed / "step_000013/critic"
+    )[0].config.scalar_head
     assert "--beta=0.2: this run was started with --beta=0.05" in refused(train(killed, resume=True, **how, beta=0.2))
 
 
@@ -501,12 +721,18 @@ def test_a_run_goes_on_only_with_the_rewards_it_began_with(train, make_model, fi
     shutil.copy(files / "rewards.py", tmp_path / "mine.py")
     save_reward_model(make_model, tmp_path / "rm"), save_reward_model(make_model, tmp_path / "critic", seed=6)
     reference = save(make_model, tmp_path / "reference", "sft", seed=3)
-    how = dict(reward=f"{tmp_path}/mine.py:yes,{tmp_path}/rm", critic=tmp_path / "critic", reference=reference, steps=2, save_every=1)
+    how = dict(
+        reward=f"{tmp_path}/mine.py:yes,{tmp_path}/rm",
+        critic=tmp_path / "critic",
+        reference=reference,
+        steps=2,
+        save_every=1,
+    )
     succeeds(train(tmp_path / "run", **how))
     for step in ("step_000002", "latest", "best"):
         path = tmp_path / "run" / step
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
-    unlike = "not the data this run was started with (its SHA-256 is another)"
+    unlike = "not the data this run was started with (its SHA-256 differs)"
     for path, seed in ((tmp_path / "rm", 7), (tmp_path / "critic", 8)):
         shutil.copytree(path, tmp_path / "kept", symlinks=True)
         shutil.rmtree(path)
@@ -515,33 +741,51 @@ def test_a_run_goes_on_only_with_the_rewards_it_began_with(train, make_model, fi
         shutil.rmtree(path)
         (tmp_path / "kept").rename(path)
     (tmp_path / "mine.py").write_text(REWARDS + "\n")
-    assert f"{tmp_path}/mine.py: {unlike}" in refused(train(tmp_path / "run", resume=True, **how)).replace(".py:yes:", ".py:")
+    assert f"{tmp_path}/mine.py: {unlike}" in refused(train(tmp_path / "run", resume=True, **how)).replace(
+        ".py:yes:", ".py:"
+    )
     (tmp_path / "mine.py").write_text(REWARDS)
     succeeds(train(tmp_path / "run", resume=True, **how))
 
 
 def test_too_far_a_step_is_left_out_and_moves_nothing(train, files, tmp_path):
-    """A run whose second epoch is always too far is the run of one epoch, bit for bit: weights, critic, optimizers."""
+    """A run whose second epoch is always too far is the run of one epoch, bit for bit: weights,
+    critic, optimizers."""
     how = dict(minibatches=1, lr=0.01, steps=3, eval_every=0)
-    succeeds(train(tmp_path / "short", epochs=1, target_kl=0, **how))
-    succeeds(train(tmp_path / "cut", epochs=3, target_kl=1e-5, **how))
+    succeeds(train(tmp_path / "short", epochs=1, stop_kl=0, **how))
+    succeeds(train(tmp_path / "cut", epochs=3, stop_kl=1e-5, **how))
     assert steps_of(tmp_path / "cut", "updates") == [1, 1, 1]
     assert_same(tmp_path / "short", tmp_path / "cut", [3], log=False)
-    succeeds(train(tmp_path / "long", epochs=3, target_kl=0, **how))
+    succeeds(train(tmp_path / "long", epochs=3, stop_kl=0, **how))
     assert steps_of(tmp_path / "long", "updates") == [3, 3, 3] and max(steps_of(tmp_path / "long", "approx_kl")) > 1e-5
 
 
 def test_a_poor_reward_model_is_refused(train, make_model, files, tmp_path):
-    poor, unknown = save_reward_model(make_model, tmp_path / "poor", metrics={"accuracy": 0.5}), save_reward_model(make_model, tmp_path / "unknown", metrics={})
-    assert f"--reward={poor}: it ordered 50.0% of its held-out pairs right, less than --min_accuracy=0.55" in refused(train(tmp_path / "run", reward=f"{poor}*0.5"))
+    poor, unknown = (
+        save_reward_model(make_model, tmp_path / "poor", metrics={"accuracy": 0.5}),
+        save_reward_model(make_model, tmp_path / "unknown", metrics={}),
+    )
+    assert f"--reward={poor}: it ordered 50.0% of its held-out pairs right, less than --min_accuracy=0.55" in refused(
+        train(tmp_path / "run", reward=f"{poor}*0.5")
+    )
     succeeds(train(tmp_path / "run", reward=poor, min_accuracy=0.5, steps=1))
-    assert f"{unknown}: no accuracy on held-out pairs is on record" in succeeds(train(tmp_path / "other", reward=unknown, steps=1))
+    assert f"{unknown}: its accuracy is not recorded" in succeeds(train(tmp_path / "other", reward=unknown, steps=1))
 
 
 def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_path):
-    how = dict(reward=f"{files}/rewards.py:length", unfinished_penalty=0, steps=12, batch=24, beta=0, lr=0.02, max_new=10, target_kl=0, eval_every=0)
+    how = dict(
+        reward=f"{files}/rewards.py:length",
+        unfinished_penalty=0,
+        steps=12,
+        prompts_per_step=24,
+        beta=0,
+        lr=0.02,
+        max_new_tokens=10,
+        stop_kl=0,
+        eval_every=0,
+    )
     output = succeeds(train(tmp_path / "run", **how))
-    assert output.count("warning: ") == 1 and "of the answers end, after" in output
+    assert output.count("warning: ") == 1 and "of the completions end, after" in output
     shutil.rmtree(tmp_path / "run/step_000012")
     assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
     assert "warning" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
@@ -551,23 +795,41 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
 @pytest.mark.parametrize("reward", ["{0}/rm", "{0}/rewards.py:yes", "{0}/rm*0.5,{0}/rewards.py:yes*2"])
 def test_with_and_without_a_reward_model_and_a_critic(train, files, tmp_path, reward, critic):
     names = reward.format(files)
-    output = succeeds(train(tmp_path / "run", reward=names, critic=critic and files / critic, monitor=f"{files}/rewards.py:length", steps=2))
+    output = succeeds(
+        train(
+            tmp_path / "run",
+            reward=names,
+            critic=critic and files / critic,
+            monitor=f"{files}/rewards.py:length",
+            steps=2,
+        )
+    )
     model, _, info = checkpoint.load(tmp_path / "run")
-    assert info["stage"] == "ppo" and [x["stage"] for x in info["lineage"]] == ["sft"] and info["critic_center"] == (0.25 if critic else 0.25 * ("{0}/rm" in reward) * (0.5 if "rm*0.5" in reward else 1))
+    assert (
+        info["stage"] == "ppo"
+        and [x["stage"] for x in info["lineage"]] == ["sft"]
+        and info["critic_center"]
+        == (0.25 if critic else 0.25 * ("{0}/rm" in reward) * (0.5 if "rm*0.5" in reward else 1))
+    )
     last = [r for r in records(tmp_path / "run") if "loss" in r][-1]
-    assert math.isfinite(last["loss"]) and f"{files}/rewards.py:length" in last and "validation on 4 held-out prompts: reward" in output
+    assert math.isfinite(last["loss"]) and f"{files}/rewards.py:length" in last and "validation val_loss" in output
     parts = [(name.partition("*")[0], float(name.partition("*")[2] or 1)) for name in names.split(",")]
     unfinished = 1 - last["finished"]
     assert last["reward"] == pytest.approx(sum(w * last[name] for name, w in parts) - unfinished, abs=1e-5)
     (entry,) = (tmp_path / "run/samples.txt").read_text().split("=== step ")[1:]
-    assert "--- answers:" in entry
+    assert "--- completion:" in entry
 
 
 def test_a_prompt_that_leaves_no_room_is_counted_and_left_out(train, tmp_path):
     rows = write_rows(tmp_path / "long.jsonl", [*questions(9), {"prompt": "x" * 90, "flat": False}])
-    assert f"{rows}: 1 of 10 prompts left out, which leave less than --max_new=6 of the context's 96 tokens" in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(2)), steps=1))
+    assert (
+        f"{rows}: 1 of 10 prompts left out, which leave less than --max_new_tokens=6 of the context's 96 tokens"
+        in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(2)), steps=1))
+    )
     only = write_rows(tmp_path / "only.jsonl", [{"prompt": "x" * 90}] * 2)
-    assert "no prompt leaves room for an answer of --max_new=6 tokens" in refused(train(tmp_path / "none", data=only))
+    assert "no prompt leaves room for an answer of --max_new_tokens=6 tokens" in refused(
+        train(tmp_path / "none", data=only)
+    )
 
 
 def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files, tmp_path):
@@ -575,24 +837,27 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files,
     succeeds(train(run, steps=1))
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     strange = tokenizer.train(["the old map " * 5], 256 + 4 + 3)
-    other, other_rm = save(make_model, tmp_path / "other", "sft", tok=strange), save_reward_model(make_model, tmp_path / "other_rm", tok=strange)
+    other, other_rm = (
+        save(make_model, tmp_path / "other", "sft", tok=strange),
+        save_reward_model(make_model, tmp_path / "other_rm", tok=strange),
+    )
     mine = f"{files}/rewards.py"
     for flags, named in [
-        ({"init": files / "rm"}, "a reward model, which writes nothing"),
+        ({"init": files / "rm"}, "writes nothing; start from"),
         ({"init": files / "prompts.jsonl"}, "prompts.jsonl: no checkpoint here, but a file"),
-        ({"reference": other}, "--reference=" + f"{other}: it has another tokenizer than --init"),
-        ({"critic": other_rm}, f"--critic={other_rm}: it has another tokenizer than --init"),
+        ({"reference": other}, "--reference=" + f"{other}: it has another tokenizer"),
+        ({"critic": other_rm}, f"--critic={other_rm}: it has another tokenizer"),
         ({"critic": files / "sft"}, "not a reward model (it has no scalar head)"),
         ({"reward": files / "sft"}, "not a reward model (it has no scalar head)"),
         ({"reward": tmp_path / "absent"}, "absent: no checkpoint here"),
-        ({"reward": f"{mine}:yes*much"}, "'much' is no weight"),
+        ({"reward": f"{mine}:yes*much"}, "'much' is not a number"),
         ({"reward": f"{mine}:absent"}, "rewards.py has no function absent"),
         ({"reward": f"{tmp_path}/absent.py:f"}, "absent.py does not exist"),
         ({"reward": f"judge:{files}/sft"}, "a judge needs principles"),
         ({"reward": ""}, "--reward="),
-        ({"max_new": 96}, "--max_new=96: the model's context is 96 tokens"),
-        ({"batch": 9, "group": 2}, "--batch=9: must be a multiple of --group=2"),
-        ({"batch": 1, "minibatches": 2}, "--batch=1"),
+        ({"max_new_tokens": 96}, "--max_new_tokens=96: the model's context is 96 tokens"),
+        ({"batch": 9, "group": 2}, "--prompts_per_step=9: must be a multiple of --group=2"),
+        ({"batch": 1, "minibatches": 2}, "--prompts_per_step=1"),
         ({"beta": -1}, "--beta=-1.0"),
         ({"temperature": 0}, "--temperature=0.0"),
         ({"gamma": 1.1}, "--gamma=1.1"),
@@ -600,26 +865,31 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files,
         ({"epochs": 0}, "--epochs=0"),
         ({"clip_ratio": 0}, "--clip_ratio=0.0"),
         ({"reward_timeout": 0}, "--reward_timeout=0.0"),
-    ]:  # fmt: skip
+    ]:
         line = refused(train(run, overwrite=True, **flags))
         assert named in line, (flags, line)
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, flags
 
 
 def test_a_critic_or_reference_that_reaches_less_far_than_the_policy_is_refused(train, make_model, files, tmp_path):
-    critic, reference = save(make_model, tmp_path / "critic", "reward", scalar_head=True, context=20), save(make_model, tmp_path / "reference", "sft", context=20)
+    critic, reference = (
+        save(make_model, tmp_path / "critic", "reward", scalar_head=True, context=20),
+        save(make_model, tmp_path / "reference", "sft", context=20),
+    )
     for flags in ({"reward": critic}, {"critic": critic}, {"reference": reference}):
         assert "context" in refused(train(tmp_path / "run", overwrite=True, steps=1, **flags))
 
 
-@pytest.mark.parametrize("name, named", [("raises", "KeyError: 'absent' ("), ("word", "ValueError: could not convert string")])
+@pytest.mark.parametrize(
+    "name, named", [("raises", "KeyError: 'absent' ("), ("word", "ValueError: could not convert string")]
+)
 def test_a_reward_function_that_fails_is_named_with_the_answer_it_failed_on(train, files, tmp_path, name, named):
     line = refused(train(tmp_path / "run", reward=f"{files}/rewards.py:{name}", steps=1))
     assert f"--reward={files}/rewards.py:{name}: {named}" in line and "completion" in line
 
 
-def test_beta_is_steered_only_where_it_can_be():
-    for flags in ({"beta": 0.0}, {"kl_horizon": 19.0}):
-        with pytest.raises(UserError, match="--kl_target"):
-            ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", kl_target=6.0, **flags))
-    ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", kl_target=6.0))
+def test_beta_is_adapted_only_where_it_can_be():
+    for flags in ({"beta": 0.0}, {"adaptive_kl_horizon": 19.0}):
+        with pytest.raises(UserError, match="--adaptive_kl"):
+            ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", adaptive_kl=6.0, **flags))
+    ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", adaptive_kl=6.0))

@@ -1,0 +1,182 @@
+"""Whether this code is as fast as another checkout, stage by stage: pairs of processes, A B B A ...
+
+Both sides train the same small model from the same checkpoint on the CPU with two threads; seconds
+per step are those of log.jsonl without the first steps. Sampling is measured alone as well, as
+tokens per second on 32 slots. A pair's ratio is new speed / old speed. Each round starts a new
+process for each side, which is forked for every stage. A stage passes if the 95 % interval of its
+mean ratio reaches 0.97: it fails if it is slower for sure.
+
+    python -m bench.same_losses --make_golden --old=/tmp/base --checkpoints=/tmp/golden
+    python -m bench.speed --old=/tmp/base
+
+The new side has the environment that run.sh sets for glibc's allocator; the old code set the same
+itself. Other work on the machine makes intervals wide; the medians tell how much it did.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.same_losses import PAIRS, PREPARED, ROOT, Runner, command, hardware
+from runtime.cli import launch
+from runtime.errors import UserError
+
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+LIMIT = 0.97
+
+
+@dataclass
+class Config:
+    # checkout to compare with
+    old: str
+    # checkout that is measured; "": this one
+    new: str = ""
+    # directory written by bench.same_losses --make_golden
+    checkpoints: str = "/tmp/golden"
+    # pairs of processes per stage
+    pairs: int = 15
+    # stages, comma-separated; "": all
+    only: str = ""
+
+
+TRAIN = ["--device=cpu", "--print_every=1000", "--eval_every=0", "--save_every=0", "--val_fraction=0.1"]
+RL = [*TRAIN, "--init=G/sft", "--reward=data/world.py:gold", "--max_new_tokens=40", "--eval_prompts=4", "--lr=1e-4"]
+STAGES = {  # commands with the new flags; G is the directory of checkpoints
+    "pretrain": [
+        *["pretrain.py", "--init=G/base", *PREPARED, "--device=cpu", "--print_every=1000", "--eval_every=0"],
+        *["--save_every=0", "--steps=15"],
+    ],
+    "sft": [
+        *["sft.py", "--init=G/base", "--data=G/world/chat.jsonl", "--batch_tokens=1024", *TRAIN, "--steps=15"],
+    ],
+    "reward": ["reward.py", "--init=G/rm", *PAIRS, *TRAIN, "--steps=12"],
+    "dpo": ["dpo.py", "--init=G/sft", *PAIRS, *TRAIN, "--steps=12"],
+    "ppo": ["ppo.py", "--data=G/world/prompts.jsonl", "--prompts_per_step=16", *RL, "--steps=5"],
+    "grpo": [
+        *["grpo.py", "--data=G/world/problems.jsonl", "--prompts_per_step=4", "--group_size=4", *RL, "--steps=7"],
+    ],
+    "rlaif": [
+        *["rlaif.py", "--policy=G/sft", "--judge=G/base", "--constitution=G/world/constitution.txt"],
+        *["--data=G/world/prompts.jsonl", "--limit=64", "--rows_per_write=16", "--max_new_tokens=40", "--device=cpu"],
+    ],
+    "rollout": [],
+}
+FIRST_STEPS = {"pretrain": 3, "sft": 3, "reward": 2, "dpo": 2}  # not measured; of the others one
+
+
+def time_rollout(folder, prompts_path, out):
+    """Write the seconds per sampled token. Runs alone, in a process of the old or the new code."""
+    import inspect
+    import json
+    import time
+
+    try:
+        from runtime.checkpoint import load
+        from runtime.process import setup
+    except ImportError:
+        from checkpoint import load
+        from common import setup
+    from rollout import rollout
+
+    model = load(folder, setup("cpu", 0))[0]
+    with open(prompts_path) as f:
+        given = json.load(f)
+    parameters = inspect.signature(rollout).parameters
+    sizes = {"n": 16, "group_size": 16, "max_new": 40, "max_new_tokens": 40}
+    sizes = {name: size for name, size in sizes.items() if name in parameters}
+    seconds, tokens = 0.0, 0
+    for seed in range(3):
+        begin = time.perf_counter()
+        samples = rollout(model, given["prompts"], stop=set(given["stop"]), seed=seed, slots=32, **sizes)
+        if seed:  # the first call is a warm-up
+            seconds += time.perf_counter() - begin
+            tokens += sum(len(s.tokens) for s in samples)
+    with open(out, "w") as f:
+        json.dump(seconds / tokens, f)
+
+
+def seconds_per_step(runner, stage, checkpoints):
+    """Seconds per step of a stage, per token for rollout, per batch for rlaif."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if stage == "rollout":
+            out = f"{scratch}/seconds.json"
+            runner.call(time_rollout, f"{checkpoints}/sft", f"{checkpoints}/prompts.json", out)
+            return json.loads(Path(out).read_text())
+        out = f"{scratch}/out.jsonl" if stage == "rlaif" else f"{scratch}/out"
+        runner.run(command(runner.checkout, STAGES[stage], checkpoints, out))
+        log = f"{scratch}/out.log.jsonl" if stage == "rlaif" else f"{out}/log.jsonl"
+        records = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    seconds = [record["seconds"] for record in records if "seconds" in record]
+    if stage == "rlaif":  # its log adds them up
+        seconds = [b - a for a, b in zip([0.0, *seconds], seconds, strict=False)]
+    return statistics.mean(seconds[FIRST_STEPS.get(stage, 1) :])
+
+
+def interval(ratios):
+    """(geometric mean, low, high) of ratios: 95 % bootstrap percentiles over pairs."""
+    logs = np.log(ratios)
+    picks = np.random.default_rng(0).integers(0, len(logs), (10_000, len(logs)))
+    low, high = np.percentile(logs[picks].mean(1), [2.5, 97.5])
+    return math.exp(logs.mean()), math.exp(low), math.exp(high)
+
+
+def measure(config, stages):
+    """{stage: [(old, new seconds per step), ...]} over all pairs; stages that fail are left out."""
+    new = config.new or ROOT
+    times = {stage: [] for stage in stages}
+    for pair in range(config.pairs):
+        runners = {"old": Runner(config.old), "new": Runner(new, MALLOC)}
+        for runner in runners.values():
+            runner.run(["-c", "pass"])  # the imports are over when this returns
+        for stage in list(times):
+            order = ["old", "new"] if pair % 2 == 0 else ["new", "old"]
+            try:
+                found = {side: seconds_per_step(runners[side], stage, config.checkpoints) for side in order}
+                times[stage].append((found["old"], found["new"]))
+            except UserError as e:
+                print(f"{stage} failed: {e.args[0]}")
+                del times[stage]
+        for runner in runners.values():
+            runner.close()
+        print(f"pair {pair + 1}/{config.pairs}", flush=True)
+    return times
+
+
+def main(config):
+    stages = [name for name in config.only.split(",") if name] or list(STAGES)
+    for name in stages:
+        if name not in STAGES:
+            raise UserError(f"--only={config.only}: the stages are {', '.join(STAGES)}")
+    if not Path(config.checkpoints, "prompts.json").exists():
+        raise UserError(
+            f"--checkpoints={config.checkpoints}: nothing is there; bench.same_losses --make_golden writes it"
+        )
+    config.checkpoints = str(Path(config.checkpoints).resolve())  # the runs have directories of their own
+    begin = time.perf_counter()
+    times = measure(config, stages)
+
+    print(f"\n{hardware()}; {config.pairs} pairs in {time.perf_counter() - begin:.0f} s; speed of new / old")
+    print("stage       mean  [95 %]            median   old and new, median ms per step (token, batch)")
+    slower = [stage for stage in stages if stage not in times]
+    for stage, pairs in times.items():
+        ratios = [old / new for old, new in pairs]
+        mean, low, high = interval(ratios)
+        old, new = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
+        verdict = "ok" if high >= LIMIT else "SLOWER"
+        median = statistics.median(ratios)
+        print(f"{stage:<9} {mean:6.3f}  [{low:.3f}, {high:.3f}]  {median:8.3f}   {old:9.3f} {new:9.3f}   {verdict}")
+        if high < LIMIT:
+            slower.append(stage)
+    if slower:
+        raise UserError(f"FAIL: failed, or slower than {LIMIT} of the old speed for sure: {', '.join(slower)}")
+    print(f"PASS: no stage is slower than {LIMIT} of the old speed for sure")
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,141 @@
+"""figures.py: intervals that cover, preferences by hand, calibration, what verdicts say."""
+
+import math
+
+import numpy as np
+import pytest
+
+import figures
+from data.rows import Pair
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    covered = 0
+    for trial in range(100):
+        figure = figures.mean_interval(rng.random(80) < 0.3, seed=trial)
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        covered += figure["low"] <= 0.3 <= figure["high"]
+    assert 87 <= covered <= 99
+
+
+def test_one_row_has_no_interval():
+    assert figures.mean_interval([3.5], seed=0) == {"value": 3.5, "low": None, "high": None}
+
+
+def test_a_statistic_is_that_of_the_sums_and_its_draws_depend_on_the_seed():
+    rows = np.random.default_rng(0).random((50, 2)) + 1
+    ratio = [figures.interval(lambda sums: sums[0] / sums[1], rows, seed) for seed in (0, 0, 1)]
+    assert ratio[0]["value"] == pytest.approx(rows[:, 0].sum() / rows[:, 1].sum())
+    assert ratio[0] == ratio[1] and ratio[0]["low"] != ratio[2]["low"]
+
+
+def test_distinct_by_hand():
+    texts = ["a b a b", "a b", "c", ""]
+    assert figures.distinct(texts, 1) == 3 / 7 and figures.distinct(texts, 2) == 2 / 4
+    assert figures.distinct(["one"], 2) == 0 and figures.distinct(["a b c"], 2) == 1.0
+
+
+def test_figures_are_shown_in_columns():
+    shown = figures.show({"a": {"value": 0.5, "low": 0.25, "high": 1.0}, "b": figures.point_estimate(2)})
+    assert shown.splitlines() == [f"{'a':<48}    0.5000   [0.2500, 1.0000]", f"{'b':<48}    2.0000"]
+
+
+# --------------------------------------------------------------------------------------------------
+# A reward model on preferences
+
+
+def test_preference_figures_by_hand():
+    table = [  # margin, lengths, probability of the label, gold
+        (2.0, (10, 10), 1.0, (1.0, 0.0)),
+        (-1.0, (30, 20), 1.0, (0.5, 0.5)),
+        (0.0, (10, 40), 1.0, (2.0, 2.0)),
+        (0.5, (100, 91), 0.75, (1.5, 0.5)),
+        (-3.0, (5, 9), 0.0, (0.2, 0.6)),
+    ]
+    margins, lengths, labels, gold = zip(*table, strict=True)
+    pairs = [
+        Pair([], "", "", p, {"gold_chosen": a, "gold_rejected": b}) for p, (a, b) in zip(labels, gold, strict=True)
+    ]
+    found = figures.preference_figures(pairs, margins, lengths, seed=0)
+    value = {name: figure["value"] for name, figure in found.items()}
+    assert value["accuracy"] == pytest.approx((1 + 0 + 0.5 + 0.75 + 1) / 5)
+    assert value["accuracy of 'the longer wins'"] == pytest.approx((0.5 + 1 + 0 + 0.75 + 1) / 5)
+    assert value["accuracy less that of 'the longer wins'"] == pytest.approx((0.5 - 1 + 0.5 + 0 + 0) / 5)
+    assert value["accuracy, 2 pairs within 10 % in length"] == pytest.approx((1 + 0.75) / 2)
+    gap = [a - b for a, b in lengths]
+    assert value["correlation of margin and length gap"] == pytest.approx(np.corrcoef(margins, gap)[0, 1])
+    errors = [sigmoid(2) - 1, sigmoid(1), 0.5, sigmoid(0.5) - 0.75, sigmoid(3) - 1]
+    assert value["calibration error"] == pytest.approx(np.abs(errors).sum() / 5)
+    # A margin of 0 counts as preferring the chosen side; 0.62 lies in the bin of 0.6, and so on
+    shares = {0.50: 1, 0.62: 0.75, 0.73: 0, 0.88: 1, 0.95: 1}
+    assert {f"right where it says {p:.2f} (1 pairs)": share for p, share in shares.items()} == {
+        name: x for name, x in value.items() if name.startswith("right where")
+    }
+    assert value["order as gold's"] == pytest.approx(3 / 3)  # of the pairs that differ in gold
+    best = [sigmoid(4 * abs(a - b)) for a, b in gold]
+    assert value["accuracy that noise allows (Bayes)"] == pytest.approx(np.mean(best))
+    for figure in found.values():
+        assert figure["low"] is None or figure["low"] <= figure["value"] <= figure["high"]
+
+
+def test_rows_without_gold_have_no_figures_of_it():
+    pairs = [Pair([], "", "", 1.0, {})] * 3
+    assert not [name for name in figures.preference_figures(pairs, [1.0] * 3, [(1, 2)] * 3, 0) if "gold" in name]
+
+
+def test_correlation_is_numpys():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.normal(size=(2, 30)) * 10 + 3
+        y = y + rng.normal() * x
+        sums = np.array([30, x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+        assert figures.correlation(sums) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
+    assert figures.correlation(np.array([3, 6, 3, 14, 3, 6])) == 0.0  # y is always 1
+
+
+def test_a_calibrated_model_has_no_calibration_error_and_a_boaster_has_his():
+    rng = np.random.default_rng(1)
+    confidence = sigmoid(np.abs(rng.normal(size=200_000) * 2))
+    agrees = rng.random(len(confidence)) < confidence
+    assert figures.calibration_error(confidence, agrees) < 0.005
+    assert figures.calibration_error(np.full(1000, 0.99), np.arange(1000) < 700) == pytest.approx(0.29)
+
+
+# --------------------------------------------------------------------------------------------------
+# A judge's verdicts
+
+
+def test_a_judge_that_always_says_a_is_all_position_bias():
+    p = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.6]])  # the last one knows the first reply is better
+    np.testing.assert_allclose(figures.position_bias(p), [0.9, 0.9, 0.5])
+    margins = p[:, None].mean(2) - 0.5
+    values = figures.verdict_values(p[:, None], margins, 0.5 + margins[:, 0], np.array([False, False, True]), {}, ["x"])
+    assert values["the two orders contradict each other"].tolist() == [True, True, False]
+    assert values["confidence, kept pairs"].tolist() == pytest.approx([0.6])
+
+
+def test_agreement_is_counted_where_something_is_known_and_by_the_principles_that_were_asked():
+    margins = np.array([[0.2, np.nan], [np.nan, -0.1], [0.3, -0.4], [0.1, 0.1]])
+    p = np.stack([margins + 0.5, margins + 0.5], axis=2)
+    known = {"gold": np.array([1.0, 1.0, -2.0, 0.0]), "nobody": np.full(4, np.nan)}
+    kept = np.array([True, True, False, True])
+    values = figures.verdict_values(p, margins, 0.5 + np.nanmean(margins, axis=1), kept, known, ["one", "two"])
+    agrees = {name: x.tolist() for name, x in values.items() if name.startswith("agrees")}
+    assert agrees["agrees with gold, all pairs"] == [True, False, True]  # a tie in gold is no order
+    assert agrees["agrees with gold, kept pairs"] == [True, False]
+    assert agrees["agrees with gold, by: one"] == [True, False] and agrees["agrees with gold, by: two"] == [False, True]
+    assert not [name for name, x in agrees.items() if "nobody" in name and x]
+    assert len(values['position bias (how much " A" is said), by: one']) == 3
+
+
+def test_a_record_is_shown_as_counts_and_means():
+    record = {"counts": {"pairs": 1200}, "figures": {"right": (30.0, 100), "none": (0.0, 0)}}
+    counts, figure = figures.show_record(record).splitlines()
+    error = 1.96 * math.sqrt(0.3 * 0.7 / 100)
+    assert counts == f"{'pairs':<48}     1,200"
+    assert figure == f"{'right':<48}    0.3000   [{0.3 - error:.4f}, {0.3 + error:.4f}]"

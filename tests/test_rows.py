@@ -1,0 +1,372 @@
+"""Rows of chat files: the formats people have, weights, what is held out, what a bad row yields."""
+
+import hashlib
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from data import rows
+from runtime.errors import UserError
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+PLAIN = [Q, A]
+
+
+def turns(*contents, system=""):
+    """Messages of user and assistant in turn, after a system message if there is one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for i, content in enumerate(contents):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": content})
+    return messages
+
+
+def reply(content):
+    return [{"role": "assistant", "content": content}]
+
+
+def write(path, some_rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some_rows), encoding="utf-8")
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------------
+# The formats people have
+
+CONVERSATIONS = {
+    "messages": ({"messages": turns("a", "b", "c", "d", system="s")}, turns("a", "b", "c", "d", system="s")),
+    "messages with more in them": (
+        {"messages": [m | {"name": "x", "weight": 1} for m in turns("a", "b")], "id": 7},
+        turns("a", "b"),
+    ),
+    "prompt and completion": ({"prompt": "a", "completion": "b"}, turns("a", "b")),
+    "prompt messages, completion string": (
+        {"prompt": turns("a", system="s"), "completion": "b"},
+        turns("a", "b", system="s"),
+    ),
+    "prompt and completion messages": (
+        {"prompt": turns("a", "b", "c"), "completion": reply("d")},
+        turns("a", "b", "c", "d"),
+    ),
+    "Alpaca": ({"instruction": "a", "input": "", "output": "b"}, turns("a", "b")),
+    "Alpaca without the field": ({"instruction": "a", "output": "b", "text": "all of it"}, turns("a", "b")),
+    "Alpaca with input": ({"instruction": "a", "input": "x", "output": "b"}, turns("a\n\nx", "b")),
+    "ShareGPT": (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        turns("a", "b", system="s"),
+    ),
+    "ShareGPT by role": ({"conversations": turns("a", "b")}, turns("a", "b")),
+    "GSM8K": (
+        {"question": "a", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24"},
+        turns("a", "48/2 = 24 clips\n#### 24"),
+    ),
+    "a problem": ({"prompt": "a", "answer": "b"}, turns("a", "b")),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations_in_every_format(tmp_path, name):
+    row, wanted = CONVERSATIONS[name]
+    found, digests = rows.read(write(tmp_path / "rows.jsonl", [row] * 3), rows.conversation)
+    assert found == [wanted] * 3 and [len(d) for d in digests.values()] == [64]
+    assert rows.prompt(row) == wanted[:-1]  # the same row as something to answer
+
+
+PAIRS = {
+    "strings": ({"prompt": "a", "chosen": " b\n", "rejected": "c"}, turns("a")),
+    "prompt messages, strings": (
+        {"prompt": turns("x", "y", "a", system="s"), "chosen": "b", "rejected": "c"},
+        turns("x", "y", "a", system="s"),
+    ),
+    "all messages": ({"prompt": turns("a"), "chosen": reply("b"), "rejected": reply("c")}, turns("a")),
+    "prompt inside both": (
+        {"chosen": turns("x", "y", "a", "b"), "rejected": turns("x", "y", "a", "c")},
+        turns("x", "y", "a"),
+    ),
+    "UltraFeedback": (
+        {
+            "prompt": "a",
+            "prompt_id": "7",
+            "messages": turns("a", "b"),
+            "chosen": turns("a", "b"),
+            "rejected": turns("a", "c"),
+            "score_chosen": 8.0,
+        },
+        turns("a"),
+    ),
+    "prompt and a system message inside": (
+        {"prompt": "a", "chosen": turns("a", "b", system="s"), "rejected": turns("a", "c", system="s")},
+        turns("a", system="s"),
+    ),
+    "HH": (
+        {
+            "chosen": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant: b",
+            "rejected": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant: c",
+        },
+        [{"role": m["role"], "content": " " + m["content"]} for m in turns("x", "y", "a")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preferences_in_every_format(tmp_path, name):
+    row, prompt = PAIRS[name]
+    path = write(tmp_path / "rows.jsonl", [row])
+    assert rows.read(path, rows.preference)[0] == [(prompt, "b", "c", 1.0, row)]
+    assert rows.read(path, rows.judged)[0] == [[(prompt, "b", True), (prompt, "c", False)]]
+
+
+def test_a_soft_label_is_kept():
+    assert rows.preference({"prompt": "a", "chosen": "b", "rejected": "c", "probability": 0.25}).probability == 0.25
+
+
+def test_judged_answers():
+    assert rows.judged({"prompt": "a", "completion": " b ", "label": False}) == [(turns("a"), "b", False)]
+    assert rows.judged({"prompt": turns("a"), "completion": reply("b"), "label": True}) == [(turns("a"), "b", True)]
+    assert rows.judged({"messages": turns("a", "b", "c", "d"), "label": True}) == [(turns("a", "b", "c"), "d", True)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a"},
+        {"prompt": turns("a", "b")},
+        {"messages": turns("a")},
+        {"messages": turns("a", "b")},
+        {"instruction": "a"},
+        {"question": "a"},
+    ],
+)
+def test_prompts_with_or_without_an_answer_to_leave_out(row):
+    assert rows.prompt_only(row) == (turns("a"), row)
+
+
+def test_parquet_is_read_as_jsonl_is(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.string()
+    messages = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    names = ("prompt", "completion", "instruction", "input", "output", "chosen")
+    schema = pyarrow.schema([*((name, text) for name in names), ("messages", messages)])
+    alike = [{"messages": turns("a", "b")}, {"messages": turns("Grüße", "日本", system="s")}]
+    mixed = [CONVERSATIONS[name][0] for name in ("prompt and completion", "Alpaca with input", "Alpaca")] + alike
+    path = tmp_path / "rows.parquet"
+    for some_rows, their_schema in ((alike, None), (mixed, schema)):  # a row has nulls for the columns that it lacks
+        parquet.write_table(pyarrow.Table.from_pylist(some_rows, schema=their_schema), path)
+        expected = rows.read(write(tmp_path / "rows.jsonl", some_rows), rows.conversation)[0]
+        assert rows.read(str(path), rows.conversation)[0] == expected
+    path.write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match="rows.parquet: cannot be read as Parquet"):
+        rows.read(str(path), rows.conversation)
+
+
+def test_gold_margin_is_the_difference_or_nan():
+    assert rows.gold_margin({"gold_chosen": 1, "gold_rejected": 0.25}) == 0.75
+    for gold in (None, "x", [], 1e300):
+        assert math.isnan(rows.gold_margin({"gold_chosen": gold, "gold_rejected": 0}))
+
+
+def questions(found):
+    return [messages[0]["content"] for messages in found]
+
+
+def test_weights_are_shares_of_the_rows(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "x"} for i in range(60)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "completion": "x"} for i in range(60)])
+    found, hashes = rows.read(f"{a}:0.75,{b}:0.25", rows.conversation, seed=1)
+    of_b = [text for text in questions(found) if text[0] == "b"]
+    assert len(found) == 80 and len(set(of_b)) == 20 and list(hashes) == [a, b]
+    assert "20 of 60 rows, for its share of 0.25" in capsys.readouterr().out
+    again, other = (rows.read(f"{a}:0.75,{b}:0.25", rows.conversation, seed=seed)[0] for seed in (1, 2))
+    assert again == found != other
+    assert len(rows.read(f"{a},{b}", rows.conversation)[0]) == 120
+    with pytest.raises(UserError, match="b.jsonl has no weight"):
+        rows.read(f"{a}:0.5,{b}", rows.conversation)
+
+
+def test_a_hash_depends_on_the_rows_alone(tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}])
+    (tmp_path / "b.jsonl").write_text('\n{"completion":"a",   "prompt":"q"}\n')
+    c = write(tmp_path / "c.jsonl", [{"prompt": "q", "completion": "b"}])
+    hashes = [rows.read(str(path), rows.conversation)[1][str(path)] for path in (a, tmp_path / "b.jsonl", c)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    expected = hashlib.sha256(b'{"completion": "a", "prompt": "q"}').hexdigest()
+    assert hashes[0] == expected
+
+
+@pytest.mark.parametrize("n, fraction", [(2, 0.001), (2, 0.999), (10, 0.3), (100, 0.05)])
+def test_held_out_rows_are_some_and_never_all(n, fraction):
+    train, val = rows.split_off(list(range(n)), fraction, seed=3)
+    assert sorted(train + val) == list(range(n)) and train
+    assert len(val) == max(1, min(n - 1, int(n * fraction)))
+
+
+def test_held_out_rows_are_random():
+    held_out = [tuple(rows.split_off(list(range(100)), 0.3, seed)[1]) for seed in (3, 3, 4)]
+    assert held_out[0] == held_out[1] and len({*held_out, tuple(range(30))}) == 3
+    with pytest.raises(UserError, match="one row only"):
+        rows.split_off([1], 0.5, seed=0)
+
+
+def test_validation_rows_come_from_their_file_or_are_held_out(tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(10)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": "b"}])
+    config = SimpleNamespace(data=a, val="", val_fraction=0.2, skip_bad=False, seed=0)
+    train, val, hashes = rows.read_split(config, rows.prompt)
+    assert (len(train), len(val), list(hashes)) == (8, 2, [a])
+    config.val = b
+    train, val, hashes = rows.read_split(config, rows.prompt)
+    assert (len(train), val, list(hashes)) == (10, [turns("b")], [a, b])
+
+
+# -------------------------------------------------------------------------------------------------
+# What a bad row yields: an error that names the file, the line and the field
+
+BAD_CONVERSATIONS = [
+    ({"messages": [A, Q]}, "\"messages\"[0]: a message of 'assistant', but one of 'user' is due"),
+    ({"messages": [Q, Q, A]}, "\"messages\"[1]: a message of 'user', but one of 'assistant' is due"),
+    ({"messages": [Q, A, A]}, '"messages"[2]'),
+    ({"messages": [Q, {"role": "system", "content": "s"}, A]}, "\"messages\"[1]: a message of 'system'"),
+    ({"messages": [Q, {"role": "tool", "content": "s"}]}, "the role 'tool'"),
+    ({"messages": [Q]}, "\"messages\" ends with a message of 'user'"),
+    ({"messages": [{"role": "system", "content": "s"}]}, "\"messages\" ends with a message of 'system'"),
+    ({"messages": []}, '"messages" is not a list of messages'),
+    ({"messages": "hello"}, '"messages" is not a list of messages'),
+    ({"messages": ["q", "a"]}, '"messages"[0]'),
+    ({"messages": [{"content": "q"}, A]}, '"messages"[0]'),
+    ({"messages": [Q, {"role": "assistant"}]}, '"messages[1].content" is missing'),
+    ({"messages": [Q, {"role": "assistant", "content": None}]}, '"messages[1].content" is missing'),
+    (
+        {"messages": [Q, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
+        '"messages[1].content" is list',
+    ),
+    ({"messages": [Q, {"role": "assistant", "content": " \n"}]}, '"messages[1].content" is empty'),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "human", "value": "a"}]}, '"conversations"[1]'),
+    ({"prompt": "q", "completion": ""}, '"completion" is empty'),
+    ({"prompt": "", "completion": "a"}, '"prompt" is empty'),
+    ({"prompt": 5, "completion": "a"}, '"prompt"'),
+    ({"completion": "a"}, 'no "prompt" in the fields completion'),
+    ({"prompt": "q", "completion": [Q]}, '"completion": one message of the assistant'),
+    ({"prompt": "q", "completion": PLAIN}, '"completion": one message of the assistant'),
+    ({"instruction": "q", "output": ""}, '"output" is empty'),
+    ({"instruction": "q"}, '"output" is missing'),
+    ({"instruction": "q", "input": ["x"], "output": "a"}, '"input"'),
+    ({"question": "q", "answer": 5}, '"answer" is int'),
+    ({"prompt": "q"}, "no conversation in the fields prompt"),
+    ({"text": "once upon a time"}, '"text" is what pretraining reads'),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "a preference (chosen, rejected), not a conversation; reward.py and dpo.py read it",
+    ),
+    ({}, "no conversation in the fields (none)"),
+]
+BAD_PAIRS = [
+    ({"messages": PLAIN}, 'no "chosen"; this is a conversation, which sft.py reads'),
+    ({"prompt": "q", "completion": "a"}, 'no "chosen" in the fields prompt, completion'),
+    ({"prompt": "q", "chosen": "a"}, 'no "rejected"'),
+    ({"text": "once"}, 'no "chosen" in the fields text'),
+    ({"prompt": "q", "chosen": "a", "rejected": "a"}, '"chosen" and "rejected" are the same text'),
+    ({"prompt": "q", "chosen": "a ", "rejected": "\na"}, '"chosen" and "rejected" are the same text'),
+    ({"prompt": "q", "chosen": "", "rejected": "a"}, '"chosen" is empty'),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, '"rejected" is missing'),
+    ({"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, '"chosen": one message of the assistant'),
+    ({"prompt": " ", "chosen": "a", "rejected": "b"}, '"prompt" is empty'),
+    ({"prompt": [A], "chosen": "a", "rejected": "b"}, '"prompt"[0]'),
+    ({"chosen": "a", "rejected": "b"}, '"chosen" is a string without'),
+    ({"chosen": [A], "rejected": [A]}, '"chosen"[0]'),
+    ({"chosen": [Q], "rejected": [Q]}, "\"chosen\" ends with a message of 'user'"),
+    ({"chosen": turns("a", "b"), "rejected": turns("x", "c")}, '"chosen" and "rejected" answer different prompts'),
+    (
+        {"prompt": "z", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
+        '"chosen" begins with messages that are not the "prompt"',
+    ),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": 1.5}, '"probability" is 1.5'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": True}, '"probability" is True'),
+]
+BAD_JUDGED = [
+    ({"prompt": "q", "completion": "a", "label": 1}, '"label" is 1; true or false'),
+    ({"prompt": "q", "label": True}, "no conversation in the fields prompt, label"),
+    ({"prompt": "q", "completion": "a"}, 'no "chosen"'),
+]
+BAD_PROBLEMS = [
+    ({"prompt": "q"}, '"answer" is missing'),
+    ({"answer": "#### 5"}, 'no "prompt"'),
+    ({"prompt": "q", "answer": ""}, '"answer" is empty'),
+    ({"prompt": "q", "answer": "five"}, '"answer" has no number'),
+]
+BAD = (
+    [(rows.conversation, *b) for b in BAD_CONVERSATIONS]
+    + [(rows.preference, *b) for b in BAD_PAIRS]
+    + [(rows.judged, *b) for b in BAD_JUDGED]
+    + [(rows.problem, *b) for b in BAD_PROBLEMS]
+)
+
+
+@pytest.mark.parametrize("parse, row, named", BAD, ids=range(len(BAD)))
+def test_a_bad_row_is_named_or_counted(tmp_path, capsys, parse, row, named):
+    good = {"prompt": "q", "answer": "#### 5", "chosen": "a", "rejected": "b"}
+    if parse in (rows.conversation, rows.judged):
+        good = {"messages": PLAIN, "prompt": "q", "completion": "a", "label": True}
+    path = write(tmp_path / "rows.jsonl", [good, row, good, row])
+    with pytest.raises(UserError) as e:
+        rows.read(path, parse)
+    assert str(e.value).startswith(f"{path}:2: ") and named in str(e.value) and "--skip_bad" in str(e.value)
+    assert len(rows.read(path, parse, skip_bad=True)[0]) == 2
+    assert f"{path}: 2 bad lines left out, 2 read" in capsys.readouterr().out
+    only = write(tmp_path / "only.jsonl", [row])
+    with pytest.raises(UserError, match="nothing in it but 1 bad lines"):
+        rows.read(only, parse, skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"messages": ', "line 1"),
+        (b'["a"]', "not list"),
+        (b'{"a": NaN}', "NaN"),
+        (b'\xff{"a": 1}', "utf-8"),
+        (b"hello", "Expecting"),
+    ],
+)
+def test_a_line_that_is_no_object_is_named_or_counted(tmp_path, capsys, line, reason):
+    good = json.dumps({"messages": PLAIN}).encode()
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([good, b"", good, line, good, b""]))
+    with pytest.raises(UserError, match=reason) as e:
+        rows.read(str(path), rows.conversation)
+    assert str(e.value).startswith(f"{path}:4: ")
+    assert len(rows.read(str(path), rows.conversation, skip_bad=True)[0]) == 3
+    assert "1 bad lines left out, 3 read" in capsys.readouterr().out
+
+
+def test_an_array_of_json_is_called_that(tmp_path):
+    """Alpaca and ShareGPT come as one array in one .json file."""
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "q", "output": "a"}], indent=1))
+    with pytest.raises(UserError, match="alpaca.json:1: .*one per line"):
+        rows.read(str(tmp_path / "alpaca.json"), rows.conversation)
+
+
+def test_what_is_no_data_file_is_called_what_it_is(tmp_path):
+    (tmp_path / "run/step_000001").mkdir(parents=True)
+    (tmp_path / "run/step_000001/config.json").write_text("{}")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "book.txt").write_text("once upon a time")
+    for name, message in [
+        ("run/step_000001", "a checkpoint, but a .jsonl"),
+        ("run", "a checkpoint, but a .jsonl"),
+        (".", "a directory, but a .jsonl"),
+        ("empty.jsonl", "there is nothing in it"),
+        ("book.txt", "expected FILE.jsonl"),
+        ("absent.jsonl", "No such file"),
+    ]:
+        path = str(tmp_path / name)
+        with pytest.raises(UserError, match=re.escape(f"{path}: {message}")):
+            rows.read(path, rows.conversation)
