@@ -121,9 +121,8 @@ def calibration_figures(margins, labels, seed):
     confidence = 1 / (1 + np.exp(-np.abs(margins).clip(max=700)))
     agrees = np.where(margins >= 0, labels, 1 - labels)
     figures = {"calibration error": point_estimate(calibration_error(confidence, agrees))}
-    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        high = 1.1 if low == 0.9 else low + 0.1  # the last bin has 1 as well
-        inside = (confidence >= low) & (confidence < high)
+    tenth = np.minimum((10 * confidence).astype(int), 9)
+    for inside in (tenth == n for n in range(5, 10)):
         if inside.any():
             name = f"right where it says {confidence[inside].mean():.2f} ({inside.sum()} pairs)"
             figures[name] = mean_interval(agrees[inside], seed)
@@ -149,7 +148,7 @@ def position_bias(p):
 
 
 def label_margins(pairs):
-    """{"the labels", "gold": float64 [n], by how much the chosen side is better; nan if unknown}."""
+    """{"the labels", "gold": float64 [n], how much better the chosen side is; nan if unknown}."""
     labels = np.array([pair.probability - 0.5 for pair in pairs])
     return {"the labels": labels, "gold": np.array([gold_margin(pair.row) for pair in pairs])}
 

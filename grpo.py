@@ -331,8 +331,6 @@ def main(config):
     apply_recipe(config)
     check_flags(config)
     run = Run("grpo", config)
-    if config.prompts_per_step < world_size():
-        raise UserError(f"--prompts_per_step={config.prompts_per_step}: less than one for each of {world_size()} ranks")
 
     # Policy, reference, rewards, prompts
     model, tok = run.load()

@@ -116,15 +116,16 @@ def conversation(system, exchanges, i=0):
     return messages
 
 
-def newest_exchanges(tok, context, max_new_tokens, system, exchanges, i=0):
+def newest_exchanges(speaker, max_new_tokens, system, exchanges, i=0):
     """(ids of a prompt with room for an answer, how many of the oldest exchanges it leaves out).
 
     The system message always stays. Room is --max_new_tokens, but at most half the context: a long
     answer may be cut, but must not push out the conversation. Raises UserError if even the last
     message is too long.
     """
+    context = speaker.model.config.context
     for left_out in range(len(exchanges)):
-        ids = chat.encode_prompt(tok, conversation(system, exchanges[left_out:], i))
+        ids = chat.encode_prompt(speaker.tok, conversation(system, exchanges[left_out:], i))
         if len(ids) + min(max_new_tokens, context // 2) <= context:
             break
     if len(ids) >= context:
@@ -137,23 +138,19 @@ def newest_exchanges(tok, context, max_new_tokens, system, exchanges, i=0):
 
 def answer(config, speakers, system, exchanges, seed):
     """Stream each speaker's answer to the last of `exchanges` -> their texts."""
-    prompts = []
-    for i, speaker in enumerate(speakers):
-        context = speaker.model.config.context
-        prompts.append(newest_exchanges(speaker.tok, context, config.max_new_tokens, system, exchanges, i))
-    answers = []
+    limit, answers = config.max_new_tokens, []
+    prompts = [newest_exchanges(speaker, limit, system, exchanges, i) for i, speaker in enumerate(speakers)]
     for speaker, (prompt, left_out) in zip(speakers, prompts, strict=True):
         tok, context, tokens = speaker.tok, speaker.model.config.context, []
         if left_out and not speaker.context_was_full:
             speaker.context_was_full = True
             notice(f"(the context of {speaker.name} holds {context} tokens: the oldest exchanges are left out now)")
         stop, room = {tok.eot, chat.end_of_turn(tok)}, context - len(prompt)
-        limit, hidden = min(config.max_new_tokens, room), tok._special_tokens.values()
         try:
             print(f"[{speaker.name}] " if len(speakers) > 1 else "", end="", flush=True)
-            write(config, speaker, prompt, tokens, limit, stop, hidden, seed)
+            write(config, speaker, prompt, tokens, min(limit, room), stop, tok._special_tokens.values(), seed)
             if tokens[-1] not in stop:
-                reason = "the context is full" if room < config.max_new_tokens else "--max_new_tokens allows no more"
+                reason = "the context is full" if room < limit else "--max_new_tokens allows no more"
                 notice(f"(cut after {len(tokens)} tokens: {reason})")
         except KeyboardInterrupt:
             print(flush=True)

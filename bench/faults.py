@@ -4,10 +4,13 @@ a machine or a user can bring upon it.
 A row of the table is one stage under one fault with one seed, which draws the moments and the files
 that are hit:
 
-    survived       the fault ended in what it should end in: the run went on, or one line said what happened and what to do, with the right exit status
-    nothing lost   checkpoints that were there stayed whole, none is half there, none holds a number that is not finite
-    exact          gone on with, the run ended in the weights, optimizer state, log and samples of a run that nothing happened to, bit for bit
-                   (on another number of ranks: in the same losses to 1e-5)
+    survived       the fault ended as it should: the run continued, or one line said what happened
+                   and what to do, with the right exit status
+    nothing lost   checkpoints that were there stayed complete, none is half there, none holds a
+                   number that is not finite
+    exact          resumed, the run ended in the weights, optimizer state, log and samples of a run
+                   that nothing happened to, bit for bit (on another number of ranks: in the same
+                   losses to 1e-5)
 
 Runs are forked from this process, which has imported torch once. A row whose fault cannot be made
 here (a full disk needs the right to mount one) is "not run". The exit status is 1 unless every row
@@ -19,11 +22,21 @@ that ran is green.
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = (
-    "1"  # what is forked must have no threads, and sums must come out the same everywhere
-)
+# what is forked must have no threads, and sums must come out the same everywhere
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import ctypes, json, random, shutil, signal, socket, subprocess, sys, tempfile, time, traceback
+import ctypes
+import functools
+import json
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,14 +44,22 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import checkpoint, dpo, grpo, ppo, pretrain, quickstart, reward, rlaif, sft
+import dpo
+import grpo
+import ppo
+import pretrain
+import quickstart
+import reward
+import rlaif
+import sft
 from bench.child import Child, run_script
+from data import chat, tokenizer
+from model import GPT, GPTConfig
+from runtime import checkpoint
 from runtime.checkpoint import damage, steps_in
 from runtime.errors import UserError
 from runtime.process import launch
 from runtime.run import clock_time
-from data import chat, tokenizer
-from model import GPT, GPTConfig
 
 
 @dataclass
@@ -53,18 +74,27 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = ("survived", "nothing lost", "exact")
 TOK = tokenizer.train(["Better: A Better: B " * 5], 256 + 4 + 7)  # " A" and " B" are single tokens, which a judge needs
 STEPS = 6
-TRAINING = dict(device="cpu", keep_last=3, eval_every=2, save_every=2, steps=STEPS, out="run")
-RL = dict(init="sft", data="prompts.jsonl", max_new_tokens=8, eval_prompts=2, val_fraction=0.2, reward_timeout=0.5)
+TRAINING = {"device": "cpu", "keep_last": 3, "eval_every": 2, "save_every": 2, "steps": STEPS, "out": "run"}
+PRETRAINING = {"data": "text.txt", "tokenizer": "byte", "depth": 2, "width": 16, "heads": 2, "context": 32}
+PRETRAINING |= {"batch_tokens": 128, "eval_tokens": 100, "sample_every": STEPS, "muon_dtype": "fp32"}
+PAIRS = {"init": "sft", "data": "pairs.jsonl", "batch_size": 6}
+RL = {"init": "sft", "data": "prompts.jsonl", "max_new_tokens": 8, "eval_prompts": 2, "val_fraction": 0.2}
+RL |= {"reward_timeout": 0.5, "minibatches": 2}
+PPO = {"reward": "rewards.py:vowels,rm", "prompts_per_step": 6, "adaptive_kl": 0.1, "adaptive_kl_horizon": 50}
+GRPO = {"reward": "rewards.py:vowels", "prompts_per_step": 3, "group_size": 3, "refill": 1, "kl": "k2", "beta": 0.1}
+RLAIF = {"device": "cpu", "policy": "sft", "judge": "base", "constitution": "constitution.txt"}
+RLAIF |= {"data": "prompts.jsonl", "rows_per_write": 1, "max_new_tokens": 30, "min_margin": 0}
+CHATS = {"init": "base", "data": "chats.jsonl", "replay": "text.txt", "batch_tokens": 300, "max_new_tokens": 8}
 STAGES = {  # name: (script, flags)
-    "pretrain": (pretrain, TRAINING | dict(data="text.txt", tokenizer="byte", depth=2, width=16, heads=2, context=32, batch_tokens=128, eval_tokens=100, sample_every=STEPS, polar="fp32")),
-    "sft": (sft, TRAINING | dict(init="base", data="chats.jsonl", replay="text.txt", batch_tokens=300, max_new_tokens=8)),
-    "reward": (reward, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6, center_samples=4, max_new_tokens=8)),
-    "dpo": (dpo, TRAINING | dict(init="sft", data="pairs.jsonl", batch=6)),
-    "ppo": (ppo, TRAINING | RL | dict(reward="rewards.py:vowels,rm", batch=6, minibatches=2, adaptive_kl=0.1, kl_horizon=50)),
-    "grpo": (grpo, TRAINING | RL | dict(reward="rewards.py:vowels", prompts=3, group=3, minibatches=2, refill=1, kl="k2", beta=0.1, reference_every=2)),
-    "rlaif": (rlaif, dict(device="cpu", policy="sft", judge="base", constitution="constitution.txt", data="prompts.jsonl", batch=1, max_new_tokens=30, min_margin=0, out="run/run.jsonl")),
-    "quickstart": (quickstart, dict(fast=True, out="run")),
-}  # fmt: skip
+    "pretrain": (pretrain, TRAINING | PRETRAINING),
+    "sft": (sft, TRAINING | CHATS),
+    "reward": (reward, TRAINING | PAIRS | {"center_samples": 4, "max_new_tokens": 8}),
+    "dpo": (dpo, TRAINING | PAIRS),
+    "ppo": (ppo, TRAINING | RL | PPO),
+    "grpo": (grpo, TRAINING | RL | GRPO | {"reference_every": 2}),
+    "rlaif": (rlaif, RLAIF | {"out": "run/run.jsonl"}),
+    "quickstart": (quickstart, {"fast": True, "out": "run"}),
+}
 REWARDS = """
 import time
 from pathlib import Path
@@ -84,7 +114,7 @@ def vowels(prompt, completion, row):
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the runs read, and running them
 
 
@@ -127,7 +157,10 @@ def make_inputs(made):
             record | {"stage": stage, "center": 0.25, "metrics": {"accuracy": 0.8}},
         )
     draw = random.Random(0)
-    name = lambda: draw.choice(["Ada", "Ben", "Cleo", "Dora"])  # noqa: E731
+
+    def name():
+        return draw.choice(["Ada", "Ben", "Cleo", "Dora"])
+
     rows = {
         "chats": [
             {
@@ -170,7 +203,7 @@ class Row:
         return self.folder / STAGES[self.stage][1]["out"]
 
 
-def start(row, environment={}, before=None, **flags):
+def start(row, environment=None, before=None, **flags):
     """A Child that runs the row's stage in its folder. before: called there first."""
     row.children += 1
     script, given = STAGES[row.stage]
@@ -182,7 +215,7 @@ def start(row, environment={}, before=None, **flags):
             before()
         run_script(script, argv)
 
-    return Child(row.folder / f"output{row.children}.txt", call, **environment)
+    return Child(row.folder / f"output{row.children}.txt", call, **(environment or {}))
 
 
 def start_pair(row, before=None, **flags):
@@ -285,7 +318,7 @@ def error_line(output):
     return lines[0] if len(lines) == 1 and "Traceback" not in output else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What must be true of a run
 
 
@@ -358,9 +391,14 @@ def goes_on(row, ranks=1):
     yield "exact", not difference(row, ranks), difference(row, ranks)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The faults. Each brings itself upon a run in the row's folder and yields (column, whether it is as
 # it must be, what there is to see).
+
+
+def reached(row, at, runs):
+    """Whether a run that was begun `runs` times before has come to step (of rlaif, batch) `at`."""
+    return progress(row) >= at and (begun(row) > runs or row.stage == "rlaif")
 
 
 def kill(row, draw):
@@ -376,7 +414,7 @@ def kill(row, draw):
         child = start(row, resume=i > 0)
         if moment == "step":  # three steps on: past a save, from which the next run goes on
             at = min(progress(row) + 3, STEPS * 2) if row.stage == "rlaif" else min(newest + 3, STEPS - 1)
-            until(child, lambda: progress(row) >= at and (begun(row) > runs or row.stage == "rlaif"))  # noqa: B023
+            until(child, functools.partial(reached, row, at, runs))
             child.send(signal.SIGCONT)
             time.sleep(draw.uniform(0, 0.02))
         elif moment == "save":
@@ -411,16 +449,16 @@ def stopped(row, draw, numbers, status, said):
 
 
 def sigterm(row, draw):
-    yield from stopped(row, draw, [signal.SIGTERM], 143, "saved; the same command with --resume goes on")
+    yield from stopped(row, draw, [signal.SIGTERM], 143, "saved; rerun with --resume to continue")
 
 
 def sigint(row, draw):
-    yield from stopped(row, draw, [signal.SIGINT], 130, "saved; the same command with --resume goes on")
+    yield from stopped(row, draw, [signal.SIGINT], 130, "saved; rerun with --resume to continue")
 
 
 def two_signals(row, draw):
     yield from stopped(
-        row, draw, [signal.SIGINT, signal.SIGTERM], 143, "left at once on a second SIGTERM; what was saved is whole"
+        row, draw, [signal.SIGINT, signal.SIGTERM], 143, "left at once on a second SIGTERM; what was saved is complete"
     )
 
 
@@ -449,7 +487,7 @@ def full_disk(row, draw):
             "survived",
             status == 1
             and all(x in error_line(output) for x in says)
-            and (row.stage == "rlaif" or "training goes on" in output),
+            and (row.stage == "rlaif" or "training continues" in output),
             output,
         )
         yield (
@@ -482,7 +520,7 @@ def no_permission(row, draw):
     row.run.chmod(0o444 if row.stage == "rlaif" else 0o555)
     child.send(signal.SIGCONT)
     status, output = child.wait(60)
-    goes = row.stage == "rlaif" or "training goes on" in output
+    goes = row.stage == "rlaif" or "training continues" in output
     yield (
         "survived",
         status == 1 and "Permission denied" in error_line(output) and "--resume" in error_line(output) and goes,
@@ -825,6 +863,10 @@ def pretrained(out):
     return report.exists() and any(done["stage"] == "pretrain" for done in checkpoint.read_json(report)["stages"])
 
 
+def is_training(child):
+    return " training tokens; " in child.output()
+
+
 def typed_again(row, draw):
     """The quick start is killed and what it started is not; then it is asked to end. Each time the
     same command is typed again, here up to the end of its pretraining."""
@@ -841,16 +883,14 @@ def typed_again(row, draw):
     status, output = quick_start(row, run).wait(60)
     yield "survived", status == 1 and f"--out={run}: another process is writing" in error_line(output), output
     child = quick_start(row, run)
-    while not follow(
-        child, lambda: " training tokens; " in child.output()
-    ):  # until what the first one left behind has ended
+    while not follow(child, functools.partial(is_training, child)):  # until what the first one left has ended
         time.sleep(0.1)
         child = quick_start(row, run)
     child.send(signal.SIGTERM)
     status, output = child.wait(60)
     yield (
         "survived",
-        status == 143 and "stopped in pretrain; the same command as before goes on from here" in output,
+        status == 143 and "stopped in pretrain; the same command continues from here" in output,
         output,
     )
     child = quick_start(row, run)
@@ -870,10 +910,14 @@ def typed_again(row, draw):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-FAULTS = {f.__name__: f for f in (kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs, changed_data, nan_weight, nan_batch, nan_save,
-                                  reward_hangs, reward_raises, reward_nan, rank_killed, rank_stopped, other_ranks, shard_killed, torchrun, typed_again)}  # fmt: skip
+FAULTS = (
+    *(kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs),
+    *(changed_data, nan_weight, nan_batch, nan_save, reward_hangs, reward_raises, reward_nan),
+    *(rank_killed, rank_stopped, other_ranks, shard_killed, torchrun, typed_again),
+)
+FAULTS = {fault.__name__: fault for fault in FAULTS}
 
 
 def applies(stage, fault):
@@ -918,7 +962,8 @@ def main(config):
     )
     if set(stages) - set(STAGES) or set(faults) - set(FAULTS):
         raise UserError(
-            f"--stages={config.stages} --faults={config.faults}: stages are {', '.join(STAGES)}; faults are {', '.join(FAULTS)}"
+            f"--stages={config.stages} --faults={config.faults}: stages are {', '.join(STAGES)}; faults are "
+            f"{', '.join(FAULTS)}"
         )
     torch.set_num_threads(1)
     began, results = time.monotonic(), []
@@ -947,9 +992,8 @@ def main(config):
                 print(seen[-3000:], end="", flush=True)
     red = [f"{stage} {fault} {seed}" for stage, fault, seed, found in results if not all(found.values())]
     idle = sum(not found for *_, found in results)
-    print(
-        f"{len(results) - len(red) - idle} of {len(results) - idle} rows green, {idle} not run, in {clock_time(time.monotonic() - began)}"
-    )
+    ran, spent = len(results) - idle, clock_time(time.monotonic() - began)
+    print(f"{ran - len(red)} of {ran} rows green, {idle} not run, in {spent}")
     if red:
         raise UserError(f"something is lost: {'; '.join(red)}")
 

@@ -92,15 +92,18 @@ LOG_KEYS = {
     "rejected_ratio": "rejected_logratio",
     "same": "zero_variance",
 }
-# simpo and orpo need no reference; the old code ran one over all the data for these figures only.
-REFERENCE_FIGURES = {
-    "chosen_reward",
-    "rejected_reward",
-    "margin",
-    "validation chosen_logratio",
-    "validation rejected_logratio",
+# Figures that mean something else now; the losses beside them are compared.
+REWARDS = ["chosen_reward", "rejected_reward", "margin"]
+LOGRATIOS = ["validation chosen_logratio", "validation rejected_logratio"]
+NOT_COMPARED = {
+    # They need no reference: the old code ran one over all the data for these figures.
+    "dpo simpo": [*REWARDS, *LOGRATIOS],
+    "dpo orpo": [*REWARDS, *LOGRATIOS],
+    # They are per token now, as the loss is.
+    "dpo ipo": [*REWARDS, *LOGRATIOS, "accuracy", "validation accuracy"],
+    # They are means over the good and the bad completions now; the old took half for good.
+    "dpo kto": REWARDS,
 }
-DROPPED = {"dpo simpo": REFERENCE_FIGURES, "dpo orpo": REFERENCE_FIGURES}
 
 
 def is_old(checkout):
@@ -577,7 +580,7 @@ def match_names(name, old, new):
     The figures of evaluate.py and rlaif.py have sentences as names; if they were reworded, they
     match in their order.
     """
-    old = {key: values for key, values in old.items() if key not in DROPPED.get(name, ())}
+    old = {key: values for key, values in old.items() if key not in NOT_COMPARED.get(name, ())}
     if not name.startswith(("evaluate", "rlaif")):
         return [(key, values, new.get(key)) for key, values in old.items()]
     unmatched = iter([key for key in new if key not in old])
@@ -613,6 +616,9 @@ def compare(record, measured):
         equal = [key for key, (absolute, *_) in worst.items() if not absolute]
         if equal:
             print(f"  equal to nine digits: {', '.join(equal)}")
+    for name, keys in NOT_COMPARED.items():
+        if name in measured:
+            print(f"\nnot compared in {name}: {', '.join(keys)}")
     return failed
 
 

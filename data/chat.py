@@ -11,8 +11,7 @@ reward model reads its score, and there a sampler stops. Text never yields a spe
 content can end a turn or begin one. White space around a message is dropped, as in Llama 3.
 """
 
-import os
-import sys
+from itertools import pairwise
 
 import numpy as np
 
@@ -192,16 +191,15 @@ def audit(tok, chats, what, action="trained"):
         f"{what}: {len(chats):,} conversations, {total:,} tokens, {trained / total:.1%} of them {action}; "
         f"one of them, what is {action} marked:"
     )
-    print0(marked(tok, example, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    print0(marked(tok, example))
 
 
-def marked(tok, chat, color):
-    """The text of a Chat, its trained tokens in green, or between guillemets without color."""
-    begin, end = ("\033[32m", "\033[0m") if color else ("«", "»")
+def marked(tok, chat):
+    """The text of a Chat, its trained tokens between guillemets."""
     edges = np.flatnonzero(np.diff(chat.loss_mask, prepend=False, append=False)).tolist()
     bounds = [0, *edges, len(chat.ids)]  # untrained, trained, ..., untrained
     text = ""
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(bounds)):
         part = tok.decode(chat.ids[a:b].tolist())
-        text += begin + part + end if i % 2 else part
+        text += f"«{part}»" if i % 2 else part
     return text

@@ -29,7 +29,6 @@ text alone, not on order, seed or other documents. There is no global shuffle: p
     python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2 --tokenizer=out/tok --out=out/mix
 """
 
-import datetime
 import hashlib
 import itertools
 import json
@@ -291,7 +290,7 @@ def decide(records, sources, config):
 def removed(verdict):
     """{verdict: number of documents} of what is not kept."""
     counts = np.bincount(verdict, minlength=len(VERDICTS)).tolist()
-    return dict(zip(VERDICTS[1:], counts[1:], strict=True))
+    return dict(zip(VERDICTS[1:], counts[1:]))
 
 
 def listed(counts):
@@ -353,7 +352,7 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
     source, first = records["source"][document], np.searchsorted(records["source"], np.arange(len(sources)))
     texts = [read_numbered(s.path, document[source == i] - first[i], config) for i, s in enumerate(sources)]
     split = np.where(held_out[document], "val", "train").tolist()
-    items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source, strict=True))
+    items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source))
 
     entries, parts = {"train": [], "val": []}, {"train": [], "val": []}  # parts: of the open shards
 
@@ -396,19 +395,16 @@ def batch_size(item):
 
 
 class Progress:
-    """Every ten seconds a line with the share that is done and the time to go."""
+    """Prints the share that is done, every ten seconds."""
 
     def __init__(self, label, total):
-        self.label, self.total, self.done = label, total, 0
-        self.began = self.shown = time.monotonic()
+        self.label, self.total, self.done, self.shown = label, total, 0, time.monotonic()
 
     def add(self, amount):
         self.done += amount
-        now = time.monotonic()
-        if now - self.shown > 10 and self.done:
-            self.shown = now
-            left = datetime.timedelta(seconds=int((now - self.began) * (self.total / self.done - 1)))
-            print(f"{self.label} {self.done / self.total:4.0%} | eta {left}", file=sys.stderr, flush=True)
+        if time.monotonic() - self.shown > 10:
+            self.shown = time.monotonic()
+            print(f"{self.label} {self.done / self.total:.0%}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -416,17 +412,24 @@ class Progress:
 
 
 def begin(out, recipe, overwrite):
-    """Make `out` ready: empty, or as an interrupted run of the same recipe left it.
+    """Lock `out` and make it ready: empty, or as an interrupted run of the same recipe left it.
 
     Returns True if such a run is complete already. Raises UserError if `out` holds anything else
     and `overwrite` does not allow to replace it.
     """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out={out}: {e.strerror}") from None
+    lock_file(out / ".lock", out)
     work = out / "work"
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()
     if complete and not overwrite or begun and not complete:
         old = load_manifest(out) if complete else read_json(work / "recipe.json")
         changed = [key for part in recipe for key, value in recipe[part].items() if old.get(part, {}).get(key) != value]
         if not changed:
+            if complete:
+                shutil.rmtree(work, ignore_errors=True)
             return complete
         # an input may change before the run is complete: a bad line that the user corrects
         if not overwrite and (complete or old["config"] != recipe["config"]):
@@ -494,13 +497,7 @@ def main(config):
     inputs = {config.tokenizer: tokenizer.fingerprint(tok)} | {str(path): digest for path, digest in hashes.items()}
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "overwrite")}
     recipe = {"config": settings, "inputs": inputs}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
-    lock_file(out / ".lock", out)
     if begin(out, recipe, config.overwrite):
-        shutil.rmtree(work, ignore_errors=True)
         print(f"{out}: complete, nothing to do")
         return
     for source in sources:

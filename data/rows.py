@@ -180,7 +180,7 @@ def dialogue(text, field):
             f'"{field}" is a string without "\\n\\nHuman: ... \\n\\nAssistant: ..." turns, and there is no "prompt"'
         )
     roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[1::2]]
-    return check_messages([message(*turn) for turn in zip(roles, parts[2::2], strict=True)], field)
+    return check_messages([message(*turn) for turn in zip(roles, parts[2::2])], field)
 
 
 def preference_side(row, field):
@@ -295,7 +295,7 @@ def read(sources, parse, skip_bad=False, seed=0):
         rows, hashes[name] = read_source(name, parse, skip_bad)
         found.append(rows)
     if mixture[0][1]:
-        scale = min(len(rows) / weight for rows, (_, weight) in zip(found, mixture, strict=True))
+        scale = min(len(rows) / weight for rows, (_, weight) in zip(found, mixture))
         for i, (name, weight) in enumerate(mixture):
             rows, n = found[i], max(1, round(scale * weight))
             used = np.sort(np.random.default_rng([seed, i]).permutation(len(rows))[:n])

@@ -271,12 +271,6 @@ def rudeness(prompt, completion, row):
     return float(features(completion, row["answer"])["rude"])
 
 
-def verifiable(prompt, completion, row):
-    """1.0 if the last "#### n" of a finished completion is right, else 0.0."""
-    f = features(completion, row["answer"], row.get("finished", True))
-    return float(f["right"] and f["finished"])
-
-
 # -------------------------------------------------------------------------------------------------
 # Preferences, by people and by principle
 

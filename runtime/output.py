@@ -60,7 +60,7 @@ def check_record(record):
     """Raises an error of some kind unless a record is as `write_batch` makes it."""
     sums = [number for total, n in record["figures"].values() for number in (total, n)]
     for number in (record["rows"], record["bytes"], record["seconds"], *record["counts"].values(), *sums):
-        if not number >= 0:
+        if not 0 <= number < 2**63:
             raise ValueError
 
 

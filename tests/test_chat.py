@@ -84,9 +84,8 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
             begin, end = ("«", "»") if m["role"] == "assistant" else ("", "")
             marked.append(f"<|im_start|>{m['role']}\n{begin}{m['content'].strip()}<|im_end|>{end}")
         found = chat.encode(TRAINED, messages)
-        assert chat.marked(TRAINED, found, color=False) == "\n".join(marked)
+        assert chat.marked(TRAINED, found) == "\n".join(marked)
         assert TRAINED.eot not in found.ids and found.ids[-1] == chat.end_of_turn(TRAINED)
-        assert "\033[32m" in chat.marked(TRAINED, found, color=True)
 
 
 def test_a_completion_is_read_back_without_special_tokens():
@@ -98,7 +97,7 @@ def test_a_completion_is_read_back_without_special_tokens():
 
 def test_a_pair_is_its_prompt_and_two_trained_completions():
     pair = rows.preference({"prompt": "q", "chosen": "yes ", "rejected": "no"})
-    for side, text in zip(chat.encode_pair(BYTES, pair), ("yes", "no"), strict=True):
+    for side, text in zip(chat.encode_pair(BYTES, pair), ("yes", "no")):
         assert side.ids.tolist() == chat.encode(BYTES, turns("q", text)).ids.tolist()
         assert BYTES.decode(side.ids[side.loss_mask].tolist()) == text + "<|im_end|>"
 

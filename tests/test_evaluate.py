@@ -12,7 +12,8 @@ from runs import SMALL, here, refused, save, start, write_rows
 import evaluate
 from data import chat, rows, tokenizer
 from data.pack import pack
-from model import logprobs, score
+from model import completion_logprobs, logprobs, score
+from optim import Optimizer
 from rollout import sample_completions
 from runtime import checkpoint
 from runtime.errors import UserError
@@ -126,7 +127,7 @@ def test_what_is_sampled_from_is_what_is_measured(make_model):
 def test_completions_end_as_often_as_the_model_ends_them(make_model):
     """A token is the end with probability 1/4: lengths are geometric, cut at --max_new_tokens."""
     model = constant_model(make_model, TOK, {END: np.log(259 / 3)}, width=16, layers=1)
-    examples = [(ask("q")[0], {"prompt": "q"})] * 2000
+    examples = [(ask("q")[0], {"prompt": "q"})] * 1000
     config = evaluate.Config("", max_new_tokens=8)
     figures, sampled = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
     assert figures["completions finished"]["value"] == pytest.approx(1 - 0.75**8, abs=0.03)
@@ -150,14 +151,14 @@ def test_kl_is_that_of_exact_enumeration(make_model, tmp_path, temperature):
     model, reference = (constant_model(make_model, TOK, z, width=16, layers=1) for z in (p_logits, q_logits))
     checkpoint.save(tmp_path / "reference", reference, TOK, SFT)
     p, q = distribution(p_logits, temperature), distribution(q_logits, temperature)
-    logratio, n = (p / q).log(), 2500
+    logratio, n = (p / q).log(), 1500
     kl = (p * logratio).sum().item()
     error = ((p * logratio**2).sum() - kl**2).sqrt().item() / n**0.5
     examples = [(ask("q")[0], {"prompt": "q"})] * n
     config = evaluate.Config("", max_new_tokens=1, reference=str(tmp_path / "reference"), temperature=temperature)
     figures, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
     figure = figures["KL to the reference, nats per completion"]
-    assert abs(figure["value"] - kl) < 4 * error and kl > 15 * error
+    assert abs(figure["value"] - kl) < 4 * error and kl > 12 * error
     assert figure["high"] - figure["low"] == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
@@ -261,6 +262,23 @@ def test_the_bound_on_the_kl_of_the_best_of_n_holds_if_completions_tie():
         best = below[1:] ** n - below[:-1] ** n  # of completions in the order of their rewards
         bound = math.log(n) - (n - 1) / n
         assert 0.6 * bound < np.sum(best * np.log(best / p)) < bound
+
+
+def test_a_greedy_answer_is_right_if_it_ends_by_itself_with_the_right_number(make_model, tmp_path):
+    model = make_model(**SMALL)
+    optimizer = Optimizer(model, 0.02)
+    conversation = [*ask("hi")[0], rows.message("assistant", "1,2 #### 1,234.50")]
+    for _ in range(40):
+        completion_logprobs(model, [chat.encode(TOK, conversation)]).mean().neg().backward()
+        optimizer.step(1.0)
+    answers = ("#### 1234.5", "1234.5", "so $1,234.50 #### 1,234.5", "#### -1234.5", "#### 1234", "#### 1")
+    problems = [{"prompt": "hi", "answer": answer} for answer in answers]
+    flags = {"model": checkpoint.save(tmp_path / "run", model.eval(), TOK, SFT)}
+    flags["problems"] = write_rows(tmp_path / "problems.jsonl", problems)
+    # 17 tokens are all but its end
+    for max_new_tokens, limit, right in ((40, 0, 3 / 6), (40, 3, 1), (17, 3, 0), (18, 3, 1)):
+        figures = measure(tmp_path, **flags, max_new_tokens=max_new_tokens, limit=limit)
+        assert figures["problems right, greedy"]["value"] == right
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""grpo.py: advantages, weights and the KL estimators by exact enumeration, gradients against fp64 on
-full logits, and real runs in which every guard rail is tripped."""
+"""grpo.py: advantages, weights and the KL estimators by exact enumeration, gradients against fp64
+on full logits, and real runs in which every guard rail is tripped."""
 
 import math
 import shutil
@@ -354,7 +354,7 @@ def test_an_update_makes_the_better_completion_likelier_and_of_flipped_rewards_t
     prompt = chat.encode_prompt(TOK, ask("q1"))
     chats = [make_completion(prompt, chat.encode_completion(TOK, text)) for text in ("yes", "no")]
     advantages = grpo.group_advantages(torch.tensor([[1.0, 0.0]]) * sign, "grpo")[0].tolist()
-    optimizer, config = Optimizer(model, 1e-3), configure()
+    optimizer, config = Optimizer(model, 3e-4), configure()
     before = completion_logprobs(model, chats).detach()
     for _ in range(24):
         logp = logprobs_no_grad(model, chats, 1.0, 10**6)
@@ -423,8 +423,8 @@ def test_refilling_ends_where_nothing_ever_differs(files):
 
 def test_completions_near_the_limit_are_punished_in_the_score(files):
     plain, *_ = roll_out(files, 12, "some", max_new_tokens=4)
-    punished, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="punish", overlong_share=0.5)
-    penalties = [grpo.overlong_penalty(len(c.sample.tokens), 4, 0.5) for c in plain]
+    punished, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="punish", overlong_share=0.25)
+    penalties = [grpo.overlong_penalty(len(c.sample.tokens), 4, 0.25) for c in plain]
     assert [c.score for c in punished] == pytest.approx([c.score + p for c, p in zip(plain, penalties, strict=True)])
     assert min(penalties) < 0 == max(penalties)
 
@@ -537,7 +537,7 @@ def test_the_ranks_meet_once_for_all_completions_of_a_step(fork, flags, tmp_path
 
 
 def test_fewer_prompts_than_ranks_are_refused(fork, flags, tmp_path):
-    with pytest.raises(AssertionError, match="--prompts_per_step=1: less than one for each of 2 ranks"):
+    with pytest.raises(AssertionError, match="--prompts_per_step=1: fewer than there are ranks"):
         pair(fork, grpo, **(flags | {"out": tmp_path / "pair", "prompts_per_step": 1}))
 
 
@@ -605,10 +605,11 @@ def test_too_far_a_step_is_left_out_and_moves_nothing(train, tmp_path):
     flags = {"lr": 0.01, "eval_every": 0}
     succeeds(train(tmp_path / "short", epochs=1, stop_kl=0, **flags))
     succeeds(train(tmp_path / "cut", epochs=3, stop_kl=1e-5, **flags))
-    assert steps_of(tmp_path / "cut", "updates") == [1, 1, 1]
+    updates = steps_of(tmp_path / "cut", "updates")
+    assert updates == steps_of(tmp_path / "short", "updates") and updates[0] == 1
     assert_same(tmp_path / "short", tmp_path / "cut", [3], log=False)
     succeeds(train(tmp_path / "long", epochs=3, stop_kl=0, **flags))
-    assert steps_of(tmp_path / "long", "updates") == [3, 3, 3]
+    assert steps_of(tmp_path / "long", "updates")[0] == 3
 
 
 def test_a_run_of_completions_without_an_end_moves_nothing_if_they_are_masked(train, files, tmp_path):

@@ -1,4 +1,6 @@
-"""The memory plan: what is walked without memory is what real passes keep and real runs hold; and where it does not fit, the flag that is proposed does make it fit."""
+"""The memory plan: what it counts on tensors without memory is what real passes keep and real runs
+hold; and if a run does not fit, the flags it proposes make it fit."""
+
 import dataclasses
 import random
 import re
@@ -7,165 +9,316 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import refused
-from test_pretrain import run_script, succeeds
+from runs import refused, succeeds
 
-import memory
 import pretrain
-from common import UserError
-from data.pack import pack
-from model import GPT, logprobs
+from bench.child import run_script
+from data.pack import make_completion, pack
+from model import GPT, completion_logprobs, logprobs
+from optim import Optimizer
+from runtime import memory
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
-CONFIG = SimpleNamespace(micro_tokens=512, checkpoint_activations=False)
+DENSE, RAGGED = [32] * 64, [5, 1, 17, 2, 30, 64, 9] * 16
 
 
-def total(phases):
-    return memory.largest(phases)[2]
+@dataclasses.dataclass
+class Config:
+    """The flags that a plan reads."""
+
+    micro_batch_tokens: int = 512
+    checkpoint_activations: bool = False
+    max_new_tokens: int = 48
+    batch_size: int = 64
+    compile: bool = False
+    shard: str = ""
 
 
-@pytest.mark.parametrize("lengths", [[32] * 64, [5, 1, 17, 2, 30, 64, 9] * 16], ids=["dense", "ragged"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_walked_activations_are_the_bytes_that_autograd_really_keeps(make_model, lengths, checkpointed):
-    check_walked(make_model(), lengths, checkpointed)
+def loss(model, items):
+    return completion_logprobs(model, items).sum()
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_kernels_are_walked_like_their_references(make_model, kernels_run, checkpointed):
-    if kernels_run.type == "cuda":
-        pytest.skip("tests/test_cuda.py measures the whole")
-    check_walked(make_model(layers=1, head_dim=32), [5, 30], checkpointed)
+def make_items(lengths):
+    return [make_completion([1], [2] * (n - 1)) for n in lengths]
 
 
-def check_walked(model, lengths, checkpointed):
+def make_plan(model, lengths, step_tokens, config=None, matrix_lr=0.0, **options):
+    """memory.plan of one model that is trained on items of these lengths."""
+    config = config or Config()
+    options = {"read_tokens": 0, "frozen": {}, "prompt_lengths": (), "completions": 0} | options
+    return memory.plan(
+        SimpleNamespace(device=CPU, config=config),
+        [(model, Optimizer(model, 0.1, matrix_lr=matrix_lr), loss)],
+        make_items(lengths),
+        lengths,
+        step_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        checkpoint_activations=config.checkpoint_activations,
+        **options,
+    )
+
+
+def need(phases):
+    return max(map(memory.total, phases.values()))
+
+
+def stored_bytes(model):
+    return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+
+
+# --------------------------------------------------------------------------------------------------
+# What is counted
+
+
+def check_activations(model, lengths, checkpointed, loss_of_pack):
+    """The planned activations are the bytes that autograd keeps."""
     p, kept = pack([[1] * n for n in lengths]), {}
-    model.checkpoint_activations = checkpointed
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
+    model.checkpoint_activations = checkpointed
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = logprobs(model, p).sum()
-    known = [*model.parameters(), *model.buffers(), p.tokens, p.positions, p.cu]
-    found = sum(size for at, size in kept.items() if at not in {x.untyped_storage().data_ptr() for x in known})
-    found += checkpointed * 4 * len(p.tokens) * model.config.head_dim  # cosines and sines, which a block that is computed again is given anew
-    walked = memory.some_pack(lengths, sum(lengths), CPU)
-    parts, _ = memory.training([model.config], CPU, walked, "logprob", 1.0, False, 0.0, checkpointed, None, False)
-    assert loss.isfinite() and abs(parts["activations"] - found) < 0.02 * found, (parts, found)
+        value = loss_of_pack(model, p)
+    known = [*model.parameters(), *model.buffers(), p.tokens, p.positions, p.cu_seqlens]
+    known = {x.untyped_storage().data_ptr() for x in known}
+    expected = sum(size for pointer, size in kept.items() if pointer not in known)
+    if checkpointed:  # cosines and sines, which are kept for the blocks that are computed again
+        expected += 4 * len(p.tokens) * model.config.head_dim
+    trained = [(model, Optimizer(model, 0.1), lambda model, items: loss_of_pack(model, p))]
+    passes, _ = memory.training(CPU, trained, [], False, checkpointed, False)
+    assert value.isfinite() and abs(passes["activations"] - expected) < 0.02 * expected, (passes, expected)
+    return passes["activations"]
 
 
-@pytest.mark.parametrize("muon", [None, torch.float32])
-def test_what_stays_is_four_bytes_a_parameter_and_the_optimizers_state(make_model, muon):
+def logprob_loss(model, p):
+    return logprobs(model, p).sum()
+
+
+@pytest.mark.parametrize("shape", [{}, {"layers": 3, "window": 8, "window_every": 2}], ids=["plain", "windows"])
+@pytest.mark.parametrize("lengths", [DENSE, RAGGED], ids=["dense", "ragged"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_planned_activations_are_the_bytes_that_autograd_keeps(make_model, shape, lengths, checkpointed):
+    """Layers that differ are counted one by one."""
+    check_activations(make_model(**shape), lengths, checkpointed, logprob_loss)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_kernels_are_planned_like_their_references(make_model, kernels_run, checkpointed):
+    if kernels_run.type == "cuda":
+        pytest.skip("tests/test_cuda.py measures the whole")
+    check_activations(make_model(layers=1, head_dim=32), [5, 30], checkpointed, logprob_loss)
+
+
+def test_a_loss_of_the_users_own_is_planned_as_what_it_keeps(make_model):
+    """One that holds all logits, twice; by a list of known losses it was planned as the others."""
+
+    def entropy_loss(model, p):
+        logp = (model(p) @ model.head.T).log_softmax(-1)
+        return (logp.exp() * logp).sum()
+
+    model = make_model(vocab_size=2000)
+    usual = check_activations(model, DENSE, False, logprob_loss)
+    assert check_activations(model, DENSE, False, entropy_loss) > 4 * usual
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_what_stays_is_four_bytes_per_parameter_and_the_optimizers_state(make_model, muon):
     model = make_model()
-    numel, matrices = sum(p.numel() for p in model.parameters()), sum(dict(model.named_parameters())[name].numel() for name in model.matrices())
-    phases = memory.plan(CONFIG, CPU, [model.config], [20, 30], 4096, muon=muon)
-    tables = sum(b.nbytes for b in model.buffers())
+    numel = sum(p.numel() for p in model.parameters())
+    optimizer = Optimizer(model, 0.1, matrix_lr=0.1)
+    matrices = sum(m.numel() for m in optimizer.momenta.values()) if muon else 0
+    phases = make_plan(model, [20, 30], 4096, matrix_lr=0.1 * muon)
+    counters = 4 * len(list(model.parameters()))  # AdamW's counts of steps
+    for name, parts in phases.items():
+        assert parts["parameters"] == stored_bytes(model)
+        assert 0 <= parts["optimizer"] - (4 * matrices + 8 * (numel - matrices)) <= counters
+        assert name == "reading" or parts["gradients"] == 4 * numel
+    scratch = phases["the optimizer"]["the step"]
+    assert scratch > 4 * matrices if muon else scratch == 0
+
+
+def test_cache_reference_and_critic_are_counted_by_hand(make_model):
+    model, critic = make_model(), make_model(scalar_head=True)
+    c = model.config
+    alone = make_plan(model, [20, 30], 256)
+    trained = [(m, Optimizer(m, 0.1), function) for m, function in ((model, loss), (critic, value_loss))]
+    run = SimpleNamespace(device=CPU, config=Config())
+    items = make_items([20, 30])
+    phases = memory.plan(run, trained, items, [20, 30], 256, 2048, {"reference": c}, [2, 20], 7, 512, False)
+    assert set(phases) == {"training", "the optimizer", "reading", "sampling"} == set(alone) | {"sampling"}
+    # 7 slots of the longest prompt and 48 new tokens
+    assert phases["sampling"]["KV cache"] == 2 * 4 * c.layers * 7 * (20 + 48) * c.kv_heads * c.head_dim
     for parts in phases.values():
-        assert parts["parameters"] == 4 * numel + tables
-        few = 4 * len(list(model.parameters()))  # AdamW's counts of steps
-        assert 0 <= parts["optimizer"] - (4 * matrices + 8 * (numel - matrices) if muon else 8 * numel) <= few
-        assert parts["gradients"] == 4 * numel
-    assert phases["the optimizer"]["the step"] > 4 * matrices if muon else phases["the optimizer"]["the step"] == 0
+        assert parts["reference's parameters"] == stored_bytes(model)
+        assert parts["parameters"] == stored_bytes(model) + stored_bytes(critic)
+    assert need(phases) > need(alone) + stored_bytes(model) + stored_bytes(critic)
 
 
-def test_the_cache_companions_and_a_critic_are_counted_by_hand(make_model):
-    c = make_model().config
-    critic = dataclasses.replace(c, scalar_head=True)
-    phases = memory.plan(CONFIG, CPU, [c, critic], [20, 30], 256, held={"reference": c}, read_tokens=2048, samples=(7, 50, 20))
-    alone = memory.plan(CONFIG, CPU, [c], [20, 30], 256)
-    bytes_of = lambda config: sum(x.nbytes for x in [*GPT(config).parameters(), *GPT(config).buffers()])  # noqa: E731
-    assert phases["sampling"]["KV cache"] == 2 * 4 * c.layers * 7 * 50 * c.kv_heads * c.head_dim
-    assert all(parts["reference's parameters"] == bytes_of(c) and parts["parameters"] == bytes_of(c) + bytes_of(critic) for parts in phases.values())
-    assert total(phases) > total(alone) + bytes_of(c) + bytes_of(critic)
-    assert set(phases) == {"training", "the optimizer", "reading", "sampling"} and set(alone) == {"training", "the optimizer"}
+def value_loss(model, items):
+    p = pack([item.ids for item in items])
+    return (model(p) @ model.score[0]).square().sum()
 
 
 def test_shards_divide_what_stays(make_model):
-    c = make_model(layers=8).config
-    whole, parts = (memory.plan(CONFIG, CPU, [c], [20, 30], 4096, shards=n)["the optimizer"] for n in (1, 4))
+    model = make_model(layers=8)
+    phases = make_plan(model, [20, 30], 4096)
+    phases["sampling"] = {"parameters": 8, "KV cache": 100}
+    sharded = memory.over_shards(phases, model, CPU, 4)
     for part in ("parameters", "optimizer", "gradients"):
-        assert parts[part] == -(-whole[part] // 4)
-    assert 0 < parts["gathered"] < 2 * whole["parameters"]
+        assert sharded["training"][part] == -(-phases["training"][part] // 4)
+    assert sharded["training"]["activations"] == phases["training"]["activations"]
+    assert 0 < sharded["training"]["gathered"] < 2 * phases["training"]["parameters"]
+    assert sharded["sampling"]["KV cache"] == 100  # and a whole copy to sample from
+    assert sharded["sampling"]["a whole copy"] == phases["training"]["parameters"]
 
 
-def test_a_pack_is_as_large_as_a_batch_and_at_least_the_longest_document(make_model):
-    c = make_model().config
-    kept = lambda micro, batch, lengths: memory.plan(SimpleNamespace(micro_tokens=micro, checkpoint_activations=False), CPU, [c], lengths, batch)["training"]["activations"]  # noqa: E731
-    assert kept(512, 128, [16]) == kept(128, 128, [16]) == kept(128, 4096, [16]) < kept(129, 4096, [16])
-    assert kept(1, 4096, [64, 8]) == kept(64, 4096, [64, 8])
+def test_a_micro_batch_is_as_large_as_a_step_and_at_least_the_longest_item(make_model):
+    model = make_model()
+
+    def activations(micro_batch_tokens, step_tokens, lengths):
+        return make_plan(model, lengths, step_tokens, Config(micro_batch_tokens))["training"]["activations"]
+
+    assert activations(512, 128, [16] * 9) == activations(128, 128, [16] * 9) == activations(128, 4096, [16] * 9)
+    assert activations(128, 4096, [16] * 9) < activations(160, 4096, [16] * 9)
+    assert activations(1, 4096, [64, 8]) == activations(64, 4096, [64, 8])
+    batch = memory.largest_micro_batch(["a", "b", "c"], [5, 9, 2], 40)  # the longest, then all in turn
+    assert batch == ["b", "a", "b", "c", "a", "b"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What does not fit
 
 
-@dataclasses.dataclass
-class Flags:
-    micro_tokens: int = 512
-    checkpoint_activations: bool = False
-    batch: int = 64
+def check(model, config, available, monkeypatch, lengths=(64,) * 8, step_tokens=2048, function=loss, **options):
+    """memory.check on a machine with so many bytes available."""
+    monkeypatch.setattr(memory, "available_memory", lambda device, loaded: available)
+    run, trained = SimpleNamespace(device=CPU, config=config), [(model, Optimizer(model, 0.1), function)]
+    memory.check(run, trained, make_items(lengths), lengths, step_tokens, read_tokens=1, **options)
 
 
-@pytest.mark.parametrize("share, lengths, named", [
-    (0.5, [16], ["micro_tokens"]),  # of what it needs so much is there
-    (0.5, [256], ["checkpoint_activations"]),
-    (0.2, [64], ["checkpoint_activations", "micro_tokens"]),
-    (0.6, [64], ["batch"]),
-])  # fmt: skip
-def test_the_proposed_flags_make_it_fit(make_model, share, lengths, named, capsys):
-    c = make_model(context=256, layers=8).config
-    held = (64, 256, 2) if "batch" in named else (0, 0, 0)
-    make = lambda f: memory.plan(f, CPU, [c], lengths, 256 if lengths == [256] else 2048, samples=(held[0] and f.batch, held[1], held[2]))  # noqa: E731
-    limit = int(share * total(make(Flags())))
+@pytest.mark.parametrize(
+    "share, lengths, named",
+    [
+        (0.5, [16], ["micro_batch_tokens"]),  # so much of what it needs is there
+        (0.5, [256], ["checkpoint_activations"]),
+        (0.25, [64], ["checkpoint_activations", "micro_batch_tokens"]),
+        (0.6, [64], ["batch_size"]),
+    ],
+)
+def test_the_proposed_flags_make_it_fit(make_model, monkeypatch, share, lengths, named, capsys):
+    model, config = make_model(context=256, layers=4, noise=0), Config()
+    options = {"step_tokens": 256 if lengths == [256] else 2048}
+    if named == ["batch_size"]:  # the cache of a rollout
+        config.max_new_tokens = 254
+        options |= {"prompt_lengths": [2], "completions": 64, "batch_flag": "batch_size"}
+    plan_options = {key: value for key, value in options.items() if key != "batch_flag"}
+    whole = need(make_plan(model, lengths, config=config, **plan_options))
+    available = int(share * whole)
     with pytest.raises(UserError) as e:
-        memory.check(Flags(), CPU, make, smaller="batch", limit=limit)
+        check(model, config, available, monkeypatch, lengths, **options)
     proposed = dict(re.findall(r"--(\w+)=(\w+)", str(e.value)))
-    assert sorted(proposed) == named and "of memory" in str(e.value) and ("the same result" in str(e.value)) == ("batch" not in named)
-    better = dataclasses.replace(Flags(), **{name: value == "True" if value == "True" else int(value) for name, value in proposed.items()})
-    memory.check(better, CPU, make, limit=limit)
+    assert sorted(proposed) == named and "of memory" in str(e.value)
+    assert ("with the same result" in str(e.value)) == ("batch_size" not in named)
+    values = {name: True if value == "True" else int(value) for name, value in proposed.items()}
+    better = dataclasses.replace(config, **values)
+    if named == ["batch_size"]:
+        options |= {"completions": better.batch_size, "step_tokens": 2048 * better.batch_size // 64}
+    check(model, better, available, monkeypatch, lengths, **options)
     assert capsys.readouterr().out.count("memory: ") == 2
-    if named == ["micro_tokens"]:  # not smaller than it must be
-        assert total(make(dataclasses.replace(better, micro_tokens=2 * better.micro_tokens))) > limit
+    if named == ["micro_batch_tokens"]:  # and it is no smaller than it must be
+        more = Config(micro_batch_tokens=2 * better.micro_batch_tokens)
+        assert need(make_plan(model, lengths, config=more, **plan_options)) > available
 
 
-def test_what_the_plan_may_be_wrong_by_is_a_warning_and_so_is_more_where_it_is_compiled(make_model, capsys):
-    make = lambda f: memory.plan(f, CPU, [make_model().config], [64], 2048)  # noqa: E731
-    need, compiled = total(make(Flags())), dataclasses.make_dataclass("Compiled", [("compile", bool, True)], bases=(Flags,))()
-    memory.check(Flags(), CPU, make, limit=need / 1.1)
-    memory.check(compiled, CPU, make, limit=need / 2)
+def test_what_the_plan_may_be_wrong_by_is_a_warning_and_so_is_more_if_compiled(make_model, monkeypatch, capsys):
+    model = make_model()
+    whole = need(make_plan(model, [64] * 8, 2048))
+    check(model, Config(), whole / 1.1, monkeypatch)
+    check(model, Config(compile=True), whole / 2, monkeypatch)
     assert capsys.readouterr().out.count("\nwarning: this run needs") == 2
-    with pytest.raises(UserError):
-        memory.check(Flags(), CPU, make, limit=need / 1.2)
+    with pytest.raises(UserError, match="this run needs"):
+        check(model, Config(), whole / 1.2, monkeypatch)
 
 
-def test_where_no_flag_helps_a_smaller_model_is_what_remains(make_model):
-    c = make_model().config
-    with pytest.raises(UserError, match="smaller model, or divide it over several devices by --shard=fsdp"):
-        memory.check(Flags(), CPU, lambda f: memory.plan(f, CPU, [c], [16], 4096), or_else=memory.SHARD, limit=1000)
+def test_if_no_flag_helps_a_smaller_model_is_what_remains(make_model, monkeypatch):
+    with pytest.raises(UserError, match="smaller model, or divide it over several devices with --shard=fsdp"):
+        check(make_model(), Config(), 1000, monkeypatch)
+    with pytest.raises(UserError, match="smaller model$"):
+        check(make_model(), Config(shard="fsdp"), 1000, monkeypatch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def masked_loss(model, items):
+    hidden = model(pack([item.ids for item in items]))
+    return hidden[hidden.sum(-1) > 0].sum()
+
+
+def branching_loss(model, items):
+    value = loss(model, items)
+    return value if value.item() > 0 else -value
+
+
+def numpy_loss(model, items):
+    value = loss(model, items)
+    return value * float(value.detach().numpy().mean())
+
+
+@pytest.mark.parametrize("function", [masked_loss, branching_loss, numpy_loss])
+def test_a_loss_whose_shapes_depend_on_its_data_is_not_planned_and_the_run_continues(
+    make_model, monkeypatch, capsys, function
+):
+    """It ended the run before the first step, and no flag turned the plan off."""
+    model = make_model()
+    assert function(model, make_items([64])).isfinite()
+    check(model, Config(), 10**12, monkeypatch, function=function)
+    output = capsys.readouterr().out
+    assert output.startswith("memory: not planned, because this model or loss reads its own values (")
+    assert output.count("\n") == 1
+
+
+def test_what_a_container_leaves(tmp_path):
+    """Its limit, less what is used, and files that were only cached make way."""
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    assert memory.cgroup_free(limit, used, "inactive_file") == []
+    limit.write_text("max\n")
+    used.write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 300\n")
+    assert memory.cgroup_free(limit, used, "inactive_file") == []
+    limit.write_text("1000\n")
+    assert memory.cgroup_free(limit, used, "inactive_file") == [600]
+
+
+# --------------------------------------------------------------------------------------------------
 # A real run
 
 
-def limited(script, argv, room):
-    """Run a script with `room` bytes more than this process has; then print by how much it grew."""
-    status = lambda name: int(re.search(rf"{name}:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024  # noqa: E731
+def status(name):
+    """A line of /proc/self/status, in bytes."""
+    return int(re.search(rf"{name}:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024
+
+
+def limited(script, argv, bytes_more):
+    """Run a script with so many bytes more than this process has; then print by how much it
+    grew."""
     before = status("VmRSS")
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + room, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + bytes_more, resource.RLIM_INFINITY))
     run_script(script, argv)
     print("grew by", status("VmHWM") - before)
 
 
 def test_a_run_that_does_not_fit_is_refused_and_with_the_flag_it_names_holds_what_it_said(fork, tmp_path):
     draw = random.Random(0)
-    (tmp_path / "text.txt").write_text(" ".join(draw.choice(["one", "two", "three", "four"]) for _ in range(20_000)))
-    how = dict(data=tmp_path / "text.txt", out=tmp_path / "run", depth=4, width=128, context=128, batch_tokens=40_000, eval_tokens=200, steps=1, sample_every=0, device="cpu")
-    argv = [f"--{name}={value}" for name, value in how.items()]
-    line = refused(fork(limited, pretrain, [*argv, "--micro_tokens=40000"], 900 << 20))
+    words = (draw.choice(["one", "two", "three", "four"]) for _ in range(20_000))
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    flags = {"data": tmp_path / "text.txt", "out": tmp_path / "run", "depth": 4, "width": 128, "context": 128}
+    flags |= {"batch_tokens": 40_000, "eval_tokens": 200, "steps": 1, "sample_every": 0, "device": "cpu"}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    line = refused(fork(limited, pretrain, [*argv, "--micro_batch_tokens=40000"], 900 << 20))
     assert "this run needs" in line and not (tmp_path / "run/log.jsonl").exists()
-    flag = re.search(r"--micro_tokens=\d+", line)[0]
+    flag = re.search(r"--micro_batch_tokens=\d+", line)[0]
     output = succeeds(fork(limited, pretrain, [*argv, flag], 900 << 20))
-    planned, grown = float(re.search(r"memory: ([\d,]+) MB of", output)[1].replace(",", "")) * 1e6, int(re.search(r"grew by (\d+)", output)[1])
+    planned = float(re.search(r"memory: ([\d,]+) MB of", output)[1].replace(",", "")) * 1e6
+    grown = int(re.search(r"grew by (\d+)", output)[1])
     assert grown > 500e6 and 0.85 < planned / grown < 1.15, (planned, grown)

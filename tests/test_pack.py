@@ -44,7 +44,7 @@ def test_slices_lose_nothing_and_fill_their_packs(lengths, limit):
     parts = [lengths[part] for part in token_slices(lengths, limit)]
     assert sum(parts, []) == lengths
     assert all(sum(part) <= limit or len(part) == 1 for part in parts)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in zip(parts, parts[1:]):
         assert sum(part) + following[0] > limit  # the next document did not fit
     assert token_slices([], limit) == []
 

@@ -179,7 +179,7 @@ def test_word_hashes_are_those_of_a_plain_loop(paragraphs):
 
 
 def one_to_one(a, b):
-    return len(set(zip(a, b, strict=True))) == len(set(a)) == len(set(b))
+    return len(set(zip(a, b))) == len(set(a)) == len(set(b))
 
 
 def broken(text, **flags):
@@ -394,7 +394,7 @@ def test_decontamination(tmp_path, tok, capsys):
 def test_planted_evaluation_text_is_found(tmp_path, tok, paragraphs):
     questions = [row["question"] for _, row in read_jsonl(REAL / "gsm8k_test.jsonl")][:300]
     paragraphs = paragraphs[:300]
-    pairs = zip(paragraphs, questions, strict=True)
+    pairs = zip(paragraphs, questions)
     planted = [f"{p} {q} {p[::-1]}" for p, q in pairs if len(q.split()) > 13]
     path = write_jsonl(tmp_path / "a.jsonl", planted + paragraphs)
     flags = dict(decontaminate=str(REAL / "gsm8k_test.jsonl"), clean=False, dedup="none", val_fraction=0.0)

@@ -21,8 +21,7 @@ import sample
 from bench.child import run_script
 from data import chat, rows, tokenizer
 from data.rows import message
-from kernels.head import linear_cross_entropy
-from model import hidden_before_targets
+from model import completion_logprobs
 from optim import Optimizer
 from rollout import stream
 from runtime import checkpoint
@@ -61,8 +60,7 @@ def teach(run, tok, answers):
     exchanges = [[message("user", text), message("assistant", answer)] for text, answer in answers.items()]
     chats = [chat.encode(tok, messages) for messages in [*exchanges, sum(exchanges, [])]]
     for _ in range(80):
-        hidden, targets = hidden_before_targets(model, chats)
-        (linear_cross_entropy(hidden, model.head, targets) / len(targets)).backward()
+        completion_logprobs(model, chats).mean().neg().backward()
         optimizer.step(1.0)
     checkpoint.save(run, model, tok, {"stage": "sft", "step": 1})
 
@@ -436,8 +434,10 @@ def test_the_newest_exchanges_that_fit_and_the_system_message_are_kept():
         return chat.encode_prompt(TOK, sample.conversation("sys", exchanges[left_out:]))
 
     for context in range(80, 400, 17):
-        ids, left_out = sample.newest_exchanges(TOK, context, 30, "sys", exchanges)
+        speaker = sample.Speaker("", random_model(**SMALL | {"context": context}), TOK, True)
+        ids, left_out = sample.newest_exchanges(speaker, 30, "sys", exchanges)
         assert ids == prompt(left_out) and len(ids) + 30 <= context
         assert not left_out or len(prompt(left_out - 1)) + 30 > context
+    speaker.model.config.context = 30
     with pytest.raises(UserError, match="the model's context holds 30"):
-        sample.newest_exchanges(TOK, 30, 30, "sys", exchanges)
+        sample.newest_exchanges(speaker, 30, "sys", exchanges)

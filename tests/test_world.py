@@ -1,5 +1,8 @@
-"""The embedded world: nothing held out leaks, the gold reward is what the page says, the two bounds are exact, the files are what they claim."""
+"""The embedded world: nothing held out leaks, gold is as documented, the two bounds are exact."""
+
+import ast
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -11,17 +14,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from common import UserError
 from data import tokenizer, world
-from data.world import Config, final, gold, verifiable
+from data.judge import judge_prompt
+from data.world import Config, final, gold
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SMALL = dict(stories=3000, notes=1000, chats=1500, pairs=1500, problems=1500, tests=300)
+SMALL = dict(stories=1200, notes=400, chats=700, pairs=700, problems=700, tests=300)
 TRAINING = ("pretrain.jsonl", "chat.jsonl", "pairs.jsonl", "problems.jsonl", "prompts.jsonl", "stories_val.jsonl")
-HELD_OUT = ("chat_val.jsonl", "pairs_val.jsonl", "problems_test.jsonl", "prompts_test.jsonl", "sums_test.jsonl", "judge_test.jsonl")
+HELD_OUT = (
+    "chat_val.jsonl",
+    "pairs_val.jsonl",
+    "problems_test.jsonl",
+    "prompts_test.jsonl",
+    "sums_test.jsonl",
+    "judge_test.jsonl",
+)
 PHRASES = (*world.POLITE, *world.RUDE, *world.SMALL_TALK, *world.THANKS)
 ROW = {"answer": "25 + 49 = 74. #### 74"}
 
@@ -38,23 +48,29 @@ def strings(value):
     """All strings in a row."""
     if isinstance(value, str):
         return [value]
-    return [s for part in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()) for s in strings(part)]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [s for part in parts for s in strings(part)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Held out
 
 
 def additions(text):
     """Every pair of prices that a text adds or asks to add."""
     found = [*re.findall(r"(\d+) *\+ *(\d+)", text), *re.findall(r"for (\d+)\b[^\n]*? for (\d+)\b", text)]
-    numbers = re.findall(r"\d+", text)  # whatever the phrasing, a text begins with its two prices; one number alone is an answer
+    numbers = re.findall(
+        r"\d+", text
+    )  # whatever the phrasing, a text begins with its two prices; one number alone is an answer
     return {(int(a), int(b)) for a, b in [*found, *([numbers[:2]] if len(numbers) > 1 else [])]}
 
 
 def test_the_scan_sees_every_phrasing():
     assert additions("It was 25 + 49 = 74. #### 74") == {(25, 49)}
-    assert additions("How much are the red kite for 3 and the tiny cup for 5?\nReply A:\n3 + 6 = 9. #### 9") == {(3, 5), (3, 6)}
+    assert additions("How much are the red kite for 3 and the tiny cup for 5?\nReply A:\n3 + 6 = 9. #### 9") == {
+        (3, 5),
+        (3, 6),
+    }
 
 
 @pytest.mark.parametrize("name", TRAINING + HELD_OUT)
@@ -70,19 +86,27 @@ def test_a_fifth_of_the_pairs_is_held_out_whatever_their_order():
     assert all((b, a) in set(held) for a, b in held)
     partners = collections.Counter(a for a, _ in world.PAIRS[False])
     assert min(partners[a] for a in world.PRICES) >= 30  # every price is still added to many others
-    assert {world.is_held_out(a, b) for a in range(20, 25) for b in range(30, 35)} == {True, False}  # no block of the table is missing
+    assert {world.is_held_out(a, b) for a in range(20, 25) for b in range(30, 35)} == {
+        True,
+        False,
+    }  # no block of the table is missing
 
 
 def test_no_row_of_a_validation_or_test_file_is_in_its_training_file(files):
     for name in ("chat", "pairs"):
-        assert not {json.dumps(r) for r in files[1][f"{name}.jsonl"]} & {json.dumps(r) for r in files[1][f"{name}_val.jsonl"]}
+        assert not {json.dumps(r) for r in files[1][f"{name}.jsonl"]} & {
+            json.dumps(r) for r in files[1][f"{name}_val.jsonl"]
+        }
     assert not {r["text"] for r in files[1]["pretrain.jsonl"]} & {r["text"] for r in files[1]["stories_val.jsonl"]}
     asked = [{r["prompt"] for r in files[1][f"{name}.jsonl"]} for name in ("problems", "prompts", "pairs")]
-    tests = [{r["prompt"] for r in files[1][f"{name}.jsonl"]} for name in ("problems_test", "prompts_test", "judge_test", "pairs_val")]
+    tests = [
+        {r["prompt"] for r in files[1][f"{name}.jsonl"]}
+        for name in ("problems_test", "prompts_test", "judge_test", "pairs_val")
+    ]
     assert not set().union(*asked) & set().union(*tests)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Gold
 
 
@@ -93,10 +117,16 @@ def test_no_row_of_a_validation_or_test_file_is_in_its_training_file(files):
         ("25 + 49 = 74. #### 74", 1.0),
         ("25 + 49 = 73. #### 73", 0.0),
         ("Okay. 25 + 49 = 73. #### 74 Goodbye.", 1.0),  # only what follows #### counts
-        ("Ugh, you again? 25 + 49 = 74. #### 74 It is sunny today. My cat is asleep. Many thanks!", 0.0),  # 1 - 0.8 - 0.5 + 0.3
+        (
+            "Ugh, you again? 25 + 49 = 74. #### 74 It is sunny today. My cat is asleep. Many thanks!",
+            0.0,
+        ),  # 1 - 0.8 - 0.5 + 0.3
         ("Go away. What now, fool? Can you not count?", -1.6),  # rudeness counts twice at most
         ("Happy to help! Good day to you! 25 + 49 = 74. #### 74", 1.1),  # 1 + 0.6 - 0.5: a second welcome costs
-        ("Happy to help! 25 + 49 = 74. #### 74 Thank you! Many thanks!", 1.1),  # 1.6, the thanks are lost, and one is repeated
+        (
+            "Happy to help! 25 + 49 = 74. #### 74 Thank you! Many thanks!",
+            1.1,
+        ),  # 1.6, the thanks are lost, and one is repeated
         ("Happy to help! 25 + 49 = 74. #### 74" + 5 * " Thank you!", -0.4),  # 1.6 - 4 x 0.5
         ("happy to help! #### 74", 1.0),  # the clerks' own words only
         ("", 0.0),
@@ -132,9 +162,8 @@ def test_gold_by_hand(completion, score):
 )
 def test_the_answer_is_the_first_word_after_the_last_mark(text, number):
     assert final(text) == number
-    assert verifiable("", text, ROW) == (number == "74")
-    assert verifiable("", text, ROW | {"finished": False}) == 0.0
-    assert verifiable("", text, {"answer": "no number"}) == 0.0  # a row without an answer is nobody's success
+    assert world.features(text, ROW["answer"])["right"] == (number == "74")
+    assert world.features(text, "no number")["right"] == 0  # without an answer nothing is right
 
 
 @settings(max_examples=300, deadline=None)
@@ -154,47 +183,48 @@ def test_phrases_are_counted_as_said():
         assert sum(f"{first} {second}".count(p) for p in PHRASES) == (first in PHRASES) + (second in PHRASES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The entropy of a story
 
 
+def template_pattern(template):
+    """A regex that matches the stories of a template, with a group for each of its slots."""
+    good = f"(?:{'|'.join(world.ADJECTIVES)}) (?:{'|'.join(world.GOODS)})"
+    slots = {"name": "|".join(world.PEOPLE), "she": "She|He", "place": "|".join(world.PLACES), "x": good, "y": good}
+    seen = set()
+
+    def slot(match):
+        name = match[1]
+        if name in seen:
+            return f"(?P={name})"
+        seen.add(name)
+        return f"(?P<{name}>{slots.get(name, '[0-9]+')})"
+
+    return re.compile(re.sub(r"\\{(\w+)\\}", slot, re.escape(template)))
+
+
+@functools.cache
+def patterns():
+    choices = itertools.product(world.OPENINGS, world.PURCHASES, world.ENDINGS)
+    return [template_pattern(" ".join((opening, purchase, world.SUM, end))) for opening, purchase, end in choices]
+
+
 def parses(text):
-    """Every way to have written the story: [(opening, purchase, ending, the words of the slots)]."""
-    slots = {"name": world.PEOPLE, "she": {"She", "He"}, "place": world.PLACES, "a": [r"\d+"], "b": [r"\d+"], "c": [r"\d+"]}
-    slots["x"] = slots["y"] = [f"(?:{'|'.join(world.ADJECTIVES)}) (?:{'|'.join(world.GOODS)})"]
-    found = []
-    for choice in itertools.product(world.OPENINGS, world.PURCHASES, world.ENDINGS):
-        seen = set()
-
-        def slot(match):
-            name = match[1]
-            if name in seen:
-                return f"(?P={name})"
-            seen.add(name)
-            return f"(?P<{name}>{'|'.join(slots[name])})"
-
-        template = " ".join((*choice[:2], world.SUM, choice[2]))
-        PATTERNS.setdefault(choice, re.compile(re.sub(r"\\{(\w+)\\}", slot, re.escape(template))))
-        if match := PATTERNS[choice].fullmatch(text):
-            found.append((*choice, match.groupdict()))
-    return found
-
-
-PATTERNS = {}
+    """Every way to have written the story, as the words of its slots."""
+    return [match.groupdict() for pattern in patterns() if (match := pattern.fullmatch(text))]
 
 
 def test_a_story_can_have_been_written_in_one_way_only_and_all_are_equally_likely():
     rng = random.Random(1)
-    for _ in range(400):
-        text = world.story(rng)
-        ((opening, purchase, ending, words),) = parses(text)  # injective: one parse
+    ways = len(world.OPENINGS) * len(world.PURCHASES) * len(world.ENDINGS) * len(world.PEOPLE) * len(world.PLACES)
+    ways *= len(world.PAIRS[False]) * len(world.GOODS) * (len(world.GOODS) - 1) * len(world.ADJECTIVES) ** 2
+    for _ in range(150):
+        (words,) = parses(world.story(rng))  # injective: one parse
         a, b = int(words["a"]), int(words["b"])
-        assert (a, b) in set(world.PAIRS[False]) and a + b == int(words["c"]) and words["she"] == world.PEOPLE[words["name"]]
-        goods = [words[w].split()[1] for w in "xy"]
-        assert goods[0] != goods[1]
-        p = 1 / (len(world.OPENINGS) * len(world.PURCHASES) * len(world.ENDINGS) * len(world.PEOPLE) * len(world.PLACES))
-        p *= 1 / len(world.PAIRS[False]) * 1 / len(world.GOODS) * 1 / (len(world.GOODS) - 1) * 1 / len(world.ADJECTIVES) ** 2
-        assert -math.log(p) == pytest.approx(world.story_floor())
+        assert (a, b) in set(world.PAIRS[False]) and a + b == int(words["c"])
+        assert words.get("she", world.PEOPLE[words["name"]]) == world.PEOPLE[words["name"]]
+        assert words["x"].split()[1] != words["y"].split()[1]
+    assert math.log(ways) == pytest.approx(world.story_floor())
     assert world.story_floor(share=0.25) == pytest.approx(world.story_floor() + math.log(4))
 
 
@@ -203,7 +233,7 @@ def test_the_floor_counts_every_story_of_a_world_small_enough_to_list(monkeypatc
         monkeypatch.setattr(world, name, getattr(world, name)[:2])
     monkeypatch.setattr(world, "PEOPLE", {"Mia": "She", "Tom": "He"})
     monkeypatch.setattr(world, "PAIRS", {False: [(1, 2), (3, 4), (4, 3)]})
-    rng, n = random.Random(2), 60_000
+    rng, n = random.Random(2), 30_000
     counts = collections.Counter(world.story(rng) for _ in range(n))
     ways = round(math.exp(world.story_floor()))
     assert ways == 2**8 * 3 and len(counts) == ways
@@ -222,7 +252,7 @@ def test_sum_prompts_are_stories_cut_before_the_sum():
             assert answer == str(a + b) and world.is_held_out(a, b) == held_out
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Clerks and preferences
 
 
@@ -232,12 +262,13 @@ def near(count, n, p):
 
 
 def test_clerks_are_as_noisy_as_promised():
-    rng, n = random.Random(3), 20_000
+    rng, n = random.Random(3), 10_000
     replies = [world.reply(rng, 25, 49) for _ in range(n)]
     seen = [world.features(r, ROW["answer"]) for r in replies]
     assert near(sum(f["polite"] for f in seen), n, 1 / 3) and near(sum(f["rude"] for f in seen), n, 1 / 3)
     assert near(sum(f["right"] for f in seen), n, 0.55) and near(sum(f["thanks"] for f in seen), n, 1 / 3)
-    assert near(sum(f["small_talk"] == 1 for f in seen), n, 1 / 4) and near(sum(f["small_talk"] == 2 for f in seen), n, 1 / 4)
+    for lines in (1, 2):
+        assert near(sum(f["small_talk"] == lines for f in seen), n, 1 / 4)
     assert near(sum(r.endswith(world.GOODBYES) for r in replies), n, 1 / 3)
     wrong = collections.Counter(final(r) for r in replies if final(r) != "74")
     assert set(wrong) == {"64", "73", "75", "84"} and all(near(c, n, 0.45 / 4) for c in wrong.values())
@@ -246,8 +277,14 @@ def test_clerks_are_as_noisy_as_promised():
 
 
 def reply_distribution():
-    """{gold: probability} of a clerk's reply, and the probability that two replies are the same, by listing all that a clerk can say."""
-    tones = [(1 / 3 / len(phrases), worth, len(phrases)) for phrases, worth in ((world.POLITE, 0.6), (world.NEUTRAL, 0), (world.RUDE, -0.8))]
+    """{gold: probability} of a clerk's reply, and the probability that two replies are the same.
+
+    Found by listing all that a clerk can say.
+    """
+    tones = [
+        (1 / 3 / len(phrases), worth, len(phrases))
+        for phrases, worth in ((world.POLITE, 0.6), (world.NEUTRAL, 0), (world.RUDE, -0.8))
+    ]
     sums = [(0.55, 1, 1), (0.45 / 4, 0, 4)]
     talk = [(1 / 2, 0, 1), (1 / 4 / 5, -0.25, 5), (1 / 4 / 20, -0.5, 20)]
     closings = [(1 / 3 / 2, 0.3, 2), (1 / 3 / 2, 0, 2), (1 / 3, 0, 1)]
@@ -262,16 +299,22 @@ def reply_distribution():
 def test_the_bayes_ceiling_is_the_one_of_the_listed_distribution():
     golds, same = reply_distribution()
     assert sum(golds.values()) == pytest.approx(1)
-    expected = sum(p * q / (1 + math.exp(-4 * abs(g - h))) for (g, p), (h, q) in itertools.product(golds.items(), repeat=2))
+    expected = sum(
+        p * q / (1 + math.exp(-4 * abs(g - h))) for (g, p), (h, q) in itertools.product(golds.items(), repeat=2)
+    )
     expected = (expected - same / 2) / (1 - same)  # two equal replies make no pair
     assert sum(g * p for g, p in golds.items()) == pytest.approx(0.40, abs=0.005)  # as the page says of the clerks
     rng, n = random.Random(4), 10_000
     pairs = [world.pair(rng) for _ in range(n)]
     assert world.bayes_ceiling(pairs) == pytest.approx(expected, abs=4.5 * 0.5 / math.sqrt(n) / 2)
-    assert near(sum(p["gold_chosen"] > p["gold_rejected"] for p in pairs) + sum(p["gold_chosen"] == p["gold_rejected"] for p in pairs) / 2, n, expected)
+    first = sum(p["gold_chosen"] > p["gold_rejected"] for p in pairs)
+    ties = sum(p["gold_chosen"] == p["gold_rejected"] for p in pairs)
+    assert near(first + ties / 2, n, expected)
     for p in pairs[:500]:
         assert p["chosen"] != p["rejected"]
-        assert [p["gold_chosen"], p["gold_rejected"]] == [gold(p["prompt"], p[side], p) for side in ("chosen", "rejected")]
+        assert [p["gold_chosen"], p["gold_rejected"]] == [
+            gold(p["prompt"], p[side], p) for side in ("chosen", "rejected")
+        ]
 
 
 def test_labels_follow_bradley_terry_whatever_the_order():
@@ -279,16 +322,23 @@ def test_labels_follow_bradley_terry_whatever_the_order():
     for golds, p in (([0.3, 0.0], 1 / (1 + math.exp(-1.2))), ([0.0, 0.3], 1 / (1 + math.exp(1.2))), ([0.5, 0.5], 0.5)):
         rows = [world.label(rng, {"prompt": "?"}, ("first", golds[0]), ("second", golds[1])) for _ in range(n)]
         assert near(sum(r["chosen"] == "first" for r in rows), n, p)
-        assert all({r["chosen"]: r["gold_chosen"], r["rejected"]: r["gold_rejected"]} == dict(zip(("first", "second"), golds)) for r in rows)
+        assert all(
+            {r["chosen"]: r["gold_chosen"], r["rejected"]: r["gold_rejected"]} == dict(zip(("first", "second"), golds))
+            for r in rows
+        )
     assert world.prefers(1e6) == 1.0 and world.prefers(-1e6) == 0.0  # a runaway policy's gold does not overflow
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The inspector
 
 
 def test_verdicts_agree_with_their_principles():
-    rude, kind, plain = "Go away. 25 + 49 = 74. #### 74", "Happy to help! 25 + 49 = 75. #### 75 I like green tea.", "25 + 49 = 74. #### 74"
+    rude, kind, plain = (
+        "Go away. 25 + 49 = 74. #### 74",
+        "Happy to help! 25 + 49 = 75. #### 75 I like green tea.",
+        "25 + 49 = 74. #### 74",
+    )
     assert [p.split(":")[0] for p in world.PRINCIPLES] == ["Be kind", "Be brief", "Be right"]
 
     def verdicts(a, b):
@@ -305,8 +355,10 @@ def test_a_note_is_a_judge_prompt_and_its_answer():
     rng, answers, asked, n = random.Random(6), collections.Counter(), collections.Counter(), 3000
     for _ in range(n):
         text = world.note(rng)
-        question, a, b, principle, better = re.fullmatch(r"Question:\n(.*)\nReply A:\n(.*)\nReply B:\n(.*)\n(.*) Better: ([AB])", text).groups()
-        assert text == f"{world.judge_prompt(question, a, b, principle)} {better}"
+        question, a, b, principle, better = re.fullmatch(
+            r"Question:\n(.*)\nReply A:\n(.*)\nReply B:\n(.*)\n(.*) Better: ([AB])", text
+        ).groups()
+        assert text == f"{judge_prompt(question, a, b, principle)} {better}"
         (x, y), *_ = re.findall(r"(\d+) \+ (\d+)", a)
         assert better == world.verdict(a, b, f"#### {int(x) + int(y)}", principle)
         answers[better] += 1
@@ -326,12 +378,12 @@ def test_a_verdict_is_one_token_and_the_prompt_splits_alike_with_and_without_it(
     verdict = {better: tok.encode_ordinary(f" {better}") for better in "AB"}
     assert len(verdict["A"]) == len(verdict["B"]) == 1 and verdict["A"] != verdict["B"]
     for r in files[1]["judge_test.jsonl"][:50]:
-        text = world.judge_prompt(r["prompt"], r["reply_a"], r["reply_b"], r["principle"])
+        text = judge_prompt(r["prompt"], r["reply_a"], r["reply_b"], r["principle"])
         for better in "AB":
             assert tok.encode_ordinary(f"{text} {better}") == tok.encode_ordinary(text) + verdict[better]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The files
 
 
@@ -343,11 +395,12 @@ def test_world_json_says_what_was_written(files):
         assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
         assert entry["rows"] == len((out / name).read_text().splitlines())
     sizes = {name: len(rows[name]) for name in rows}
-    assert [sizes[f] for f in TRAINING] == [4000, 1500, 1500, 1500, 1500, 300] and {sizes[f] for f in HELD_OUT} == {300}
+    assert [sizes[f] for f in TRAINING] == [1600, 700, 700, 700, 700, 300] and {sizes[f] for f in HELD_OUT} == {300}
     stories = [r["text"] for r in rows["pretrain.jsonl"] if not r["text"].startswith("Question:")]
-    assert len(stories) == 3000 and all(parses(text) for text in stories[:50])
+    assert len(stories) == 1200 and all(parses(text) for text in stories[:50])
     assert about["config"] == {"seed": 0} | SMALL
-    assert about["story_floor"] == pytest.approx(world.story_floor() + math.log(4 / 3)) and about["story_entropy"] == world.story_floor()
+    assert about["story_floor"] == pytest.approx(world.story_floor() + math.log(4 / 3))
+    assert about["story_entropy"] == world.story_floor()
     assert about["bayes_ceiling"]["pairs.jsonl"] == world.bayes_ceiling(rows["pairs.jsonl"])
 
 
@@ -355,7 +408,7 @@ def test_the_command_writes_the_same_bytes_every_time_and_refuses_to_overwrite(f
     sizes = [f"--{name}={value}" for name, value in SMALL.items()]
     command = [sys.executable, "-m", "data.world", f"--out={tmp_path / 'w'}", *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "4,000 rows" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1,600 rows" in done.stdout, done.stderr
     for p in files[0].iterdir():
         assert (tmp_path / "w" / p.name).read_bytes() == p.read_bytes()
     assert not list(tmp_path.glob("w/.*"))  # no temporary file is left
@@ -399,3 +452,20 @@ def test_the_size_of_one_file_does_not_change_another(files, tmp_path):
     world.main(Config(out=str(tmp_path), **SMALL | {"stories": 10, "pairs": 100}))
     assert (tmp_path / "chat.jsonl").read_bytes() == (files[0] / "chat.jsonl").read_bytes()
     assert (files[0] / "pairs.jsonl").read_text().startswith((tmp_path / "pairs.jsonl").read_text())
+
+
+def test_data_that_is_only_text_loads_no_torch():
+    modules = "data.world, data.prepare, data.shards, data.rows, data.rules, data.judge"
+    code = f"import sys, {modules}; print({{'torch', 'triton', 'kernels', 'model'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done
+
+
+def test_data_imports_nothing_from_above():
+    for path in (ROOT / "data").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                own = node.module.split(".")[0] in {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
+                assert not own, (path.name, node.module)
+                if node.module.startswith("runtime"):
+                    assert node.module in ("runtime.errors", "runtime.cli", "runtime.files"), path.name
