@@ -6,11 +6,10 @@ than the others of the same prompt.
     ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
 DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can
-check: R1 learned to reason by it (2501.12948). Rewards are FILE.py:FUNCTION (data/rules.py has
-some), reward models or a judge, added up by weight. A group whose completions are all worth the
-same teaches nothing and is left out, also of the mean that the papers take over it; --refill
-samples others in its place. L is the default recipe's. --recipe sets the flags marked (recipe) as a
-paper has them, unless they are given:
+check (data/rules.py): R1 learned to reason by it (2501.12948). A group whose completions are all
+worth the same teaches nothing and is left out, also of the mean that the papers take over it;
+--refill samples others in its place. L is the default recipe's. --recipe sets the flags marked
+(recipe) as a paper has them, unless they are given:
 
     deepseekmath  + beta k3; mean over each completion, then over completions; one update per step
                   (2402.03300, section 4.2)
@@ -65,13 +64,11 @@ RECIPES = {  # what differs from the default
 @dataclass(kw_only=True)
 class Config(RolloutConfig):
     # -- What you will set --
-    # default, deepseekmath, r1, dr_grpo or dapo: sets the flags marked (recipe), unless given
+    # default, deepseekmath, r1, dr_grpo or dapo: the values of flags marked (recipe) if left out
     recipe: str = "default"
     # -- What you may set --
     # rounds of sampling and updating [>= 1]
     steps: int = 100
-    # prompts per step, over all ranks [>= 1]
-    prompts_per_step: int = 16
     # (recipe) completions of each prompt [>= 2]
     group_size: int = 0
     # (recipe) reward minus the group's mean, over its std (grpo), minus the mean (dr_grpo), or
@@ -100,7 +97,7 @@ class Config(RolloutConfig):
     # -- What you will rarely set --
     # passes over the completions of a step [>= 1]
     epochs: int = 1
-    # of --max_new_tokens [> 0; <= 1]
+    # the last share of --max_new_tokens that --overlong=punish punishes [> 0; <= 1]
     overlong_share: float = 0.2
     # share of the steps, at the end, over which the learning rate falls to 0 [>= 0; <= 1]
     decay: float = 0.5

@@ -9,7 +9,7 @@ slot that finishes is given to a waiting request. If none waits, the live slots 
 step works for dead ones. On CUDA a step is one captured graph, drawing included, and the CPU looks
 for what has finished every 16 steps only.
 
-`rollout`, `stream` and `sample_completions` are loops over it. scoring.py says what a sample is worth.
+`rollout`, `stream` and `sample_completions` are loops over it; scoring.py rates what they give.
 """
 
 import math
@@ -237,7 +237,9 @@ class Sampler:
         """
         for prompt in prompts:
             if not 0 < len(prompt) < self.length:
-                raise UserError(f"a prompt of {len(prompt)} tokens does not fit into a context of {self.length}")
+                raise UserError(
+                    f"a prompt of {len(prompt)} tokens: a context of {self.length} takes 1 to {self.length - 1}"
+                )
         vocab, begin, stop = self.is_stop.shape[1], self.added, list(stop)
         # A top_k of V and a top_p of infinity cut nothing
         settings = shared = temperature, min(top_k or vocab, vocab), top_p if top_p < 1 else math.inf
@@ -321,7 +323,7 @@ class Sampler:
             x[to] = x[source]
 
     def draw_next(self, hidden, slots):
-        """Draw a token for each of `slots`, int64 [b], from the hidden state after its last, [b, C]."""
+        """Draw a token for each of `slots`, int64 [b], from the hidden states [b, C] before it."""
         drawn, left = self.drawn[slots], self.left[slots]
         column = torch.where(left > 0, drawn, self.length)
         settings = [self.settings[slots, i, None] if x is None else x for i, x in enumerate(self.shared)]
@@ -399,8 +401,8 @@ def rollout(model, prompts, *, max_new_tokens, n=1, slots=128, **options):
 
     prompts: lists of token ids, each of at least one; options: of Sampler.add. A sample has at most
     `max_new_tokens` tokens, or as many as its prompt leaves in the model's context. The same seed
-    gives the same samples for any number of slots, and with `first`, the number of the first sample,
-    on any rank. Raises UserError if a prompt leaves no room.
+    gives the same samples for any number of slots; `first`, the number of the first one, lets ranks
+    share the prompts. Raises UserError if a prompt is empty or fills the context.
     """
     if not prompts:
         return []
@@ -416,8 +418,8 @@ def rollout(model, prompts, *, max_new_tokens, n=1, slots=128, **options):
 def stream(model, prompt, *, max_new_tokens, **options):
     """Yield the ids of one completion as they are drawn, a stop token last.
 
-    They are those of `rollout` with the same options (of Sampler.add), which may then go past the
-    model's context: a new part continues from the last half of it, with random numbers of its own.
+    They are those of `rollout` with the same options (of Sampler.add). Past the model's context it
+    continues from the last half of it, with new random numbers.
     """
     context = model.config.context
     sampler = Sampler(model, 1, context + 1)  # after a full context one more token is drawn, and not read

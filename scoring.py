@@ -36,8 +36,7 @@ from runtime.process import rank, reduce_sum, world_size
 
 
 def reward_names(text):
-    """The [(name, weight)] of a --reward flag: names, comma-separated, each with or without
-    *WEIGHT.
+    """[(name, weight)] of a --reward flag: comma-separated names, each with or without *WEIGHT.
 
     Raises UserError if a weight is not a number.
     """
@@ -109,7 +108,8 @@ def score_completions(rewards, rows, samples, texts):
     rewards: of `load_rewards`; rows: [(messages, row)], one for each prompt_index of the samples.
     """
     total, parts = np.zeros(len(samples)), {}
-    conversations, data = zip(*(rows[s.prompt_index] for s in samples)) if samples else ((), ())
+    conversations = [rows[s.prompt_index][0] for s in samples]
+    data = [rows[s.prompt_index][1] for s in samples]
     for name, weight, reward in rewards:
         # A rank's share may be empty
         parts[name] = reward(conversations, data, samples, texts) if samples else total
@@ -137,7 +137,7 @@ def function_reward(name, timeout):
 
     def reward(conversations, rows, samples, texts):
         values = []
-        for messages, row, sample, text in zip(conversations, rows, samples, texts):
+        for messages, row, sample, text in zip(conversations, rows, samples, texts, strict=True):
             try:
                 with time_limit(timeout):
                     value = float(function(question(messages), text, row | {"finished": sample.finished}))
@@ -158,10 +158,10 @@ def function_reward(name, timeout):
 
 
 def load_function(name):
-    """The function of FILE.py:FUNCTION. The file is run: the user's own code, with all the user's
-    rights.
+    """The function of FILE.py:FUNCTION.
 
-    Raises UserError if there is none.
+    The file is run: it is the user's own code, with all the user's rights. Raises UserError if it
+    cannot be imported or has no such function.
     """
     file, _, function = name.rpartition(":")
     path = Path(file).resolve()
@@ -226,10 +226,10 @@ def model_reward(name, device, micro_batch_tokens):
 
     def reward(conversations, rows, samples, texts):
         documents = []
-        for messages, text, sample in zip(conversations, texts, samples):
+        for messages, text, sample in zip(conversations, texts, samples, strict=True):
             # An unfinished completion is scored as it stands, without an end of turn
-            encode = chat.encode_completion(tok, text) if sample.finished else tok.encode_ordinary(text)
-            documents.append(chat.encode_prompt(tok, messages) + encode)
+            ids = chat.encode_completion(tok, text) if sample.finished else tok.encode_ordinary(text)
+            documents.append(chat.encode_prompt(tok, messages) + ids)
         long = sum(len(d) > context for d in documents)
         if long:
             warn_once(
@@ -244,10 +244,10 @@ def model_reward(name, device, micro_batch_tokens):
 
 @torch.no_grad()
 def reward_scores(model, documents, micro_batch_tokens, center=0.0):
-    """float64 [D]: the reward model's score at the last token of each document (token ids) -
-    `center`.
+    """float64 [D]: the reward model's score at each document's last token, less `center`.
 
-    Raises UserError if a document is longer than the model's context or a score is not finite.
+    documents: token ids. Raises UserError if one is longer than the model's context or a score is
+    not finite.
     """
     packs = packs_within_context(model, documents, micro_batch_tokens, "conversation")
     return finite(torch.cat([score(model, p) for p in packs]), "reward model's scores") - center
@@ -263,8 +263,7 @@ def packs_within_context(model, documents, micro_batch_tokens, what):
 
 
 def finite(values, what):
-    """float64 [n] of a tensor on any device. Raises UserError if one is not finite: it would pass
-    for a tie."""
+    """float64 [n] of a tensor on any device. Raises UserError if one is not finite."""
     if not values.isfinite().all():
         raise UserError(f"the {what} are not finite: its weights are damaged; use another checkpoint")
     return values.cpu().double().numpy()
@@ -275,10 +274,10 @@ def finite(values, what):
 
 
 def judge_reward(name, device, micro_batch_tokens, constitution):
-    """How often a completion is better than the next one to the same prompt, by a judge's
-    probabilities.
+    """The reward that is a judge's probability that a completion is better than the next one.
 
-    The mean over both orders and all principles (Lee et al. 2023, arXiv 2309.00267).
+    The next one to the same prompt; the mean over both orders and all principles (Lee et al. 2023,
+    arXiv 2309.00267).
     """
     if not constitution:
         raise UserError(
@@ -313,28 +312,28 @@ def judge_reward(name, device, micro_batch_tokens, constitution):
 
 
 def next_of_group(samples, name):
-    """For each sample the index of the next one to its prompt, in a circle; UserError if it is
-    alone."""
-    groups = defaultdict(list)
+    """{index of a sample: that of the next one to its prompt, in a circle}.
+
+    Raises UserError if a sample is alone.
+    """
+    groups, following = defaultdict(list), {}
     for i, sample in enumerate(samples):
         groups[sample.prompt_index].append(i)
-    following = {}
     for group in groups.values():
         if len(group) < 2:
             raise UserError(
                 f"--reward={name}: a judge compares the completions of one prompt, so there must be at least two "
                 "(--group_size=2)"
             )
-        following |= zip(group, group[1:] + group[:1])
+        following |= {i: group[k + 1 - len(group)] for k, i in enumerate(group)}
     return following
 
 
 def judge_score(model, tok, triples, principle, micro_batch_tokens):
-    """float64 [n, 2]: the probability that the first of two replies is the better one by a
-    principle.
+    """float64 [n, 2]: the probability that the first of two replies is better by a principle.
 
-    triples: (prompt, reply, reply). Column 0 has the judge read them in this order, column 1 in the
-    other."""
+    triples: (prompt, reply, reply). Column 0: the judge reads them in this order; 1: in the other.
+    """
     prompts = [judge_prompt(prompt, a, b, principle) for prompt, a, b in triples]
     prompts += [judge_prompt(prompt, b, a, principle) for prompt, a, b in triples]
     in_order, swapped = np.split(prefer_first(model, tok, prompts, micro_batch_tokens), 2)
@@ -358,8 +357,7 @@ def prefer_first(model, tok, prompts, micro_batch_tokens):
 
 
 def read_constitution(path):
-    """The principles of a constitution: one per line; empty lines and lines that begin with # are
-    skipped.
+    """The principles of a constitution: its lines, except empty ones and those that begin with #.
 
     Raises UserError if the file cannot be read or has none.
     """
@@ -378,23 +376,22 @@ def read_constitution(path):
 
 
 def exact_match(model, tok, problems, max_new_tokens):
-    """[1.0 or 0.0]: whether the greedy completion of each problem (messages, row) ends in the right
-    number."""
+    """[1.0 or 0.0] per problem (messages, row): whether the greedy answer has the right number."""
     conversations = [messages for messages, _ in problems]
     _, samples, texts = sample_completions(model, tok, conversations, max_new_tokens=max_new_tokens, temperature=0)
     return [
-        final_number(messages[-1]["content"], text, row | {"finished": s.finished})
-        for (messages, row), s, text in zip(problems, samples, texts)
+        final_number(messages[-1]["content"], text, row | {"finished": sample.finished})
+        for (messages, row), sample, text in zip(problems, samples, texts, strict=True)
     ]
 
 
 def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penalty=0.0):
-    """Means over completions of held-out rows, always with the same random numbers, and a first
-    text.
+    """Means over completions of held-out rows, always drawn with the same random numbers.
 
-    -> ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, text). The ranks share
-    the rows. reference: None if there is none, and then no "kl". penalty: taken from the reward of
-    an unfinished completion. val_loss: kl_coef kl - reward."""
+    Returns ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, a completion). The
+    ranks share the rows. reference: None for no "kl"; penalty: taken from the reward of an
+    unfinished completion; val_loss: kl_coef kl - reward.
+    """
     begin, end = 0, len(rows)
     if end >= world_size():  # else every rank answers all rows, and the means stay
         begin, end = rank_span([1] * end, rank(), world_size())
@@ -422,7 +419,7 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
     if len(parts) > 1:
         sums |= {f"reward {name}": values.sum() for name, values in parts.items()}
     count, *totals = reduce_sum(len(samples), *sums.values())
-    means = {name: x / count for name, x in zip(sums, totals)}
+    means = {name: x / count for name, x in zip(sums, totals, strict=True)}
     return {"val_loss": kl_coef * means.get("kl", 0.0) - means["reward"], **means}, texts[0]
 
 

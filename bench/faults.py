@@ -64,10 +64,14 @@ from runtime.run import clock_time
 
 @dataclass
 class Config:
-    seeds: int = 3  # rows of every stage and fault
-    stages: str = ""  # comma-separated; "": all
-    faults: str = ""  # comma-separated; "": all
-    jobs: int = 2  # rows at once
+    # rows of every stage and fault
+    seeds: int = 3
+    # comma-separated; "": all
+    stages: str = ""
+    # comma-separated; "": all
+    faults: str = ""
+    # rows at once
+    jobs: int = 2
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ is what the stages never see. The colours suit a light and a dark page.
 from dataclasses import dataclass
 from pathlib import Path
 
+from report import read_lines, series, smooth
 from runtime.errors import UserError
 from runtime.process import launch
-from report import read_lines, series, smooth
 
 try:
     import matplotlib
@@ -24,20 +24,25 @@ except ImportError:
     pyplot = None
 
 INK = "#7b8794"
+STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "feinschliff"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+LABELS = {"ppo": "ppo.py: people's preferences", "grpo": "grpo.py on top: sums that check out"}
 
 
 @dataclass
 class Config:
-    quickstart: str = "out/quickstart"  # a finished quick start
-    out: str = "docs/quickstart.svg"  # file to write
+    # a finished quick start
+    quickstart: str = "out/quickstart"
+    # file to write
+    out: str = "docs/quickstart.svg"
 
 
 def main(config):
     if pyplot is None:
         raise UserError('matplotlib is not there: pip install matplotlib, or the extra "report"')
     start = Path(config.quickstart)
-    with pyplot.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "feinschliff", "axes.spines.top": False, "axes.spines.right": False,
-                            **{name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}}):  # fmt: skip
+    with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(1, 1.5))
         left.plot(*series(read_lines(start / "base/log.jsonl"), "loss"), color="#3b76c4", linewidth=1.2)
         left.plot(
@@ -47,7 +52,7 @@ def main(config):
             markersize=3,
             label="on held-out text",
         )
-        left.set(xlabel="step of pretrain.py", ylabel="loss, nats a token", title="learning to speak", ylim=(0, None))
+        left.set(xlabel="step of pretrain.py", ylabel="loss, nats per token", title="learning to speak", ylim=(0, None))
         left.legend(frameon=False)
         begun, bound = 0, 1.9
         for name, colour in (("ppo", "#d9822b"), ("grpo", "#3d9a50")):
@@ -58,14 +63,14 @@ def main(config):
                 smooth(gold, 0.15),
                 color=colour,
                 linewidth=1.6,
-                label={"ppo": "ppo.py: people's preferences", "grpo": "grpo.py on top: sums that check out"}[name],
+                label=LABELS[name],
             )
             begun += steps[-1]
         right.axhline(bound, color=INK, linestyle=":", linewidth=1)
         right.text(0, bound, " the best there is", va="bottom", fontsize=8)
         right.set(
             xlabel="step",
-            ylabel="gold reward of an answer",
+            ylabel="gold reward of a completion",
             title="learning to be kind, and then right",
             ylim=(None, 2.05),
         )

@@ -29,11 +29,16 @@ from kernels.rope import qk_norm_rope, qk_norm_rope_reference
 
 @dataclass
 class Config:
-    only: str = ""  # ops whose name begins with this: attention, linear, rms_norm, ...
-    rounds: int = 3  # turns each contender has
-    tiny: bool = False  # toy sizes
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    out: str = "bench/results"  # folder of the JSON file
+    # ops whose name begins with this: attention, linear, rms_norm, ...
+    only: str = ""
+    # turns each contender has
+    rounds: int = 3
+    # toy sizes
+    tiny: bool = False
+    # auto, cpu, cuda, cuda:1
+    device: str = "auto"
+    # folder of the JSON file
+    out: str = "bench/results"
 
 
 OURS = "kernel"
@@ -195,7 +200,7 @@ def attention_contests(make):
     tokens, width = (64, 64) if make.tiny else (16384, 2048)
     asked = {  # (Dh, length): TF/s
         (128, 2048): 360, (128, 4096): 400, (128, 8192): 430, (128, 16384): 450, (64, 2048): 300, (64, 4096): 340, (64, 8192): 360, (64, 16384): 370,
-    }  # fmt: skip
+    }
     for dh, length, group in [(32, 32, 2)] if make.tiny else [*((*key, 1) for key in asked), (128, 4096, 4), (64, 1024, 1)]:
         heads, documents = width // dh, tokens // length
         q, k, v = make.normal(tokens, heads, dh), make.normal(tokens, heads // group, dh), make.normal(tokens, heads // group, dh)

@@ -23,8 +23,10 @@ from quickstart import table
 
 @dataclass
 class Config:
-    only: str = ""  # stages, separated by semicolons, by their names in the table; "": all
-    steps: int = 2  # of each run
+    # stages, separated by semicolons, by their names in the table; "": all
+    only: str = ""
+    # of each run
+    steps: int = 2
 
 
 CHILD = """

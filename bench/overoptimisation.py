@@ -10,32 +10,54 @@ matplotlib is there. Last line of output: JSON.
     python -m bench.overoptimisation --quickstart=out/quickstart
 """
 
-import json, statistics, subprocess, sys
+import json
+import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from quickstart import table
 from runtime.errors import UserError
 from runtime.process import describe, launch
-from quickstart import table
 
 
 @dataclass
 class Config:
-    quickstart: str = "out/quickstart"  # a finished quick start, whose sft, weak reward model and world are used
-    out: str = "out/bench_overoptimisation"  # directory of the runs; what is finished there is not run again
-    betas: str = "0,0.15"  # prices of a nat, comma-separated
-    steps: int = 64  # of PPO
-    lr: float = 7e-4  # of the policy
+    # a finished quick start, whose sft, weak reward model and world are used
+    quickstart: str = "out/quickstart"
+    # directory of the runs; what is finished there is not run again
+    out: str = "out/bench_overoptimisation"
+    # KL coefficients, comma-separated
+    betas: str = "0,0.15"
+    # of PPO
+    steps: int = 64
+    # of the policy
+    lr: float = 7e-4
     seed: int = 0
 
 
 def curve(config, beta):
     """[{"step", "proxy", "gold", "kl"}, ...] of one PPO run."""
     out, start = Path(config.out) / f"beta_{beta}", config.quickstart
-    flags = {"init": f"{start}/sft", "reward": f"{start}/weak_rm", "data": f"{start}/world/prompts.jsonl", "monitor": "data/world.py:gold", "max_new_tokens": 64, "beta": beta, "steps": config.steps,
-             "lr": config.lr, "seed": config.seed, "stop_kl": 0, "min_accuracy": 0, "eval_every": 0, "print_every": 8, "out": out}  # fmt: skip
+    flags = {
+        "init": f"{start}/sft",
+        "reward": f"{start}/weak_rm",
+        "data": f"{start}/world/prompts.jsonl",
+        "monitor": "data/world.py:gold",
+        "max_new_tokens": 64,
+        "beta": beta,
+        "steps": config.steps,
+        "lr": config.lr,
+        "seed": config.seed,
+        "stop_kl": 0,
+        "min_accuracy": 0,
+        "eval_every": 0,
+        "print_every": 8,
+        "out": out,
+    }
     command = [
         sys.executable,
         "ppo.py",
@@ -64,11 +86,20 @@ def draw(curves, path):
         for axis, name in zip(axes, ("proxy", "gold")):
             axis.plot([r["kl"] for r in rows], [r[name] for r in rows], ".-", color=colour, label=f"beta {beta}")
             axis.set(
-                xlabel="KL to SFT, nats an answer",
-                title={"proxy": "what the weak reward model says", "gold": "what the answers are worth"}[name],
+                xlabel="KL to SFT, nats per completion",
+                title={"proxy": "what the weak reward model says", "gold": "what the completions are worth"}[name],
             )
     axes[0].legend()
     figure.savefig(path)
+
+
+def means(rows):
+    """{"kl", "proxy", "gold"}: their means over some steps."""
+    return {name: round(statistics.mean(r[name] for r in rows), 3) for name in ("kl", "proxy", "gold")}
+
+
+def cells(row):
+    return [f"{row[name]:.2f}" for name in ("kl", "proxy", "gold")]
 
 
 def main(config):
@@ -78,39 +109,18 @@ def main(config):
     found = {}
     for beta, rows in curves.items():
         tenth = max(1, len(rows) // 10)
-        gold = [r["gold"] for r in rows]
-        best = max(range(len(gold) - tenth + 1), key=lambda i: statistics.mean(gold[i : i + tenth]))
-        mean = lambda name, part: round(statistics.mean(r[name] for r in part), 3)  # noqa: E731
-        first, top, last = rows[:tenth], rows[best : best + tenth], rows[-tenth:]
-        found[beta] = {
-            when: {name: mean(name, part) for name in ("proxy", "gold", "kl")}
-            for when, part in (("first", first), ("best gold", top), ("last", last))
-        }
-        print(
-            f"\nbeta {beta}\n"
-            + table(
-                [
-                    ("step", "KL", "proxy", "gold"),
-                    *(
-                        (str(r["step"]), *(f"{r[n]:.2f}" for n in ("kl", "proxy", "gold")))
-                        for r in rows[:: max(1, len(rows) // 16)]
-                    ),
-                ]
-            )
-        )
+        gold = [statistics.mean(r["gold"] for r in rows[i : i + tenth]) for i in range(len(rows) - tenth + 1)]
+        best = gold.index(max(gold))
+        parts = {"first": rows[:tenth], "best gold": rows[best : best + tenth], "last": rows[-tenth:]}
+        found[beta] = {when: means(part) for when, part in parts.items()}
+        shown = rows[:: max(1, len(rows) // 16)]
+        lines = [("step", "KL", "proxy", "gold"), *((str(r["step"]), *cells(r)) for r in shown)]
+        print(f"\nbeta {beta}\n{table(lines)}")
     print(f"\nmeans over a tenth of the steps; {describe(torch.device('cpu'))}")
-    print(
-        table(
-            [
-                ("beta", "when", "KL", "proxy", "gold"),
-                *(
-                    (beta, when, *(f"{f[n]:.2f}" for n in ("kl", "proxy", "gold")))
-                    for beta, row in found.items()
-                    for when, f in row.items()
-                ),
-            ]
-        )
-    )
+    lines = [("beta", "when", "KL", "proxy", "gold")]
+    for beta, row in found.items():
+        lines += [(beta, when, *cells(part)) for when, part in row.items()]
+    print(table(lines))
     try:
         draw(curves, Path(config.out) / "overoptimisation.svg")
         print(f"drawn: {config.out}/overoptimisation.svg")

@@ -1,13 +1,18 @@
 """Other people's libraries on our weights, our tokenizer and our data, in the same run: what one
 gives up, or gains, by using this repository.
 
-    dpo     TRL's DPOTrainer: the same batches in the same order, the same AdamW, rates, clipping, fp32 (bf16 on a GPU); its losses must be ours. It runs
-            as its users would run it on such a machine (no gradient checkpointing, no padding to multiples), with the reference's log-probabilities
-            computed in every step, its default, and before the first one; the better of the two is compared with ours
-    rollout transformers' generate on the checkpoint's own files: --samples prompts of unequal lengths, --new tokens each, drawn at temperature 1 without cuts
-            from a cache, prompts padded on the left. Greedy continuations must be the same ones
-    grpo    TRL's GRPOTrainer: steps of --samples answers, --group to a prompt, each of --new tokens: sampling, reward, update; one update a batch, no KL, the
-            same reward, AdamW, rate and clipping, on a CPU as its users run it there (no vLLM). The entropy of the first answers must be the same
+    dpo     TRL's DPOTrainer: the same batches in the same order, the same AdamW, rates, clipping,
+            fp32 (bf16 on a GPU); its losses must be ours. It runs as its users would run it on
+            such a machine (no gradient checkpointing, no padding to multiples), with the
+            reference's log-probabilities computed in every step, its default, and before the first
+            one; the better of the two is compared with ours
+    rollout transformers' generate on the checkpoint's own files: --samples prompts of unequal
+            lengths, --new tokens each, drawn at temperature 1 without cuts from a cache, prompts
+            padded on the left. Greedy continuations must be the same ones
+    grpo    TRL's GRPOTrainer: steps of --samples answers, --group per prompt, each of --new
+            tokens: sampling, reward, update; one update a batch, no KL, the same reward, AdamW,
+            rate and clipping, on a CPU as its users run it there (no vLLM). The entropy of the
+            first answers must be the same
 
 In dpo tokens are real tokens, without padding, of the training steps, and seconds go from texts and
 loaded weights to the end of the last step: tokenizing, the reference's pass and training, not
@@ -17,58 +22,79 @@ up and the fastest counts. Every contender has a process of its own, one after t
 times, and its fastest turn counts. Memory is the whole process at its peak, and what was added
 after imports and weights; on a GPU both are what PyTorch allocated. Last line of output: JSON.
 
-    python -m bench.peers --data=../shared/realdata/ai_preferences_train.jsonl      pip install trl transformers, or the extra "peers"
+    pip install trl transformers, or the extra "peers"
+    python -m bench.peers --data=../shared/realdata/ai_preferences_train.jsonl
 """
 
-import contextlib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, tempfile, time, warnings
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint, dpo, grpo
+import dpo
+import grpo
 from bench.preference import apart, clock, fresh, memory
-from runtime.errors import UserError
-from runtime.process import describe, launch, setup
-from data import chat, tokenizer
-from kernels import _lib
+from data import chat, rows as data_rows, tokenizer
+from kernels.proof import prove
 from model import config_for
 from optim import Optimizer, wsd
 from rollout import rollout
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.process import describe, launch, setup
 
 
 @dataclass
 class Config:
-    data: str  # preferences, of which the first --pairs that fit are used, and prompts: .jsonl, .parquet or hf:NAME (see data/chat.py)
-    only: str = ""  # contests to hold, comma-separated: dpo, rollout, grpo; "": all
-    pairs: int = 160  # of dpo
-    batch: int = 16  # pairs a step
-    samples: int = 32  # answers of rollout, and of a step of grpo
-    new: int = 64  # tokens of each
-    group: int = 8  # of grpo, answers to a prompt
-    steps: int = 6  # of grpo, the first not counted
-    depth: int = 4  # layers
-    width: int = 256  # of the model
-    vocab: int = 4096  # ids of the tokenizer, which is trained on the file
-    context: int = 1024  # tokens
-    lr: float = 1e-4  # at the first step, falling to 0
-    rounds: int = 2  # turns each contender has
-    device: str = "auto"  # auto, cpu, cuda
+    # preferences, of which the first --pairs that fit are used, and prompts: .jsonl, .parquet or
+    # hf:NAME (see data/rows.py)
+    data: str
+    # contests to hold, comma-separated: dpo, rollout, grpo; "": all
+    only: str = ""
+    # of dpo
+    pairs: int = 160
+    # pairs a step
+    batch: int = 16
+    # answers of rollout, and of a step of grpo
+    samples: int = 32
+    # tokens of each
+    new: int = 64
+    # of grpo, answers to a prompt
+    group: int = 8
+    # of grpo, the first not counted
+    steps: int = 6
+    # layers
+    depth: int = 4
+    # of the model
+    width: int = 256
+    # ids of the tokenizer, which is trained on the file
+    vocab: int = 4096
+    # tokens
+    context: int = 1024
+    # at the first step, falling to 0
+    lr: float = 1e-4
+    # turns each contender has
+    rounds: int = 2
+    # auto, cpu, cuda
+    device: str = "auto"
 
 
-BETAS, EPS, BETA, CLIP = (
-    (0.9, 0.95),
-    1e-10,
-    0.1,
-    1.0,
-)  # AdamW's (EPS is optim.py's), DPO's, and the largest gradient norm
-ASKED = {
-    "speed": 5.0,
-    "memory": 0.5,
-    "first_loss": 1e-5,
-    "losses": 1e-3,
-}  # dpo: times TRL's tokens/s, its peak, and how far losses may lie apart
+BETAS, EPS, BETA = (0.9, 0.95), 1e-10, 0.1  # AdamW's (EPS is optim.py's), and DPO's
+CLIP = 1.0  # the largest gradient norm
+# dpo: times TRL's tokens/s, its peak, and how far losses may lie apart
+ASKED = {"speed": 5.0, "memory": 0.5, "first_loss": 1e-5, "losses": 1e-3}
 ASKED_SPEED = {"rollout": 3.0, "grpo": 3.0}  # times the other's new tokens/s
 
 
@@ -104,27 +130,29 @@ class Meter:
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DPO
 
 
 def our_dpo(config, folder, pairs):
     """dpo.py's functions in its order."""
     device = setup(config.device, 0)
-    _lib.prove(device)
+    prove(device)
     model, tok, _ = checkpoint.load(folder, device)
     flags = dpo.Config(init="", data="", out="", beta=BETA)
     meter = Meter(device)
     meter.begin()
-    items, known = dpo.read_items(tok, pairs, False)
-    known, ref_logps = torch.tensor(known, dtype=torch.float32), dpo.all_logps(model, items, flags.micro_batch_tokens)
+    items = [chat.encode_pair(tok, pair) for pair in pairs]
+    label_probs = torch.tensor([pair.probability for pair in pairs])
+    ref_logps = dpo.all_logps(model, items, flags.micro_batch_tokens)
     optimizer = Optimizer(model, config.lr, betas=BETAS)
     steps = len(items) // config.batch
+    model.train()
     for step in range(steps):
         batch = slice(step * config.batch, (step + 1) * config.batch)
-        loss = dpo.train_step(model, items[batch], known[batch], ref_logps[batch], flags)[0]
+        loss = dpo.run_batch(model, items[batch], label_probs[batch], ref_logps[batch], flags)["loss"]
         optimizer.step(wsd(step, steps, 0, steps), CLIP)
-        meter.step(loss.item(), np.concatenate([item[side].ids for side in (0, 1) for item in items[batch]]))
+        meter.step(loss, np.concatenate([item[side].ids for side in (0, 1) for item in items[batch]]))
     return meter.end("torch")
 
 
@@ -134,21 +162,20 @@ def trl_dpo(config, folder, pairs, precompute):
     os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    import datasets, transformers
+    import datasets
+    import transformers
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
-    device = torch.device(
-        config.device
-    )  # without `setup`: what that does to PyTorch and to the C library, its users do not do
+    device = torch.device(config.device)  # without `setup`: what that does to PyTorch, its users do not do
     model, tok = (
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         transformers.AutoTokenizer.from_pretrained(folder),
     )
-    message = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-    rows = [
-        {"prompt": pair.prompt, "chosen": message(pair.chosen), "rejected": message(pair.rejected)} for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
+        rows.append({"prompt": pair.prompt, "chosen": chosen, "rejected": rejected})
     meter = Meter(device)
 
     class Trainer(DPOTrainer):
@@ -159,11 +186,27 @@ def trl_dpo(config, folder, pairs, precompute):
 
     with tempfile.TemporaryDirectory() as out:
         flags = DPOConfig(
-            out, use_cpu=device.type == "cpu", bf16=device.type == "cuda", gradient_checkpointing=False, max_length=config.context,
-            per_device_train_batch_size=config.batch, num_train_epochs=1, train_sampling_strategy="sequential", precompute_ref_log_probs=precompute,
-            learning_rate=config.lr, lr_scheduler_type="linear", adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP, beta=BETA,
-            save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+            out,
+            use_cpu=device.type == "cpu",
+            bf16=device.type == "cuda",
+            gradient_checkpointing=False,
+            max_length=config.context,
+            per_device_train_batch_size=config.batch,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            precompute_ref_log_probs=precompute,
+            learning_rate=config.lr,
+            lr_scheduler_type="linear",
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            adam_epsilon=EPS,
+            weight_decay=0.0,
+            max_grad_norm=CLIP,
+            beta=BETA,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
         meter.begin()
         trainer = Trainer(model, args=flags, train_dataset=datasets.Dataset.from_list(rows), processing_class=tok)
         trainer.remove_callback(transformers.PrinterCallback)
@@ -176,9 +219,10 @@ def dpo_contest(config):
     same pairs."""
     if config.pairs % config.batch:
         raise UserError(
-            f"--pairs={config.pairs}: whole batches of --batch={config.batch} are needed, for the two may end an epoch differently"
+            f"--pairs={config.pairs}: whole batches of --batch={config.batch} are needed, for the "
+            "two may end an epoch differently"
         )
-    rows, _ = chat.read(config.data, chat.preference, skip_bad=True)
+    rows, _ = data_rows.read(config.data, data_rows.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
     pairs = [
         r
@@ -202,16 +246,20 @@ def dpo_contest(config):
             )
     tokens = sum(n for n, _ in ours["batches"])
     print(
-        f"\ndpo: {len(pairs)} pairs, {tokens:,} tokens, {len(ours['losses'])} steps of {config.batch} pairs; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {theirs[0]['versions']}"
+        f"\ndpo: {len(pairs)} pairs, {tokens:,} tokens, {len(ours['losses'])} steps of "
+        f"{config.batch} pairs; {shape.layers} layers, width {shape.width}, {shape.vocab_size} "
+        f"ids; {theirs[0]['versions']}"
     )
     print(
-        f"{'':<22} {'tokens/s':>9} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}   losses of the first steps, and of the last"
+        f"{'':<22} {'tokens/s':>9} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}   losses of "
+        "the first steps, and of the last"
     )
     for name, row in found.items():
         row["tokens_per_s"] = tokens / row["seconds"]
         shown = " ".join(f"{loss:.6f}" for loss in [*row["losses"][:3], row["losses"][-1]])
         print(
-            f"{name:<22} {row['tokens_per_s']:>9,.0f} {row['seconds']:>8.2f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}   {shown}"
+            f"{name:<22} {row['tokens_per_s']:>9,.0f} {row['seconds']:>8.2f} "
+            f"{row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}   {shown}"
         )
     apart_by = [
         max(abs(a - b) for a, b in zip(ours["losses"][:n], other["losses"][:n]))
@@ -219,15 +267,21 @@ def dpo_contest(config):
         for other in theirs
     ]
     compared = {
-        "speed": min(other["seconds"] for other in theirs) / ours["seconds"], "memory": ours["peak"] / min(other["peak"] for other in theirs),
+        "speed": min(other["seconds"] for other in theirs) / ours["seconds"],
+        "memory": ours["peak"] / min(other["peak"] for other in theirs),
         "added": ours["added"] / min(other["added"] for other in theirs),
-        "first_loss": max(apart_by[:2]), "losses": max(apart_by[2:4]), "all_losses": max(apart_by[4:]),
-    }  # fmt: skip
+        "first_loss": max(apart_by[:2]),
+        "losses": max(apart_by[2:4]),
+        "all_losses": max(apart_by[4:]),
+    }
     reached = {
         key: compared[key] >= asked if key == "speed" else compared[key] <= asked for key, asked in ASKED.items()
     }
     print(
-        f"against TRL's better: {compared['speed']:.2f} times as fast, {compared['memory']:.2f} of its peak memory ({compared['added']:.2f} of what is added); losses differ by {compared['first_loss']:.1e} at the first step, {compared['losses']:.1e} over three, {compared['all_losses']:.1e} over all"
+        f"against TRL's better: {compared['speed']:.2f} times as fast, {compared['memory']:.2f} "
+        f"of its peak memory ({compared['added']:.2f} of what is added); losses differ by "
+        f"{compared['first_loss']:.1e} at the first step, {compared['losses']:.1e} over three, "
+        f"{compared['all_losses']:.1e} over all"
     )
     return {
         "contenders": {name: {k: v for k, v in row.items() if k != "batches"} for name, row in found.items()},
@@ -236,7 +290,7 @@ def dpo_contest(config):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rollouts
 
 
@@ -272,7 +326,7 @@ def best_of(seconds_of, device, times=3):
 
 def our_rollout(config, folder, prompts):
     device = setup(config.device, 0)
-    _lib.prove(device)
+    prove(device)
     model, tok, _ = checkpoint.load(folder, device)
     greedy = [s.tokens for s in rollout(model, prompts, max_new_tokens=min(16, config.new), temperature=0)]
     held, lengths = memory(device), []
@@ -330,7 +384,7 @@ def result(seconds, lengths, greedy, peak, held, *packages):
 def endless_checkpoint(config, folder):
     """(checkpoint of a model that never ends a turn, its tokenizer, its shape, the prompts of
     --data that leave room)."""
-    rows, _ = chat.read(config.data, chat.preference, skip_bad=True)
+    rows, _ = data_rows.read(config.data, data_rows.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     prompts = [r.prompt for r in rows if len(chat.encode_prompt(tok, r.prompt)) <= config.context - config.new]
@@ -356,13 +410,15 @@ def compare(name, found, config, shape, tokens, what):
     seconds."""
     (our_name, ours), (their_name, theirs) = found.items()
     print(
-        f"\n{name}: {what}; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; {torch.get_num_threads()} threads; {theirs['versions']}"
+        f"\n{name}: {what}; {shape.layers} layers, width {shape.width}, {shape.vocab_size} ids; "
+        f"{torch.get_num_threads()} threads; {theirs['versions']}"
     )
     print(f"{'':<22} {'new tokens/s':>12} {'seconds':>8} {'peak MiB':>9} {'added MiB':>10}")
     for who, row in found.items():
         row["tokens_per_s"] = tokens / row["seconds"]
         print(
-            f"{who:<22} {row['tokens_per_s']:>12,.0f} {row['seconds']:>8.3f} {row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}"
+            f"{who:<22} {row['tokens_per_s']:>12,.0f} {row['seconds']:>8.3f} "
+            f"{row['peak'] / 2**20:>9.0f} {row['added'] / 2**20:>10.0f}"
         )
     speed, share = theirs["seconds"] / ours["seconds"], ours["peak"] / theirs["peak"]
     print(f"against {their_name}: {speed:.2f} times as fast, {share:.2f} of its peak memory")
@@ -389,11 +445,14 @@ def rollout_contest(config):
     if same < 0.95:  # rounding may turn one, and then what follows it
         raise UserError(f"only {same:.0%} of the greedy tokens are the same, so times would compare different things")
     lengths = [len(p) for p in prompts]
-    what = f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {config.new} new tokens each; {same:.1%} of greedy tokens the same"
+    what = (
+        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {config.new} new tokens "
+        f"each; {same:.1%} of greedy tokens the same"
+    )
     return compare("rollout", found, config, shape, len(prompts) * config.new, what) | {"same": same}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GRPO
 
 
@@ -407,8 +466,25 @@ def our_grpo(config, folder, prompts):
     with tempfile.TemporaryDirectory() as out:
         data = Path(out) / "prompts.jsonl"
         data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
-        flags = grpo.Config(init=str(folder), data=str(data), val=str(data), eval_prompts=1, reward=f"{__file__}:vowels", out=f"{out}/run", group=config.group, prompts=config.samples // config.group,
-                            steps=config.steps, max_new_tokens=config.new, lr=config.lr, warmup=0.0, decay=1.0, clip=CLIP, eval_every=0, save_every=0, device=config.device)  # fmt: skip
+        flags = grpo.Config(
+            init=str(folder),
+            data=str(data),
+            val=str(data),
+            eval_prompts=1,
+            reward=f"{__file__}:vowels",
+            out=f"{out}/run",
+            group_size=config.group,
+            prompts_per_step=config.samples // config.group,
+            steps=config.steps,
+            max_new_tokens=config.new,
+            lr=config.lr,
+            warmup=0.0,
+            decay=1.0,
+            max_grad_norm=CLIP,
+            eval_every=0,
+            save_every=0,
+            device=config.device,
+        )
         held = memory(setup(config.device, 0))
         with contextlib.redirect_stdout(io.StringIO()):
             grpo.main(flags)
@@ -429,7 +505,8 @@ def our_grpo(config, folder, prompts):
 def trl_grpo(config, folder, prompts):
     """TRL's trainer; its log has lengths and entropy, a callback the seconds."""
     quiet()
-    import datasets, transformers
+    import datasets
+    import transformers
     from trl import GRPOConfig, GRPOTrainer
 
     datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
@@ -451,10 +528,29 @@ def trl_grpo(config, folder, prompts):
 
     with tempfile.TemporaryDirectory() as out:
         flags = GRPOConfig(
-            out, use_cpu=device.type == "cpu", bf16=device.type == "cuda", gradient_checkpointing=False, per_device_train_batch_size=config.samples, num_generations=config.group,
-            max_completion_length=config.new, max_steps=config.steps, beta=0.0, num_iterations=1, temperature=1.0, learning_rate=config.lr, lr_scheduler_type="linear",
-            adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
-        )  # fmt: skip
+            out,
+            use_cpu=device.type == "cpu",
+            bf16=device.type == "cuda",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=config.samples,
+            num_generations=config.group,
+            max_completion_length=config.new,
+            max_steps=config.steps,
+            beta=0.0,
+            num_iterations=1,
+            temperature=1.0,
+            learning_rate=config.lr,
+            lr_scheduler_type="linear",
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            adam_epsilon=EPS,
+            weight_decay=0.0,
+            max_grad_norm=CLIP,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            disable_tqdm=True,
+        )
         trainer = GRPOTrainer(
             model,
             reward_funcs=reward,
@@ -500,9 +596,14 @@ def grpo_contest(config):
         raise UserError("an answer ended early, so times would compare different things")
     if abs(ours["entropy"] - theirs["entropy"]) > 0.03 + 10 / (config.samples * config.new) ** 0.5:
         raise UserError(
-            f"the first answers have {ours['entropy']:.3f} nats a token here and {theirs['entropy']:.3f} there: they are not of one model"
+            f"the first answers have {ours['entropy']:.3f} nats a token here and "
+            f"{theirs['entropy']:.3f} there: they are not of one model"
         )
-    what = f"{config.steps - 1} steps after the first, of {config.samples} answers ({config.group} to a prompt) of {config.new} tokens; entropy at first {ours['entropy']:.3f} and {theirs['entropy']:.3f}, reward {ours['reward']:.4f} and {theirs['reward']:.4f}"
+    what = (
+        f"{config.steps - 1} steps after the first, of {config.samples} answers ({config.group} to a "
+        f"prompt) of {config.new} tokens; entropy at first {ours['entropy']:.3f} and "
+        f"{theirs['entropy']:.3f}, reward {ours['reward']:.4f} and {theirs['reward']:.4f}"
+    )
     compared = compare("grpo", found, config, shape, config.samples * config.new, what)
     print("of ours: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in ours["phases"].items()))
     return compared
@@ -524,7 +625,8 @@ def main(config):
         for package in NEEDED[name]:
             if not importlib.util.find_spec(package):
                 raise UserError(
-                    f'{package} is not installed, which {name} is compared with: pip install {package}, or the extra "peers"'
+                    f"{package} is not installed, which {name} is compared with: pip install "
+                    f'{package}, or the extra "peers"'
                 )
     device = setup(config.device, 0)
     config.device = str(device)

@@ -4,9 +4,11 @@ with it, in the same run.
 Contenders take turns on the same batches, drawn at random from the file as a plain loop draws them
 (not sorted by length), and train from the same weights:
 
-    packed       train_step of dpo.py and of sft.py, and the optimizer's step
-    padded       the same on a batch filled up to its longest conversation: rows of [B, T], dense causal attention, the padding masked in the loss
-    no cache     dpo.py's, packed, with the reference's forward in every step instead of its log-probabilities from before the first
+    packed       a training step of dpo.py and of sft.py, and the optimizer's step
+    padded       the same on a batch filled up to its longest conversation: rows of [B, T], dense
+                 causal attention, the padding masked in the loss
+    no cache     dpo.py's, packed, with the reference's forward in every step instead of its
+                 log-probabilities from before the first
 
 Padded and packed thus have the same operations on every token, and must have the same loss and
 gradients; that is proved first. A padded loop that puts prompts and padding through its head, or a
@@ -17,7 +19,10 @@ a CPU resident memory. Last line of output: JSON.
     python -m bench.preference --data=../shared/realdata/ai_preferences_train.jsonl
 """
 
-import json, re, statistics, time
+import json
+import re
+import statistics
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,37 +31,46 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dpo, sft
-from runtime.errors import UserError
-from runtime.process import describe, launch, setup
-from data import chat, tokenizer
-from data.chat import Chat
-from kernels import _lib
+import dpo
+import sft
+from data import chat, rows as data_rows, tokenizer
+from data.pack import Chat
+from kernels.proof import prove
 from model import GPT, config_for
 from optim import Optimizer
+from runtime.errors import UserError
+from runtime.process import describe, launch, setup
 
 
 @dataclass
 class Config:
-    data: str  # preferences: .jsonl, .parquet or hf:NAME (see data/chat.py)
-    depth: int = 4  # layers
-    width: int = 256  # of the model
-    vocab: int = 4096  # ids of the tokenizer, which is trained on the file
-    context: int = 1024  # tokens; pairs with a longer side are left out
-    pairs: int = 16  # a step; for SFT conversations: their chosen sides
-    steps: int = 10  # timed, a contender
-    seed: int = 0  # of the batches
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    # preferences: .jsonl, .parquet or hf:NAME (see data/chat.py)
+    data: str
+    # layers
+    depth: int = 4
+    # of the model
+    width: int = 256
+    # ids of the tokenizer, which is trained on the file
+    vocab: int = 4096
+    # tokens; pairs with a longer side are left out
+    context: int = 1024
+    # a step; for SFT conversations: their chosen sides
+    pairs: int = 16
+    # timed, a contender
+    steps: int = 10
+    # of the batches
+    seed: int = 0
+    # auto, cpu, cuda, cuda:1
+    device: str = "auto"
 
 
 CONTENDERS = [("DPO", "packed"), ("DPO", "padded"), ("DPO", "no cache"), ("SFT", "packed"), ("SFT", "padded")]
-ASKED = {
-    "speed": 1.5,
-    "saved": 1 / 3,
-}  # packed against padded; the reference's forward against a step that has it cached
+# packed against padded; the reference's forward against a step that has its log-probabilities
+# already
+ASKED = {"speed": 1.5, "saved": 1 / 3}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory and processes
 
 
@@ -91,7 +105,7 @@ def clock(device):
     return time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The contenders
 
 
@@ -108,7 +122,7 @@ def fresh(shape, seed, device):
 
 def fill_up(chats, pad):
     """The same conversations, each with padding behind it to the length of the longest. None of it
-    is learnt."""
+    is trained."""
     longest = max(len(c.ids) for c in chats)
     return [
         Chat(*(np.pad(part, (0, longest - len(c.ids)), constant_values=fill) for part, fill in zip(c, (pad, False))))
@@ -126,28 +140,30 @@ class Contender:
         self.config = dpo.Config(init="", data="", out="", beta=0.1, micro_batch_tokens=everything)
 
     def gradient(self, pairs, ref_logps):
-        """Leave the gradient of the mean loss over the pairs in the model -> that loss. ref_logps
-        fp32 [P, 2]: the reference's."""
+        """Leave the gradient of the mean loss over the pairs in the model; returns that loss.
+
+        ref_logps fp32 [P, 2]: the reference's."""
         chats = [pair[0] for pair in pairs] if self.stage == "SFT" else [side for pair in pairs for side in pair]
         if self.way == "padded":
             chats = fill_up(chats, self.pad)
         if self.stage == "SFT":
-            return sft.train_step(self.model, chats, self.config.micro_batch_tokens)
+            return sft.train_step(self.model, chats, self.config.micro_batch_tokens).item()
         items = list(zip(chats[::2], chats[1::2]))
         if self.way == "no cache":
             ref_logps = dpo.all_logps(self.reference, items, self.config.micro_batch_tokens)
-        return dpo.train_step(self.model, items, torch.ones(len(items)), ref_logps, self.config)[0]
+        self.model.train()
+        return dpo.run_batch(self.model, items, torch.ones(len(items)), ref_logps, self.config)["loss"]
 
     def step(self, batch):
         loss = self.gradient(*batch)
-        self.optimizer.step(1.0, self.config.clip)
-        return loss.item()
+        self.optimizer.step(1.0, self.config.max_grad_norm)
+        return loss
 
 
 def growth(stage, way, shape, pad, batches, device_name):
     """Peak bytes that training adds to this process."""
     device = setup(device_name, 0)
-    _lib.prove(device)
+    prove(device)
     contender = Contender(stage, way, shape, pad, device)
     before = memory(device)
     forget_peak(device)
@@ -159,7 +175,7 @@ def growth(stage, way, shape, pad, batches, device_name):
 def difference(a, b, batch):
     """How far apart two contenders' losses and gradients on a batch are, relative to the largest
     gradient of each parameter."""
-    losses = [c.gradient(*batch).item() for c in (a, b)]
+    losses = [c.gradient(*batch) for c in (a, b)]
     apart = max(
         ((p.grad - q.grad).abs().max() / p.grad.abs().max()).item()
         for p, q in zip(a.model.parameters(), b.model.parameters())
@@ -169,48 +185,50 @@ def difference(a, b, batch):
     return losses, apart
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main(config):
     device = setup(config.device, config.seed)
-    off = _lib.prove(device)
-    rows, _ = chat.read(config.data, chat.preference, skip_bad=True)
+    off = prove(device)
+    rows, _ = data_rows.read(config.data, data_rows.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
-    items, _ = dpo.fit(*dpo.read_items(tok, rows, False), config.context, config.data)
-    if len(items) < config.pairs * (config.steps + 1):
+    items = [chat.encode_pair(tok, row) for row in rows]
+    items = [items[i] for i in chat.drop_long_pairs(items, config.context, config.data)]
+    needed = config.pairs * (config.steps + 1)
+    if len(items) < needed:
         raise UserError(
-            f"{config.data}: {len(items)} pairs; {config.pairs * (config.steps + 1)} are needed for one step more than --steps={config.steps} of --pairs={config.pairs}"
+            f"{config.data}: {len(items)} pairs; {needed} are needed for one step more than --steps={config.steps} of "
+            f"--pairs={config.pairs}"
         )
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     order = np.random.default_rng(config.seed).permutation(len(items))
     reference, batches = fresh(shape, 1, device), []
-    for begin in range(0, config.pairs * (config.steps + 1), config.pairs):
+    for begin in range(0, needed, config.pairs):
         pairs = [items[i] for i in order[begin : begin + config.pairs]]
         batches.append((pairs, dpo.all_logps(reference, pairs, 2**40)))
     del reference
-    lengths = np.array(
-        [[len(side.ids) for side in pair] for pairs, _ in batches[1:] for pair in pairs]
-    )  # [steps x pairs, 2]; the first batch warms up
+    # [steps x pairs, 2]; the first batch warms up
+    lengths = np.array([[len(side.ids) for side in pair] for pairs, _ in batches[1:] for pair in pairs])
     tokens = {"DPO": int(lengths.sum()), "SFT": int(lengths[:, 0].sum())}
     by_batch = lengths.reshape(config.steps, -1)
     real = by_batch.sum() / (by_batch.max(1) * by_batch.shape[1]).sum()
     print(f"{describe(device)}; kernels switched off: {off}")
-    print(
-        f"{len(items):,} pairs; {config.depth} layers, width {shape.width}, {tok.n_vocab} ids; {lengths.mean():.0f} tokens a side; {real:.0%} of a padded batch of {config.pairs} pairs are real tokens"
-    )
+    print(f"{len(items):,} pairs; {config.depth} layers, width {shape.width}, {tok.n_vocab} ids")
+    padded = f"{real:.0%} of a padded batch of {config.pairs} pairs are real tokens"
+    print(f"{lengths.mean():.0f} tokens per side; {padded}")
 
     # 1. The same loss, the same gradients
     contenders = {(stage, way): Contender(stage, way, shape, tok.pad, device) for stage, way in CONTENDERS}
     worst = 3e-2 if device.type == "cuda" else 1e-4  # bf16 products there
     for stage, other in (("DPO", "padded"), ("SFT", "padded"), ("DPO", "no cache")):
         (loss, other_loss), apart_by = difference(contenders[stage, "packed"], contenders[stage, other], batches[0])
-        print(
-            f"{stage}: loss {loss:.7f} packed, {other_loss:.7f} {other}; gradients differ by {apart_by:.1e} of the largest"
-        )
+        print(f"{stage}: loss {loss:.7f} packed, {other_loss:.7f} {other}")
+        print(f"{stage}: gradients differ by {apart_by:.1e} of the largest")
         if abs(loss - other_loss) > worst * abs(loss) or apart_by > worst:
             raise UserError(
-                f"{stage}, {other}: these losses or gradients are not the packed ones, so times would compare different things"
+                f"{stage}, {other}: these losses or gradients are not the packed ones, so times would compare "
+                "different things"
             )
 
     # 2. In turns
@@ -226,23 +244,24 @@ def main(config):
 
     # 3. Memory, and the table
     result = {"real_share_of_padded": float(real)}
-    print(
-        f"\n{'':<16} {'tokens/s':>9} {'ms a step':>10} {'speed':>6} {'MiB':>7} {'memory':>7}   speed and memory: packed against this one"
-    )
+    head = f"{'':<16} {'tokens/s':>9} {'ms a step':>10} {'speed':>6} {'MiB':>7} {'memory':>7}"
+    print(f"\n{head}   speed and memory: packed against this one")
     peaks = {key: apart(growth, *key, shape, tok.pad, batches[:4], str(device)) for key in CONTENDERS}
     for stage, way in CONTENDERS:
         ours, theirs = seconds[stage, "packed"], seconds[stage, way]
         row = {
-            "tokens_per_s": tokens[stage] / sum(theirs), "ms": 1e3 * sum(theirs) / config.steps, "mib": peaks[stage, way] / 2**20,
-            "speed": statistics.median(t / o for t, o in zip(theirs, ours)), "memory": peaks[stage, "packed"] / peaks[stage, way],
-        }  # fmt: skip
+            "tokens_per_s": tokens[stage] / sum(theirs),
+            "ms": 1e3 * sum(theirs) / config.steps,
+            "mib": peaks[stage, way] / 2**20,
+            "speed": statistics.median(t / o for t, o in zip(theirs, ours)),
+            "memory": peaks[stage, "packed"] / peaks[stage, way],
+        }
         result[f"{stage} {way}"] = row
-        print(
-            f"{stage + ' ' + way:<16} {row['tokens_per_s']:>9,.0f} {row['ms']:>10.1f} {row['speed']:>6.2f} {row['mib']:>7.0f} {row['memory']:>7.2f}"
-        )
+        speed = f"{row['tokens_per_s']:>9,.0f} {row['ms']:>10.1f} {row['speed']:>6.2f}"
+        print(f"{stage + ' ' + way:<16} {speed} {row['mib']:>7.0f} {row['memory']:>7.2f}")
 
-    # 4. What the cache saves. It costs one forward of every pair, once, so of E epochs it saves
-    # that of E - 1.
+    # 4. What keeping the reference's log-probabilities saves: of E epochs one forward of every pair
+    # for that of E - 1.
     more = result["DPO no cache"]["speed"] - 1
     saved = {"of_a_cached_step": more} | {f"of_{e}_epochs": (e - 1) / e * more / (1 + more) for e in (1, 2, 3, 10)}
     print(

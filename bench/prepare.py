@@ -1,4 +1,4 @@
-"""How fast data/prepare.py is on one core, what memory it needs, how much it finds of what it should.
+"""How fast data/prepare.py is on one core, what memory it needs, and how much it finds.
 
 The corpus is made from WikiText-2, Shakespeare and GSM8K: passages in which a tenth of the words is
 exchanged, until there is enough. Times are CPU seconds (other processes on the machine do not

@@ -4,6 +4,7 @@ forward y = x W^T, and the gradients dx = g W and dW = g^T x, fp32, by MKL (or w
 
     python -m bench.products
 """
+
 import json, time
 from dataclasses import dataclass
 
@@ -16,9 +17,12 @@ from quickstart import table
 
 @dataclass
 class Config:
-    rows: str = "1,8,32,200,3000"  # tokens at once
-    shapes: str = "384x128,1360x256,4096x256"  # of W, outputs by inputs
-    turns: int = 7  # of each, of which the fastest counts
+    # tokens at once
+    rows: str = "1,8,32,200,3000"
+    # of W, outputs by inputs
+    shapes: str = "384x128,1360x256,4096x256"
+    # of each, of which the fastest counts
+    turns: int = 7
 
 
 def seconds(work, turns):
@@ -40,10 +44,25 @@ def main(config):
             out, inside = map(int, shape.split("x"))
             x, w, g = torch.randn(rows, inside), torch.randn(out, inside), torch.randn(rows, out)
             for name, a, b in (("y", x, w), ("dx", g, w.T), ("dW", g.T, x.T)):
-                speed = [2e-9 * rows * out * inside / seconds(lambda: f(a, b), config.turns) for f in (lambda a, b: a @ b.T, onednn)]
-                found.append({"rows": rows, "W": shape, "product": name, "plain": round(speed[0], 1), "onednn": round(speed[1], 1)})
-                lines.append((str(rows), shape, name, f"{speed[0]:.0f}", f"{speed[1]:.0f}", f"{speed[1] / speed[0]:.2f}"))
-    print(f"{describe(torch.device('cpu'))}; kernels/linear.py takes oneDNN here from {linear.ROWS} rows on: {linear.ONEDNN}\n")
+                speed = [
+                    2e-9 * rows * out * inside / seconds(lambda: f(a, b), config.turns)
+                    for f in (lambda a, b: a @ b.T, onednn)
+                ]
+                found.append(
+                    {
+                        "rows": rows,
+                        "W": shape,
+                        "product": name,
+                        "plain": round(speed[0], 1),
+                        "onednn": round(speed[1], 1),
+                    }
+                )
+                lines.append(
+                    (str(rows), shape, name, f"{speed[0]:.0f}", f"{speed[1]:.0f}", f"{speed[1] / speed[0]:.2f}")
+                )
+    print(
+        f"{describe(torch.device('cpu'))}; kernels/linear.py takes oneDNN here from {linear.ROWS} rows on: {linear.ONEDNN}\n"
+    )
     print(table([("rows", "W", "product", "plain GFLOP/s", "oneDNN GFLOP/s", "oneDNN / plain"), *lines]))
     print(json.dumps(found))
 

@@ -9,18 +9,24 @@ user would type. Last line of output: JSON of all figures.
     python -m bench.realdata --texts=../shared/realdata
 """
 
-import json, math, shlex, subprocess, sys, time
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import checkpoint
+from data import chat, rows
+from figures import preference_figures, show
+from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import replace_text
 from runtime.process import describe, launch
-from data import chat
-from evaluate import pair_documents, preference_figures, show
+from scoring import reward_scores
 
 FILES = (
     "wikitext2_valid.txt",
@@ -36,13 +42,21 @@ FILES = (
 
 @dataclass
 class Config:
-    texts: str  # directory with wikitext2_valid.txt, shakespeare.txt, {instructions,ai_preferences,gsm8k}_{train,test}.jsonl
-    out: str = "out/bench_realdata"  # directory of everything; what is finished there is not run again
-    depth: int = 2  # layers of the model
-    width: int = 128  # of the model
-    steps: int = 400  # of pretraining, of 4,096 tokens
-    folds: int = 5  # of the reward model's cross-validation over both preference files; 0: none
-    seed: int = 0  # of everything
+    # directory with wikitext2_valid.txt, shakespeare.txt and
+    # {instructions,ai_preferences,gsm8k}_{train,test}.jsonl
+    texts: str
+    # directory of everything; what is finished there is not run again
+    out: str = "out/bench_realdata"
+    # layers of the model
+    depth: int = 2
+    # of the model
+    width: int = 128
+    # of pretraining, of 4,096 tokens
+    steps: int = 400
+    # of the reward model's cross-validation over both preference files; 0: none
+    folds: int = 5
+    # of everything
+    seed: int = 0
 
 
 def commands(config):
@@ -99,7 +113,7 @@ def commands(config):
                 f"--data={text('instructions_train.jsonl')}",
                 f"--val={text('instructions_test.jsonl')}",
                 "--max_new_tokens=96",
-                "--batch=64",
+                "--prompts_per_step=64",
                 "--steps=20",
                 "--eval_prompts=64",
                 seed,
@@ -154,8 +168,8 @@ def commands(config):
 
 
 def run(words):
-    """Run one command, unless its run is finished already; its lines go to the terminal. UserError
-    where it fails."""
+    """Run one command, unless its run is finished already; its lines go to the terminal. Raises
+    UserError if it fails."""
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
     out = Path(words[-1].removeprefix("--out="))
     again = ["--overwrite"] if out.exists() and words[0] == "-m" else ["--resume"] if out.exists() else []
@@ -168,9 +182,9 @@ def run(words):
 def cross_validated(config, sft):
     """`preference_figures` over all pairs of both files, each judged by a reward model that did not
     learn from it."""
-    pairs, _ = chat.read(
+    pairs, _ = rows.read(
         f"{config.texts}/ai_preferences_train.jsonl,{config.texts}/ai_preferences_test.jsonl",
-        chat.preference,
+        rows.preference,
         skip_bad=True,
     )
     fold_of = np.random.default_rng(config.seed).permutation(len(pairs)) % config.folds
@@ -198,13 +212,13 @@ def cross_validated(config, sft):
         )
         model, tok, _ = checkpoint.load(folder / "rm")
         mine = [p for p, here in zip(pairs, fold_of == fold) if here]
-        documents = pair_documents(tok, mine)
-        fits = [i for i, (c, r) in enumerate(zip(*documents)) if max(len(c), len(r)) <= model.config.context]
-        found = scores(model.eval(), [side[i] for i in fits for side in documents], 16384).reshape(-1, 2)
-        starts = [len(chat.encode_prompt(tok, mine[i].prompt)) for i in fits]
+        items = [chat.encode_pair(tok, pair) for pair in mine]
+        fits = chat.drop_long_pairs(items, model.config.context, str(folder))
+        documents = [side.ids.tolist() for i in fits for side in items[i]]
+        found = reward_scores(model.eval(), documents, 16384).reshape(-1, 2)
         kept += [mine[i] for i in fits]
         margins += (found[:, 0] - found[:, 1]).tolist()
-        lengths += [(len(documents[0][i]) - start, len(documents[1][i]) - start) for i, start in zip(fits, starts)]
+        lengths += [tuple(int(side.loss_mask.sum()) for side in items[i]) for i in fits]
     return preference_figures(kept, margins, lengths, config.seed)
 
 
@@ -228,15 +242,14 @@ def reinforced(run_dir):
     names = [
         name
         for name in rows[0]
-        if name in ("reward", "kl", "finished", "completion_tokens", "same", "explained_variance")
+        if name in ("reward", "kl", "finished", "completion_tokens", "zero_variance", "explained_variance")
         or name.startswith(("data/", "seconds_"))
     ]
-    mean = lambda part: {name: round(float(np.mean([row[name] for row in part])), 4) for name in names}  # noqa: E731
-    return {
-        "first": mean(rows[:n]),
-        "last": mean(rows[-n:]),
-        "largest sampler gap": max(row["sampler_gap"] for row in rows),
-    }
+    parts = {"first": rows[:n], "last": rows[-n:]}
+    means = {}
+    for when, part in parts.items():
+        means[when] = {name: round(float(np.mean([row[name] for row in part])), 4) for name in names}
+    return means | {"largest sampler gap": max(row["sampler_gap"] for row in rows)}
 
 
 def main(config):

@@ -11,35 +11,53 @@ costs nothing. Last line of output: JSON.
     python -m bench.rl --depth=12 --vocab=50304 --answers=256 --max_new_tokens=512 --device=cuda
 """
 
-import contextlib, dataclasses, io, json, statistics, tempfile
+import contextlib
+import dataclasses
+import io
+import json
+import statistics
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint, grpo, ppo
+import grpo
+import ppo
 from bench import peers
 from bench.preference import apart, fresh
-from runtime.errors import UserError
-from runtime.process import describe, launch, setup
 from data import tokenizer
 from model import config_for
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.process import describe, launch, setup
 
 
 @dataclass
 class Config:
-    only: str = ""  # scripts, comma-separated: ppo, grpo; "": both
-    depth: int = 4  # layers
-    width: int = 0  # of the model; 0: 64 x depth
-    vocab: int = 4096  # ids, most of which the byte-level tokenizer has no text for
-    answers: int = 32  # a step
-    group: int = 8  # to a prompt
-    prompt: int = 64  # tokens of a prompt, about
-    max_new_tokens: int = 64  # tokens of an answer
-    steps: int = 4  # the first not counted
-    micro_batch_tokens: int = 16384  # see grpo.py
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    # scripts, comma-separated: ppo, grpo; "": both
+    only: str = ""
+    # layers
+    depth: int = 4
+    # of the model; 0: 64 x depth
+    width: int = 0
+    # ids, most of which the byte-level tokenizer has no text for
+    vocab: int = 4096
+    # a step
+    answers: int = 32
+    # to a prompt
+    group: int = 8
+    # tokens of a prompt, about
+    prompt: int = 64
+    # tokens of an answer
+    max_new_tokens: int = 64
+    # the first not counted
+    steps: int = 4
+    # see grpo.py
+    micro_batch_tokens: int = 16384
+    # auto, cpu, cuda, cuda:1
+    device: str = "auto"
 
 
 PHASES = ("rollout", "scoring", "update")
@@ -80,13 +98,26 @@ def made_up(folder, config):
 def run(script, made, config):
     """The log of a run of a script, one row a step."""
     with tempfile.TemporaryDirectory() as out:
-        how = dict(init=made["policy"], data=made["data"], val=made["data"], eval_prompts=1, out=f"{out}/run", steps=config.steps, group=config.group, max_new_tokens=config.max_new_tokens,
-                   micro_batch_tokens=config.micro_batch_tokens, eval_every=0, save_every=0, device=config.device)  # fmt: skip
+        flags = {
+            "init": made["policy"],
+            "data": made["data"],
+            "val": made["data"],
+            "eval_prompts": 1,
+            "out": f"{out}/run",
+            "steps": config.steps,
+            "group_size": config.group,
+            "prompts_per_step": config.answers // config.group,
+            "max_new_tokens": config.max_new_tokens,
+            "micro_batch_tokens": config.micro_batch_tokens,
+            "eval_every": 0,
+            "save_every": 0,
+            "device": config.device,
+        }
         with contextlib.redirect_stdout(io.StringIO()):
             if script == "ppo":
-                ppo.main(ppo.Config(**how, reward=made["rm"], batch=config.answers))
+                ppo.main(ppo.Config(**flags, reward=made["rm"]))
             else:
-                grpo.main(grpo.Config(**how, reward=f"{peers.__file__}:vowels", prompts=config.answers // config.group))
+                grpo.main(grpo.Config(**flags, reward=f"{peers.__file__}:vowels"))
         return [
             row
             for row in map(json.loads, (Path(out) / "run/log.jsonl").read_text().splitlines())
@@ -104,10 +135,8 @@ def main(config):
         )
     device = setup(config.device, 0)
     config.device, found = str(device), {}
-    print(
-        f"{describe(device)}; {config.depth} layers, width {config.width or 64 * config.depth}; {config.answers} answers of {config.max_new_tokens} tokens, {config.group} to a prompt",
-        flush=True,
-    )
+    print(f"{describe(device)}; {config.depth} layers, width {config.width or 64 * config.depth}")
+    print(f"{config.answers} answers of {config.max_new_tokens} tokens, {config.group} per prompt", flush=True)
     print(f"\n{'':<5} {'new tokens/s':>12} {'seconds a step':>14}   " + "".join(f"{phase:>18}" for phase in PHASES))
     with tempfile.TemporaryDirectory() as folder:
         made = made_up(Path(folder), config)

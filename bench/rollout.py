@@ -30,23 +30,33 @@ from rollout import rollout, sampling_weights
 
 @dataclass
 class Config:
-    depth: int = 4  # layers
-    width: int = 256  # of the model
-    vocab: int = 4096  # ids, those of bytes at the least
-    slots: str = "32,8,128"  # answers at once; the first of each list is what the others are varied from
-    prompts: str = "64,256"  # tokens of a prompt
-    news: str = "64,256"  # tokens of an answer, at most
-    waves: int = 4  # answers a slot
-    rounds: int = 2  # timed turns of each contender
-    seed: int = 0  # of the prompts and of the draws
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    # layers
+    depth: int = 4
+    # of the model
+    width: int = 256
+    # ids, those of bytes at the least
+    vocab: int = 4096
+    # answers at once; the first of each list is what the others are varied from
+    slots: str = "32,8,128"
+    # tokens of a prompt
+    prompts: str = "64,256"
+    # tokens of an answer, at most
+    news: str = "64,256"
+    # answers a slot
+    waves: int = 4
+    # timed turns of each contender
+    rounds: int = 2
+    # of the prompts and of the draws
+    seed: int = 0
+    # auto, cpu, cuda, cuda:1
+    device: str = "auto"
 
 
 ASKED = 1.5  # times the plain loop's tokens/s where lengths vary
 BANDWIDTH = {  # bytes a second, of the data sheets
     "B200": 8.0e12, "H200": 4.8e12, "GH200": 4.0e12, "H100 PCIe": 2.04e12, "H100 NVL": 3.94e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12, "A100 80GB PCIe": 1.94e12, "A100": 1.56e12,
     "L40S": 0.864e12, "L4": 0.3e12, "A10": 0.6e12, "V100": 0.9e12, "T4": 0.32e12, "RTX 5090": 1.79e12, "RTX 4090": 1.01e12, "RTX 3090": 0.936e12,
-}  # fmt: skip
+}
 
 
 def bandwidth(device):

@@ -20,9 +20,12 @@ from common import UserError, launch
 
 @dataclass
 class Config:
-    arch: int = 0  # 80, 90 or 100; 0: all three
-    only: str = ""  # cases whose name begins with this: attention, head, ...
-    out: str = ""  # also write the rows to this JSON file
+    # 80, 90 or 100; 0: all three
+    arch: int = 0
+    # cases whose name begins with this: attention, head, ...
+    only: str = ""
+    # also write the rows to this JSON file
+    out: str = ""
 
 
 # architecture: (shared memory a block may have, in bytes; the tensor cores' instruction; multiprocessors of A100, H100, B200)
@@ -151,7 +154,7 @@ def read_machine_code(compiled):
         "narrow_bytes": sum(n * width(suffix) for (name, suffix), n in code.items() if name in ("LDG", "LDGSTS") and width(suffix) < 16),
         "loads": count("LDG", "LDGSTS") + bulk[0], "wide_loads": count("LDG", "LDGSTS", wide=True) + bulk[0],
         "stores": count("STG") + bulk[1], "wide_stores": count("STG", wide=True) + bulk[1],
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

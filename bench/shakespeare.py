@@ -7,8 +7,10 @@ width 128, 4 heads, context 64, 12 x 64 tokens a step, 2,000 steps. --size=gpu: 
 steps, so that a noisy machine slows all alike:
 
     ours        pretrain.py's own functions at its default rates
-    short       the same with a horizon of its own, only as long as it takes to pass the baseline's final loss
-    baseline    nanoGPT's recipe, written plainly below: GPT-2 block with LayerNorm, learned positions, tied embedding, AdamW 1e-3, betas 0.9/0.99, cosine to 1e-4, warm-up 100
+    short       the same with a horizon of its own, only as long as it takes to pass the baseline's
+                final loss
+    baseline    nanoGPT's recipe, written plainly below: GPT-2 block with LayerNorm, learned
+                positions, tied embedding, AdamW 1e-3, betas 0.9/0.99, cosine to 1e-4, warm-up 100
 
 Validation is over the whole held-out split in windows of the context, for all three; its time, and
 that of drawing batches, is not counted. Last line of output: JSON.
@@ -16,7 +18,10 @@ that of drawing batches, is not counted. Last line of output: JSON.
     python -m bench.shakespeare --text=shakespeare.txt
 """
 
-import json, math, sys, time
+import json
+import math
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -24,18 +29,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pretrain
-from runtime.process import describe, launch, setup
 from data import corpus, tokenizer
 from data.read import read_text
+from optim import wsd
+from runtime.batches import text_order
+from runtime.process import describe, launch, setup
 
 
 @dataclass
 class Config:
-    text: str  # the file: 1,115,394 characters of Shakespeare
-    tokenizer: str = "char"  # char, byte, or whatever data/tokenizer.py loads
-    size: str = "cpu"  # cpu or gpu: nanoGPT's two well-known runs
-    steps: int = 0  # 0: the size's own
-    short: float = 0.125  # horizon of the short run, as a share of the steps
+    # the file: 1,115,394 characters of Shakespeare
+    text: str
+    # char, byte, or whatever data/tokenizer.py loads
+    tokenizer: str = "char"
+    # cpu or gpu: nanoGPT's two well-known runs
+    size: str = "cpu"
+    # 0: the size's own
+    steps: int = 0
+    # horizon of the short run, as a share of the steps
+    short: float = 0.125
     seed: int = 1337
     device: str = "auto"
 
@@ -46,7 +58,7 @@ SIZES = {  # layers, width, heads, context, sequences a step, dropout, steps
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The baseline: nanoGPT's model.py and train.py at their Shakespeare settings, as plainly as it can
 # be said
 
@@ -135,7 +147,7 @@ class BaselineRun:
         return total / rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ours: what pretrain.py runs
 
 
@@ -157,7 +169,7 @@ class OurRun:
         self.model.dropout = dropout
         self.optimizer = pretrain.make_optimizer(self.config, self.model)
         self.train, self.val = [streams[0]], [streams[1]]
-        self.order = corpus.text_order(self.train, tok.eot, context, config.seed)
+        self.order = text_order(self.train, tok.eot, context, config.seed)
         self.val_pieces, self.sizes = corpus.pieces(self.val, tok.eot, context), tokenizer.token_bytes(tok)
         self.device, self.seconds, self.done = device, 0.0, 0
         if device.type == "cuda":
@@ -168,12 +180,14 @@ class OurRun:
             pieces = self.order.batch(self.config.batch_tokens)
             begin = clock(self.device)
             pretrain.train_step(self.model, self.train, pieces, self.config.micro_batch_tokens)
-            self.optimizer.step(pretrain.multiple(self.config, self.done, self.config.steps), self.config.clip)
+            steps = self.config.steps
+            lr_scale = wsd(self.done, steps, self.config.warmup, int(self.config.decay * steps))
+            self.optimizer.step(lr_scale, self.config.max_grad_norm)
             self.seconds += clock(self.device) - begin
             self.done += 1
 
     def validate(self):
-        return corpus.evaluate(self.model, self.val, self.val_pieces, self.sizes, 16384)[0]
+        return pretrain.evaluate(self.model, self.val, self.val_pieces, self.sizes, 16384)[0]
 
 
 def clock(device):
@@ -189,18 +203,20 @@ def main(config):
         size = (*size[:-1], config.steps)
     text = read_text(config.text)
     train, val = corpus.hold_out([text], 0.1)
-    tok = {"char": lambda: tokenizer.characters(text), "byte": tokenizer.byte_level}.get(
-        config.tokenizer, lambda: tokenizer.load(config.tokenizer)
-    )()
+    if config.tokenizer == "char":
+        tok = tokenizer.characters(text)
+    elif config.tokenizer == "byte":
+        tok = tokenizer.byte_level()
+    else:
+        tok = tokenizer.load(config.tokenizer)
     streams = corpus.encode(tok, train), corpus.encode(tok, val)
     torch.manual_seed(config.seed)
     baseline = BaselineRun(config, size, streams, device, tok)
     ours = OurRun(config, size, streams, device, tok, size[-1])
     short = OurRun(config, size, streams, device, tok, int(config.short * size[-1]))
     outside = sum(p.numel() for p in ours.model.parameters()) - ours.model.embed.numel()
-    print(
-        f"{describe(device)}; {outside:,} parameters outside the embedding; baseline {sum(p.numel() for p in baseline.model.parameters()):,} in all"
-    )
+    in_all = sum(p.numel() for p in baseline.model.parameters())
+    print(f"{describe(device)}; {outside:,} parameters outside the embedding; baseline {in_all:,} in all")
     for done in range(50, size[-1] + 50, 50):
         for run in (baseline, ours, short):
             run.advance(50)
@@ -211,15 +227,18 @@ def main(config):
             )
     val, baseline_val, short_val = ours.validate(), baseline.validate(), short.validate()
     reached = short_val <= baseline_val
-    print(
-        f"short run: {short.config.steps} steps to {short_val:.4f} in {short.seconds:.1f} s, {short.seconds / baseline.seconds:.3f} of the baseline's time"
-        + ("" if reached else ": NOT at the baseline's loss")
-    )
-    print(json.dumps({
-        "val": round(val, 4), "baseline_val": round(baseline_val, 4),
-        "ms": round(1e3 * ours.seconds / size[-1], 2), "baseline_ms": round(1e3 * baseline.seconds / size[-1], 2),
-        "seconds_to_baseline": round(short.seconds, 2) if reached else None, "baseline_seconds": round(baseline.seconds, 2),
-    }))  # fmt: skip
+    share = short.seconds / baseline.seconds
+    text = f"short run: {short.config.steps} steps to {short_val:.4f} in {short.seconds:.1f} s"
+    print(f"{text}, {share:.3f} of the baseline's time" + ("" if reached else ": NOT at the baseline's loss"))
+    found = {
+        "val": round(val, 4),
+        "baseline_val": round(baseline_val, 4),
+        "ms": round(1e3 * ours.seconds / size[-1], 2),
+        "baseline_ms": round(1e3 * baseline.seconds / size[-1], 2),
+        "seconds_to_baseline": round(short.seconds, 2) if reached else None,
+        "baseline_seconds": round(baseline.seconds, 2),
+    }
+    print(json.dumps(found))
     if not reached:
         sys.exit(1)
 

@@ -33,14 +33,22 @@ from optim import Optimizer
 
 @dataclass
 class Config:
-    depths: str = "12,24"  # layers; width 64 x depth
-    contexts: str = "1024,2048,4096,8192"  # tokens a document
-    batch_tokens: int = 131072  # tokens a step
-    micro_tokens: int = 32768  # tokens at once, at first
-    steps: int = 5  # timed, a contender
-    tiny: bool = False  # one toy size
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    out: str = "bench/results"  # folder of the JSON file
+    # layers; width 64 x depth
+    depths: str = "12,24"
+    # tokens a document
+    contexts: str = "1024,2048,4096,8192"
+    # tokens a step
+    batch_tokens: int = 131072
+    # tokens at once, at first
+    micro_tokens: int = 32768
+    # timed, a contender
+    steps: int = 5
+    # one toy size
+    tiny: bool = False
+    # auto, cpu, cuda, cuda:1
+    device: str = "auto"
+    # folder of the JSON file
+    out: str = "bench/results"
 
 
 VOCAB = 50304

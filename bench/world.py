@@ -13,24 +13,24 @@ from dataclasses import dataclass
 import torch
 
 import quickstart
+from data.read import read_jsonl
+from data.world import features
 from runtime.checkpoint import INFO, find, read_json
 from runtime.errors import UserError
 from runtime.process import describe, launch
-from data.read import read_jsonl
-from data.world import features
 
 TARGETS = {  # figure: (what is asked of every seed, whether more is better)
-    "nats a token above the floor": (0.03, False),
+    "nats per token above the floor": (0.03, False),
     "held-out sums right": (0.95, True),
     "judge: be kind, both orders": (0.75, True),
     "judge: be brief, both orders": (0.75, True),
-    "SFT: answers finished": (0.99, True),
+    "SFT: completions finished": (0.99, True),
     "RM: pairs ordered as gold's": (0.80, True),
     "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": (0.0, True),
     "DPO: win rate against SFT, by gold": (0.75, True),
     "PPO: gold reward": (1.2, True),
     "PPO: win rate against SFT, by gold": (0.80, True),
-    "PPO: KL to SFT, nats an answer": (6.0, False),
+    "PPO: KL to SFT, nats per completion": (6.0, False),
     "PPO, GRPO: sampled sums right": (0.90, True),
     "PPO, GRPO: gold reward": (1.65, True),
     "AI feedback: share of SFT's rude phrases left": (0.5, False),
@@ -43,8 +43,10 @@ TARGETS = {  # figure: (what is asked of every seed, whether more is better)
 
 @dataclass
 class Config:
-    seeds: int = 5  # 0, 1, 2, ...
-    out: str = "out/bench_world"  # one quick start a seed below it
+    # 0, 1, 2, ...
+    seeds: int = 5
+    # one quick start a seed below it
+    out: str = "out/bench_world"
 
 
 def order_by_manners(pairs):
@@ -65,17 +67,17 @@ def figures(out):
     world, rm = read_json(f"{out}/world/world.json"), read_json(find(f"{out}/rm") / INFO)["metrics"]["figures"]
     seconds = {done["stage"]: done["seconds"] for done in read_json(f"{out}/report.json")["stages"]}
     gold, right, rude = (
-        f"reward data/{name}" for name in ("world.py:gold", "rewards.py:final_number", "world.py:rudeness")
+        f"reward data/{name}" for name in ("world.py:gold", "rules.py:final_number", "world.py:rudeness")
     )
-    won, kl = "win rate by data/world.py:gold", "KL to the reference, nats an answer"
+    won, kl = "win rate by data/world.py:gold", "KL to the reference, nats per completion"
     return {
-        "nats a token above the floor": (base["nats/document"]["value"] - world["story_floor"])
+        "nats per token above the floor": (base["nats/document"]["value"] - world["story_floor"])
         / base["tokens/document"]["value"],
         "held-out sums right": base["completions right"]["value"],
         "judge: be kind, both orders": base["judge: be kind, both orders"]["value"],
         "judge: be brief, both orders": base["judge: be brief, both orders"]["value"],
         "judge: be right, both orders": base["judge: be right, both orders"]["value"],
-        "SFT: answers finished": sft["answers finished"]["value"],
+        "SFT: completions finished": sft["completions finished"]["value"],
         "base: gold reward": base[gold]["value"],
         "SFT: gold reward": sft[gold]["value"],
         "RM: pairs ordered as labelled": rm["accuracy"]["value"],
@@ -87,25 +89,25 @@ def figures(out):
         "DPO: gold reward": dpo[gold]["value"],
         "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": dpo[gold]["low"] - sft[gold]["high"],
         "DPO: win rate against SFT, by gold": dpo[won]["value"],
-        "DPO: KL to SFT, nats an answer": dpo[kl]["value"],
+        "DPO: KL to SFT, nats per completion": dpo[kl]["value"],
         "SFT: sampled sums right": sft[right]["value"],
         "PPO: gold reward": ppo[gold]["value"],
         "PPO: win rate against SFT, by gold": ppo[won]["value"],
-        "PPO: KL to SFT, nats an answer": ppo[kl]["value"],
+        "PPO: KL to SFT, nats per completion": ppo[kl]["value"],
         "PPO: sampled sums right": ppo[right]["value"],
         "PPO, GRPO: sampled sums right": grpo[right]["value"],
         "PPO, GRPO: gold reward": grpo[gold]["value"],
         "PPO, GRPO: win rate against SFT, by gold": grpo[won]["value"],
-        "PPO, GRPO: KL to SFT, nats an answer": grpo[kl]["value"],
-        "SFT: rude phrases an answer": sft[rude]["value"],
-        "AI feedback: rude phrases an answer": ai[rude]["value"],
+        "PPO, GRPO: KL to SFT, nats per completion": grpo[kl]["value"],
+        "SFT: rude phrases per completion": sft[rude]["value"],
+        "AI feedback: rude phrases per completion": ai[rude]["value"],
         "AI feedback: share of SFT's rude phrases left": ai[rude]["value"] / sft[rude]["value"],
         "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": sft[rude][
             "low"
         ]
         - ai[rude]["high"],
         "AI feedback: gold reward": ai[gold]["value"],
-        "AI feedback: KL to SFT, nats an answer": ai[kl]["value"],
+        "AI feedback: KL to SFT, nats per completion": ai[kl]["value"],
         **{
             f"seconds of {stage}": seconds[name]
             for stage, name in {

@@ -111,7 +111,8 @@ def drop_too_long(chats, limit, end, what):
 
     Raises UserError if none is left.
     """
-    kept = [cut for chat in chats if (cut := whole_turns(chat, limit, end)) is not None]
+    kept = [whole_turns(chat, limit, end) for chat in chats]
+    kept = [chat for chat in kept if chat is not None]
     dropped = len(chats) - len(kept)
     cut = sum(len(chat.ids) > limit for chat in chats) - dropped
     if cut + dropped:

@@ -1,9 +1,11 @@
 """The pack: a flat run of documents without padding, in which tokens pass through every stage.
 
-documents     [a b c] [d e]
-tokens        a b c d e
-positions     0 1 2 0 1
-cu_seqlens    0 3 5            document d is tokens[cu_seqlens[d] : cu_seqlens[d + 1]]
+    documents     [a b c] [d e]
+    tokens        a b c d e
+    positions     0 1 2 0 1
+    cu_seqlens    0 3 5
+
+Document d is tokens[cu_seqlens[d] : cu_seqlens[d + 1]].
 """
 
 import dataclasses

@@ -11,10 +11,12 @@ saves, and the data, which are small next to the rest."""
 
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import itertools
 import os
+import platform
 import weakref
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from runtime.process import world_size
 from runtime.shard import is_sharded
 
 TOLERANCE = 1.15  # a run is refused only if it needs more than this times what is there
+FRAGMENTS = 3  # on a CPU a run may hold this times its plan if freed memory is kept: see give_back_freed_memory
 SLOTS = 128  # rollout's default
 
 
@@ -306,6 +309,8 @@ def check(
     of_available = f" of {in_words(available)}" if available else ""
     parts = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in phases[name].items() if size >= 5e5)
     print0(f"memory: {in_words(need)}{of_available}, most of it in {name}: {parts}")
+    if run.device.type == "cpu" and available and FRAGMENTS * need > available:
+        give_back_freed_memory()
     if available is None or need <= available:
         return
     text = f"this run needs {in_words(need)} of memory, {in_words(available)} are there"
@@ -348,6 +353,18 @@ def check_rollout(run, trained, tok, rows, completions_per_update, completions, 
         completions=completions,
         batch_flag="prompts_per_step",
     )
+
+
+def give_back_freed_memory():
+    """Have glibc give a freed tensor back to the system, if it has 1 MiB or more.
+
+    It keeps them for the next one, which is faster. But tensors of changing sizes leave holes: 1.6
+    times the plan was measured. Without holes the plan is what the run holds.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: the bytes from which memory has a mapping of its own
+        libc.mallopt(-4, 2**20)  # M_MMAP_MAX: as many of them as are needed
 
 
 def flags_that_fit(make, config, available, batch_flag):

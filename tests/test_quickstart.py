@@ -1,4 +1,6 @@
-"""The quick start, whole but tiny: it ends in a report, is not run twice, and goes on where it was interrupted."""
+"""The quick start, whole but tiny: it ends in a report, is not run twice, and goes on where it was
+interrupted."""
+
 import json
 import re
 import shlex
@@ -9,12 +11,11 @@ from html.parser import HTMLParser
 import pytest
 from runs import here, refused, start
 
-import checkpoint
-import common
 import quickstart
 import report as page_maker
-from common import UserError
 from report import pyplot
+from runtime import checkpoint, files
+from runtime.errors import UserError
 
 
 def check_page(page, words):
@@ -49,44 +50,58 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     config = quickstart.Config(out=str(tmp_path / "qs"), fast=True)
     out = tmp_path / "qs"
 
-    # Interrupted twice: in the middle of the world, whose files are made again, and of pretraining, which is resumed.
+    # Interrupted twice: in the middle of the world, whose files are made again, and of pretraining,
+    # which is resumed.
     (out / "world").mkdir(parents=True)
     (out / "world/pretrain.jsonl").write_text('{"text": "half a wor')
-    rows = quickstart.rows(config)
-    stopped = [(stage, [*words, "--steps=10", "--save_every=5"] if stage == "pretrain" else words) for stage, words in rows]
+    lines = quickstart.command_lines(config)
+    lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
     done = {"stages": []}
-    for stage, words in stopped[:4]:
-        words = [w for w in words if not (stage == "pretrain" and w in ("--steps=20", "--save_every=200"))]
-        record = quickstart.run(stage, words)
-        if stage != "pretrain":
-            done["stages"].append(record)
+    for stage in ("world", "tokenizer", "prepare"):
+        done["stages"].append(quickstart.run(stage, shlex.split(lines[stage])))
+    quickstart.run("pretrain", shlex.split(lines["pretrain"].replace("--steps=20", "--steps=10")))
     (out / "report.json").write_text(json.dumps(done))
-    monkeypatch.setattr(quickstart, "rows", lambda config: [(s, [w for w in words if w != "--save_every=200"] + ["--save_every=5"] if s == "pretrain" else words) for s, words in rows])
+    monkeypatch.setattr(quickstart, "command_lines", lambda config: lines)
     capfd.readouterr()
 
     here(quickstart.main, config)
     printed = capfd.readouterr().out
     assert "world: done already" in printed and "prepare: done already" in printed
-    assert "going on after step 10" in printed
+    assert "continuing after step 10" in printed
     report = json.loads((out / "report.json").read_text())
-    assert [s["stage"] for s in report["stages"]] == [stage for stage, _ in rows]
+    assert [s["stage"] for s in report["stages"]] == list(lines)
     steps = [r["step"] for r in map(json.loads, (out / "base/log.jsonl").read_text().splitlines()) if "loss" in r]
     assert steps == list(range(1, 21))
     figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
-    loss = figures["pretrain", "story loss, nats a token"]
+    loss = figures["pretrain", "story loss, nats per token"]
     assert 0 < loss["after"]["value"] < loss["before"]["value"] and loss["improved"]  # even 20 steps learn something
     for stage in ("ppo", "grpo, after ppo", "dpo", "rlaif + dpo"):
-        assert 0 <= figures[stage, "win rate against SFT, by gold"]["after"]["value"] <= 1 and figures[stage, "KL to SFT, nats an answer"]["after"]["value"] > 0
-    assert figures["grpo, after ppo", "gold reward, PPO's before"]["before"] == figures["ppo", "gold reward, SFT's before"]["after"]
-    check_page((out / "report.html").read_text(), ["grpo.py --init=", "Calibration", "best of 1, 2", "pretrain", "The same prompts"])
-    for run, parents in {"sft": ["pretrain"], "rm": ["pretrain", "sft"], "dpo": ["pretrain", "sft"], "ppo": ["pretrain", "sft"], "grpo": ["pretrain", "sft", "ppo"]}.items():
+        assert (
+            0 <= figures[stage, "win rate against SFT, by gold"]["after"]["value"] <= 1
+            and figures[stage, "KL to SFT, nats per completion"]["after"]["value"] > 0
+        )
+    assert (
+        figures["grpo, after ppo", "gold reward, PPO's before"]["before"]
+        == figures["ppo", "gold reward, SFT's before"]["after"]
+    )
+    check_page(
+        (out / "report.html").read_text(),
+        ["grpo.py --init=", "Calibration", "best of 1, 2", "pretrain", "The same prompts"],
+    )
+    for run, parents in {
+        "sft": ["pretrain"],
+        "rm": ["pretrain", "sft"],
+        "dpo": ["pretrain", "sft"],
+        "ppo": ["pretrain", "sft"],
+        "grpo": ["pretrain", "sft", "ppo"],
+    }.items():
         info = json.loads((checkpoint.find(out / run) / checkpoint.INFO).read_text())
         assert [p["stage"] for p in info["lineage"]] == parents
     assert report["code"] and report["torch"]
 
     here(quickstart.main, config)  # a third time: nothing is left to do, and the table is printed again
     printed = capfd.readouterr().out
-    assert printed.count("done already") == len(rows) and "story loss" in printed
+    assert printed.count("done already") == len(lines) and "story loss" in printed
 
     # A report of runs alone: a directory that no quick start made.
     (tmp_path / "mine").mkdir()
@@ -97,13 +112,16 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
 
 
 def test_every_command_is_one_that_a_user_can_type():
-    for stage, words in quickstart.rows(quickstart.Config()):
+    for stage, line in quickstart.command_lines(quickstart.Config(out="out/a b")).items():
+        words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
-        assert shlex.split(shlex.join(words)) == words
+        assert stage == "sample" or any("out/a b" in word for word in words)
 
 
 def test_another_command_of_the_same_stage_is_refused(tmp_path):
-    (tmp_path / "report.json").write_text(json.dumps({"stages": [{"stage": "world", "command": "python -m data.world --seed=9", "seconds": 1.0}]}))
+    (tmp_path / "report.json").write_text(
+        json.dumps({"stages": [{"stage": "world", "command": "python -m data.world --seed=9", "seconds": 1.0}]})
+    )
     with pytest.raises(UserError, match="world was run by another command"):
         here(quickstart.main, quickstart.Config(out=str(tmp_path)))
 
@@ -120,15 +138,15 @@ def test_a_signal_reaches_the_stage_and_ends_both(fork):
         time.sleep(0.01)
     child.send(signal.SIGTERM)
     status, output = child.wait()
-    assert status == 143 and "stopped in sample; the same command as before goes on from here" in output
+    assert status == 143 and "stopped in sample; the same command continues from here" in output
 
 
 def test_two_quick_starts_do_not_share_a_directory(fork, tmp_path):
-    common.lock(tmp_path / ".lock", tmp_path)
+    files.lock_file(tmp_path / ".lock", tmp_path)
     try:
         assert f"--out={tmp_path}: another process is writing" in refused(start(fork, quickstart, out=tmp_path))
     finally:
-        common.LOCKS.pop().close()
+        files.LOCKS.pop().close()
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
@@ -138,16 +156,24 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 
 def test_what_people_and_models_say_is_text_in_the_report(tmp_path):
     evil = "<script>alert(1)</script> & <b>"
-    (tmp_path / "m_answers.jsonl").write_text(json.dumps({"prompt": evil, "completion": evil, "finished": False}) + "\n")
+    (tmp_path / "m_answers.jsonl").write_text(
+        json.dumps({"prompt": evil, "completion": evil, "finished": False}) + "\n"
+    )
     page = page_maker.make(tmp_path, {}).read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page and "unfinished" in page
+    assert (
+        "<script" not in page
+        and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page
+        and "unfinished" in page
+    )
 
 
 def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatch):
     """After all rows have run, the table shown and the report written."""
-    figure = lambda value, low, high: {"value": value, "low": low, "high": high}  # noqa: E731
-    found = [{"stage": "ppo", "figure": "gold reward", "before": figure(0.3, 0.2, 0.4), "after": figure(0.5, 0.35, 0.6), "bound": "1.9", "improved": False}]
-    monkeypatch.setattr(quickstart, "rows", lambda config: [])
+    before = {"value": 0.3, "low": 0.2, "high": 0.4}
+    after = {"value": 0.5, "low": 0.35, "high": 0.6}
+    found = [quickstart.row("ppo", "gold reward", before, after, "1.9", 1)]
+    assert found[0]["improved"] is False
+    monkeypatch.setattr(quickstart, "command_lines", lambda config: {})
     monkeypatch.setattr(quickstart, "figures", lambda out: found)
     (tmp_path / "m_answers.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "finished": True}) + "\n")
     with pytest.raises(UserError, match="no sure improvement.*ppo: gold reward"):
