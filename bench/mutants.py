@@ -428,14 +428,12 @@ def main(config):
                 config.seconds,
             )
             survivors += [name] if status == 0 else []
-            print(
-                f"{name:<32} "
-                f"{failed[0].removeprefix('tests/') if status and failed else 'NOBODY' if status == 0 else '(does not import)':<110} "
-                f"{seconds:7.1f}",
-                flush=True,
-            )
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
-    if survivors:
+            caught = "(does not import)"
+            if status == 0:
+                caught = "NOBODY"
+            elif failed:
+                caught = failed[0].removeprefix("tests/")
+            print(f"{name:<32} {caught:<110} {seconds:7.1f}", flush=True)
         raise UserError(f"the tests did not notice: {', '.join(survivors)}")
 
 
