@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -359,6 +360,8 @@ class Config:
     only: str = ""
     # that the tests of one mutant may take; longer counts as caught
     seconds: float = 300.0
+    # mutants at a time
+    jobs: int = 2
 
 
 def copy(where):
@@ -419,21 +422,22 @@ def main(config):
             + "".join(f"\n  fails without a mutant, and so is left out: {name}" for name in broken),
             flush=True,
         )
+        skip = [f"--deselect={test}" for test in broken]
+
+        def caught_by(i):
+            """(exit status, the test that failed, seconds) of mutant i."""
+            words = ["-x", *chosen[i][4].split(), *skip]
+            status, failed, seconds = run_tests(Path(folder) / f"{i}", words, config.seconds)
+            return status, failed[0].removeprefix("tests/") if failed else "(does not import)", seconds
+
         survivors = []
         print(f"{'mutant':<32} {'caught by':<110} seconds")
-        for i, (name, _, _, _, tests) in enumerate(chosen):
-            status, failed, seconds = run_tests(
-                Path(folder) / f"{i}",
-                ["-x", *tests.split(), *(f"--deselect={test}" for test in broken)],
-                config.seconds,
-            )
-            survivors += [name] if status == 0 else []
-            caught = "(does not import)"
-            if status == 0:
-                caught = "NOBODY"
-            elif failed:
-                caught = failed[0].removeprefix("tests/")
-            print(f"{name:<32} {caught:<110} {seconds:7.1f}", flush=True)
+        with ThreadPoolExecutor(config.jobs) as pool:
+            for (name, *_), (status, test, seconds) in zip(chosen, pool.map(caught_by, range(len(chosen)))):
+                survivors += [name] if status == 0 else []
+                print(f"{name:<32} {test if status else 'NOBODY':<110} {seconds:7.1f}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
+    if survivors:
         raise UserError(f"the tests did not notice: {', '.join(survivors)}")
 
 
