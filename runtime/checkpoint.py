@@ -144,7 +144,8 @@ def load_matching(where, model, tok, flag, scalar_head=False):
         raise UserError(f"{flag}: it has another tokenizer, so what the two say of the same tokens cannot be compared")
     if other.config.context < model.config.context:
         raise UserError(
-            f"{flag}: its context of {other.config.context} tokens is shorter than the {model.config.context} of --init"
+            f"{flag}: its context of {other.config.context} tokens is shorter than the "
+            f"{model.config.context} of the model it goes with"
         )
     return other
 

@@ -167,7 +167,7 @@ def check_ranges(config):
             raise UserError(f"--{name}={value}: a count was expected, not less than 0")
         for sign, bound in flag.bounds:
             if not COMPARE[sign](value, bound):
-                raise UserError(f"--{name}={value}: must be {sign} {bound:g}; --help says what it means")
+                raise UserError(f"--{name}={value}: must be {sign} {bound:,.12g}; --help says what it means")
 
 
 def print_help(Config):

@@ -292,12 +292,11 @@ def check(
     completions of a rollout, on all ranks. batch_flag: the flag that makes the batch smaller, if a
     rollout's slots depend on it."""
     read_tokens = read_tokens or int(np.sum(lengths))
-    make = functools.partial(
-        plan, run, trained, items, lengths, step_tokens, read_tokens, frozen or {}, prompt_lengths, completions
-    )
+    known = run, trained, items, lengths, step_tokens, read_tokens, frozen or {}, prompt_lengths, completions
+    make = functools.cache(functools.partial(plan, *known))
     config = run.config
     try:
-        phases = make(config.micro_batch_tokens, config.checkpoint_activations)
+        phases = make(config.micro_batch_tokens, config.checkpoint_activations, 1.0)
     except RuntimeError as e:  # what fake tensors cannot do; a real error will show at the first step
         reason = str(e).strip().split("\n")[0]
         print0(f"memory: not planned, because this model or loss reads its own values ({type(e).__name__}: {reason})")

@@ -205,7 +205,7 @@ def check(model, config, available, monkeypatch, lengths=(64,) * 8, step_tokens=
         (0.5, [16], ["micro_batch_tokens"]),  # so much of what it needs is there
         (0.8, [256], ["checkpoint_activations"]),
         (0.21, [64], ["checkpoint_activations", "micro_batch_tokens"]),
-        (0.6, [64], ["batch_size"]),
+        (0.65, [64], ["batch_size"]),
     ],
 )
 def test_the_proposed_flags_make_it_fit(make_model, monkeypatch, share, lengths, named, capsys):
@@ -234,10 +234,10 @@ def test_the_proposed_flags_make_it_fit(make_model, monkeypatch, share, lengths,
 
 
 def test_what_the_plan_may_be_wrong_by_is_a_warning_and_so_is_more_if_compiled(make_model, monkeypatch, capsys):
-    model, config = make_model(), Config(micro_batch_tokens=64)
+    model, config = make_model(), Config(micro_batch_tokens=16)
     whole = need(make_plan(model, [16], 2048, config))
     check(model, config, whole / 1.1, monkeypatch, [16])
-    check(model, Config(64, compile=True), whole / 2, monkeypatch, [16])
+    check(model, Config(16, compile=True), whole / 2, monkeypatch, [16])
     assert capsys.readouterr().out.count("\nwarning: this run needs") == 2
     with pytest.raises(UserError, match="this run needs"):
         check(model, config, whole / 1.2, monkeypatch, [16])
@@ -312,13 +312,14 @@ def test_a_run_that_does_not_fit_is_refused_and_with_the_flag_it_names_holds_wha
     draw = random.Random(0)
     words = (draw.choice(["one", "two", "three", "four"]) for _ in range(20_000))
     (tmp_path / "text.txt").write_text(" ".join(words))
-    flags = {"data": tmp_path / "text.txt", "out": tmp_path / "run", "depth": 4, "width": 128, "context": 128}
-    flags |= {"batch_tokens": 40_000, "eval_tokens": 200, "steps": 1, "sample_every": 0, "device": "cpu"}
+    flags = {"data": tmp_path / "text.txt", "out": tmp_path / "run", "depth": 4, "width": 64, "context": 128}
+    flags |= {"batch_tokens": 30_000, "eval_tokens": 200, "steps": 1, "sample_every": 0, "device": "cpu"}
     argv = [f"--{name}={value}" for name, value in flags.items()]
-    line = refused(fork(limited, pretrain, [*argv, "--micro_batch_tokens=40000"], 900 << 20))
+    line = refused(fork(limited, pretrain, [*argv, "--micro_batch_tokens=30000"], 500 << 20))
     assert "this run needs" in line and not (tmp_path / "run/log.jsonl").exists()
     flag = re.search(r"--micro_batch_tokens=\d+", line)[0]
-    output = succeeds(fork(limited, pretrain, [*argv, flag], 900 << 20))
+    output = succeeds(fork(limited, pretrain, [*argv, flag], 500 << 20))
     planned = float(re.search(r"memory: ([\d,]+) MB of", output)[1].replace(",", "")) * 1e6
     grown = int(re.search(r"grew by (\d+)", output)[1])
-    assert grown > 500e6 and 0.85 < planned / grown < 1.15, (planned, grown)
+    print(planned, grown)
+    assert grown > 300e6 and 0.85 < planned / grown < 1.15, (planned, grown)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 
 from data import chat, tokenizer
 from data.pack import make_completion, pack
@@ -189,22 +190,16 @@ def test_two_equal_prompts_are_two_prompts(make_model):
 # The sampler
 
 
-REQUESTS = [
-    dict(prompt=0, max_new_tokens=9, temperature=0.0),
-    dict(prompt=0, max_new_tokens=14, temperature=0.7, seed=3, n=2),
-    dict(prompt=1, max_new_tokens=3, seed=4, first=5, n=3),
-    dict(prompt=2, max_new_tokens=30, temperature=1.6, top_k=5, seed=1),
-    dict(prompt=3, max_new_tokens=30, temperature=1.6, stop={4, 11, 20, 33, 59}, seed=2, n=2),
-    dict(prompt=4, max_new_tokens=8, top_p=0.6, seed=9, n=2),
-    dict(prompt=1, max_new_tokens=11, temperature=2.0, top_k=30, top_p=0.9, stop=[7], n=2),
-]
 PROMPTS = some_prompts([3, 1, 10, 7, 22])
-
-
-def as_add(request):
-    """The arguments of Sampler.add for one of REQUESTS."""
-    options = dict(request)
-    return [PROMPTS[options.pop("prompt")]], options
+REQUESTS = [  # prompts and options of Sampler.add
+    (PROMPTS[0], dict(max_new_tokens=7, temperature=0.0)),
+    (PROMPTS[0], dict(max_new_tokens=10, temperature=0.7, seed=3, n=2)),
+    (PROMPTS[1], dict(max_new_tokens=3, seed=4, first=5, n=3)),
+    (PROMPTS[2], dict(max_new_tokens=14, temperature=1.6, top_k=5, seed=1)),
+    (PROMPTS[3], dict(max_new_tokens=14, temperature=1.6, stop={4, 11, 20, 33, 59}, seed=2, n=2)),
+    (PROMPTS[4], dict(max_new_tokens=6, top_p=0.6, seed=9, n=2)),
+    (PROMPTS[1], dict(max_new_tokens=9, temperature=2.0, top_k=30, top_p=0.9, stop=[7], n=2)),
+]
 
 
 def content(s):
@@ -212,9 +207,11 @@ def content(s):
     return s.tokens, pytest.approx(s.logprobs, abs=1e-5), s.finished
 
 
-def alone(model, request):
-    prompts, options = as_add(request)
-    return [content(s) for s in rollout(model, prompts, **options)]
+@pytest.fixture(scope="module")
+def alone():
+    """What each of REQUESTS gives alone, in one list: request i of a sampler gives alone[i]."""
+    model = random_model()
+    return [content(s) for prompt, options in REQUESTS for s in rollout(model, [prompt], **options)]
 
 
 def finish(sampler):
@@ -225,41 +222,52 @@ def finish(sampler):
     return found
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5, 32])
-def test_requests_side_by_side_are_what_each_is_alone(make_model, slots):
-    model = make_model()
-    sampler, ids = Sampler(model, slots, 40), []
-    for request in REQUESTS:
-        prompts, options = as_add(request)
-        ids.append(sampler.add(prompts, **options))
+@pytest.mark.parametrize("slots", [1, 4, 32])
+def test_requests_side_by_side_are_what_each_is_alone(make_model, alone, slots):
+    sampler, ids = Sampler(make_model(), slots, 40), []
+    for prompt, options in REQUESTS:
+        ids += sampler.add([prompt], **options)
+    assert ids == list(range(13))
     found = finish(sampler)
-    assert sorted(found) == [id for group in ids for id in group] == list(range(13))
-    for group, request in zip(ids, REQUESTS):
-        assert [found[id] for id in group] == alone(model, request)
+    assert [found[id] for id in ids] == alone
+    assert {finished for _, _, finished in alone} == {True, False} and len({len(tokens) for tokens, _, _ in alone}) > 5
 
 
-def test_requests_may_be_added_while_others_run(make_model):
-    model = make_model()
-    sampler, ids, found = Sampler(model, 3, 40), [], {}
-    for request in REQUESTS:
-        prompts, options = as_add(request)
-        ids.append(sampler.add(prompts, **options))
-        for _ in range(4):
+def test_requests_may_be_added_while_others_run(make_model, alone):
+    sampler, found = Sampler(make_model(), 3, 40), {}
+    for prompt, options in REQUESTS:
+        sampler.add([prompt], **options)
+        for _ in range(3):
             found |= {s.request: (s.tokens, s.logprobs, s.finished) for s in sampler.step()}
     assert 0 < len(found) < 13
     found |= finish(sampler)
-    for group, request in zip(ids, REQUESTS):
-        assert [found[id] for id in group] == alone(model, request)
+    assert [found[id] for id in range(13)] == alone
     assert sampler.step() == [] and not sampler.busy
     # And once all have finished, others may follow
-    prompts, options = as_add(REQUESTS[3])
-    (id,) = sampler.add(prompts, **options)
-    assert finish(sampler) == {id: alone(model, REQUESTS[3])[0]}
+    prompt, options = REQUESTS[3]
+    assert sampler.add([prompt], **options) == [13]
+    assert finish(sampler) == {13: alone[6]}
+
+
+def test_a_slot_that_ends_between_two_looks_is_left_alone(make_model, alone):
+    """As on CUDA, where a captured graph steps all slots many times before anyone looks."""
+    sampler, samples = Sampler(make_model(), 4, 40), []
+    for prompt, options in REQUESTS:
+        sampler.add([prompt], **options)
+    with torch.no_grad():
+        while sampler.busy:
+            if sampler.waiting and len(sampler.live) < 4:
+                sampler.admit()
+            for _ in range(GRAPH_STEPS):
+                sampler.step_slots(4)
+            samples += sampler.collect()
+    found = {s.request: (s.tokens, s.logprobs, s.finished) for s in samples}
+    assert [found[id] for id in range(13)] == alone
 
 
 def test_cancelling_frees_the_slot_and_changes_nothing_for_the_others(make_model):
     model, prompts = make_model(), some_prompts([4, 9, 2])
-    options = dict(max_new_tokens=20, seed=2, n=2)
+    options = dict(max_new_tokens=12, seed=2, n=2)
     expected = {s.request: content(s) for s in rollout(model, prompts, **options)}
     sampler = Sampler(model, 3, 40)
     first, waiting_too, *rest = ids = sampler.add(prompts, **options)
@@ -292,25 +300,6 @@ def test_what_is_written_so_far_can_be_read(make_model):
         assert len(longest) == len(s.tokens) - 1 and sampler.written(s.request) == []
 
 
-def test_a_slot_that_ends_between_two_looks_is_left_alone(make_model):
-    """As on CUDA, where a captured graph steps all slots many times before anyone looks."""
-    model = make_model(noise=0.05)
-    sampler, ids, samples = Sampler(model, 4, 40), [], []
-    for request in REQUESTS:
-        prompts, options = as_add(request)
-        ids.append(sampler.add(prompts, **options))
-    with torch.no_grad():
-        while sampler.busy:
-            if sampler.waiting and len(sampler.live) < 4:
-                sampler.admit()
-            for _ in range(GRAPH_STEPS):
-                sampler.step_slots(4)
-            samples += sampler.collect()
-    found = {s.request: (s.tokens, s.logprobs, s.finished) for s in samples}
-    for group, request in zip(ids, REQUESTS):
-        assert [found[id] for id in group] == alone(model, request)
-
-
 def test_damaged_weights_are_reported_instead_of_sampled(make_model):
     model = make_model()
     with torch.no_grad():
@@ -325,18 +314,20 @@ def test_damaged_weights_are_reported_instead_of_sampled(make_model):
 
 def test_a_stream_is_the_rollout_of_the_same_seed(make_model):
     model, (prompt,) = make_model(noise=0.05), some_prompts([5])
-    options = dict(max_new_tokens=50, temperature=0.8, top_k=30, seed=3)
-    assert list(stream(model, prompt, **options)) == rollout(model, [prompt], **options)[0].tokens
-    ids = list(stream(model, prompt, stop={7}, **options | {"max_new_tokens": 500}))
-    assert ids[-1] == 7 and 7 not in ids[:-1] and len(ids) < 500
-    assert ids[:5] != list(stream(model, prompt, **options | {"seed": 4, "max_new_tokens": 5}))
+    options = dict(max_new_tokens=59, temperature=0.8, top_k=30, seed=3)
+    (sample,) = rollout(model, [prompt], **options)
+    assert list(stream(model, prompt, **options)) == sample.tokens and len(sample.tokens) == 59
+    end = next(i for i in range(8, 59) if sample.tokens[i] not in sample.tokens[:i])
+    assert list(stream(model, prompt, stop={sample.tokens[end]}, **options)) == sample.tokens[: end + 1]
+    options |= {"seed": 4, "max_new_tokens": 5}
+    assert list(stream(model, prompt, **options)) != sample.tokens[:5]
 
 
 def test_a_stream_continues_past_the_context(make_model):
     model = make_model(context=16)
     (prompt,) = some_prompts([5])
-    ids = list(stream(model, prompt, max_new_tokens=60, temperature=0))
-    assert len(ids) == 60
+    ids = list(stream(model, prompt, max_new_tokens=40, temperature=0))
+    assert len(ids) == 40
     text, seen = list(prompt), len(prompt)  # seen: how much of the text the model reads
     for token in ids:
         if seen == 16 + 1:
@@ -346,9 +337,9 @@ def test_a_stream_continues_past_the_context(make_model):
         text.append(token)
         seen += 1
     for n in (15, 16, 40):  # prompts about as long as the context, and longer
-        assert len(list(stream(model, some_prompts([n])[0], max_new_tokens=20))) == 20
-    random = list(stream(model, prompt, max_new_tokens=60))
-    assert random[:12] != random[12:24] != random[24:36]  # each part has its own random numbers
+        assert len(list(stream(model, some_prompts([n])[0], max_new_tokens=12))) == 12
+    ids = list(stream(make_model(context=16, noise=0.05), prompt, max_new_tokens=30))
+    assert ids[12:18] != ids[21:27]  # each part has its own random numbers
 
 
 # -------------------------------------------------------------------------------------------------
