@@ -8,7 +8,7 @@ first step. log pi sums over a completion's tokens, its end of turn included. --
 
     dpo    as above                               (Rafailov et al. 2023, arXiv 2305.18290)
     cdpo   labels may be wrong                    (Mitchell 2023)
-    ipo    the margin is led to 1/(2 beta)        (arXiv 2310.12036)
+    ipo    margins are pulled to 1/(2 beta)       (arXiv 2310.12036)
     simpo  no reference, mean log pi per token    (arXiv 2405.14734)
     orpo   no reference, with its own NLL         (arXiv 2403.07691)
     kto    single completions, good or bad        (arXiv 2402.01306)
@@ -33,7 +33,7 @@ from optim import Optimizer, wsd
 from runtime import memory
 from runtime.batches import index_order, micro_batches
 from runtime.checkpoint import fingerprints
-from runtime.cli import check_ranges, print0
+from runtime.cli import print0
 from runtime.errors import UserError
 from runtime.process import launch, reduce_sum
 from runtime.run import Run, RunConfig
@@ -44,10 +44,9 @@ class Config(RunConfig):
     # -- What you will set --
     # checkpoint to start from: a run of sft.py
     init: str
-    # preferences {"prompt", "chosen", "rejected"}, for kto also {"prompt", "completion", "label"}:
-    # .jsonl, .parquet or hf:NAME, comma-separated, with or without :WEIGHT (formats: data/rows.py)
+    # preferences {"prompt", "chosen", "rejected"}, for kto also {"prompt", "completion", "label"}
     data: str
-    # what to minimise [one of dpo, cdpo, ipo, simpo, orpo, kto]
+    # what to minimise: dpo, cdpo, ipo, simpo, orpo or kto
     loss: str = "dpo"
     # -- What you may set --
     # how closely the policy is held to the reference (simpo, orpo: the scale); 0: 0.1, simpo 2 [>=
@@ -143,7 +142,7 @@ def kto_loss(logratio, is_good, kl, beta, desirable=1.0, undesirable=1.0):
 class Loss(NamedTuple):
     function: Callable  # of (chosen, rejected, beta, label_probs, and the flags below)
     beta: float  # default of --beta
-    compares: str  # logratio, mean_logratio (per token), mean_logp (per token; needs no reference)
+    compares: str  # of two completions: logratio or, without a reference, logp; mean_...: per token
     flags: tuple = ()  # flags that only this loss reads
     takes_nll: bool = True
 
@@ -160,18 +159,18 @@ LOSSES = {
 
 def check_flags(config):
     """Raises UserError for a flag that the chosen loss does not read."""
-    check_ranges(config)
+    if config.loss not in LOSSES:
+        raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
     loss = LOSSES[config.loss]
-    read = {*loss.flags, *(["nll"] if loss.takes_nll else [])}
-    if loss.compares != "mean_logp":
-        read.add("reference")
+    read = {*loss.flags, *(["nll"] if loss.takes_nll else []), *(["reference"] if "ratio" in loss.compares else [])}
     for flag in ("smoothing", "gamma", "desirable", "undesirable", "nll", "reference"):
         if vars(config)[flag] != vars(Config)[flag] and flag not in read:
             raise UserError(f"--{flag}: --loss={config.loss} does not read it; leave it out")
 
 
 # --------------------------------------------------------------------------------------------------
-# Items: two completions each, the chosen and the rejected one; for kto see rows.kto_pairs.
+# Items: two completions each, the chosen and the rejected one. For kto: the completion that was
+# judged, and one to another prompt, used only for its z.
 
 
 def read_items(config, tok, context):
@@ -231,8 +230,8 @@ def item_losses(model, items, label_probs, ref_logps, kl, config):
         return kto_item_losses(model, items, label_probs > 0.5, ref_logps[:, 0], kl, config)
     loss, lengths = LOSSES[config.loss], completion_lengths(items).to(model.embed.device)
     logps = item_logps(model, items)  # [P, 2]
-    compared = logps if loss.compares == "mean_logp" else logps - ref_logps
-    if loss.compares != "logratio":
+    compared = logps - ref_logps if "ratio" in loss.compares else logps
+    if loss.compares.startswith("mean"):
         compared = compared / lengths
     chosen, rejected = compared.unbind(1)
     flags = {flag: vars(config)[flag] for flag in loss.flags}
@@ -298,9 +297,8 @@ def main(config):
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     order = index_order(len(train), config.seed)
     # 2. What the reference says of them; it never changes, so it is asked once
-    compares = LOSSES[config.loss].compares
     ref_logps, val_ref_logps = torch.zeros(len(train), 2), torch.zeros(len(val), 2)
-    if compares != "mean_logp":
+    if "ratio" in LOSSES[config.loss].compares:
         reference = run.load_reference(model, tok)
         used = order.first_items(steps * config.batch_size)
         ref_logps[used] = all_logps(reference, [train[i] for i in used], config.micro_batch_tokens)
@@ -344,7 +342,7 @@ def main(config):
             with torch.no_grad():
                 metrics = run_batch(model, val, val_label_probs, val_ref_logps, config)
             run.validated(step, {"val_loss": metrics.pop("loss"), **metrics})
-            if metrics.get("chosen_logratio", 0) < 0:
+            if metrics.get("chosen_logratio", 0) < 0 and LOSSES[config.loss].takes_nll:
                 run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
         run.end_step(step, model, tok)
 

@@ -87,7 +87,7 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
     multiple = 16 if width < 512 else 128  # what the matrix units like
     ffn = ffn or 8 * width // 3 // multiple * multiple
     c = GPTConfig(vocab_size, depth, width, heads, kv_heads, head_dim, ffn, **options)
-    c.window_every = min(c.window_every, depth) if c.window else 1
+    c.window_every = min(c.window_every, depth) if c.window else 1  # so that config.json gives it back
     return c
 
 
@@ -144,8 +144,8 @@ class Attention(nn.Module):
 
     def forward(self, x, view):
         qkv = linear(x, self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)  # [N, H + 2K, Dh]
-        seen = view.attend(self, qkv)  # [N, H, Dh]
-        return linear(seen.flatten(1), self.out)  # [N, C]
+        heads = view.attend(self, qkv)  # [N, H, Dh]
+        return linear(heads.flatten(1), self.out)  # [N, C]
 
 
 class MLP(nn.Module):
@@ -214,6 +214,7 @@ class StepView:
         """qkv [B, H + 2K, Dh] of the module `attn` -> what each token saw [B, H, Dh]."""
         k, v = self.cache.k[attn.layer], self.cache.v[attn.layer]  # [B, T, K, Dh]
         norms = attn.q_norm, attn.k_norm
+        # q, normalised and rotated; k and v are appended to the cache
         q = append_rope(qkv, *norms, self.cos, self.sin, attn.heads, attn.norm_eps, k, v, self.held)
         return decode_attention(q, k, v, self.cache.lengths, attn.window)
 
@@ -348,15 +349,16 @@ def logprobs(model, pack, temperature=1.0):
     """fp32 [N]: log p(token i | earlier tokens of its document) at `temperature`; 0 at a first
     token."""
     logp = linear_logprob(model(pack), model.head, next_tokens(pack, IGNORE), temperature)
-    return logp.roll(1)  # from the token that predicts to the one predicted; what crosses a boundary is 0
+    return logp.roll(1)  # from the token that predicts to the one predicted; a document's last has 0
 
 
 def hidden_before_targets(model, chats):
     """(hidden [M, C], targets int64 [M]): the model's output at the token before each one that is
     trained on.
 
-    The hidden state at index t - 1 predicts token t. Only these rows go to the head: prompts too
-    would cost a DPO step 8 % more if they are a quarter of the tokens."""
+    The hidden state at index t - 1 predicts token t: a prompt's last token predicts the first of
+    the completion. Only these rows reach the head; including prompts would make a DPO step 8 %
+    slower if they were a quarter of the tokens."""
     pack, targets = pack_chats(chats)
     rows = (targets != IGNORE).nonzero()[:, 0]  # found before they go to the device, which need not be waited for
     device = model.embed.device
@@ -407,5 +409,7 @@ def state_values(critic, chats):
 def values_no_grad(critic, chats, micro_batch_tokens):
     """`state_values` in evaluation, at most `micro_batch_tokens` tokens at once."""
     critic.eval()
-    parts = token_slices([len(c.ids) for c in chats], micro_batch_tokens)
-    return torch.cat([state_values(critic, chats[part]) for part in parts])
+    found = [torch.zeros(0, device=critic.embed.device)]
+    for part in token_slices([len(c.ids) for c in chats], micro_batch_tokens):
+        found.append(state_values(critic, chats[part]))
+    return torch.cat(found)

@@ -8,16 +8,15 @@ by steps that stay near the policy that sampled (Schulman et al. 2017, 1707.0634
     L = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
     ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
-A step has four phases. 1 roll out: the policy completes prompts. 2 score: the reward at the
-end-of-turn token, less a penalty if there is none. 3 advantages: each token's reward is -beta (log
-pi - log pi_ref), the last one's has the score on top; a critic V, begun as the reward model, says
-how much was to be expected, and A is what came beyond it (GAE). 4 update: policy and critic learn
-from these completions, a few times over, in minibatches, until the policy has moved too far from
-the one that sampled (--stop_kl). Sampler and trainer are the same distribution, and that is
-checked.
+1 roll out: the policy completes prompts. 2 score: the reward at the end-of-turn token, less a
+penalty if there is none. 3 advantages: each token's reward is -beta (log pi - log pi_ref), the last
+one's has the score on top; a critic V predicts what is still to come, and the advantage is what
+came beyond it (GAE). The KL has no gradient of its own: it acts through the advantages. V starts as
+the reward model, which knows at a completion's end the very score to predict. 4 update: both learn
+from these completions, a few times over, until the policy has moved too far from the one that
+sampled (--stop_kl). Sampler and trainer are the same distribution, and that is checked.
 
-Left out: entropy bonus, PPO-ptx, a trunk shared by policy and critic, reward whitening. The critic
-has an optimizer of its own, so its loss needs no weight.
+Left out: entropy bonus, PPO-ptx, a trunk shared by policy and critic, scaling of rewards.
 
     python ppo.py --init=out/sft --reward=out/rm --data=prompts.jsonl --out=out/ppo
     torchrun --nproc_per_node=8 ppo.py ...    # the same on eight GPUs
@@ -53,7 +52,7 @@ class Config(RolloutConfig):
     beta: float = 0.05
     # KL to the reference per completion that beta is adapted to hold; 0: beta stays [>= 0]
     adaptive_kl: float = 0.0
-    # of the critic's; 0: twice the policy's [>= 0]
+    # peak learning rate of the critic; 0: twice the policy's [>= 0]
     critic_lr: float = 0.0
     # reward model the critic starts from; "": the first of --reward, or --init under a head of
     # zeros
@@ -69,9 +68,9 @@ class Config(RolloutConfig):
     gamma: float = 1.0
     # GAE's lambda [>= 0; <= 1]
     lam: float = 0.95
-    # how far from 1 a ratio still has a gradient [> 0]
+    # how far a ratio may move from 1, in the direction that the advantage favours [> 0]
     clip_ratio: float = 0.2
-    # how far from its old value the critic is led [> 0]
+    # how far a value may move from its old one [> 0]
     clip_value: float = 0.2
     # taken from the score of a completion without an end [>= 0]
     unfinished_penalty: float = 1.0
@@ -183,10 +182,10 @@ def roll_out(policy, tok, rows, step, config):
 
 def minibatches(chats, per_token, step, config):
     """Yield (chats, their parts of the tensors `per_token` [M], number of tokens on all ranks) of
-    each optimizer step: all completions of all ranks, shuffled, --epochs times; a rank's are its own.
-    """
-    first, _ = rank_span([1] * config.prompts_per_step, rank(), world_size())  # this rank's first prompt
-    first, n = first * config.group_size, config.prompts_per_step * config.group_size
+    each optimizer step: all completions of all ranks, shuffled, --epochs times; a rank's are its
+    own."""
+    first_prompt, _ = rank_span([1] * config.prompts_per_step, rank(), world_size())
+    first, n = first_prompt * config.group_size, config.prompts_per_step * config.group_size
     lengths = [int(c.loss_mask.sum()) for c in chats]
     per_chat = list(zip(*(x.split(lengths) for x in per_token), strict=True))
     all_lengths = np.zeros(n)
@@ -286,7 +285,7 @@ def main(config):
             stats = update_step(policy, critic, *minibatch, config, center)
             max_ratio = max(max_ratio, stats["max_ratio"])
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
-                optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
+                optimizer.zero_grad()  # leave out this minibatch, and the rest: no step at all
                 critic_optimizer.zero_grad()
                 break
             norms = [o.step(lr_scale, config.max_grad_norm) for o in (optimizer, critic_optimizer)]
@@ -297,7 +296,8 @@ def main(config):
         # 5. Log, adapt beta, validate, save
         printed, log_only = step_metrics(scores, parts, samples, logp, ref_logp, values, returns, updates)
         log_only |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
-        run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, log_only, **printed)
+        passes = 2 * config.epochs + 5 / 3  # both models trained; five forward passes without a gradient
+        run.log_rollout(step, policy, chats, passes, log_only, **printed)
         beta.update(printed["kl"], config.prompts_per_step * config.group_size)
         if run.eval_due(step):
             judged = rewards, val[: config.eval_prompts], config, beta.value, config.unfinished_penalty
@@ -309,7 +309,8 @@ def main(config):
 
 def step_metrics(scores, parts, samples, logp, ref_logp, values, returns, updates):
     """(printed, log_only): what a step logs, over all ranks. updates: what update_step returned."""
-    parts, error = parts if len(parts) > 1 else {}, returns - values
+    error = returns - values
+    parts = parts if len(parts) > 1 else {}  # one alone would repeat the reward
     counts = len(samples), len(logp), sum(s.finished for s in samples)
     sums = scores.sum(), (logp - ref_logp).sum(), -logp.sum()
     moments = error.sum(), error.square().sum(), returns.sum(), returns.square().sum()

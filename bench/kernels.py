@@ -1,39 +1,58 @@
 """Every op against the best that PyTorch has for it, in the same run on the same GPU.
 
-A contest is one op at one size with several contenders, which run in turns, so that a throttling GPU slows all alike. Times are medians, 20 % and 80 %
-quantiles in microseconds, the L2 cache cleared before each run; where anyone needs less than 50 us all run from CUDA graphs, 20 runs on end, for Python
-would be what is timed. TF/s count the operations of the formula (attention's backward 2.5 times its forward, causal half, the window and the documents as they are),
-GB/s the bytes that must move: neither what is recomputed nor what is read twice. "speed" is the contender's time divided by ours. Errors are the largest
-deviation from fp32, relative to the largest true number. Memory is the peak on top of the inputs. A contender that is not installed says so.
+A contest is one op at one size with several contenders. They run in turns, so that a throttling GPU
+slows all alike. Times are medians with 20 % and 80 % quantiles, in microseconds; the L2 cache is
+cleared before each run. If any contender needs less than 50 us, all run from CUDA graphs, 20 runs
+in a row, because Python would be timed otherwise.
+
+TF/s count the operations of the formula: attention's backward 2.5 times its forward, causal half,
+the window and the documents as they are. GB/s count the bytes that must move. Neither counts what
+is computed or read twice. "speed" is the contender's time divided by ours. Errors are the largest
+deviation from fp32, relative to the largest true number. Memory is the peak on top of the inputs. A
+contender that is not installed says so.
 
     python -m bench.kernels                      minutes on a GPU; bench/results/kernels_DEVICE.json
-    python -m bench.kernels --tiny --device=cpu  seconds: the script itself, at toy sizes, times mean nothing
+    python -m bench.kernels --tiny --device=cpu  seconds: the script itself at toy sizes
 """
-import json, math, re, statistics, subprocess, time
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import UserError, describe, launch, setup
-from kernels._lib import prove
 from kernels.act import swiglu, swiglu_reference
 from kernels.attention import attention, attention_reference, batches, layout
 from kernels.decode import decode_attention, decode_attention_reference
-from kernels.head import linear_cross_entropy, linear_cross_entropy_reference, linear_logprob, linear_logprob_reference
+from kernels.head import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_logprob,
+    linear_logprob_reference,
+)
 from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from kernels.proof import prove
 from kernels.rope import qk_norm_rope, qk_norm_rope_reference
+from runtime.cli import launch
+from runtime.errors import UserError
+from runtime.process import describe, setup
 
 
 @dataclass
 class Config:
     # ops whose name begins with this: attention, linear, rms_norm, ...
     only: str = ""
-    # turns each contender has
+    # turns of each contender
     rounds: int = 3
-    # toy sizes
+    # toy sizes: times mean nothing
     tiny: bool = False
     # auto, cpu, cuda, cuda:1
     device: str = "auto"
@@ -51,13 +70,13 @@ class Contest:
     unit: str  # TF/s or GB/s
     work: float  # operations or bytes
     truth: object  # like a contender, in fp32
-    contenders: dict  # {name: function() -> function() -> tensors}: prepare, then run; OURS among them
-    rate: float = 0  # asked of ours, in `unit`; 0: nothing
-    speed: dict = field(default_factory=dict)  # {name: asked of ours, as a multiple of this contender's speed}
-    memory: dict = field(default_factory=dict)  # {name: asked of ours, at most this share of its peak}
+    contenders: dict  # {name: function() -> function() -> tensors}: prepare, then run; OURS is one of them
+    wanted_rate: float = 0  # of ours, in `unit`; 0: any
+    wanted_speed: dict = field(default_factory=dict)  # {name: of ours, as a multiple of this contender's}
+    wanted_memory: dict = field(default_factory=dict)  # {name: of ours, at most this share of its peak}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a contender runs
 
 
@@ -74,7 +93,7 @@ def forward(f, *inputs):
 
 
 def upstream_of(outs):
-    """Gradients to come from above, the same for every contender."""
+    """Upstream gradients, the same for every contender."""
     generator = torch.Generator(outs[0].device).manual_seed(1)
     return [torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outs]
 
@@ -135,19 +154,32 @@ class Maker:
         self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape, std=1.0, dtype=None):
-        return (torch.randn(shape, generator=self.generator, device=self.device) * std).to(dtype or self.dtype)
+        x = torch.randn(shape, generator=self.generator, device=self.device) * std
+        return x.to(dtype or self.dtype)
 
     def integers(self, high, *shape):
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
     def compiled(self, f):
-        """By inductor; at toy sizes only traced, for inductor takes its time."""
+        """By inductor; at toy sizes only traced, because inductor takes its time."""
         torch._dynamo.reset()
         return torch.compile(f, backend="eager" if self.tiny else "inductor", dynamic=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
+
+# (Dh, length): TF/s that are wanted of the forward
+WANTED_RATES = {
+    (128, 2048): 360,
+    (128, 4096): 400,
+    (128, 8192): 430,
+    (128, 16384): 450,
+    (64, 2048): 300,
+    (64, 4096): 340,
+    (64, 8192): 360,
+    (64, 16384): 370,
+}
 
 
 def sdpa(backend, documents, length):
@@ -155,34 +187,40 @@ def sdpa(backend, documents, length):
 
     def f(q, k, v):
         q, k, v = (x.unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return out.transpose(1, 2).flatten(0, 1)
 
     return f
 
 
-def varlen(cu, longest, window):
+def varlen(cu_seqlens, longest, window):
     from torch.nn.attention.varlen import varlen_attn
 
     def f(q, k, v):
-        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=((window or longest) - 1, 0))
+        size = (window or longest) - 1, 0
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=size)
 
     return f
 
 
 def flex(make, lengths, window):
-    """Compiled FlexAttention; its mask is built anew each time, as a new pack asks."""
+    """Compiled FlexAttention; its mask is built again each time, as a new pack requires."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    document = torch.arange(len(lengths), device=make.device).repeat_interleave(torch.tensor(lengths, device=make.device))
+    counts = torch.tensor(lengths, device=make.device)
+    document = torch.arange(len(lengths), device=make.device).repeat_interleave(counts)
+    N = len(document)
 
     def seen(b, h, i, j):
-        return (i >= j) & (document[i] == document[j]) & (i - j < (window or len(document)))
+        return (i >= j) & (document[i] == document[j]) & (i - j < (window or N))
 
     def f(q, k, v):
-        mask = create_block_mask(seen, None, None, len(document), len(document), device=make.device)
+        mask = create_block_mask(seen, None, None, N, N, device=make.device)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
 
     return make.compiled(f)
 
@@ -192,82 +230,129 @@ def boundaries(make, lengths):
 
 
 def attention_pairs(lengths, window=0):
-    """How many (query, key) pairs a causal pass looks at; half of each square, as everyone counts, a window as a band."""
-    return sum(n * n / 2 if not window or n <= window else window * window / 2 + (n - window) * window for n in lengths)
+    """How many (query, key) pairs a causal pass looks at: half of each square, as everyone counts,
+    a window as a band."""
+    pairs = 0
+    for n in lengths:
+        pairs += n * n / 2 if not window or n <= window else window * window / 2 + (n - window) * window
+    return pairs
 
 
 def attention_contests(make):
+    """Documents of one length. The table of tiles is made once, as for all layers of a forward."""
     tokens, width = (64, 64) if make.tiny else (16384, 2048)
-    asked = {  # (Dh, length): TF/s
-        (128, 2048): 360, (128, 4096): 400, (128, 8192): 430, (128, 16384): 450, (64, 2048): 300, (64, 4096): 340, (64, 8192): 360, (64, 16384): 370,
-    }
-    for dh, length, group in [(32, 32, 2)] if make.tiny else [*((*key, 1) for key in asked), (128, 4096, 4), (64, 1024, 1)]:
+    shapes = [(32, 32, 2)] if make.tiny else [*((*key, 1) for key in WANTED_RATES), (128, 4096, 4), (64, 1024, 1)]
+    for dh, length, group in shapes:
         heads, documents = width // dh, tokens // length
-        q, k, v = make.normal(tokens, heads, dh), make.normal(tokens, heads // group, dh), make.normal(tokens, heads // group, dh)
-        cu = boundaries(make, [length] * documents)
-        tiles, groups = layout(cu, q, dh), batches(cu)  # once a forward pass, for every layer
-        ours, reference = (lambda q, k, v: attention(q, k, v, tiles)), (lambda q, k, v: attention_reference(q, k, v, groups))
-        named = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, documents, length), "FLASH": sdpa(SDPBackend.FLASH_ATTENTION, documents, length)}
+        q = make.normal(tokens, heads, dh)
+        k, v = make.normal(tokens, heads // group, dh), make.normal(tokens, heads // group, dh)
+        cu_seqlens = boundaries(make, [length] * documents)
+        ours = partial(attention, layout=layout(cu_seqlens, q, dh))
+        reference = partial(attention_reference, layout=batches(cu_seqlens))
+        others = {
+            "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, documents, length),
+            "FLASH": sdpa(SDPBackend.FLASH_ATTENTION, documents, length),
+        }
         flops = 4 * attention_pairs([length] * documents) * heads * dh
         shape = f"{documents}x{length} H{heads} K{heads // group} Dh{dh}"
-        speeds = ({"cuDNN": 0.7, "FLASH": 1.2} if dh == 128 else {"cuDNN": 0.9, "FLASH": 1.15}), {"cuDNN": 0.6, "FLASH": 1.0}
-        for way, part, scale in [("forward", forward, 1), ("backward", backward, 2.5)]:
-            if way == "backward" and (dh, length) in asked and length < 4096:
+        for way in ("forward", "backward"):
+            is_forward = way == "forward"
+            rate = WANTED_RATES.get((dh, length)) if group == 1 else None
+            if not is_forward and (dh, length) in WANTED_RATES and length < 4096:
                 continue
-            contenders = {OURS: part(ours, q, k, v)} | {name: part(f, q, k, v) for name, f in named.items()}
-            contest = Contest(f"attention {way}", shape, "TF/s", scale * flops, part(reference, *wide(q, k, v)), contenders)
-            if group == 1 and (dh, length) in asked:
-                contest.rate = asked[dh, length] if way == "forward" else {128: 300, 64: 250}[dh]
-                contest.speed = speeds[way == "backward"] if length >= 4096 else {"FLASH": speeds[way == "backward"]["FLASH"]}
+            part = forward if is_forward else backward
+            contenders = {name: part(f, q, k, v) for name, f in [(OURS, ours), *others.items()]}
+            work, truth = flops if is_forward else 2.5 * flops, part(reference, *wide(q, k, v))
+            contest = Contest(f"attention {way}", shape, "TF/s", work, truth, contenders)
+            if rate:
+                contest.wanted_rate = rate if is_forward else {128: 300, 64: 250}[dh]
+                contest.wanted_speed = wanted_speed(dh, is_forward)
+                if length < 4096:
+                    del contest.wanted_speed["cuDNN"]
             yield contest
 
 
+def wanted_speed(dh, is_forward):
+    if not is_forward:
+        return {"cuDNN": 0.6, "FLASH": 1.0}
+    return {"cuDNN": 0.7, "FLASH": 1.2} if dh == 128 else {"cuDNN": 0.9, "FLASH": 1.15}
+
+
 def packed_contests(make):
-    """Documents of log-normal length, some 700 tokens in the mean, as a web corpus has them; and a window of 512 over long ones. Everything is timed that
-    a new pack asks for: our table of tiles, Flex's mask."""
-    tokens = 64 if make.tiny else 32768
+    """Documents of log-normal length, about 700 tokens in the mean, as in a web corpus; and a
+    window of 512 over long ones. What a new pack requires is timed: our table of tiles, Flex's
+    mask."""
+    tokens, shrink = (64, 20) if make.tiny else (32768, 1)
     generator, ragged = torch.Generator().manual_seed(0), []
     while sum(ragged) < tokens:
-        length = int(torch.empty(1).log_normal_(math.log(400), 1.05, generator=generator).clamp(16, 8192)) // (20 if make.tiny else 1) + 1
-        ragged.append(min(length, tokens - sum(ragged)))
-    for name, lengths, window in [("packed", ragged, 0), ("window", [tokens // 4] * 4, 8 if make.tiny else 512)]:
-        for dh, heads in [(32, 2)] if make.tiny else [(128, 16), (64, 12)]:
-            q, k, v = (make.normal(tokens, heads, dh) for _ in range(3))
-            cu, longest = boundaries(make, lengths), max(lengths)
+        length = torch.empty(1).log_normal_(math.log(400), 1.05, generator=generator).clamp(16, 8192)
+        ragged.append(min(int(length) // shrink + 1, tokens - sum(ragged)))
+    cases = [("packed", ragged, 0), ("window", [tokens // 4] * 4, 8 if make.tiny else 512)]
+    sizes = [(32, 2)] if make.tiny else [(128, 16), (64, 12)]
+    for name, lengths, window, dh, heads in ((*case, *size) for case in cases for size in sizes):
+        yield packed_contest(make, name, lengths, window, dh, heads)
 
-            def ours(q, k, v):
-                return attention(q, k, v, layout(cu, q, dh), window)
 
-            def reference(q, k, v):
-                return attention_reference(q, k, v, batches(cu), window)
+def packed_contest(make, name, lengths, window, dh, heads):
+    tokens = sum(lengths)
+    q, k, v = (make.normal(tokens, heads, dh) for _ in range(3))
+    cu_seqlens, longest = boundaries(make, lengths), max(lengths)
 
-            shape = f"{len(lengths)} documents, {tokens} tokens H{heads} Dh{dh}"
-            flops = 3.5 * 4 * attention_pairs(lengths, window) * heads * dh
-            others = {"varlen_attn": lambda: both(varlen(cu, longest, window), q, k, v)(), "flex": lambda: both(flex(make, lengths, window), q, k, v)()}
-            contenders = {OURS: both(ours, q, k, v), **others}
-            yield Contest(f"attention {name}", shape, "TF/s", flops, both(reference, *wide(q, k, v)), contenders, speed={"varlen_attn": 1.3, "flex": 1.3})
+    def ours(q, k, v):
+        return attention(q, k, v, layout(cu_seqlens, q, dh), window)
+
+    def reference(q, k, v):
+        return attention_reference(q, k, v, batches(cu_seqlens), window)
+
+    contenders = {  # the others are imported when they are prepared: they may be missing
+        OURS: both(ours, q, k, v),
+        "varlen_attn": lambda: both(varlen(cu_seqlens, longest, window), q, k, v)(),
+        "flex": lambda: both(flex(make, lengths, window), q, k, v)(),
+    }
+    shape = f"{len(lengths)} documents, {tokens} tokens H{heads} Dh{dh}"
+    flops = 3.5 * 4 * attention_pairs(lengths, window) * heads * dh
+    contest = Contest(f"attention {name}", shape, "TF/s", flops, both(reference, *wide(q, k, v)), contenders)
+    contest.wanted_speed = {"varlen_attn": 1.3, "flex": 1.3}
+    return contest
 
 
 def decode_contests(make):
+    """Full slots, slots of random lengths, and these with a window."""
     sizes = [(3, 40, 2, 16)] if make.tiny else [(64, 1024, 8, 128), (128, 1024, 8, 64), (8, 512, 4, 128)]
     for B, S, K, dh in sizes:
         for group in (2,) if make.tiny else (1, 4, 8):
-            for kind in ("full", "ragged"):
-                q, k, v = make.normal(B, K * group, dh), make.normal(B, S, K, dh), make.normal(B, S, K, dh)
-                lengths = torch.full((B,), S, device=make.device) if kind == "full" else 1 + make.integers(S, B)
-                seen = (torch.arange(S, device=make.device) < lengths[:, None])[:, None, None]  # [B, 1, 1, S]: the whole cache, as a fixed graph must
-                n_bytes = 4 * K * dh * int(lengths.sum())
-
-                def masked(q, k, v):
-                    return F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=group > 1)[:, :, 0]
-
-                contenders = {OURS: forward(decode_attention, q, k, v, lengths), "copy_": copy(n_bytes, make.device), "SDPA, mask": forward(masked, q, k, v)}
-                speed = {"copy_": 0.8 if n_bytes >= 64e6 else 0.6} | ({"SDPA, mask": 1.5} if kind == "ragged" else {})
-                truth = forward(decode_attention_reference, *wide(q, k, v), lengths)
-                yield Contest("decode_attention", f"{kind} B{B} S{S} K{K} G{group} Dh{dh}", "GB/s", n_bytes, truth, contenders, speed=speed)
+            for kind in ("full", "ragged", "window"):
+                yield decode_contest(make, kind, B, S, K, dh, group)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def decode_contest(make, kind, B, S, K, dh, group):
+    q, k, v = make.normal(B, K * group, dh), make.normal(B, S, K, dh), make.normal(B, S, K, dh)
+    lengths = torch.full((B,), S, device=make.device) if kind == "full" else 1 + make.integers(S, B)
+    window = S // 4 if kind == "window" else 0
+    key = torch.arange(S, device=make.device)
+    seen = (key < lengths[:, None]) & (key >= lengths[:, None] - (window or S))
+    mask = seen[:, None, None]  # [B, 1, 1, S]: the whole cache, as a fixed graph requires
+    n_bytes = 4 * K * dh * int(seen.sum())
+
+    def masked(q, k, v):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=group > 1)[:, :, 0]
+
+    contenders = {
+        OURS: forward(decode_attention, q, k, v, lengths, window),
+        "copy_": copy(n_bytes, make.device),
+        "SDPA, mask": forward(masked, q, k, v),
+    }
+    shape, truth = f"{kind} B{B} S{S} K{K} G{group} Dh{dh}", wide(q, k, v)
+    truth = forward(decode_attention_reference, *truth, lengths, window)
+    contest = Contest("decode_attention", shape, "GB/s", n_bytes, truth, contenders)
+    contest.wanted_speed = {"copy_": 0.8 if n_bytes >= 64e6 else 0.6}
+    if kind != "full":
+        contest.wanted_speed["SDPA, mask"] = 1.5
+    return contest
+
+
+# --------------------------------------------------------------------------------------------------
 # The head
 
 
@@ -282,12 +367,20 @@ def plain_logprob(hidden, weight, targets, entropy):
 
 
 def products(hidden, weight, n):
-    """The first n of the three matrix products that no head can do without, on bf16 weights: logits, d_hidden, d_weight."""
+    """The first n of the three matrix products that every head needs, on bf16 weights: logits,
+    d_hidden, d_weight."""
 
     def prepare():
-        w, logits = weight.to(hidden.dtype), torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-        runs = [lambda: torch.mm(hidden, w.T, out=logits), lambda: torch.mm(logits, w), lambda: torch.mm(logits.T, hidden)]
-        return lambda: tuple(run() for run in runs[:n])
+        w = weight.to(hidden.dtype)
+        logits = torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+
+        def run():
+            outs = [torch.mm(hidden, w.T, out=logits)]
+            if n == 3:
+                outs += [torch.mm(logits, w), torch.mm(logits.T, hidden)]
+            return tuple(outs)
+
+        return run
 
     return prepare
 
@@ -296,7 +389,8 @@ def liger(targets):
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
     def f(hidden, weight):
-        return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight.to(hidden.dtype), targets, None, None, -100, 0.0, 0.0, "sum")[0]
+        args = hidden, weight.to(hidden.dtype), targets, None, None, -100, 0.0, 0.0, "sum"
+        return LigerFusedLinearCrossEntropyFunction.apply(*args)[0]
 
     return f
 
@@ -304,30 +398,49 @@ def liger(targets):
 def head_contests(make):
     n = 7 if make.tiny else 32768
     for V, C in [(61, 16)] if make.tiny else [(50304, 768), (65536, 1024), (131072, 2048)]:
-        hidden, weight, targets = make.normal(n, C), make.normal(V, C, std=C**-0.5, dtype=torch.float32), make.integers(V, n)
-        shape, gemm = f"N{n} V{V} C{C}", 2 * n * V * C
-        plain = make.compiled(lambda h, w: plain_cross_entropy(h, w, targets))
-        contenders = {
-            OURS: both(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight),
-            "3 products": products(hidden, weight, 3),
-            "compiled": both(plain, hidden, weight),
-            "Liger": lambda: both(liger(targets), hidden, weight)(),
-        }
-        truth = both(lambda h, w: linear_cross_entropy_reference(h, w, targets, 1024), *wide(hidden, weight))
-        speed = {"3 products": 1 / 1.25, "compiled": 1 / 1.05, "Liger": 1 / 0.6}
-        yield Contest("linear_cross_entropy", shape, "TF/s", 3 * gemm, truth, contenders, speed=speed, memory={"compiled": 0.25})
+        hidden, targets = make.normal(n, C), make.integers(V, n)
+        weight = make.normal(V, C, std=C**-0.5, dtype=torch.float32)
+        yield cross_entropy_contest(make, hidden, weight, targets)
         for entropy in (False, True):
-            ours = lambda h, w: linear_logprob(h, w, targets, entropy=entropy)  # noqa: E731
-            reference = lambda h, w: linear_logprob_reference(h, w, targets, entropy=entropy, chunk_mb=1024)  # noqa: E731
-            name = "linear_logprob" + ("+entropy" if entropy else "")
-            plain = make.compiled(lambda h, w: plain_logprob(h, w, targets, entropy))
-            contenders = {OURS: forward(ours, hidden, weight), "1 product": products(hidden, weight, 1), "compiled": forward(plain, hidden, weight)}
-            yield Contest(f"{name} forward", shape, "TF/s", gemm, forward(reference, *wide(hidden, weight)), contenders, speed={"1 product": 0.75})
-            contenders = {OURS: both(ours, hidden, weight), "3 products": products(hidden, weight, 3), "compiled": both(plain, hidden, weight)}
-            yield Contest(f"{name} both", shape, "TF/s", 3 * gemm, both(reference, *wide(hidden, weight)), contenders, speed={"3 products": 1 / 1.75})
+            yield from logprob_contests(make, hidden, weight, targets, entropy)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def cross_entropy_contest(make, hidden, weight, targets):
+    (n, C), V = hidden.shape, len(weight)
+    contenders = {
+        OURS: both(partial(linear_cross_entropy, targets=targets), hidden, weight),
+        "3 products": products(hidden, weight, 3),
+        "compiled": both(make.compiled(partial(plain_cross_entropy, targets=targets)), hidden, weight),
+        "Liger": lambda: both(liger(targets), hidden, weight)(),
+    }
+    reference = partial(linear_cross_entropy_reference, targets=targets, chunk_mb=1024)
+    truth, shape = both(reference, *wide(hidden, weight)), f"N{n} V{V} C{C}"
+    contest = Contest("linear_cross_entropy", shape, "TF/s", 3 * 2 * n * V * C, truth, contenders)
+    contest.wanted_speed = {"3 products": 1 / 1.25, "compiled": 1 / 1.05, "Liger": 1 / 0.6}
+    contest.wanted_memory = {"compiled": 0.25}
+    return contest
+
+
+def logprob_contests(make, hidden, weight, targets, entropy):
+    (n, C), V = hidden.shape, len(weight)
+    ours = partial(linear_logprob, targets=targets, entropy=entropy)
+    reference = partial(linear_logprob_reference, targets=targets, entropy=entropy, chunk_mb=1024)
+    plain = make.compiled(partial(plain_logprob, targets=targets, entropy=entropy))
+    name, shape = "linear_logprob" + ("+entropy" if entropy else ""), f"N{n} V{V} C{C}"
+    for way, part, count, share in [("forward", forward, 1, 0.75), ("both", both, 3, 1 / 1.75)]:
+        needed = f"{count} product{'s' if count > 1 else ''}"
+        contenders = {
+            OURS: part(ours, hidden, weight),
+            needed: products(hidden, weight, count),
+            "compiled": part(plain, hidden, weight),
+        }
+        truth, work = part(reference, *wide(hidden, weight)), count * 2 * n * V * C
+        contest = Contest(f"{name} {way}", shape, "TF/s", work, truth, contenders)
+        contest.wanted_speed = {needed: share}
+        yield contest
+
+
+# --------------------------------------------------------------------------------------------------
 # What memory bounds: norm, rope, act
 
 
@@ -344,12 +457,13 @@ def plain_add_rms_norm(x, delta, weight):
 def plain_rope(qkv, q_weight, k_weight, cos, sin, heads):
     kv_heads = (qkv.shape[1] - heads) // 2
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = cos[:, None], sin[:, None]
 
-    def turn(x, weight):
+    def rotate(x, weight):
         a, b = plain_rms_norm(x.float(), weight).chunk(2, dim=-1)
-        return torch.cat([a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]], -1).to(x.dtype)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
-    return torch.cat([turn(q, q_weight), turn(k, k_weight), v], dim=1)
+    return torch.cat([rotate(q, q_weight), rotate(k, k_weight), v], dim=1)
 
 
 def plain_swiglu(gate_up):
@@ -357,23 +471,36 @@ def plain_swiglu(gate_up):
     return F.silu(gate) * up
 
 
-def memory_bound(make, op, shape, ours, plain, reference, inputs, passes, asked):
-    """Forward and backward contests of an op that must move passes = (bytes forward, bytes backward), `asked` of a copy's speed."""
+def memory_bound(make, op, shape, ours, plain, reference, inputs, passes, shares):
+    """The forward and backward contests of an op that must move passes = (bytes forward, bytes
+    backward), which should reach `shares` of a copy's speed."""
     plain = make.compiled(plain)
-    for way, part, n_bytes, share in zip(("forward", "backward"), (forward, backward), passes, asked):
-        contenders = {OURS: part(ours, *inputs), "copy_": copy(n_bytes, make.device), "compiled": part(plain, *inputs)}
-        yield Contest(f"{op} {way}", shape, "GB/s", n_bytes, part(reference, *wide(*inputs)), contenders, speed={"copy_": share, "compiled": 1.0})
+    for i, (way, part) in enumerate([("forward", forward), ("backward", backward)]):
+        contenders = {
+            OURS: part(ours, *inputs),
+            "copy_": copy(passes[i], make.device),
+            "compiled": part(plain, *inputs),
+        }
+        truth = part(reference, *wide(*inputs))
+        contest = Contest(f"{op} {way}", shape, "GB/s", passes[i], truth, contenders)
+        contest.wanted_speed = {"copy_": shares[i], "compiled": 1.0}
+        yield contest
 
 
 def norm_contests(make):
-    n = 40 if make.tiny else 32768
+    n, eps = 40 if make.tiny else 32768, {"eps": 1e-6}
     for C in (32,) if make.tiny else (768, 1024, 2048, 4096):
-        x, delta, weight = make.normal(n, C), make.normal(n, C), 1 + make.normal(C, std=0.1, dtype=torch.float32)
-        size = x.element_size() * x.numel()
-        ours, reference = (lambda x, w, f=f: f(x, w, 1e-6) for f in (rms_norm, rms_norm_reference))
-        yield from memory_bound(make, "rms_norm", f"{n}x{C}", ours, plain_rms_norm, reference, [x, weight], (2 * size, 3 * size), (0.9, 0.85))
-        ours, reference = (lambda x, d, w, f=f: f(x, d, w, 1e-6) for f in (add_rms_norm, add_rms_norm_reference))
-        yield from memory_bound(make, "add_rms_norm", f"{n}x{C}", ours, plain_add_rms_norm, reference, [x, delta, weight], (4 * size, 4 * size), (0.9, 0.85))
+        x, delta = make.normal(n, C), make.normal(n, C)
+        weight = 1 + make.normal(C, std=0.1, dtype=torch.float32)
+        shape, size = f"{n}x{C}", x.nbytes
+        ours, reference = partial(rms_norm, **eps), partial(rms_norm_reference, **eps)
+        passes, shares = (2 * size, 3 * size), (0.9, 0.85)
+        inputs = [x, weight]
+        yield from memory_bound(make, "rms_norm", shape, ours, plain_rms_norm, reference, inputs, passes, shares)
+        ours, reference = partial(add_rms_norm, **eps), partial(add_rms_norm_reference, **eps)
+        passes, plain = (4 * size, 4 * size), plain_add_rms_norm
+        inputs = [x, delta, weight]
+        yield from memory_bound(make, "add_rms_norm", shape, ours, plain, reference, inputs, passes, shares)
 
 
 def rope_contests(make):
@@ -382,26 +509,36 @@ def rope_contests(make):
         rows = heads + 2 * kv_heads
         qkv, weight = make.normal(n, rows, dh), 1 + make.normal(dh, std=0.1, dtype=torch.float32)
         angle = make.normal(n, dh // 2, std=10, dtype=torch.float32)
-        cos, sin = angle.cos(), angle.sin()
-        ours, reference = (lambda x, q, k, f=f: f(x, q, k, cos, sin, heads, 1e-6) for f in (qk_norm_rope, qk_norm_rope_reference))
-        size, tables = qkv.element_size() * qkv.numel(), 4 * n * dh
+        rest = {"cos": angle.cos(), "sin": angle.sin(), "heads": heads}
+        ours, reference = (partial(f, **rest, eps=1e-6) for f in (qk_norm_rope, qk_norm_rope_reference))
+        size, tables = qkv.nbytes, 4 * n * dh
         passes = 2 * size + tables, 2 * size + size * (heads + kv_heads) // rows + tables
-        plain = lambda x, q, k: plain_rope(x, q, k, cos, sin, heads)  # noqa: E731
-        yield from memory_bound(make, "qk_norm_rope", f"{n} tokens H{heads} K{kv_heads} Dh{dh}", ours, plain, reference, [qkv, weight, weight.clone()], passes, (0.85, 0.8))
+        shape, inputs = f"{n} tokens H{heads} K{kv_heads} Dh{dh}", [qkv, weight, weight.clone()]
+        plain, shares = partial(plain_rope, **rest), (0.85, 0.8)
+        yield from memory_bound(make, "qk_norm_rope", shape, ours, plain, reference, inputs, passes, shares)
 
 
 def act_contests(make):
     n = 40 if make.tiny else 32768
     for width in (24,) if make.tiny else (2048, 5376):
         gate_up = make.normal(n, 2 * width)
-        size = gate_up.element_size() * n * width
-        yield from memory_bound(make, "swiglu", f"{n}x{width}", swiglu, plain_swiglu, swiglu_reference, [gate_up], (3 * size, 5 * size), (0.9, 0.9))
+        size, ops = gate_up.nbytes // 2, (swiglu, plain_swiglu, swiglu_reference)
+        passes, shares = (3 * size, 5 * size), (0.9, 0.9)
+        yield from memory_bound(make, "swiglu", f"{n}x{width}", *ops, [gate_up], passes, shares)
 
 
-CONTESTS = [attention_contests, packed_contests, decode_contests, head_contests, rope_contests, act_contests, norm_contests]
+CONTESTS = [
+    attention_contests,
+    packed_contests,
+    decode_contests,
+    head_contests,
+    rope_contests,
+    act_contests,
+    norm_contests,
+]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The clock
 
 
@@ -414,9 +551,11 @@ def times_of(run, device, milliseconds, graph):
     from triton.testing import do_bench
 
     if not graph:
-        return [1e3 * t for t in do_bench(run, warmup=milliseconds // 4, rep=milliseconds, return_mode="all")]
+        times = do_bench(run, warmup=milliseconds // 4, rep=milliseconds, return_mode="all")
+        return [1e3 * t for t in times]
     recorded, found, repeats = torch.cuda.CUDAGraph(), [], 20
-    with torch.cuda.graph(recorded, stream=torch.cuda.current_stream()):  # this stream, on which autograd ran the forward: it runs the backward on the same
+    # On the stream of the forward: autograd runs the backward on the same one.
+    with torch.cuda.graph(recorded, stream=torch.cuda.current_stream()):
         for _ in range(repeats):
             run()
     for _ in range(max(5, milliseconds)):
@@ -444,68 +583,92 @@ def peak_of(run, device):
 
 
 def error_of(found, truth):
-    return max(((f.double() - t.double()).abs().max() / t.double().abs().max().clamp(min=1e-30)).item() for f, t in zip(found, truth))
+    errors = []
+    for f, t in zip(found, truth, strict=True):
+        errors.append((f.double() - t.double()).abs().max() / t.double().abs().max().clamp(min=1e-30))
+    return max(errors).item()
+
+
+def quantile(times, share):
+    return sorted(times)[int(share * (len(times) - 1))]
 
 
 def hold(contest, device, rounds):
-    """Run a contest -> its rows, ours first: [{op, shape, contender, us, rate, speed, error, mib, asked, reached}]."""
+    """Runs a contest. Returns its rows, ours first.
+
+    [{op, shape, contender, us, rate, speed, error, mib, wanted, reached}]
+    """
     rows, runs = {}, {}
     try:
         truth = contest.truth()()
-    except torch.cuda.OutOfMemoryError:  # fp32 needs more of it; then nobody's error is known
+    except torch.cuda.OutOfMemoryError:  # fp32 needs more memory; then no error is known
         truth = None
     for name, prepare in contest.contenders.items():
-        row = {"op": contest.op, "shape": contest.shape, "contender": name, "unit": contest.unit}
+        rows[name] = {"op": contest.op, "shape": contest.shape, "contender": name, "unit": contest.unit}
         try:
             run = prepare()
             mib, found = peak_of(run, device)
-        except Exception as e:  # one that is not installed, or refuses the size or the device, must not end the others' contest
-            rows[name] = row | {"absent": f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:150]}"}
+        except Exception as e:  # one that is missing or refuses must not end the others' contest
+            reason = (str(e).strip().splitlines() or [""])[0]
+            rows[name]["absent"] = f"{type(e).__name__}: {reason[:150]}"
             continue
-        error = error_of(found, truth) if truth is not None and name != "copy_" and "product" not in name else None
-        runs[name], rows[name] = run, row | {"mib": mib, "error": error}
+        has_error = truth is not None and name != "copy_" and "product" not in name
+        rows[name] |= {"mib": mib, "error": error_of(found, truth) if has_error else None}
+        runs[name] = run
         del found
     del truth
-    graph = device.type == "cuda" and min(statistics.median(times_of(run, device, 10, False)) for run in runs.values()) < 50
+    graph = False
+    if device.type == "cuda":
+        graph = min(statistics.median(times_of(run, device, 10, False)) for run in runs.values()) < 50
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             times[name] += times_of(run, device, 100 // rounds, graph)
     for name in runs:
-        low, middle, high = (sorted(times[name])[int(q * (len(times[name]) - 1))] for q in (0.2, 0.5, 0.8))
-        rows[name] |= {"us": middle, "us20": low, "us80": high, "graph": graph, "rate": contest.work / middle / (1e6 if contest.unit == "TF/s" else 1e3)}
+        us20, us, us80 = (quantile(times[name], share) for share in (0.2, 0.5, 0.8))
+        rate = contest.work / us / (1e6 if contest.unit == "TF/s" else 1e3)
+        rows[name] |= {"us": us, "us20": us20, "us80": us80, "graph": graph, "rate": rate}
     judge(contest, rows)
     return list(rows.values())
 
 
 def judge(contest, rows):
-    """Add to each row what was asked of ours against it, and whether that was reached (None: nothing was asked, or there is no such contender)."""
+    """Adds to each row what is wanted of ours against it, and whether that is reached.
+
+    reached is None if nothing is wanted or the contender is absent.
+    """
     ours = rows[OURS]
     for name, row in rows.items():
-        asked, reached = [], []
+        wanted, reached = [], []
         if "us" in row and "us" in ours:
             row["speed"] = row["us"] / ours["us"]
-        wanted = {"speed": contest.speed.get(name), "rate": contest.rate if name == OURS else 0, "memory": contest.memory.get(name)}
-        if wanted["rate"]:
-            asked.append(f">= {wanted['rate']} {contest.unit}")
-            reached.append("rate" in row and row["rate"] >= wanted["rate"])
-        if wanted["speed"]:
-            asked.append(f">= {wanted['speed']:.2f}x")
-            reached.append(row["speed"] >= wanted["speed"] if "speed" in row else None)
-        if wanted["memory"] and row.get("mib") and ours.get("mib") is not None:
-            asked.append(f"<= {wanted['memory']:.2f} memory")
-            reached.append(ours["mib"] <= wanted["memory"] * row["mib"])
-        row["asked"] = ", ".join(asked)
-        row["reached"] = False if False in reached else None if not reached or None in reached else True
+        rate = contest.wanted_rate if name == OURS else 0
+        speed, memory = contest.wanted_speed.get(name), contest.wanted_memory.get(name)
+        if rate:
+            wanted.append(f">= {rate} {contest.unit}")
+            reached.append("rate" in row and row["rate"] >= rate)
+        if speed:
+            wanted.append(f">= {speed:.2f}x")
+            reached.append(row["speed"] >= speed if "speed" in row else None)
+        if memory and row.get("mib") and ours.get("mib") is not None:
+            wanted.append(f"<= {memory:.2f} memory")
+            reached.append(ours["mib"] <= memory * row["mib"])
+        row["wanted"] = ", ".join(wanted)
+        row["reached"] = None if None in reached or not reached else True
+        if False in reached:
+            row["reached"] = False
     if "absent" in ours:
         ours["reached"] = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report
 
+HEADER = f"{'op':<30} {'shape':<40} {'contender':<12} {'us, median [20 %, 80 %]':<32} {'rate':>12} {'speed':>8} "
+HEADER += f"{'MiB':>8} {'error':>8}  {'wanted of ours':<26} reached"
 
-def shown(row):
+
+def show(row):
     """A row of the table, as text."""
     who = f"{row['op']:<30} {row['shape']:<40} {row['contender']:<12}"
     if "absent" in row:
@@ -514,18 +677,17 @@ def shown(row):
     error = "" if row["error"] is None else f"{row['error']:.1e}"
     verdict = {True: "yes", False: "NO", None: ""}[row["reached"]]
     speed = f"{row['speed']:.2f}x" if "speed" in row and row["contender"] != OURS else ""
-    time_ = f"{row['us']:9.1f} [{row['us20']:.1f}, {row['us80']:.1f}]"
-    return f"{who} {time_:<32} {row['rate']:7.1f} {row['unit']} {speed:>8} {size:>8} {error:>8}  {row['asked']:<26} {verdict}"
-
-
-HEADER = f"{'op':<30} {'shape':<40} {'contender':<12} {'us, median [20 %, 80 %]':<32} {'rate':>12} {'speed':>8} {'MiB':>8} {'error':>8}  asked of ours              reached"
+    times = f"{row['us']:9.1f} [{row['us20']:.1f}, {row['us80']:.1f}]"
+    rate = f"{row['rate']:7.1f} {row['unit']}"
+    return f"{who} {times:<32} {rate} {speed:>8} {size:>8} {error:>8}  {row['wanted']:<26} {verdict}"
 
 
 def clock_now():
     """The GPU's clock and temperature, in nvidia-smi's words; "" without it."""
+    query = "--query-gpu=clocks.sm,clocks.max.sm,temperature.gpu,power.draw"
     try:
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,temperature.gpu,power.draw", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+        return done.stdout.strip()
     except OSError:
         return ""
 
@@ -538,7 +700,8 @@ def machine(device):
         version = triton.__version__
     except ImportError:
         version = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {**describe(device), "triton": version, "cuda": torch.version.cuda, "commit": commit or "unknown"}
 
 
@@ -551,26 +714,31 @@ def result_file(folder, what, device):
 
 def main(config):
     device = setup(config.device, 0)
-    torch.use_deterministic_algorithms(False)  # the baselines at their best; ours are deterministic as they are
+    torch.use_deterministic_algorithms(False)  # the others at their best; ours are deterministic anyway
     if device.type == "cpu" and not config.tiny:
         raise UserError("these sizes need a CUDA GPU; --tiny runs toy sizes on the CPU")
     off = prove(device)
     path, rows, clocks = result_file(config.out, "kernels", device), [], []
     print(json.dumps(machine(device) | {"switched off": off}))
     print(HEADER, flush=True)
-    with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):  # a graph cannot be captured on the default stream
-        for contest in (contest for contests in CONTESTS for contest in contests(Maker(device, config.tiny))):
-            if contest.op.startswith(config.only):
-                if config.tiny:
-                    contest.rate, contest.speed, contest.memory = 0, {}, {}
-                new = hold(contest, device, config.rounds)
-                rows, clocks = rows + new, clocks + [clock_now()]
-                print("\n".join(map(shown, new)), flush=True)
-                path.write_text(json.dumps({**machine(device), "off": off, "clocks": clocks, "rows": rows}, indent=1) + "\n")  # each time: a timeout keeps what there is
+    make = Maker(device, config.tiny)
+    # A graph cannot be captured on the default stream.
+    with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):
+        for contest in (contest for contests in CONTESTS for contest in contests(make)):
+            if not contest.op.startswith(config.only):
+                continue
+            if config.tiny:
+                contest.wanted_rate, contest.wanted_speed, contest.wanted_memory = 0, {}, {}
+            new = hold(contest, device, config.rounds)
+            rows, clocks = rows + new, clocks + [clock_now()]
+            print("\n".join(map(show, new)), flush=True)
+            # Written each time: a timeout keeps what there is.
+            result = {**machine(device), "off": off, "clocks": clocks, "rows": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n")
     judged = [row["reached"] for row in rows if row["reached"] is not None]
     print(f"{sum(judged)} of {len(judged)} reached; {path}")
     if config.only and not rows:
-        raise UserError(f"--only={config.only}: no op's name begins so")
+        raise UserError(f"--only={config.only}: no op's name begins with it")
 
 
 if __name__ == "__main__":

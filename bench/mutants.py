@@ -134,10 +134,10 @@ MUTANTS = [
     (
         "early_stop_steps",
         "ppo.py",
-        "                optimizer.zero_grad()  # a loss of 0",
+        "                optimizer.zero_grad()  # leave out",
         "                for o in (optimizer, critic_optimizer):\n                    for p in "
         "o.named.values():\n                        p.grad = torch.zeros_like(p)\n               "
-        "     o.step(lr_scale)\n                optimizer.zero_grad()  # a loss of 0",
+        "     o.step(lr_scale)\n                optimizer.zero_grad()  # leave out",
         PPO,
     ),
     ("beta_adapted_away", "ppo.py", "kl / self.target - 1", "1 - kl / self.target", PPO),
@@ -234,7 +234,7 @@ MUTANTS = [
     (
         "simpo_with_a_reference",
         "dpo.py",
-        'compared = logps if loss.compares == "mean_logp" else logps - ref_logps',
+        'compared = logps - ref_logps if "ratio" in loss.compares else logps',
         "compared = logps - ref_logps",
         DPO,
     ),
@@ -245,7 +245,7 @@ MUTANTS = [
         "return losses, compared.detach(), logps[:, 0] > logps[:, 1]",
         DPO,
     ),
-    ("reference_for_nothing", "dpo.py", 'if compares != "mean_logp":', "if True:", DPO),
+    ("reference_for_nothing", "dpo.py", 'if "ratio" in LOSSES[config.loss].compares:', "if True:", DPO),
     (
         "kto_kl_per_rank",
         "dpo.py",

@@ -1,69 +1,69 @@
-"""The two libraries that multiply on a CPU, on the three products of a layer: what kernels/linear.py chooses between. GFLOP/s, the fastest of several turns.
+"""The two libraries that multiply on a CPU, on the three products of a layer: what
+kernels/linear.py chooses between. GFLOP/s, the fastest of several turns.
 
-forward y = x W^T, and the gradients dx = g W and dW = g^T x, fp32, by MKL (or whatever `@` uses here) and by oneDNN. Last line of output: JSON.
+Forward y = x W^T, and the gradients dx = g W and dW = g^T x, in fp32, by MKL (or what `@` uses
+here) and by oneDNN. The last line of the output is JSON.
 
     python -m bench.products
 """
 
-import json, time
+import json
+import time
 from dataclasses import dataclass
 
 import torch
 
-from common import describe, launch
 from kernels import linear
 from quickstart import table
+from runtime.cli import launch
+from runtime.process import describe
 
 
 @dataclass
 class Config:
     # tokens at once
     rows: str = "1,8,32,200,3000"
-    # of W, outputs by inputs
+    # shapes of W, outputs by inputs
     shapes: str = "384x128,1360x256,4096x256"
-    # of each, of which the fastest counts
+    # turns of each product, of which the fastest counts
     turns: int = 7
 
 
-def seconds(work, turns):
+def plain(a, b):
+    return a @ b.T
+
+
+def onednn(a, b):
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def seconds(multiply, a, b, turns):
     """The fastest mean of ten calls."""
     found = []
     for _ in range(turns + 1):  # the first warms up
         begin = time.perf_counter()
         for _ in range(10):
-            work()
+            multiply(a, b)
         found.append((time.perf_counter() - begin) / 10)
     return min(found[1:])
 
 
 def main(config):
-    onednn = lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # noqa: E731
-    lines, found = [], []
+    lines = [("rows", "W", "product", "plain GFLOP/s", "oneDNN GFLOP/s", "oneDNN / plain")]
+    found = []
     for rows in map(int, config.rows.split(",")):
         for shape in config.shapes.split(","):
-            out, inside = map(int, shape.split("x"))
-            x, w, g = torch.randn(rows, inside), torch.randn(out, inside), torch.randn(rows, out)
+            outputs, inputs = map(int, shape.split("x"))
+            x, w, g = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+            gflop = 2e-9 * rows * outputs * inputs
             for name, a, b in (("y", x, w), ("dx", g, w.T), ("dW", g.T, x.T)):
-                speed = [
-                    2e-9 * rows * out * inside / seconds(lambda: f(a, b), config.turns)
-                    for f in (lambda a, b: a @ b.T, onednn)
-                ]
-                found.append(
-                    {
-                        "rows": rows,
-                        "W": shape,
-                        "product": name,
-                        "plain": round(speed[0], 1),
-                        "onednn": round(speed[1], 1),
-                    }
-                )
-                lines.append(
-                    (str(rows), shape, name, f"{speed[0]:.0f}", f"{speed[1]:.0f}", f"{speed[1] / speed[0]:.2f}")
-                )
-    print(
-        f"{describe(torch.device('cpu'))}; kernels/linear.py takes oneDNN here from {linear.ROWS} rows on: {linear.ONEDNN}\n"
-    )
-    print(table([("rows", "W", "product", "plain GFLOP/s", "oneDNN GFLOP/s", "oneDNN / plain"), *lines]))
+                p, o = (gflop / seconds(multiply, a, b, config.turns) for multiply in (plain, onednn))
+                row = {"rows": rows, "W": shape, "product": name, "plain": round(p, 1), "onednn": round(o, 1)}
+                found.append(row)
+                lines.append((str(rows), shape, name, f"{p:.0f}", f"{o:.0f}", f"{o / p:.2f}"))
+    print(describe(torch.device("cpu")), end="; ")
+    print(f"kernels/linear.py uses oneDNN here from {linear.ROWS} rows on: {linear.ONEDNN}\n")
+    print(table(lines))
     print(json.dumps(found))
 
 

@@ -203,7 +203,8 @@ def tiles(cu_seqlens, N):
 # the same blocks with as many registers, but cost 3 to 5 tensor maps per program, which short
 # documents would feel, and need an allocator. The mask is -1e30, finite: there is no inf - inf.
 #
-# Each loop runs twice, with a mask and, if there are no windows, for the blocks that need none.
+# Without a window each loop runs twice: over the blocks that every row sees, which need no mask,
+# and over the others. With a window it runs once, masked.
 
 
 @triton.jit
@@ -260,7 +261,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Output, and the softmax's log2-sum-exp2 [H, N] for the backward: online, in base 2."""
+    """The output, and the softmax's log2-sum-exp2 [H, N] for the backward: online, in base 2."""
     SCALE: tl.constexpr = LOG2E * DH**-0.5
     head, begin, length, row = find_rows(tiles_ptr, H, TILE, BLOCK_M)
     if row >= length:
@@ -273,9 +274,9 @@ def forward_kernel(
     m_i = tl.full([BLOCK_M], -1e30, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DH], tl.float32)
-    # No row sees keys before its window; without windows every row sees the keys before `low`.
+    # With a window no row sees the keys before `low`, without one every row does.
     low = tl.maximum(row - WINDOW + 1, 0) if WINDOW > 0 else (row + 1) // BLOCK_N * BLOCK_N
-    for masked in tl.static_range(WINDOW > 0, 2):
+    for masked in tl.static_range(1 if WINDOW > 0 else 0, 2):
         start, end = (low, tl.minimum(row + BLOCK_M, length)) if masked else (0, low)
         for n in tl.range(start, end, BLOCK_N):
             k = load_rows(k_ptr, n, offs_n, length, stride_k, DH, masked)
@@ -338,7 +339,7 @@ def dq_kernel(
     lse = tl.load(lse_ptr + entries, mask=offs_m < length, other=0.0)
     dq = tl.zeros([BLOCK_M, DH], tl.float32)
     low = tl.maximum(row - WINDOW + 1, 0) if WINDOW > 0 else (row + 1) // BLOCK_N * BLOCK_N
-    for masked in tl.static_range(WINDOW > 0, 2):
+    for masked in tl.static_range(1 if WINDOW > 0 else 0, 2):
         start, end = (low, tl.minimum(row + BLOCK_M, length)) if masked else (0, low)
         for n in tl.range(start, end, BLOCK_N):
             k = load_rows(k_ptr, n, offs_n, length, stride_k, DH, masked)
@@ -416,13 +417,10 @@ def dkdv_kernel(
             ds = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     inside = (offs_n < length)[:, None]
-    dk = (dk * DH**-0.5).to(dk_ptr.dtype.element_ty)
-    tl.store(pointers(dk_ptr + (begin * K + kv_head) * DH, row, rows, K * DH, DH), dk, mask=inside)
-    tl.store(
-        pointers(dv_ptr + (begin * K + kv_head) * DH, row, rows, K * DH, DH),
-        dv.to(dv_ptr.dtype.element_ty),
-        mask=inside,
-    )
+    dk, dv = (dk * DH**-0.5).to(dk_ptr.dtype.element_ty), dv.to(dv_ptr.dtype.element_ty)
+    first = (begin * K + kv_head) * DH
+    tl.store(pointers(dk_ptr + first, row, rows, K * DH, DH), dk, mask=inside)
+    tl.store(pointers(dv_ptr + first, row, rows, K * DH, DH), dv, mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
-"""What Triton's interpreter lacks, for the tests: bf16 products (it multiplies the bit patterns), bf16 rounding to nearest (it truncates), and in 3.6 loop
-bounds that numpy >= 2.4 refuses. Importing this mends it.
+"""Mends Triton's interpreter when imported.
+
+It lacks bf16 products (it multiplies the bit patterns) and bf16 rounding to nearest (it truncates),
+and in 3.6 it makes loop bounds that numpy >= 2.4 refuses.
 """
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -16,9 +19,13 @@ def fp32_to_bf16(x):
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
+def to_fp32(t):
+    return bf16_to_fp32(t.data) if t.dtype.scalar == tl.bfloat16 else t.data.astype(np.float32)
+
+
 def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
-    wide = lambda t: bf16_to_fp32(t.data) if t.dtype.scalar == tl.bfloat16 else t.data.astype(np.float32)  # noqa: E731
-    return interpreter.TensorHandle(np.matmul(wide(a), wide(b), dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
+    product = np.matmul(to_fp32(a), to_fp32(b), dtype=acc.data.dtype)
+    return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
 
 def cast_impl(self, src, dst_type):
@@ -30,12 +37,17 @@ def cast_impl(self, src, dst_type):
     return original_cast(self, src, dst_type)
 
 
+def as_index(tensor):
+    return int(tensor.handle.data.squeeze())
+
+
 def patch_lang_tensor(tensor, scope):
     original_patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+    scope.set_attr(tensor, "__index__", as_index)
 
 
 original_cast = interpreter.InterpreterBuilder.cast_impl
 original_patch = interpreter._patch_lang_tensor
-interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl = create_dot, cast_impl
+interpreter.InterpreterBuilder.create_dot = create_dot
+interpreter.InterpreterBuilder.cast_impl = cast_impl
 interpreter._patch_lang_tensor = patch_lang_tensor

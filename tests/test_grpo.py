@@ -36,7 +36,6 @@ from test_ppo import (
     sampled,
     save_reward_model,
     steps_of,
-    talker,
 )
 
 import grpo
@@ -291,8 +290,8 @@ def completions_of(chats, samples, advantages, old_logp, ref_logp):
 @pytest.mark.parametrize(
     "aggregation, kl", [("token", "none"), ("sequence", "k3"), ("constant", "k2"), ("token", "unbiased")]
 )
-def test_gradients_are_those_of_full_logits_for_any_split_and_order(make_model, aggregation, kl):
-    old = talker(make_model).double()
+def test_gradients_are_those_of_full_logits_for_any_split_and_order(files, aggregation, kl):
+    old = checkpoint.load(files / "sft")[0].double()
     model, reference, T = moved(old, by=0.1).double(), moved(old, seed=4, by=0.05).double(), 0.8
     chats, samples = sampled(old, n=3, temperature=T)
     lengths = [len(s.tokens) for s in samples]
@@ -319,21 +318,20 @@ def test_gradients_are_those_of_full_logits_for_any_split_and_order(make_model, 
     flags = {"temperature": T, "clip_low": 0.1, "clip_high": 0.15, "loss_aggregation": aggregation}
     flags |= {"max_new_tokens": 6, **({} if kl == "none" else {"kl": kl, "beta": 0.3})}
     completions = completions_of(chats, samples, advantages, old_logp, ref_logp)
-    for micro_batch_tokens in (1, 70, 10**6):
+    for micro_batch_tokens, shuffled in ((1, True), (70, False), (70, True), (10**6, False)):
         config = configure(micro_batch_tokens=micro_batch_tokens, **flags)
-        for order in (np.arange(len(chats)), random.permutation(len(chats))):
-            model.zero_grad()
-            stats = grpo.update_step(model, [completions[i] for i in order], n_tokens, n_completions, config)
-            for p, g in zip(model.parameters(), gradients, strict=True):
-                torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
-            assert list(stats.values()) == pytest.approx([float(f.detach()) for f in figures], rel=1e-4)
+        order = random.permutation(len(chats)) if shuffled else range(len(chats))
+        model.zero_grad()
+        stats = grpo.update_step(model, [completions[i] for i in order], n_tokens, n_completions, config)
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
+        assert list(stats.values()) == pytest.approx([float(f.detach()) for f in figures], rel=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("known", [True, False])
-def test_before_the_first_update_every_ratio_is_1(make_model, temperature, known):
+@pytest.mark.parametrize("temperature, known", [(1.0, True), (0.7, True), (0.7, False)])
+def test_before_the_first_update_every_ratio_is_1(files, temperature, known):
     """Also if the old log-probabilities are not known before: then the update itself finds them."""
-    model = talker(make_model)
+    model = checkpoint.load(files / "sft")[0]
     chats, samples = sampled(model, temperature=temperature)
     logp = logprobs_no_grad(model, chats, temperature, 70)
     completions = completions_of(chats, samples, np.ones(len(chats)), logp, logp)
@@ -348,9 +346,9 @@ def test_before_the_first_update_every_ratio_is_1(make_model, temperature, known
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_an_update_makes_the_better_completion_likelier_and_of_flipped_rewards_the_worse(make_model, sign):
+def test_an_update_makes_the_better_completion_likelier_and_of_flipped_rewards_the_worse(files, sign):
     """One question, two completions known, a few dozen steps on them."""
-    model = talker(make_model)
+    model = checkpoint.load(files / "sft")[0]
     prompt = chat.encode_prompt(TOK, ask("q1"))
     chats = [make_completion(prompt, chat.encode_completion(TOK, text)) for text in ("yes", "no")]
     advantages = grpo.group_advantages(torch.tensor([[1.0, 0.0]]) * sign, "grpo")[0].tolist()
@@ -512,11 +510,13 @@ def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, file
 @pytest.mark.parametrize(
     "more",
     [
-        {"kl": "k2", "beta": 0.1, "loss_aggregation": "sequence"},
+        {
+            **{"kl": "k2", "beta": 0.1, "loss_aggregation": "sequence", "advantage": "rloo"},
+            **{"overlong": "mask", "max_new_tokens": 4},
+        },
         {"recipe": "dapo", "minibatches": 3, "refill": 2, "epochs": 2, "max_new_tokens": 5, "overlong_share": 0.5},
-        {"loss_aggregation": "constant", "advantage": "rloo", "overlong": "mask", "max_new_tokens": 4},
     ],
-    ids=["k2", "dapo", "rloo"],
+    ids=["k2", "dapo"],
 )
 def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags, tmp_path, more):
     """If groups are left out, so that the ranks have unequal shares."""
@@ -608,17 +608,14 @@ def test_too_far_a_step_is_left_out_and_moves_nothing(train, tmp_path):
     updates = steps_of(tmp_path / "cut", "updates")
     assert updates == steps_of(tmp_path / "short", "updates") and updates[0] == 1
     assert_same(tmp_path / "short", tmp_path / "cut", [3], log=False)
-    succeeds(train(tmp_path / "long", epochs=3, stop_kl=0, **flags))
-    assert steps_of(tmp_path / "long", "updates")[0] == 3
 
 
 def test_a_run_of_completions_without_an_end_moves_nothing_if_they_are_masked(train, files, tmp_path):
     """Of at most one token, none has an end."""
     flags = {"reward": f"{files}/rewards.py:first", "max_new_tokens": 1, "eval_every": 0}
     succeeds(train(tmp_path / "masked", overlong="mask", **flags))
-    succeeds(train(tmp_path / "plain", **flags))
     assert steps_of(tmp_path / "masked", "finished") == [0, 0, 0] == steps_of(tmp_path / "masked", "updates")
-    assert sum(steps_of(tmp_path / "plain", "updates")) > 0
+    assert min(steps_of(tmp_path / "masked", "zero_variance")) < 1
     assert_nothing_moved(files / "sft", tmp_path / "masked")
 
 
@@ -730,8 +727,6 @@ def test_runs_with_a_judge(train, fork, files, judge, tmp_path):
     ppo_flags = TINY | flags | {"init": files / "sft", "data": files / "prompts.jsonl", "steps": 1}
     ppo_flags |= {"prompts_per_step": 8, "eval_every": 0, "save_every": 0}
     succeeds(start(fork, ppo, **(ppo_flags | {"out": tmp_path / "ppo", "group_size": 2})))
-    alone = refused(start(fork, ppo, **(ppo_flags | {"out": tmp_path / "alone", "group_size": 1})))
-    assert "--group_size=2" in alone
     kept = principles.read_text()
     principles.write_text("Be bold: ever.\n")
     line = refused(train(tmp_path / "grpo", resume=True, **flags, steps=2))
