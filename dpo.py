@@ -3,8 +3,8 @@
     minimise  -mean log sigmoid(beta [logratio(chosen) - logratio(rejected)])
     with      logratio(y) = log pi(y | x) - log pi_ref(y | x)
 
-The reference is the model at the start, frozen; its log-probabilities are computed once, before the
-first step. log pi sums over a completion's tokens, its end of turn included. --loss chooses among
+The reference is the model at the start, frozen; its log-probabilities are computed once. log pi
+sums over a completion's tokens, its end of turn included. --loss chooses among
 
     dpo    as above                               (Rafailov et al. 2023, arXiv 2305.18290)
     cdpo   labels may be wrong                    (Mitchell 2023)
@@ -179,8 +179,7 @@ def read_items(config, tok, context):
     An item is (Chat, Chat); label_probs fp32 [n]: the probability that the first one is preferred,
     or kto's label as 1 or 0."""
     parse = rows.judged if config.loss == "kto" else rows.preference
-    train_rows, val_rows, hashes = rows.read_split(config, parse)
-    found = []
+    (train_rows, val_rows, hashes), found = rows.read_split(config, parse), []
     for pairs, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
         if config.loss == "kto":
             pairs = rows.kto_pairs(pairs)

@@ -234,8 +234,8 @@ RUNS = {
     ],
     "evaluate pairs": ["evaluate.py", "--model=G/rm", "--pairs=G/world/pairs_val.jsonl", "--device=cpu"],
     "sample": [
-        *["sample.py", "--model=G/sft", "--prompt=What do a red kite and a blue lamp cost?", "--temperature=0.8"],
-        *["--top_p=0.95", "--max_new_tokens=60", "--device=cpu"],
+        *["sample.py", "--model=G/sft", "--prompt=What do a red kite and a blue lamp cost?", "--temperature=0"],
+        *["--max_new_tokens=60", "--device=cpu"],
     ],
 }
 SAMPLINGS = [

@@ -2,9 +2,9 @@
 
 Both sides train the same small model from the same checkpoint on the CPU with two threads; seconds
 per step are those of log.jsonl without the first steps. Sampling is measured alone as well, as
-tokens per second on 32 slots. A pair's ratio is new speed / old speed. Each round starts a new
-process for each side, which is forked for every stage. A stage passes if the 95 % interval of its
-mean ratio reaches 0.97: it fails if it is slower for sure.
+seconds per token on 32 slots. A pair's ratio, new speed / old speed, is the median over its steps,
+as both sides do the same work in each. Every pair starts new processes, forked for each stage. A
+stage passes if the 95 % interval of its mean ratio reaches 0.97: it fails if it is slower for sure.
 
     python -m bench.same_losses --make_golden --old=/tmp/base --checkpoints=/tmp/golden
     python -m bench.speed --old=/tmp/base
@@ -74,7 +74,7 @@ FIRST_STEPS = {"pretrain": 3, "sft": 3, "reward": 2, "dpo": 2}  # not measured; 
 
 
 def time_rollout(folder, prompts_path, out):
-    """Write the seconds per sampled token. Runs alone, in a process of the old or the new code."""
+    """Write the seconds per token of some rollouts. Runs alone, in a process of either code."""
     import inspect
     import json
     import time
@@ -93,32 +93,34 @@ def time_rollout(folder, prompts_path, out):
     parameters = inspect.signature(rollout).parameters
     sizes = {"n": 16, "group_size": 16, "max_new": 40, "max_new_tokens": 40}
     sizes = {name: size for name, size in sizes.items() if name in parameters}
-    seconds, tokens = 0.0, 0
-    for seed in range(3):
+    seconds_per_token = []
+    for seed in range(5):
         begin = time.perf_counter()
         samples = rollout(model, given["prompts"], stop=set(given["stop"]), seed=seed, slots=32, **sizes)
-        if seed:  # the first call is a warm-up
-            seconds += time.perf_counter() - begin
-            tokens += sum(len(s.tokens) for s in samples)
+        seconds_per_token.append((time.perf_counter() - begin) / sum(len(s.tokens) for s in samples))
     with open(out, "w") as f:
-        json.dump(seconds / tokens, f)
+        json.dump(seconds_per_token, f)
 
 
-def seconds_per_step(runner, stage, checkpoints):
-    """Seconds per step of a stage, per token for rollout, per batch for rlaif."""
+def step_seconds(runner, stage, checkpoints):
+    """The seconds of each step of a stage (rlaif: batch; rollout: token), without the first."""
     with tempfile.TemporaryDirectory() as scratch:
-        if stage == "rollout":
-            out = f"{scratch}/seconds.json"
-            runner.call(time_rollout, f"{checkpoints}/sft", f"{checkpoints}/prompts.json", out)
-            return json.loads(Path(out).read_text())
         out = f"{scratch}/out.jsonl" if stage == "rlaif" else f"{scratch}/out"
-        runner.run(command(runner.checkout, STAGES[stage], checkpoints, out))
         log = f"{scratch}/out.log.jsonl" if stage == "rlaif" else f"{out}/log.jsonl"
+        if stage == "rollout":
+            runner.call(time_rollout, f"{checkpoints}/sft", f"{checkpoints}/prompts.json", out)
+            return json.loads(Path(out).read_text())[1:]
+        runner.run(command(runner.checkout, STAGES[stage], checkpoints, out))
         records = [json.loads(line) for line in Path(log).read_text().splitlines()]
     seconds = [record["seconds"] for record in records if "seconds" in record]
     if stage == "rlaif":  # its log adds them up
         seconds = [b - a for a, b in zip([0.0, *seconds], seconds, strict=False)]
-    return statistics.mean(seconds[FIRST_STEPS.get(stage, 1) :])
+    return seconds[FIRST_STEPS.get(stage, 1) :]
+
+
+def speed_ratio(old, new):
+    """Speed of new / old, from the seconds of each step of both."""
+    return statistics.median(a / b for a, b in zip(old, new, strict=True))
 
 
 def interval(ratios):
@@ -132,7 +134,7 @@ def interval(ratios):
 
 
 def measure(config, stages):
-    """{stage: [(old, new seconds per step), ...]} over all pairs; stages that fail are left out."""
+    """{stage: [(old, new seconds of each step), ...]} over all pairs, without stages that fail."""
     new = config.new or ROOT
     times = {stage: [] for stage in stages}
     for pair in range(config.pairs):
@@ -142,14 +144,15 @@ def measure(config, stages):
         for stage in list(times):
             order = ["old", "new"] if pair % 2 == 0 else ["new", "old"]
             try:
-                found = {side: seconds_per_step(runners[side], stage, config.checkpoints) for side in order}
+                found = {side: step_seconds(runners[side], stage, config.checkpoints) for side in order}
                 times[stage].append((found["old"], found["new"]))
             except UserError as e:
                 print(f"{stage} failed: {e.args[0]}")
                 del times[stage]
         for runner in runners.values():
             runner.close()
-        print(f"pair {pair + 1}/{config.pairs}", flush=True)
+        ratios = [f"{stage} {speed_ratio(*pairs[-1]):.3f}" for stage, pairs in times.items()]
+        print(f"pair {pair + 1}/{config.pairs}: {', '.join(ratios)}", flush=True)
     return times
 
 
@@ -170,9 +173,9 @@ def main(config):
     print("stage       mean  [95 %]            median   old and new, median ms per step (token, batch)")
     slower = [stage for stage in stages if stage not in times]
     for stage, pairs in times.items():
-        ratios = [old / new for old, new in pairs]
+        ratios = [speed_ratio(old, new) for old, new in pairs]
         mean, low, high = interval(ratios)
-        old, new = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
+        old, new = (1000 * statistics.median(sum(side, [])) for side in zip(*pairs, strict=True))
         verdict = "ok" if high >= LIMIT else "SLOWER"
         median = statistics.median(ratios)
         print(f"{stage:<9} {mean:6.3f}  [{low:.3f}, {high:.3f}]  {median:8.3f}   {old:9.3f} {new:9.3f}   {verdict}")

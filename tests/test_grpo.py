@@ -54,8 +54,8 @@ from runtime.errors import UserError
 
 files = test_ppo.files
 KINDS = ("grpo", "dr_grpo", "rloo")
-TINY = {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 6, "lr": 0.003, "steps": 3, "eval_every": 2}
-TINY |= {"eval_prompts": 4, "val_fraction": 0.2, "save_every": 2, "keep_last": 9, "device": "cpu"}
+TINY = {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 6, "lr": 0.003, "steps": 3, "eval_every": 0}
+TINY |= {"eval_prompts": 4, "val_fraction": 0.2, "save_every": 0, "keep_last": 9, "device": "cpu"}
 
 
 @pytest.fixture
@@ -496,7 +496,7 @@ def test_one_step_by_hand(train, files, tmp_path):
 
 @pytest.mark.parametrize("function, sign", [("yes", 1), ("no", -1)])
 def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, files, tmp_path, function, sign):
-    flags = {"steps": 12, "group_size": 6, "lr": 0.005, "eval_every": 0, "save_every": 0}
+    flags = {"steps": 12, "group_size": 6, "lr": 0.005}
     succeeds(train(tmp_path / "run", reward=f"{files}/rewards.py:{function}", **flags))
     before, after = (checkpoint.load(folder)[0] for folder in (files / "sft", tmp_path / "run"))
     yes = chat.encode_completion(TOK, "yes")
@@ -520,7 +520,7 @@ def test_what_is_rewarded_becomes_likelier_and_what_is_punished_less(train, file
 )
 def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags, tmp_path, more):
     """If groups are left out, so that the ranks have unequal shares."""
-    more = {"prompts_per_step": 5, "group_size": 3, "temperature": 0.9, "steps": 4, "save_every": 0, "lr": 0.001} | more
+    more = {"prompts_per_step": 5, "group_size": 3, "temperature": 0.9, "steps": 4, "eval_every": 2, "lr": 0.001} | more
     succeeds(train(tmp_path / "whole", **more))
     succeeds(train(tmp_path / "micro", micro_batch_tokens=1, **more))
     outputs = pair(fork, grpo, **(flags | more | {"out": tmp_path / "pair"}))
@@ -532,7 +532,7 @@ def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags, t
 
 
 def test_the_ranks_meet_once_for_all_completions_of_a_step(fork, flags, tmp_path):
-    for events in meetings(fork, grpo, **(flags | {"out": tmp_path / "pair", "steps": 3, "eval_every": 0})):
+    for events in meetings(fork, grpo, **(flags | {"out": tmp_path / "pair"})):
         assert events.count("bem") == events.count("b") == 3, events
 
 
@@ -602,7 +602,7 @@ def test_a_reward_that_is_always_the_same_moves_nothing(train, files, tmp_path):
 
 
 def test_too_far_a_step_is_left_out_and_moves_nothing(train, tmp_path):
-    flags = {"lr": 0.01, "eval_every": 0}
+    flags = {"lr": 0.01}
     succeeds(train(tmp_path / "short", epochs=1, stop_kl=0, **flags))
     succeeds(train(tmp_path / "cut", epochs=3, stop_kl=1e-5, **flags))
     updates = steps_of(tmp_path / "cut", "updates")
@@ -612,7 +612,7 @@ def test_too_far_a_step_is_left_out_and_moves_nothing(train, tmp_path):
 
 def test_a_run_of_completions_without_an_end_moves_nothing_if_they_are_masked(train, files, tmp_path):
     """Of at most one token, none has an end."""
-    flags = {"reward": f"{files}/rewards.py:first", "max_new_tokens": 1, "eval_every": 0}
+    flags = {"reward": f"{files}/rewards.py:first", "max_new_tokens": 1}
     succeeds(train(tmp_path / "masked", overlong="mask", **flags))
     assert steps_of(tmp_path / "masked", "finished") == [0, 0, 0] == steps_of(tmp_path / "masked", "updates")
     assert min(steps_of(tmp_path / "masked", "zero_variance")) < 1
@@ -621,7 +621,7 @@ def test_a_run_of_completions_without_an_end_moves_nothing_if_they_are_masked(tr
 
 def test_completions_that_no_longer_end_are_reported_once(train, files, tmp_path):
     flags = {"reward": f"{files}/rewards.py:length", "steps": 12, "prompts_per_step": 5, "max_new_tokens": 10}
-    flags |= {"lr": 0.02, "stop_kl": 0, "eval_every": 0}
+    flags |= {"lr": 0.02, "stop_kl": 0, "save_every": 11}
     output = succeeds(train(tmp_path / "run", **flags))
     assert output.count("warning: ") == 1 and "of the completions end, after" in output
     shutil.rmtree(tmp_path / "run/step_000012")
@@ -725,7 +725,7 @@ def test_runs_with_a_judge(train, fork, files, judge, tmp_path):
     total = log[f"judge:{folder}"] + 0.5 * log[f"{files}/rewards.py:yes"]
     assert log["reward"] == pytest.approx(total, abs=1e-6) and log["updates"] == 1
     ppo_flags = TINY | flags | {"init": files / "sft", "data": files / "prompts.jsonl", "steps": 1}
-    ppo_flags |= {"prompts_per_step": 8, "eval_every": 0, "save_every": 0}
+    ppo_flags |= {"prompts_per_step": 8}
     succeeds(start(fork, ppo, **(ppo_flags | {"out": tmp_path / "ppo", "group_size": 2})))
     kept = principles.read_text()
     principles.write_text("Be bold: ever.\n")

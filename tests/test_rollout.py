@@ -203,7 +203,7 @@ REQUESTS = [  # prompts and options of Sampler.add
 
 
 def content(s):
-    """What a Sample has. Products of more or fewer rows may round its log-probabilities otherwise."""
+    """What a Sample has. Products of more or fewer rows may round its log-probabilities apart."""
     return s.tokens, pytest.approx(s.logprobs, abs=1e-5), s.finished
 
 
