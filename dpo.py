@@ -235,7 +235,7 @@ def item_losses(model, items, label_probs, ref_logps, kl, config):
     chosen, rejected = compared.unbind(1)
     flags = {flag: vars(config)[flag] for flag in loss.flags}
     losses = loss.function(chosen, rejected, config.beta, label_probs, **flags)
-    losses = losses - config.nll * logps[:, 0] / lengths[:, 0]
+    losses = losses - config.nll * (logps[:, 0] / lengths[:, 0])
     return losses, compared.detach(), chosen > rejected
 
 

@@ -102,28 +102,28 @@ class Row(NamedTuple):
 def parameter_table(c):
     """{parameter name: Row} of a GPT with this config. Every parameter must be here: see
     hub.check_parameters."""
-    table = {"embed": Row([c.vocab_size], ["model.embed_tokens.weight"]), "norm": Row([c.width], ["model.norm.weight"])}
-    if c.scalar_head:
-        table["score"] = Row([1], ["score.weight"])
-    elif not c.tied:
-        table["untied_head"] = Row([c.vocab_size], ["lm_head.weight"])
-    block = {
-        "attn_norm": Row([c.width], ["input_layernorm.weight"]),
-        "attn.qkv": Row(c.qkv_rows, [f"self_attn.{x}_proj.weight" for x in "qkv"], muon=True),
-        "attn.out": Row([c.width], ["self_attn.o_proj.weight"], muon=True),
-        "mlp_norm": Row([c.width], ["post_attention_layernorm.weight"]),
-        "mlp.gate_up": Row([c.ffn, c.ffn], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], muon=True),
-        "mlp.down": Row([c.width], ["mlp.down_proj.weight"], muon=True),
-    }
+    block = {"attn_norm": Row([c.width], ["input_layernorm.weight"])}
+    block["attn.qkv"] = Row(c.qkv_rows, [f"self_attn.{x}_proj.weight" for x in "qkv"], muon=True)
     if c.qkv_bias:
         block["attn.qkv_bias"] = Row(c.qkv_rows, [f"self_attn.{x}_proj.bias" for x in "qkv"])
     if c.qk_norm:
         block["attn.q_norm"] = Row([c.head_dim], ["self_attn.q_norm.weight"])
         block["attn.k_norm"] = Row([c.head_dim], ["self_attn.k_norm.weight"])
+    block["attn.out"] = Row([c.width], ["self_attn.o_proj.weight"], muon=True)
+    block["mlp_norm"] = Row([c.width], ["post_attention_layernorm.weight"])
+    block["mlp.gate_up"] = Row([c.ffn, c.ffn], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], muon=True)
+    block["mlp.down"] = Row([c.width], ["mlp.down_proj.weight"], muon=True)
+
+    table = {"embed": Row([c.vocab_size], ["model.embed_tokens.weight"])}
     for i in range(c.layers):
         for name, row in block.items():
             hf_names = [f"model.layers.{i}.{hf_name}" for hf_name in row.hf_names]
             table[f"blocks.{i}.{name}"] = row._replace(hf_names=hf_names)
+    table["norm"] = Row([c.width], ["model.norm.weight"])
+    if c.scalar_head:
+        table["score"] = Row([1], ["score.weight"])
+    elif not c.tied:
+        table["untied_head"] = Row([c.vocab_size], ["lm_head.weight"])
     return table
 
 

@@ -101,10 +101,11 @@ class Optimizer:
         muon_dtype="auto",
         watch=(),
     ):
-        self.named = dict(model.named_parameters())
+        table, named = parameter_table(model.config), dict(model.named_parameters())
+        self.named = {name: named[name] for name in [*table, *named] if name in named}
         self.rows = {}  # {matrix that Muon updates: rows of each matrix stacked in it}
         if matrix_lr:
-            self.rows = {name: row.rows for name, row in parameter_table(model.config).items() if row.muon}
+            self.rows = {name: row.rows for name, row in table.items() if row.muon}
         self.momenta = {name: torch.zeros_like(self.named[name]) for name in self.rows}
         self.matrix_lr, self.momentum, self.weight_decay = matrix_lr, momentum, weight_decay
         self.muon_dtype = choose_muon_dtype(muon_dtype, model.embed.device)

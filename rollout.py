@@ -69,7 +69,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         return torch.where(greedy, logits.argmax(-1), tokens), logp.masked_fill(greedy, 0.0)
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logits = logits.float() / temperature
     if isinstance(top_k, torch.Tensor):
         threshold = logits.sort(descending=True).values.gather(1, top_k.long() - 1)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -240,20 +240,20 @@ class Sampler:
                 raise UserError(
                     f"a prompt of {len(prompt)} tokens: a context of {self.length} takes 1 to {self.length - 1}"
                 )
-        vocab, begin, stop = self.is_stop.shape[1], self.added, list(stop)
+        vocab, stop = self.is_stop.shape[1], list(stop)
         # A top_k of V and a top_p of infinity cut nothing
         settings = shared = temperature, min(top_k or vocab, vocab), top_p if top_p < 1 else math.inf
         if self.busy:
             shared = tuple(x if x == self.shared[i] else None for i, x in enumerate(settings))
         if shared != self.shared:
             self.shared, self.graphs = shared, {}
-        for i, prompt in enumerate(map(tuple, prompts)):
+        ids = range(self.added, self.added + n * len(prompts))
+        for j, id in enumerate(ids):
+            prompt = tuple(prompts[j // n])
             limit = min(max_new_tokens, self.length - len(prompt))
-            for _ in range(n):
-                stream = seed, first + self.added - begin
-                self.waiting.append(Request(self.added, i, prompt, limit, settings, stop, stream))
-                self.added += 1
-        return list(range(begin, self.added))
+            self.waiting.append(Request(id, j // n, prompt, limit, settings, stop, (seed, first + j)))
+        self.added += len(ids)
+        return list(ids)
 
     def cancel(self, id):
         """Drop a request, waiting or live. One that has finished is left alone."""
@@ -288,7 +288,7 @@ class Sampler:
         free = [slot for slot in range(self.slots) if slot not in self.live]
         new = free[: len(self.waiting)]
         for slot in new:
-            self.place(self.waiting.popleft(), slot)
+            self.live[slot] = self.waiting.popleft()
         prompts = {slot: request.prompt for slot, request in self.live.items()}
         holder = {prompt: slot for slot, prompt in reversed(prompts.items())}  # its first slot
         unread = [slot for slot in new if holder[prompts[slot]] == slot]
@@ -298,29 +298,31 @@ class Sampler:
             # `forward`, because a model that is compiled for training would be compiled again
             hidden = self.model.forward(p, self.cache, slots)  # [N, C]
             self.hidden[slots] = hidden[p.cu_seqlens[1:].long() - 1]
-        copied = {slot: holder[prompts[slot]] for slot in new if slot not in unread}
-        if copied:
-            self.copy(copied.values(), copied, [len(prompts[slot]) for slot in copied], [self.hidden])
+        copies = {slot: holder[prompts[slot]] for slot in new if slot not in unread}
+        self.copy(copies, {slot: len(prompts[slot]) for slot in copies})
+        for slot in new:
+            self.set_row(slot, self.live[slot])
         slots = torch.tensor(new, device=self.device)
         self.draw_next(self.hidden[slots], slots)
 
-    def place(self, request, slot):
-        """Write a request's parameters and random numbers into the row of its slot."""
-        self.live[slot] = request
+    def copy(self, copies, lengths):
+        """Copy rows, and keys and values of lengths[slot] tokens; copies: {slot: where from}."""
+        if not copies:
+            return
+        to, source = (torch.tensor(list(x), device=self.device) for x in (copies, copies.values()))
+        tokens = list(lengths.values())
+        self.cache.copy(source, to, torch.tensor(tokens, device=self.device), max(tokens))
+        for x in (self.hidden, self.u, self.tokens, self.logprobs, self.settings, self.is_stop, self.drawn, self.left):
+            x[to] = x[source]
+
+    def set_row(self, slot, request):
+        """Write parameters and random numbers of a new request into the row of its slot."""
         random = np.random.default_rng(request.stream).random(request.limit, dtype=np.float32)
         self.u[slot, : request.limit] = torch.from_numpy(random)
         self.settings[slot] = torch.tensor(request.settings, dtype=torch.float64)
         self.is_stop[slot] = False
         self.is_stop[slot, request.stop] = True
         self.drawn[slot], self.left[slot] = 0, request.limit
-
-    def copy(self, source, to, lengths, rows):
-        """Copy keys and values of `lengths` tokens, and these rows, from slots to slots."""
-        longest = max(lengths)
-        source, to, lengths = (torch.tensor(list(x), device=self.device) for x in (source, to, lengths))
-        self.cache.copy(source, to, lengths, longest)
-        for x in rows:
-            x[to] = x[source]
 
     def draw_next(self, hidden, slots):
         """Draw a token for each of `slots`, int64 [b], from the hidden states [b, C] before it."""
@@ -352,16 +354,14 @@ class Sampler:
 
     def close_up(self, width):
         """Move the live slots from `width` on into free ones before it."""
-        holes = [slot for slot in range(width) if slot not in self.live]
-        moves = {slot: holes.pop(0) for slot in sorted(self.live) if slot >= width}
-        if not moves:
+        if max(self.live) < width:
             return
-        lengths = [len(self.live[slot].prompt) + self.live[slot].drawn - 1 for slot in moves]
-        rows = [self.hidden, self.u, self.tokens, self.logprobs, self.settings, self.is_stop, self.drawn, self.left]
-        self.copy(moves, moves.values(), lengths, rows)
-        for slot, hole in moves.items():
+        holes = [slot for slot in range(width) if slot not in self.live]
+        copies = {holes.pop(0): slot for slot in sorted(self.live) if slot >= width}
+        for hole, slot in copies.items():
             self.live[hole] = self.live.pop(slot)
-            self.left[slot] = 0
+        self.copy(copies, {hole: len(self.live[hole].prompt) + self.live[hole].drawn - 1 for hole in copies})
+        self.left[width:] = 0
 
     def step_slots(self, width):
         """One token for each of the first `width` slots. Nothing here waits for the GPU."""

@@ -395,9 +395,8 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
     begin, end = 0, len(rows)
     if end >= world_size():  # else every rank answers all rows, and the means stay
         begin, end = rank_span([1] * end, rank(), world_size())
-    rows, n = rows[begin:end], 1
-    if "judge:" in config.reward + config.monitor:
-        n = config.group_size
+    rows = rows[begin:end]
+    n = config.group_size if "judge:" in config.reward + config.monitor else 1
     prompts, samples, texts = sample_completions(
         model,
         tok,

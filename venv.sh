@@ -1,8 +1,13 @@
-# Sourced by run.sh and test.sh: makes .venv with the dependencies and the extras named ("test", "report", ...), activates it. Runs again in a second.
-# A PyTorch that is installed already is used as it is, never replaced; without an NVIDIA GPU the CPU build is taken, a tenth of the CUDA build's size.
+# Sourced by run.sh and test.sh: makes .venv with the dependencies and the extras that are named
+# ("test,report"), and activates it. A second run takes a second. A PyTorch that is installed already
+# is used as it is, never replaced; without an NVIDIA GPU the CPU build is installed, a tenth of the
+# CUDA build's size.
 python=""
 for candidate in python3 python3.13 python3.12 python3.11 python; do
-    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
 done
 [ -n "$python" ] || { echo "Python 3.11 or newer is needed (python3 --version)" >&2; exit 1; }
 if [ ! -x .venv/bin/python ]; then
@@ -16,14 +21,17 @@ if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
     if ! python -c 'import torch' 2>/dev/null; then
         torch="torch>=2.10,<2.14"
         if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-            # The CPU build: from PyTorch's own index, or from wherever pip here is told to look (PIP_FIND_LINKS and the like); the big build only if neither has it.
-            python -m pip install -q --retries 0 --timeout 15 --only-binary=:all: "$torch" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
+            # The CPU build: from PyTorch's own index, or from where pip is told to look here
+            # (PIP_FIND_LINKS and the like); the CUDA build only if neither has it.
+            python -m pip install -q --retries 0 --timeout 15 --only-binary=:all: "$torch" \
+                --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
                 python -m pip install -q "$torch"
         else
             python -m pip install -q "$torch"
         fi
     fi
     python -m pip freeze --all | grep -i '^torch==' >.venv/torch.txt || true
-    python -m pip install -q -c .venv/torch.txt -e ".${1:+[$1]}"  # the constraint keeps pip's hands off the PyTorch that is there
+    # The constraint keeps pip from replacing the PyTorch that is there.
+    python -m pip install -q -c .venv/torch.txt -e ".${1:+[$1]}"
     echo "$wanted" >>.venv/installed
 fi

@@ -1,14 +1,22 @@
-"""Whether the memory plan is true: every training script, at sizes from 500 MB on, and what its process came to hold beside what it had said it would.
+"""Whether the memory plan is true: every training script, at sizes from 500 MB on, and what its
+process came to hold next to what it had said it would.
 
-Measured is the growth of the process's resident memory (VmHWM of /proc/self/status) over what it had after its imports: once with the machine's memory, where
-what is freed is kept for speed (common.setup), and once with little more than planned (ulimit -v), where freed tensors are given back: there the plan must be
-right. The models are made up (bench/rl.py), the text is random words. Exit status 1 where a plan is off by more than 15 %. Linux only: elsewhere, and on CUDA,
-nothing of this kind can be read (tests/test_cuda.py compares with torch.cuda.max_memory_allocated).
+Measured is the growth of the process's resident memory (VmHWM of /proc/self/status) over what it
+had after its imports: once with the machine's memory, where glibc keeps much of what is freed, and
+once with little more than planned (ulimit -v), where freed tensors are given back: there the plan
+must be right. The models are made up (bench/rl.py), the text is random words. Exit status 1 if a
+plan is off by more than 15 %. Linux only; tests/test_cuda.py compares with CUDA's own count.
 
     python -m bench.memory
     python -m bench.memory --only="dpo; dpo, checkpointed"
 """
-import json, os, re, subprocess, sys, tempfile
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +25,9 @@ import numpy as np
 import torch
 
 from bench.rl import made_up
-from common import UserError, describe, launch
 from quickstart import table
+from runtime.errors import UserError
+from runtime.process import describe, launch
 
 
 @dataclass
@@ -31,70 +40,121 @@ class Config:
 
 CHILD = """
 import importlib, re, resource, sys
-from common import launch
-script, room = importlib.import_module(sys.argv.pop(1)), int(sys.argv.pop(1))
-status = lambda name: int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+from runtime.process import launch
+
+def status(name):
+    return int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+script, more = importlib.import_module(sys.argv.pop(1)), int(sys.argv.pop(1))
 before = status("VmRSS")
-if room:
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + room, resource.RLIM_INFINITY))
+if more:
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + more, resource.RLIM_INFINITY))
 try:
     launch(script.main, script.Config)
 finally:
     print("measured:", status("VmHWM") - before)
 """
-MODEL = dict(depth=4, width=256, vocab=2048, answers=64, prompt=64, max_new=128)  # of bench/rl.py
+MODEL = {"depth": 4, "width": 256, "vocab": 2048, "answers": 64, "prompt": 64, "max_new_tokens": 128}  # of bench/rl.py
+ROLLOUT = {"init": "policy", "data": "data.jsonl", "val": "data.jsonl", "max_new_tokens": 128, "eval_prompts": 4}
 FLAGS = {
-    "pretrain": dict(depth=4, width=256, context=512, batch_tokens=16384, micro_tokens=8192, eval_tokens=4000, tokenizer="byte", sample_every=0, data="words.txt"),
-    "sft": dict(init="policy", data="chats.jsonl", batch_tokens=8192, micro_tokens=8192, max_new=8),
-    "reward": dict(init="policy", data="pairs.jsonl", batch=48, micro_tokens=8192, center_samples=8, max_new=32),
-    "dpo": dict(init="policy", data="pairs.jsonl", batch=48, micro_tokens=8192),
-    "ppo": dict(init="policy", data="data.jsonl", val="data.jsonl", reward="rm", batch=64, max_new=128, micro_tokens=8192, epochs=1, minibatches=1, eval_prompts=4, unfinished_penalty=0.0),
-    "grpo": dict(init="policy", data="data.jsonl", val="data.jsonl", reward="data/rewards.py:brief", prompts=8, group=8, max_new=128, micro_tokens=8192, eval_prompts=4),
+    "pretrain": {
+        "data": "words.txt",
+        "tokenizer": "byte",
+        "depth": 4,
+        "width": 256,
+        "context": 512,
+        "batch_tokens": 16384,
+        "eval_tokens": 4000,
+        "sample_every": 0,
+    },
+    "sft": {"init": "policy", "data": "chats.jsonl", "batch_tokens": 8192, "max_new_tokens": 8},
+    "reward": {
+        "init": "policy",
+        "data": "pairs.jsonl",
+        "batch_size": 48,
+        "center_samples": 8,
+        "max_new_tokens": 32,
+    },
+    "dpo": {"init": "policy", "data": "pairs.jsonl", "batch_size": 48},
+    "ppo": {
+        **ROLLOUT,
+        "reward": "rm",
+        "prompts_per_step": 64,
+        "epochs": 1,
+        "minibatches": 1,
+        "unfinished_penalty": 0.0,
+    },
+    "grpo": {**ROLLOUT, "reward": "data/rules.py:brief", "prompts_per_step": 8, "group_size": 8},
 }
-RUNS = {name: (name, {}) for name in FLAGS}
-MORE = {"pretrain": dict(batch_tokens=20000), "dpo": dict(batch=96), "ppo": dict(batch=96)}  # checkpointed, larger packs fill 500 MB
-RUNS |= {f"{name}, checkpointed": (name, {"checkpoint_activations": True, "micro_tokens": 20000} | more) for name, more in MORE.items()}
-RUNS["pretrain, most of it the optimizer"] = "pretrain", dict(depth=2, width=1024, micro_tokens=512, batch_tokens=1024, context=128)
+CHECKPOINTED = {"checkpoint_activations": True, "micro_batch_tokens": 20000}
+RUNS = {  # {row of the table: (script, flags that differ)}
+    **{name: (name, {}) for name in FLAGS},
+    # checkpointed, larger packs fill 500 MB
+    "pretrain, checkpointed": ("pretrain", CHECKPOINTED | {"batch_tokens": 20000}),
+    "dpo, checkpointed": ("dpo", CHECKPOINTED | {"batch_size": 96}),
+    "ppo, checkpointed": ("ppo", CHECKPOINTED | {"prompts_per_step": 96}),
+    "pretrain, most of it the optimizer": (
+        "pretrain",
+        {"depth": 2, "width": 1024, "micro_batch_tokens": 512, "batch_tokens": 1024, "context": 128},
+    ),
+}
 
 
-def measure(script, flags, folder, room=0):
-    """(planned, measured) bytes of a run; with `room`, of one that may not have more bytes than so many."""
-    here = lambda value: str(folder / value) if isinstance(value, str) and (folder / value).exists() else value  # noqa: E731
-    argv = [f"--{name}={here(value)}" for name, value in flags.items()]
-    done = subprocess.run([sys.executable, "-c", CHILD, script, str(room), *argv, f"--out={folder}/out", "--overwrite", "--device=cpu"], capture_output=True, text=True, env=os.environ)
-    said = re.search(r"memory: ([\d,.]+) (MB|GB)", done.stdout)
-    if done.returncode or not said:
+def measure(script, flags, folder, more=0):
+    """(planned, measured) bytes of a run, which may have `more` bytes than after its imports; 0: as
+    many as there are."""
+    argv = []
+    for name, value in flags.items():
+        if isinstance(value, str) and (folder / value).exists():
+            value = folder / value
+        argv.append(f"--{name}={value}")
+    command = [sys.executable, "-c", CHILD, script, str(more), *argv]
+    command += [f"--out={folder}/out", "--overwrite", "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    plan = re.search(r"memory: ([\d,.]+) (MB|GB)", done.stdout)
+    if done.returncode or not plan:
         raise UserError(f"{script}.py {' '.join(argv)}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
     print(re.search("memory: .*", done.stdout)[0], flush=True)
-    return float(said[1].replace(",", "")) * {"MB": 1e6, "GB": 1e9}[said[2]], int(re.search(r"measured: (\d+)", done.stdout)[1])
+    planned = float(plan[1].replace(",", "")) * {"MB": 1e6, "GB": 1e9}[plan[2]]
+    return planned, int(re.search(r"measured: (\d+)", done.stdout)[1])
 
 
-def texts(folder):
-    """Random words as a corpus, as conversations and as preferences."""
-    rng, words = np.random.default_rng(0), "the cat sat on a mat and looked at its own tail while nobody was there".split()
-    some = lambda low, high: " ".join(rng.choice(words, rng.integers(low, high)))  # noqa: E731
-    (folder / "words.txt").write_text("\n".join(some(20, 300) for _ in range(400)))
-    rows = [{"prompt": some(10, 40), "chosen": some(20, 80), "rejected": some(20, 80)} for _ in range(300)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]}) + "\n" for r in rows))
+def random_words(rng, low, high):
+    words = "the cat sat on a mat and looked at its own tail while nobody was there".split()
+    return " ".join(rng.choice(words, rng.integers(low, high)))
+
+
+def write_texts(folder):
+    """Random words as a corpus, as preferences and as conversations."""
+    rng = np.random.default_rng(0)
+    (folder / "words.txt").write_text("\n".join(random_words(rng, 20, 300) for _ in range(400)))
+    pairs, chats = [], []
+    for _ in range(300):
+        prompt, chosen, rejected = (random_words(rng, *span) for span in ((10, 40), (20, 80), (20, 80)))
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        chats.append({"prompt": prompt, "completion": chosen})
+    for name, rows in (("pairs", pairs), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(config):
     print(f"{describe(torch.device('cpu'))}\n")
-    rows = []
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        texts(folder)
+        write_texts(folder)
         made_up(folder, SimpleNamespace(**MODEL))
         for name in [n.strip() for n in config.only.split(";") if n] or RUNS:
             script, change = RUNS[name]
-            flags = FLAGS[script] | {"steps": config.steps} | change
-            planned, ample = measure(script, flags, folder)
+            flags = {"micro_batch_tokens": 8192, "steps": config.steps} | FLAGS[script] | change
+            planned, with_ample_memory = measure(script, flags, folder)
             planned, measured = measure(script, flags, folder, int(1.3 * planned + 2e8))
-            rows.append([name, f"{planned / 1e6:,.0f}", f"{measured / 1e6:,.0f}", f"{planned / measured:.2f}", f"{ample / 1e6:,.0f}"])
-            print(rows[-1], flush=True)
-    print("\n" + table([["stage", "planned MB", "measured MB", "planned / measured", "measured where memory is ample, MB"], *rows]))
-    wrong = [row[0] for row in rows if not 0.85 <= float(row[3]) <= 1.15]
+            sizes = [f"{size / 1e6:,.0f}" for size in (planned, measured, with_ample_memory)]
+            lines.append([name, *sizes[:2], f"{planned / measured:.2f}", sizes[2]])
+            print(lines[-1], flush=True)
+    heads = ["stage", "planned MB", "measured MB", "planned / measured", "measured if memory is ample, MB"]
+    print("\n" + table([heads, *lines]))
+    wrong = [line[0] for line in lines if not 0.85 <= float(line[3]) <= 1.15]
     if wrong:
         raise UserError(f"off by more than 15 %: {', '.join(wrong)}")
 

@@ -414,6 +414,8 @@ def test_one_process_micro_batches_and_two_processes_agree(train, fork, tmp_path
     truth = results(tmp_path / "whole")
     for name in ("micro", "pair"):
         for ours, theirs in zip(results(tmp_path / name), truth, strict=True):
+            if ours["step"] == 1:  # all logratios are 0 but for rounding, which decides who leads
+                ours = ours | {"accuracy": theirs["accuracy"]}
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
     if loss in ("dpo", "cdpo"):
         assert losses(tmp_path / "whole")[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -610,7 +612,7 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, tmp_pa
         ({"init": scalar}, "a reward model, which has no output head"),
         ({"reference": other}, "it has another tokenizer"),
         ({"reference": tmp_path / "absent"}, "absent: no checkpoint here"),
-        ({"loss": "ppo"}, "--loss=ppo: expected one of 'dpo', 'cdpo'"),
+        ({"loss": "ppo"}, "--loss=ppo: expected one of dpo, cdpo"),
         ({"gamma": 1}, "--gamma: --loss=dpo does not read it"),
         ({"smoothing": 0.2}, "--smoothing: --loss=dpo does not read it"),
         ({"desirable": 2}, "--desirable: --loss=dpo does not read it"),

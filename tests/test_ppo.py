@@ -827,7 +827,7 @@ def test_a_prompt_that_leaves_no_room_is_counted_and_left_out(train, tmp_path):
         in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(2)), steps=1))
     )
     only = write_rows(tmp_path / "only.jsonl", [{"prompt": "x" * 90}] * 2)
-    assert "no prompt leaves room for an answer of --max_new_tokens=6 tokens" in refused(
+    assert "no prompt leaves room for a completion of --max_new_tokens=6 tokens" in refused(
         train(tmp_path / "none", data=only)
     )
 
@@ -854,7 +854,7 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files,
         ({"reward": f"{mine}:absent"}, "rewards.py has no function absent"),
         ({"reward": f"{tmp_path}/absent.py:f"}, "absent.py does not exist"),
         ({"reward": f"judge:{files}/sft"}, "a judge needs principles"),
-        ({"reward": ""}, "--reward="),
+        ({"reward": ""}, "--reward: name what to maximise"),
         ({"max_new_tokens": 96}, "--max_new_tokens=96: the model's context is 96 tokens"),
         ({"batch": 9, "group": 2}, "--prompts_per_step=9: must be a multiple of --group=2"),
         ({"batch": 1, "minibatches": 2}, "--prompts_per_step=1"),

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from runs import (
     assert_same_run,
+    here,
     kill,
     logged,
     losses,
@@ -44,7 +45,8 @@ from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = {"depth": 2, "width": 32, "heads": 2, "context": 32, "batch_tokens": 256, "device": "cpu"}
-TINY |= {"eval_every": 10, "eval_tokens": 600, "sample_every": 20, "save_every": 20, "keep_last": 9}
+TINY |= {"eval_every": 10, "eval_tokens": 600, "save_every": 20, "keep_last": 9}
+TINY |= {"sample_every": 20, "max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,14 @@ def book(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "book.txt"
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_caches(book, tmp_path_factory):
+    """One run in this process: forked children inherit the caches that it fills, and start in half
+    the time."""
+    out = tmp_path_factory.mktemp("warm") / "run"
+    here(pretrain.main, pretrain.Config(**TINY, data=str(book), out=str(out), steps=1))
 
 
 @pytest.fixture
@@ -95,33 +105,34 @@ def rewound(run, copy, step):
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(train, tmp_path):
-    """One run of 60 steps; and one with kill -9 between saves, kill -9 during a save, and a newest
+    """One run of 30 steps; and one with kill -9 between saves, kill -9 during a save, and a newest
     checkpoint that is damaged."""
-    straight, killed, flags = tmp_path / "straight", tmp_path / "killed", {"steps": 60, "dropout": 0.1}
+    straight, killed, flags = tmp_path / "straight", tmp_path / "killed", {"steps": 30, "dropout": 0.1}
+    flags |= {"save_every": 10, "sample_every": 10}
     succeeds(train(straight, **flags))
     child = train(killed, **flags)
-    wait_until(lambda: logged(killed, 25), child)
+    wait_until(lambda: logged(killed, 15), child)
     assert kill(child)[0] == -9
     child = train(killed, resume=True, **flags)
-    wait_until(lambda: (killed / ".tmp_step_000040").exists() or (killed / "step_000040").exists(), child)
+    wait_until(lambda: (killed / ".tmp_step_000020").exists() or (killed / "step_000020").exists(), child)
     kill(child)
     assert not [damage(p) for p in steps_in(killed) if damage(p)]
     newest = int(find(killed).name[5:])
     output = succeeds(train(killed, resume=True, **flags))
     assert f"continuing after step {newest}" in output
-    assert train_steps(killed) == list(range(1, 61))
+    assert train_steps(killed) == list(range(1, 31))
     assert [r["event"] for r in records(killed) if "event" in r] == ["start", "resume", "resume"]
-    assert_same_run(straight, killed, [20, 40, 60])
+    assert_same_run(straight, killed, [10, 20, 30])
     assert not list(killed.glob(".tmp*"))
 
-    with open(killed / "step_000060/model.safetensors", "r+b") as f:
+    with open(killed / "step_000030/model.safetensors", "r+b") as f:
         f.seek(-5, 2)
         f.write(b"\x01")
-    (killed / "step_000040/train_state.safetensors").write_bytes(b"short")
+    (killed / "step_000020/train_state.safetensors").write_bytes(b"short")
     output = succeeds(train(killed, resume=True, **flags))
-    assert "step_000060" in output and "step_000040" in output
+    assert "step_000030" in output and "step_000020" in output
     assert output.count("falling back to the checkpoint before") == 2
-    assert_same_run(straight, killed, [20, 40, 60])
+    assert_same_run(straight, killed, [10, 20, 30])
 
 
 def test_dropout_stays_on(train, tmp_path):
@@ -164,12 +175,12 @@ def test_only_the_same_run_is_resumed(train, tmp_path, book):
 
 
 def test_a_windowed_run_trains_resumes_exactly_and_samples(train, tmp_path):
-    flags = {"steps": 20, "depth": 3, "window": 4, "window_every": 2, "save_every": 10, "sample_every": 10}
+    flags = {"steps": 12, "depth": 3, "window": 4, "window_every": 2, "save_every": 6, "sample_every": 6}
     straight = tmp_path / "straight"
     succeeds(train(straight, **flags))
-    resumed = rewound(straight, tmp_path / "resumed", 20)
+    resumed = rewound(straight, tmp_path / "resumed", 12)
     succeeds(train(resumed, resume=True, checkpoint_activations=True, **flags))
-    assert_same_run(straight, resumed, [10, 20])
+    assert_same_run(straight, resumed, [6, 12])
     assert load(straight)[0].config.windows == [4, 0, 4]
     assert losses(straight)[-1] < losses(straight)[0] - 0.5
     assert (straight / "samples.txt").read_text().count("=== step") == 2
@@ -183,9 +194,9 @@ def test_a_windowed_run_trains_resumes_exactly_and_samples(train, tmp_path):
 
 
 def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags_for, tmp_path):
-    """1 x 8 == 8 x 1 == 2 processes: losses and gradient norms over 10 steps. Checkpoints do not
+    """1 x 8 == 8 x 1 == 2 processes: losses and gradient norms over 6 steps. Checkpoints do not
     depend on how many processes wrote them."""
-    flags = {"muon_dtype": "fp32", "batch_tokens": 512, "steps": 10, "eval_every": 5, "save_every": 5}
+    flags = {"muon_dtype": "fp32", "batch_tokens": 512, "steps": 6, "eval_every": 3, "save_every": 3}
 
     def run_pair(out, **more):
         return pair(fork, pretrain, **flags_for(out, **(flags | {"sample_every": 0} | more)))
@@ -194,18 +205,18 @@ def test_one_process_micro_batches_and_two_processes_agree(train, fork, flags_fo
     succeeds(train(one, sample_every=0, **flags))
     succeeds(train(tmp_path / "micro", sample_every=0, micro_batch_tokens=64, **flags))
     outputs = run_pair(two)
-    assert "step 10/10" in outputs[0] and "step" not in outputs[1]  # only one of them prints
-    states = safetensors.torch.load_file(two / "step_000010/train_state.safetensors")["random/cpu"]
+    assert "step 6/6" in outputs[0] and "step" not in outputs[1]  # only one of them prints
+    states = safetensors.torch.load_file(two / "step_000006/train_state.safetensors")["random/cpu"]
     assert len(states) == 2 and not torch.equal(*states)  # they drop out different units
     # One rank often has fewer micro-batches than the other.
-    run_pair(sharded, shard="fsdp", micro_batch_tokens=64, sample_every=10)
+    run_pair(sharded, shard="fsdp", micro_batch_tokens=64, sample_every=6)
     assert (sharded / "samples.txt").exists()
 
-    succeeds(train(rewound(two, tmp_path / "two then one", 10), resume=True, sample_every=0, **flags))
-    run_pair(rewound(one, tmp_path / "one then two", 10), resume=True)
-    shards = rewound(sharded, tmp_path / "sharded then one", 10)
+    succeeds(train(rewound(two, tmp_path / "two then one", 6), resume=True, sample_every=0, **flags))
+    run_pair(rewound(one, tmp_path / "one then two", 6), resume=True)
+    shards = rewound(sharded, tmp_path / "sharded then one", 6)
     succeeds(train(shards, resume=True, **(flags | {"sample_every": 0})))
-    run_pair(rewound(one, tmp_path / "one then sharded", 10), resume=True, shard="fsdp")
+    run_pair(rewound(one, tmp_path / "one then sharded", 6), resume=True, shard="fsdp")
     expected, weights = results(one), load(one)[0].state_dict()
     resumed = ["two then one", "one then two", "sharded then one", "one then sharded"]
     for name in ["micro", "two", "sharded", *resumed]:
@@ -220,7 +231,8 @@ has_compiler = shutil.which("g++") or shutil.which("clang++")
 
 @pytest.mark.skipif(not has_compiler, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_gives_the_same_losses(train, tmp_path):
-    flags = {"steps": 4, "depth": 1, "sample_every": 0, "eval_every": 0, "eval_tokens": 100}
+    # The first step trains the head alone, since the head begins at zero; the second trains all.
+    flags = {"steps": 2, "depth": 1, "sample_every": 0, "eval_every": 0, "eval_tokens": 100}
     succeeds(train(tmp_path / "plain", **flags))
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     output = succeeds(train(tmp_path / "compiled", cache, compile=True, **flags))
