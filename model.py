@@ -114,16 +114,15 @@ def parameter_table(c):
     block["mlp.gate_up"] = Row([c.ffn, c.ffn], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], muon=True)
     block["mlp.down"] = Row([c.width], ["mlp.down_proj.weight"], muon=True)
 
-    table = {"embed": Row([c.vocab_size], ["model.embed_tokens.weight"])}
-    for i in range(c.layers):
-        for name, row in block.items():
-            hf_names = [f"model.layers.{i}.{hf_name}" for hf_name in row.hf_names]
-            table[f"blocks.{i}.{name}"] = row._replace(hf_names=hf_names)
-    table["norm"] = Row([c.width], ["model.norm.weight"])
+    table = {"embed": Row([c.vocab_size], ["model.embed_tokens.weight"]), "norm": Row([c.width], ["model.norm.weight"])}
     if c.scalar_head:
         table["score"] = Row([1], ["score.weight"])
     elif not c.tied:
         table["untied_head"] = Row([c.vocab_size], ["lm_head.weight"])
+    for i in range(c.layers):
+        for name, row in block.items():
+            hf_names = [f"model.layers.{i}.{hf_name}" for hf_name in row.hf_names]
+            table[f"blocks.{i}.{name}"] = row._replace(hf_names=hf_names)
     return table
 
 

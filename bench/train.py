@@ -238,7 +238,7 @@ def contest(depth, context, config, device):
         try:
             run = make(name, shape, device, backend)
             micro, peak = fit(run, batch, first_micro, device)
-        except Exception as e:  # out of memory at one document, or its compiler fails: the others must go on
+        except Exception as e:  # out of memory at one document, or its compiler fails: that must not end the rest
             reason = (str(e).strip().splitlines() or [""])[0][:150]
             rows[name] = row | {"absent": f"{type(e).__name__}: {reason}"}
             continue

@@ -105,34 +105,34 @@ def rewound(run, copy, step):
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(train, tmp_path):
-    """One run of 30 steps; and one with kill -9 between saves, kill -9 during a save, and a newest
+    """One run of 40 steps; and one with kill -9 between saves, kill -9 during a save, and a newest
     checkpoint that is damaged."""
-    straight, killed, flags = tmp_path / "straight", tmp_path / "killed", {"steps": 30, "dropout": 0.1}
-    flags |= {"save_every": 10, "sample_every": 10}
+    straight, killed, flags = tmp_path / "straight", tmp_path / "killed", {"steps": 40, "dropout": 0.1}
+    flags |= {"save_every": 15, "sample_every": 15}
     succeeds(train(straight, **flags))
     child = train(killed, **flags)
-    wait_until(lambda: logged(killed, 15), child)
+    wait_until(lambda: logged(killed, 17), child)
     assert kill(child)[0] == -9
     child = train(killed, resume=True, **flags)
-    wait_until(lambda: (killed / ".tmp_step_000020").exists() or (killed / "step_000020").exists(), child)
+    wait_until(lambda: (killed / ".tmp_step_000030").exists() or (killed / "step_000030").exists(), child)
     kill(child)
     assert not [damage(p) for p in steps_in(killed) if damage(p)]
     newest = int(find(killed).name[5:])
     output = succeeds(train(killed, resume=True, **flags))
     assert f"continuing after step {newest}" in output
-    assert train_steps(killed) == list(range(1, 31))
+    assert train_steps(killed) == list(range(1, 41))
     assert [r["event"] for r in records(killed) if "event" in r] == ["start", "resume", "resume"]
-    assert_same_run(straight, killed, [10, 20, 30])
+    assert_same_run(straight, killed, [15, 30, 40])
     assert not list(killed.glob(".tmp*"))
 
-    with open(killed / "step_000030/model.safetensors", "r+b") as f:
+    with open(killed / "step_000040/model.safetensors", "r+b") as f:
         f.seek(-5, 2)
         f.write(b"\x01")
-    (killed / "step_000020/train_state.safetensors").write_bytes(b"short")
+    (killed / "step_000030/train_state.safetensors").write_bytes(b"short")
     output = succeeds(train(killed, resume=True, **flags))
-    assert "step_000030" in output and "step_000020" in output
+    assert "step_000040" in output and "step_000030" in output
     assert output.count("falling back to the checkpoint before") == 2
-    assert_same_run(straight, killed, [10, 20, 30])
+    assert_same_run(straight, killed, [15, 30, 40])
 
 
 def test_dropout_stays_on(train, tmp_path):
