@@ -304,11 +304,11 @@ def quiet():
 @torch.no_grad()
 def endless(shape, ends):
     """A model of random weights that never says the tokens `ends`: a channel of the stream is 1
-    whatever is read, and their logits fall with it."""
+    for any input, and their logits fall with it."""
     model = fresh(shape, 0, torch.device("cpu"))
     model.embed[:, 0], model.untied_head[:, 0] = 1.0, 0.0
     for block in model.blocks:
-        block.out[0], block.down[0] = 0.0, 0.0
+        block.attn.out[0], block.mlp.down[0] = 0.0, 0.0
     model.untied_head[ends] = 0.0
     model.untied_head[ends, 0] = -100.0
     return model

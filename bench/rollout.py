@@ -110,7 +110,8 @@ class Plain:
         return F.linear(y.transpose(1, 2).flatten(2), attn.out), (k, v)
 
     def forward(self, tokens, cache):
-        """tokens [B, T], a (k, v) or None per layer -> (logits [B, V] after the last, that cache)."""
+        """tokens [B, T], a (k, v) or None per layer -> (logits [B, V] after the last, that
+        cache)."""
         x, grown = F.embedding(tokens, self.model.embed).to(self.model.compute_dtype), []
         for block, past in zip(self.model.blocks, cache, strict=True):
             y, kept = self.attend(block.attn, self.norm(x, block.attn_norm), past)

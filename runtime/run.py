@@ -167,7 +167,7 @@ class Run:
             checkpoint.check_same_run(self.info, stage, config)
         self.start, self.best, self.metrics = 0, math.inf, {}
         self.warnings = []  # names of those that were printed
-        self.first_step_stats = {}  # what the first step logged; later steps may be compared with it
+        self.first_step_stats = {}  # what later steps are compared with: see warn_of_drift
 
     @property
     def init_checkpoint(self):
@@ -256,7 +256,7 @@ class Run:
                 saved.load_state(own | counters.get(name, {}))
             set_random_state(tensors, self.device)
             self.best, self.warnings = float(counters["best"]), list(counters["warnings"])
-            self.first_step_stats = counters["first_step_stats"]
+            self.first_step_stats = dict(counters["first_step_stats"])
             self.start, self.lineage = self.info["step"], self.info["lineage"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(
@@ -281,7 +281,6 @@ class Run:
 
     def log(self, step, tokens, flops_per_token, log_only=None, **printed):
         """Log a step; see Log.step."""
-        self.first_step_stats = self.first_step_stats or {**printed, **(log_only or {})}
         self.log_file.step(step, tokens, flops_per_token, self.device, log_only or {}, **printed)
 
     def log_rollout(self, step, model, chats, passes, log_only, **printed):
@@ -303,6 +302,8 @@ class Run:
     def warn_of_drift(self, finished, completion_tokens):
         """Warn, once, if sampled completions end less often, or have become twice as long, as in
         the first step."""
+        if not self.first_step_stats:
+            self.first_step_stats = {"finished": finished, "completion_tokens": completion_tokens}
         first = self.first_step_stats
         if finished < first["finished"] - 0.2 or completion_tokens > 2 * first["completion_tokens"]:
             self.warn_once(

@@ -145,7 +145,7 @@ def test_where_a_checkpoint_is_looked_for(make_model, tmp_path):
     [
         ({"scalar_head": True}, False, "a reward model, which gives no probabilities"),
         ({}, True, "not a reward model"),
-        ({"context": 32}, False, "its context of 32 tokens is shorter than the 64 of --init"),
+        ({"context": 32}, False, "its context of 32 tokens is shorter than the 64 of the model"),
     ],
 )
 def test_a_model_that_does_not_match_is_refused(make_model, tmp_path, shape, scalar_head, message):
