@@ -25,8 +25,11 @@ if not torch.cuda.is_available():
     importlib.import_module("interpreter")
 
 from bench.child import Child
+from data.pack import pack
 from kernels import _lib
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, logprobs
+from optim import Optimizer
+from runtime import memory
 
 torch.set_num_threads(1)
 
@@ -94,8 +97,18 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(where)], check=True)
 
 
+@pytest.fixture(scope="session")
+def one_plan():
+    """The memory plan of a tiny model. What PyTorch's fake tensors load and remember at the first
+    one, a third of a second, is then there in every forked child."""
+    model, p = random_model(), pack([[1, 2, 3], [4, 5]])
+    optimizer = Optimizer(model, 0.1, matrix_lr=0.1)
+    trained = [(model, optimizer, lambda model, items: logprobs(model, p).sum())]
+    return memory.training(torch.device("cpu"), trained, [], False, False, False)
+
+
 @pytest.fixture
-def fork(tmp_path):
+def fork(tmp_path, one_plan):
     """A function: (call, *args, ENVIRONMENT=...) -> bench.child.Child. Children still alive at the
     end of the test are killed."""
     children = []

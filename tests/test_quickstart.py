@@ -1,6 +1,7 @@
 """The quick start, whole but tiny: it ends in a report, is not run twice, and goes on where it was
 interrupted."""
 
+import importlib
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import quickstart
 import report as page_maker
 from report import pyplot
 from runtime import checkpoint, files
+from runtime.cli import check_ranges, parse_cli
 from runtime.errors import UserError
 
 
@@ -116,6 +118,8 @@ def test_every_command_is_one_that_a_user_can_type():
         words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
         assert stage == "sample" or any("out/a b" in word for word in words)
+        module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+        check_ranges(parse_cli(importlib.import_module(module).Config, argv))
 
 
 def test_another_command_of_the_same_stage_is_refused(tmp_path):
