@@ -197,7 +197,7 @@ def main(config):
         # 5. Validate, centre, save
         if run.eval_due(step):
             validate(run, step, model, val_pairs, val)
-        if typical and (run.due(step, config.save_every) or run.stop.agreed()):
+        if typical and run.save_due(step):
             model.eval()
             center = float(reward_scores(model, typical, config.micro_batch_tokens).mean())
         run.end_step(step, model, tok, center=center)

@@ -166,6 +166,7 @@ class Run:
                 )
             checkpoint.check_same_run(self.info, stage, config)
         self.start, self.best, self.metrics = 0, math.inf, {}
+        self.asked_at = 0  # the last step at which the ranks agreed whether to stop
         self.warnings = []  # names of those that were printed
         self.first_step_stats = {}  # what later steps are compared with: see warn_of_drift
 
@@ -275,6 +276,16 @@ class Run:
         """True at every `every`-th step (0: none) and at the last."""
         return step == self.total_steps or bool(every and step % every == 0)
 
+    def save_due(self, step):
+        """True if this step ends in a checkpoint: one is due, or some rank was asked to stop.
+
+        The ranks agree on that once a step: a signal that comes later waits for the next.
+        """
+        if self.asked_at != step:
+            self.asked_at = step
+            self.stop.agreed()
+        return self.due(step, self.config.save_every) or self.stop.leaving
+
     def eval_due(self, step):
         """True if a validation is due: at every --eval_every-th step, and before a checkpoint."""
         return self.due(step, self.config.eval_every) or self.due(step, self.config.save_every)
@@ -361,11 +372,10 @@ class Run:
 
         models: {name: model} saved within the checkpoint (PPO's critic); info: fields of
         feinschliff.json."""
-        leaving = self.stop.agreed()
-        if self.due(step, self.config.save_every) or leaving:
+        if self.save_due(step):
             self.save(step, model, tok, models or {}, info)
         self.metrics = {}
-        if leaving and step < self.total_steps:
+        if self.stop.leaving and step < self.total_steps:
             self.stop.leave(step)
 
     def save(self, step, model, tok, models, info):
