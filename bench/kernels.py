@@ -318,7 +318,7 @@ def packed_contest(make, name, lengths, window, dh, heads):
 
 def decode_contests(make):
     """Full slots, slots of random lengths, and these with a window."""
-    sizes = [(3, 40, 2, 16)] if make.tiny else [(64, 1024, 8, 128), (128, 1024, 8, 64), (8, 512, 4, 128)]
+    sizes = [(3, 40, 2, 32)] if make.tiny else [(64, 1024, 8, 128), (128, 1024, 8, 64), (8, 512, 4, 128)]
     for B, S, K, dh in sizes:
         for group in (2,) if make.tiny else (1, 4, 8):
             for kind in ("full", "ragged", "window"):
