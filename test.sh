@@ -3,7 +3,7 @@
 # Words given are passed on to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./venv.sh test,report
+source ./venv.sh test,report,serve,export
 ruff check --quiet .
 ruff format --quiet --check . || { echo "ruff format . would change files; run it" >&2; exit 1; }
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1  # the tests are many small things: processes beat threads
