@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -179,14 +178,9 @@ def read_items(config, tok, context):
     An item is (Chat, Chat); label_probs fp32 [n]: the probability that the first one is preferred,
     or kto's label as 1 or 0."""
     parse = rows.judged if config.loss == "kto" else rows.preference
-    (train_rows, val_rows, hashes), found = rows.read_split(config, parse), []
-    for pairs, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
-        if config.loss == "kto":
-            pairs = rows.kto_pairs(pairs)
-        items = [chat.encode_pair(tok, pair) for pair in pairs]
-        kept = chat.drop_long_pairs(items, context, what)
-        found += [[items[i] for i in kept], torch.tensor([pairs[i].probability for i in kept])]
-    return *found, hashes
+    train_pairs, train, val_pairs, val, hashes = chat.read_pairs(config, tok, context, parse)
+    label_probs, val_label_probs = (torch.tensor([p.probability for p in pairs]) for pairs in (train_pairs, val_pairs))
+    return train, label_probs, val, val_label_probs, hashes
 
 
 def item_lengths(items):
@@ -206,12 +200,11 @@ def item_logps(model, items):
 
 @torch.no_grad()
 def all_logps(model, items, micro_batch_tokens):
-    """fp32 [n, 2] on the CPU: `item_logps` in evaluation; the ranks share the work."""
-    model.eval()
+    """fp32 [n, 2] on the CPU: `item_logps` without gradients; the ranks share the work."""
     found = torch.zeros(len(items), 2)
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         found[part] = item_logps(model, items[part]).cpu()
-    return torch.tensor(reduce_sum(*found.flatten())).view(-1, 2).float()
+    return torch.tensor(reduce_sum(*found.flatten())).view_as(found).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,18 +298,11 @@ def main(config):
         del reference
 
     # bookkeeping: memory, what is saved and resumed
-    def planned_loss(model, items):
-        n = len(items)
-        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
-
-    lengths = item_lengths(train)
-    step_tokens = memory.likely_tokens(lengths, config.batch_size)
-    memory.check(run, [(model, optimizer, planned_loss)], train, lengths, step_tokens, batch_flag="batch_size")
+    check_memory(run, model, optimizer, train)
     if config.compile:
         model.compile()
     longer = -completion_lengths(train).diff().mean()
     print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer; {steps} steps; peak lr {lr:.3g}")
-    flops = model.flops_per_token(int(np.mean(lengths) / 2))
     saved = {"optimizer": optimizer, "order": order}
     run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)
 
@@ -328,12 +314,13 @@ def main(config):
         means = run_batch(model, items, label_probs[batch], ref_logps[batch], config)
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-        run.require_finite(step, means["loss"], [grad_norm], [side for item in items for side in item])
+        sides = [side for item in items for side in item]
+        run.require_finite(step, means["loss"], [grad_norm], sides)
         loss, chosen, rejected, accuracy = means.values()
         rewards = {"chosen_reward": config.beta * chosen, "rejected_reward": config.beta * rejected}
         rewards |= {"margin": config.beta * (chosen - rejected), "accuracy": accuracy}
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, sum(item_lengths(items)), flops, loss=loss, **rewards, **rates)
+        run.log(step, model, [len(side.ids) for side in sides], loss=loss, **rewards, **rates)
 
         # 4. Validate, save
         if run.eval_due(step):
@@ -344,6 +331,18 @@ def main(config):
             if metrics.get("chosen_logratio", 0) < 0 and LOSSES[config.loss].takes_nll:
                 run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
         run.end_step(step, model, tok)
+
+
+def check_memory(run, model, optimizer, items):
+    """The memory plan of a step; see runtime/memory.py."""
+    config, lengths = run.config, item_lengths(items)
+
+    def loss(model, items):
+        n = len(items)
+        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
+
+    step_tokens = memory.likely_tokens(lengths, config.batch_size)
+    memory.check(run, [(model, optimizer, loss)], items, lengths, step_tokens, batch_flag="batch_size")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ MUTANTS = [
     (
         "center_of_the_critic",
         "ppo.py",
-        "value = state_values(critic, chats[part]) - center",
-        "value = state_values(critic, chats[part])",
+        "value = state_values(critic, chats) - center",
+        "value = state_values(critic, chats)",
         PPO,
     ),
     (
@@ -66,7 +66,7 @@ MUTANTS = [
     # The reward
     ("score_on_the_wrong_token", "ppo.py", "np.cumsum(lengths) - 1", "np.maximum(np.cumsum(lengths) - 2, 0)", PPO),
     ("kl_sign", "ppo.py", "rewards = -beta * (logp - ref_logp)", "rewards = beta * (logp - ref_logp)", PPO),
-    ("no_penalty_for_no_end", "ppo.py", "scores - config.unfinished_penalty * np", "scores - 0.0 * np", PPO),
+    ("no_penalty_for_no_end", "ppo.py", "c.score -= config.unfinished_penalty * (", "c.score -= 0.0 * (", PPO),
     (
         "end_not_scored",
         "scoring.py",
@@ -96,12 +96,18 @@ MUTANTS = [
         "stop={chat.end_of_turn(tok)}, top_k=2, **options",
         PPO,
     ),
-    ("sampled_at_another_temperature", "ppo.py", '"temperature": config.temperature', '"temperature": 1.0', PPO),
+    (
+        "sampled_at_another_temperature",
+        "rollout.py",
+        "temperature=config.temperature,\n        n=config.group_size",
+        "temperature=1.0,\n        n=config.group_size",
+        PPO,
+    ),
     (
         "trained_at_another_temperature",
         "ppo.py",
-        "logp = completion_logprobs(policy, chats[part], config.temperature)",
-        "logp = completion_logprobs(policy, chats[part], 1.0)",
+        "logp = completion_logprobs(policy, chats, config.temperature)",
+        "logp = completion_logprobs(policy, chats, 1.0)",
         PPO,
     ),
     (
@@ -120,7 +126,13 @@ MUTANTS = [
         "loss_mask = [True] * (len(completion_ids) - 1) + [False]",
         DPO,
     ),
-    ("same_numbers_for_every_rank", "ppo.py", '"first": first * config.group_size', '"first": 0', PPO),
+    (
+        "same_numbers_for_every_rank",
+        "rollout.py",
+        "(first + begin) * config.group_size",
+        "first * config.group_size",
+        PPO,
+    ),
     # The update
     ("ratio_to_itself", "ppo.py", "ratio = torch.exp(logp - old_logp)", "ratio = torch.exp(logp - logp.detach())", PPO),
     (
@@ -191,26 +203,32 @@ MUTANTS = [
         "optimizer.zero_grad()  # a loss of 0",
         GRPO,
     ),
-    ("refilled_with_the_same_numbers", "grpo.py", "(n_prompts + begin) * G", "begin * G", GRPO),
+    (
+        "refilled_with_the_same_numbers",
+        "rollout.py",
+        "(first + begin) * config.group_size",
+        "begin * config.group_size",
+        GRPO,
+    ),
     (
         "equal_groups_dilute",
         "grpo.py",
-        "differ = differs(scores).repeat_interleave(config.group_size).tolist()",
-        "differ = [True] * scores.numel()",
+        "zero_variance = (~differs(scores)).repeat_interleave(config.group_size).tolist()",
+        "zero_variance = [False] * scores.numel()",
         GRPO,
     ),
     (
         "no_end_still_trained",
         "grpo.py",
-        'if teaches and (c.sample.finished or config.overlong != "mask"):',
-        "if teaches:",
+        'if not equal and (c.sample.finished or config.overlong != "mask"):',
+        "if not equal:",
         GRPO,
     ),
     ("reference_never_renewed", "grpo.py", "reference.load_state_dict(model.state_dict())", "pass", GRPO),
     (
         "resume_forgets_reference",
-        "grpo.py",
-        'if run.resumed and (run.resumed / "reference").exists():',
+        "runtime/run.py",
+        'if self.resumed and (self.resumed / "reference").exists():',
         "if False:",
         GRPO,
     ),

@@ -170,6 +170,24 @@ def read_prompts(config, tok, context):
     return *kept, hashes
 
 
+def read_pairs(config, tok, context, parse=rows.preference):
+    """(train pairs, train items, validation pairs, validation items, {source: SHA-256}) of --data
+    and --val, without pairs that exceed `context`.
+
+    Pairs are rows.Pair, with the text; items are the same in tokens. parse: rows.judged for pairs
+    of KTO.
+    """
+    train, val, hashes = rows.read_split(config, parse)
+    if parse is rows.judged:
+        train, val = rows.kto_pairs(train), rows.kto_pairs(val)
+    found = []
+    for pairs, what in ((train, config.data), (val, config.val or "held out of it")):
+        items = [encode_pair(tok, pair) for pair in pairs]
+        kept = drop_long_pairs(items, context, what)
+        found += [[pairs[i] for i in kept], [items[i] for i in kept]]
+    return *found, hashes
+
+
 # -------------------------------------------------------------------------------------------------
 # The audit before step 0
 

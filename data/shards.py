@@ -69,6 +69,14 @@ def check(folder, tok):
     return manifest
 
 
+def text_hashes(sources):
+    """{source: SHA-256} of text files, comma-separated, or of prepared data: that of the
+    manifest."""
+    if sources and Path(sources).is_dir():
+        return {sources: sha256(Path(sources) / "manifest.json")}
+    return {name: sha256(name) for name in sources.split(",") if name}
+
+
 def read_prepared(folder, tok):
     """(train streams, val streams) of a folder that data/prepare.py wrote, as memory maps.
 

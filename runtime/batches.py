@@ -8,7 +8,7 @@ import torch
 
 from data.corpus import epoch_pieces
 from data.pack import pack, rank_span, token_slices
-from runtime.process import rank, world_size
+from runtime.process import rank, reduce_sum, world_size
 from runtime.shard import is_sharded
 
 
@@ -69,6 +69,25 @@ def index_order(n, seed, lengths=None):
 def text_order(streams, eot, context, seed):
     """An Order of the pieces of a corpus, cut at other places in every epoch."""
     return Order(lambda random: epoch_pieces(streams, eot, context, random), seed)
+
+
+def minibatches(completions, n, step, config):
+    """Yield (this rank's completions, trained tokens, number of completions) of each optimizer step
+    of PPO and GRPO: --epochs times all of them, shuffled, in --minibatches parts.
+
+    completions: those of this rank that are trained, of `n` on all ranks. The tokens and
+    completions counted are of all ranks. An undivided batch keeps its order, and so is the very
+    pack that was read before."""
+    by_index, lengths = {c.index: c for c in completions}, np.zeros(n)
+    for c in completions:
+        lengths[c.index] = c.n_tokens
+    lengths = np.array(reduce_sum(*lengths))
+    trained = np.flatnonzero(lengths)
+    for epoch in range(config.epochs):
+        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(trained)
+        for part in np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [trained]:
+            if len(part):
+                yield [by_index[i] for i in part if i in by_index], lengths[part].sum(), len(part)
 
 
 def micro_batches(model, lengths, micro_batch_tokens):

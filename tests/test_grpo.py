@@ -11,6 +11,7 @@ import test_ppo
 import torch
 from runs import (
     SMALL,
+    completions_of,
     kill,
     logged,
     meetings,
@@ -46,9 +47,9 @@ from data.judge import judge_prompt
 from data.pack import make_completion, pack
 from model import completion_logprobs, logprobs_no_grad
 from optim import Optimizer
-from rollout import Sample, rollout
+from rollout import Sample, get_per_token, rollout
 from runtime import checkpoint
-from runtime.batches import index_order
+from runtime.batches import index_order, minibatches
 from runtime.cli import check_ranges
 from runtime.errors import UserError
 
@@ -277,13 +278,11 @@ def test_flags_without_meaning_are_refused(flags, named):
 # On models
 
 
-def completions_of(chats, samples, advantages, old_logp, ref_logp):
-    """[Completion] with an advantage each, and the log-probabilities [M] of their tokens."""
-    completions = []
-    for i, (c, sample) in enumerate(zip(chats, samples, strict=True)):
-        completions.append(grpo.Completion(i, c, sample, 0.0, {}, float(advantages[i])))
-    grpo.set_logprobs(completions, "old_logp", old_logp)
-    grpo.set_logprobs(completions, "ref_logp", ref_logp)
+def trained_completions(chats, samples, advantages, **per_token):
+    """[Completion] with an advantage each, and what else belongs to their tokens."""
+    completions = completions_of(chats, samples, **per_token)
+    for c, advantage in zip(completions, advantages, strict=True):
+        c.per_token["advantages"] = torch.full((c.n_tokens,), float(advantage))
     return completions
 
 
@@ -317,7 +316,7 @@ def test_gradients_are_those_of_full_logits_for_any_split_and_order(files, aggre
     figures = [expected, (x.exp() - 1 - x).sum() / n_tokens, clipped, ratio.sum() / n_tokens]
     flags = {"temperature": T, "clip_low": 0.1, "clip_high": 0.15, "loss_aggregation": aggregation}
     flags |= {"max_new_tokens": 6, **({} if kl == "none" else {"kl": kl, "beta": 0.3})}
-    completions = completions_of(chats, samples, advantages, old_logp, ref_logp)
+    completions = trained_completions(chats, samples, advantages, old_logp=old_logp, ref_logp=ref_logp)
     for micro_batch_tokens, shuffled in ((1, True), (70, False), (70, True), (10**6, False)):
         config = configure(micro_batch_tokens=micro_batch_tokens, **flags)
         order = random.permutation(len(chats)) if shuffled else range(len(chats))
@@ -334,15 +333,13 @@ def test_before_the_first_update_every_ratio_is_1(files, temperature, known):
     model = checkpoint.load(files / "sft")[0]
     chats, samples = sampled(model, temperature=temperature)
     logp = logprobs_no_grad(model, chats, temperature, 70)
-    completions = completions_of(chats, samples, np.ones(len(chats)), logp, logp)
-    if not known:
-        for c in completions:
-            c.old_logp = None
+    old_logp = {"old_logp": logp} if known else {}
+    completions = trained_completions(chats, samples, np.ones(len(chats)), ref_logp=logp, **old_logp)
     config = configure(temperature=temperature, micro_batch_tokens=70, kl="k3", beta=0.5)
     stats = grpo.update_step(model, completions, len(logp), len(chats), config)
     assert stats["approx_kl"] == 0 == stats["clip_fraction"]
     assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["loss"] == pytest.approx(-1, abs=1e-6)
-    assert torch.equal(torch.cat([c.old_logp for c in completions]), logp)
+    assert torch.equal(get_per_token(model, completions, "old_logp"), logp)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -356,7 +353,7 @@ def test_an_update_makes_the_better_completion_likelier_and_of_flipped_rewards_t
     before = completion_logprobs(model, chats).detach()
     for _ in range(24):
         logp = logprobs_no_grad(model, chats, 1.0, 10**6)
-        grpo.update_step(model, completions_of(chats, [None, None], advantages, logp, logp), 7, 2, config)
+        grpo.update_step(model, trained_completions(chats, [None, None], advantages, old_logp=logp), 7, 2, config)
         optimizer.step(1.0, 1.0)
     change = (completion_logprobs(model, chats).detach() - before).split([4, 3])
     assert change[0].sum() * sign > 0.3 and change[1].sum() * sign < -0.3
@@ -375,7 +372,7 @@ def roll_out(files, n_prompts, function, **flags):
 def groups_of(completions, seen, config):
     """{number of the prompt: its completions} of the groups that teach."""
     groups = {}
-    for c in grpo.find_advantages(completions, seen, config)[0]:
+    for c in grpo.find_advantages(completions, config)[0]:
         groups.setdefault(c.index // config.group_size, []).append(c)
     return groups
 
@@ -384,14 +381,14 @@ def test_groups_without_a_difference_are_left_out(files):
     """Of every third question all completions are worth the same."""
     completions, seen, config, *_ = roll_out(files, 12, "some")
     assert seen == 12 and [c.index for c in completions] == list(range(36))
-    trained, batch, lengths = grpo.find_advantages(completions, seen, config)
+    trained, zero_variance = grpo.find_advantages(completions, config)
     groups = groups_of(completions, seen, config)
     assert 0 < len(groups) < 12 and all(len({c.score for c in group}) > 1 for group in groups.values())
-    assert [c.index for c in trained] == batch.tolist()
-    assert lengths[batch].tolist() == [c.n_tokens for c in trained] and lengths.sum() == lengths[batch].sum()
+    assert trained == [c for c, equal in zip(completions, zero_variance, strict=True) if not equal]
     for group in groups.values():
         scores = torch.tensor([[c.score for c in group]], dtype=torch.float32)
-        assert [c.advantage for c in group] == pytest.approx(grpo.group_advantages(scores, "grpo")[0].tolist())
+        for c, advantage in zip(group, grpo.group_advantages(scores, "grpo")[0], strict=True):
+            assert c.per_token["advantages"].tolist() == [advantage.item()] * c.n_tokens
 
 
 def test_they_are_refilled_with_other_prompts_and_other_random_numbers(files):
@@ -414,9 +411,9 @@ def test_they_are_refilled_with_other_prompts_and_other_random_numbers(files):
 
 def test_refilling_ends_where_nothing_ever_differs(files):
     completions, seen, config, *_ = roll_out(files, 6, "same", refill=2)
-    trained, batch, lengths = grpo.find_advantages(completions, seen, config)
-    assert seen == 18 and not trained and not len(batch) and not lengths.any()
-    assert list(grpo.minibatches(trained, batch, lengths, 1, config)) == []
+    trained, zero_variance = grpo.find_advantages(completions, config)
+    assert seen == 18 and not trained and all(zero_variance)
+    assert list(minibatches(trained, len(completions), 1, config)) == []
 
 
 def test_completions_near_the_limit_are_punished_in_the_score(files):
@@ -429,25 +426,25 @@ def test_completions_near_the_limit_are_punished_in_the_score(files):
 
 def test_completions_without_an_end_teach_nothing_if_they_are_masked(files):
     completions, seen, config, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="mask")
-    trained, batch, lengths = grpo.find_advantages(completions, seen, config)
-    assert 0 < len(trained) < len(batch) and all(c.sample.finished for c in trained)
-    assert np.flatnonzero(lengths).tolist() == [c.index for c in trained]
+    trained, zero_variance = grpo.find_advantages(completions, config)
+    teaching = [c for c, equal in zip(completions, zero_variance, strict=True) if not equal]
+    assert 0 < len(trained) < len(teaching) and trained == [c for c in teaching if c.sample.finished]
 
 
 def test_minibatches_have_every_completion_once_per_epoch():
     chats = [make_completion([1], [2] * (n % 3 + 1)) for n in range(12)]
-    completions = [grpo.Completion(3 * i, c, None, 0.0, {}) for i, c in enumerate(chats)]  # of other ranks in between
-    batch, lengths = np.arange(0, 40), np.zeros(40)
-    lengths[::3][:12] = [c.n_tokens for c in completions]
+    completions = completions_of(chats, [None] * 12)
+    for c in completions:
+        c.index *= 3  # those of other ranks are in between
     config = configure(minibatches=4, epochs=3)
-    cuts = list(grpo.minibatches(completions, batch, lengths, 7, config))
+    cuts = list(minibatches(completions, 40, 7, config))
     assert len(cuts) == 12
     for epoch in (cuts[:4], cuts[4:8], cuts[8:]):
         assert sorted(c.index for own, *_ in epoch for c in own) == [c.index for c in completions]
         for own, n_tokens, n_completions in epoch:
             assert n_tokens == sum(c.n_tokens for c in own) and n_completions == len(own)
     assert [c.index for own, *_ in cuts[:4] for c in own] != [c.index for own, *_ in cuts[4:8] for c in own]
-    undivided = list(grpo.minibatches(completions, batch, lengths, 7, configure(epochs=2)))
+    undivided = list(minibatches(completions, 40, 7, configure(epochs=2)))
     assert [own for own, *_ in undivided] == [completions] * 2
 
 
@@ -466,7 +463,7 @@ def test_one_step_by_hand(train, files, tmp_path):
     (log,) = [r for r in records(tmp_path / "run") if "loss" in r]
 
     completions, seen, config, *_ = roll_out(files, 6, "some", **flags)
-    trained, *_ = grpo.find_advantages(completions, seen, config)
+    trained, _ = grpo.find_advantages(completions, config)
     groups, chats = groups_of(completions, seen, config), [c.chat for c in trained]
     assert 1 < len(groups) < 6
     logp, ref_logp = (full_logps(m, chats, 0.8) for m in (checkpoint.load(files / "sft")[0], reference))

@@ -108,10 +108,12 @@ def test_loss_and_gradient_are_bradley_and_terrys(make_model, margin, smoothing,
         expected = expected + p * torch.log(1 + torch.exp(margin - d)) + (1 - p) * torch.log(1 + torch.exp(margin + d))
     expected = expected / len(rows)
     gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    config = reward.Config(init="", data="", out="")
-    config.margin, config.smoothing, config.micro_batch_tokens = margin, smoothing, micro_batch_tokens
-    loss, _ = reward.train_step(model, items_of(rows), torch.tensor(label_probs, dtype=torch.float64), config)
+    batch = items_of(rows), torch.tensor(label_probs, dtype=torch.float64), micro_batch_tokens, margin, smoothing
+    loss, margins = reward.run_batch(model, *batch)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        again = reward.run_batch(model, *batch)
+    assert again[0] == loss and (again[1] == margins).all()
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-6 * g.abs().max().item(), msg=name)
 

@@ -245,9 +245,9 @@ def train(config, change=None):
         loss.backward()
         beta.value *= 1.5
         optimizer.step(1.0)
-        run.log(step, 2, 0, loss=loss.item(), beta=beta.value)
+        run.log(step, model, [2], loss=loss.item(), beta=beta.value)
         if run.eval_due(step):
-            run.validated(step, {"val_loss": loss.item()}, "done")
+            run.validated(step, {"val_loss": loss.item()}, text="done")
             run.warn_once("first", "this is said once")
         run.end_step(step, model, tok)
 

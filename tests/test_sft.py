@@ -121,12 +121,12 @@ def test_loss_and_gradient_are_those_of_full_logits(make_model, micro_batch_toke
     assert any(m["role"] == "system" for row in rows for m in row["messages"])
     expected = loss_of_full_logits(model, rows)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    loss = sft.train_step(model, encoded(rows), micro_batch_tokens)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss = sft.mean_nll(model, encoded(rows), micro_batch_tokens)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9 * g.abs().max().item(), msg=name)
-    val_loss = sft.validation_loss(model, encoded(rows), micro_batch_tokens)
-    assert val_loss == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        assert sft.mean_nll(model, encoded(rows), micro_batch_tokens) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_conversation_costs_the_same_in_any_pack(make_model):
@@ -146,7 +146,7 @@ def test_answers_and_the_ends_of_turns_get_gradient_and_nothing_else_does(make_m
             p.zero_()
         model.embed.fill_(1.0)
         model.norm.fill_(1.0)  # hidden is 1 in every channel
-    sft.train_step(model, encoded(rows), 10**6)
+    sft.mean_nll(model, encoded(rows), 10**6)
     answers = [m["content"].encode() for row in rows for m in row["messages"] if m["role"] == "assistant"]
     ids = [b for answer in answers for b in answer] + [chat.end_of_turn(tok)] * len(answers)
     count = np.bincount(ids, minlength=260)
@@ -162,7 +162,7 @@ def test_replayed_text_is_trained_as_in_pretraining(make_model):
     chats = corpus.piece_chats(streams, pieces)
     assert max(len(c.ids) for c in chats) == SMALL["context"]
     nats, _ = pretrain.evaluate(model, streams, pieces, tokenizer.token_bytes(tok), 10**6)
-    assert sft.validation_loss(model, chats, 10**6) == pytest.approx(nats, rel=1e-5)
+    assert sft.mean_nll(model, chats, 10**6) == pytest.approx(nats, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
