@@ -142,7 +142,7 @@ def group_advantages(rewards, kind):
     G = rewards.shape[1]
     advantages = rewards - rewards.mean(1, keepdim=True)
     if kind == "grpo":
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        advantages = advantages / rewards.std(1, keepdim=True).clamp(min=1e-300)
     elif kind == "rloo":
         advantages = advantages * G / (G - 1)
     # Rounding is no reason to learn: (r - mean) / std of three equal 0.3 can be 0.7
@@ -150,8 +150,8 @@ def group_advantages(rewards, kind):
 
 
 def differs(rewards):
-    """bool [P]: whether a group's rewards [P, G] are not all the same."""
-    return rewards.amax(1) - rewards.amin(1) > 1e-6
+    """bool [P]: whether a group's rewards, fp64 [P, G], are not all the same but for rounding."""
+    return rewards.amax(1) - rewards.amin(1) > 1e-12 * rewards.abs().amax(1)
 
 
 def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
@@ -219,25 +219,33 @@ def roll_out(model, tok, rewards, order, train, step, config, time_phase):
 
 
 def group_scores(completions, config):
-    """fp32 [P, G], of whole groups."""
-    return torch.tensor([c.score for c in completions], dtype=torch.float32).view(-1, config.group_size)
+    """fp64 [P, G], of whole groups. In a group the same text is worth the same: a reward model that
+    reads it in another pack rounds otherwise, which is no difference to learn from."""
+    known = {}
+    scores = [known.setdefault((c.index // config.group_size, c.text, c.sample.finished), c.score) for c in completions]
+    return torch.tensor(scores, dtype=torch.float64).view(-1, config.group_size)
 
 
 def find_advantages(completions, config):
-    """(trained, zero_variance): the completions that teach, with their advantages; and of each one
-    whether its group has no difference.
+    """(trained, groups): the completions that teach, with their advantages; and of each completion
+    what its group is, {"zero_variance", "all_right", "all_wrong", "all_cut": bool [D]}.
 
-    Such groups teach nothing, nor do completions without an end with --overlong=mask.
+    Groups of zero variance teach nothing, nor do completions without an end with --overlong=mask.
+    All of a group are right if they are worth the same and more than 0.
     """
     scores = group_scores(completions, config)
-    advantages = group_advantages(scores, config.advantage).flatten()
-    zero_variance = (~differs(scores)).repeat_interleave(config.group_size).tolist()
+    advantages = group_advantages(scores, config.advantage).flatten().float()
+    equal, positive = ~differs(scores), scores[:, 0] > 0
+    finished = torch.tensor([c.sample.finished for c in completions]).view_as(scores)
+    groups = {"zero_variance": equal, "all_right": equal & positive, "all_wrong": equal & ~positive}
+    groups["all_cut"] = ~finished.any(1)
+    groups = {name: values.repeat_interleave(config.group_size).tolist() for name, values in groups.items()}
     trained = []
-    for c, advantage, equal in zip(completions, advantages, zero_variance, strict=True):
-        if not equal and (c.sample.finished or config.overlong != "mask"):
+    for c, advantage, nothing in zip(completions, advantages, groups["zero_variance"], strict=True):
+        if not nothing and (c.sample.finished or config.overlong != "mask"):
             c.per_token["advantages"] = advantage.repeat(c.n_tokens)
             trained.append(c)
-    return trained, zero_variance
+    return trained, groups
 
 
 UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
@@ -298,7 +306,7 @@ def main(config):
         completions, n_prompts = roll_out(model, tok, rewards, order, train, step, config, run.time_phase)
 
         # 2. Advantages: how much better each completion is than its group
-        trained, zero_variance = find_advantages(completions, config)
+        trained, groups = find_advantages(completions, config)
         chats = [c.chat for c in trained]
 
         # 3. Log-probabilities [M] before the update, which a single one finds in its own pass
@@ -321,7 +329,8 @@ def main(config):
         run.time_phase("update")
 
         # 5. Log, validate, save
-        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, zero_variance=zero_variance)
+        punished = config.overlong == "punish"
+        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, punished, **groups)
         metrics |= mean_updates(updates, UPDATE_STATS)
         metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
         run.log_rollout(step, model, chats, config.epochs + 2 / 3, metrics)

@@ -267,7 +267,7 @@ def main(config):
 
         # 4. Update: a few passes over these completions, in minibatches
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
-        updates, max_ratio = [], 0.0
+        updates, max_ratio, norms = [], 0.0, torch.zeros(2)
         for minibatch, n_tokens, _ in minibatches(completions, config.completions_per_step, step, config):
             stats = update_step(policy, critic, minibatch, n_tokens, config, center)
             max_ratio = max(max_ratio, stats["max_ratio"])
@@ -284,6 +284,7 @@ def main(config):
         metrics = rollout_metrics(completions, len(completions), logp, ref_logp)
         metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
         metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
+        metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
         # Both models are trained on them, and read them five times without a gradient
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
         beta.update(metrics["kl"], config.completions_per_step)

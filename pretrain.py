@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import corpus, tokenizer
 from data.pack import IGNORE, fill
-from data.shards import load_manifest, read_prepared, text_hashes
+from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import GPT, config_for
 from optim import Optimizer, wsd
@@ -117,6 +117,7 @@ class Config(RunConfig):
     max_new_tokens: int = 200
 
 
+MIN_VAL_TOKENS = 50
 SHAPE = ("width", "heads", "kv_heads", "ffn", "tied", "window", "window_every")  # what overrides --depth
 
 
@@ -146,7 +147,6 @@ def read_data(config, tok):
     tok: the tokenizer of --init or of the run to resume; None for a fresh start.
     """
     if Path(config.data).is_dir():
-        load_manifest(config.data)  # before its tokenizer, so that the message is that these are no prepared data
         tok = tok or tokenizer.load(config.data)
         return tok, *read_prepared(config.data, tok)
     files = [corpus.read_documents(file) for file in config.data.split(",")]
@@ -159,6 +159,18 @@ def read_data(config, tok):
     elif tok is None:
         tok = tokenizer.byte_level() if config.tokenizer == "byte" else tokenizer.load(config.tokenizer)
     return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)]
+
+
+def check_sizes(config, n_train, n_val, batch_tokens):
+    """Raises UserError if there are too few tokens."""
+    if n_train < batch_tokens:
+        raise UserError(
+            f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens "
+            "or bring more text"
+        )
+    if n_val < MIN_VAL_TOKENS:
+        where = config.val or config.data
+        raise UserError(f"{where}: {n_val} tokens to validate on say nothing; hold out more, or bring a longer --val")
 
 
 def make_model(config, tok):
@@ -197,7 +209,7 @@ def mean_nll(model, streams, pieces, micro_batch_tokens, one_size=False):
 
     one_size: fill every pack up to `micro_batch_tokens`, for a compiled model.
     """
-    lengths = piece_lengths(pieces)
+    lengths = pieces[:, 2] - pieces[:, 1]
     loss = torch.zeros((), device=model.embed.device)
     for part in micro_batches(model, lengths, micro_batch_tokens):
         pack, targets = corpus.pack_pieces(streams, pieces[part])
@@ -208,11 +220,6 @@ def mean_nll(model, streams, pieces, micro_batch_tokens, one_size=False):
             part_loss.backward()
         loss += part_loss.detach()
     return reduce_sum(loss)[0]
-
-
-def piece_lengths(pieces):
-    """The tokens of pieces [n, 3]."""
-    return pieces[:, 2] - pieces[:, 1]
 
 
 @torch.no_grad()
@@ -260,8 +267,7 @@ def main(config):
         check_same_data(run.info, hashes)
     model, tok = run.load("cpu") if run.folder else (None, None)
     tok, train, val = read_data(config, tok)
-    if model is None:
-        model = make_model(config, tok)
+    model = model or make_model(config, tok)
     model.dropout, model.checkpoint_activations = config.dropout, config.checkpoint_activations
     model = shard(model, run.device) if config.shard else model.to(run.device)
     context = min(config.context, model.config.context)  # a default yields to the model, a --context does not
@@ -269,12 +275,9 @@ def main(config):
         context = run.context(model)
     n_train, n_parameters = sum(map(len, train)), sum(p.numel() for p in model.parameters())
     batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
-    steps = config.steps or -(-20 * n_parameters // batch_tokens)
-    if n_train < batch_tokens:
-        raise UserError(
-            f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens "
-            "or bring more text"
-        )
+    default_steps = -(-20 * n_parameters // batch_tokens)
+    steps = config.steps or default_steps
+    check_sizes(config, n_train, sum(map(len, val)), batch_tokens)
     optimizer = make_optimizer(config, model)
     order = text_order(train, tok.eot, context, config.seed)
     val_pieces, sizes = corpus.some_pieces(val, tok.eot, context, config.eval_tokens), tokenizer.token_bytes(tok)
@@ -289,21 +292,22 @@ def main(config):
         model.compile()
         if run.device.type == "cpu":
             print0("warning: on a CPU --compile takes half a minute, and training was slower wherever it was measured")
-    epochs = steps * batch_tokens / n_train
+    epochs = steps / order.plan(batch_tokens, 1)[0]
     print0(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {epochs:.2f} epochs")
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
+    run.warn_of_other_steps(default_steps, schedule)
 
     for step in run.steps():
         # 2. Learn from the next pieces of text
         pieces = order.batch(batch_tokens)
         model.train()
         loss = mean_nll(model, train, pieces, pack_tokens, one_size)
-        lr_scale = wsd(step - 1, steps, config.warmup, int(config.decay * steps))
+        lr_scale = schedule(step, steps, config)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         if not grad_norm.isfinite():
             run.require_finite(step, loss, [grad_norm], corpus.piece_chats(train, pieces))
         rates = {"lr": config.lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, model, piece_lengths(pieces), loss=loss, **rates)
+        run.log(step, model, pieces[:, 2] - pieces[:, 1], loss=loss, **rates)
 
         # 3. Validate, sample, save
         if run.eval_due(step):
@@ -313,6 +317,11 @@ def main(config):
         if config.sample_every and run.due(step, config.sample_every):
             write_sample(run, step, model, tok, prompt)
         run.end_step(step, model, tok)
+
+
+def schedule(step, steps, config):
+    """What the learning rates are multiplied by in a step of `steps`."""
+    return wsd(step - 1, steps, config.warmup, int(config.decay * steps))
 
 
 def write_sample(run, step, model, tok, prompt):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data import chat
 from data.pack import Chat, pack
-from figures import preference_figures, show
+from figures import agreement, preference_figures, show
 from model import GPT, score
 from optim import Optimizer, wsd
 from rollout import sample_completions
@@ -163,15 +163,15 @@ def main(config):
     # bookkeeping: what is saved and resumed
     if config.compile:
         model.compile()
-    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     order = index_order(len(train), config.seed)
-    print0(f"{len(train):,} pairs; {steps} steps of {config.batch_size}; peak lr {lr:.3g}")
+    steps, epochs = order.plan(config.batch_size, config.epochs, config.steps)
+    print0(f"{len(train):,} pairs; {steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
     for step in run.steps():
         # 4. Learn from a batch of pairs
         model.train()
-        batch = order.batch(config.batch_size)
+        batch = order.epoch_batch(config.batch_size)
         items, regularisers = [train[i] for i in batch], (config.margin, config.smoothing)
         loss, margins = run_batch(model, items, label_probs[batch], config.micro_batch_tokens, *regularisers)
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
@@ -179,7 +179,7 @@ def main(config):
         sides = [side for item in items for side in item]
         run.require_finite(step, loss, [grad_norm], sides)
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        rates["accuracy"] = float((margins > 0).mean())
+        rates["accuracy"] = agreement(margins, label_probs[batch].numpy()).mean()
         run.log(step, model, [len(side.ids) for side in sides], loss=loss, **rates)
 
         # 5. Validate, centre, save
@@ -198,7 +198,7 @@ def validate(run, step, model, pairs, items):
     model.eval()
     label_probs = torch.tensor([pair.probability for pair in pairs])
     loss, margins = run_batch(model, items, label_probs, run.config.micro_batch_tokens)
-    accuracy = float((margins > 0).mean())
+    accuracy = agreement(margins, label_probs.numpy()).mean()
     text = f"{loss:.4f} per pair, {accuracy:.1%} of {len(items)} pairs ordered as labelled"
     run.validated(step, {"val_loss": loss, "accuracy": accuracy}, text=text)
     if step == run.total_steps:

@@ -502,7 +502,8 @@ def set_per_token(completions, **tensors):
 
 def get_per_token(model, completions, name):
     """fp32 [M]: what `set_per_token` gave, joined; on the device of the model."""
-    return torch.cat([torch.zeros(0, device=model.embed.device), *(c.per_token[name] for c in completions)])
+    found = [c.per_token[name] for c in completions]
+    return (torch.cat(found) if found else torch.zeros(0)).to(model.embed.device)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -118,11 +118,16 @@ def score_completions(rewards, rows, samples, texts):
 
 
 def score_batch(rewards, completions):
-    """Set `score` and `parts` of a step's completions."""
+    """Set `score` and `parts` of a step's completions. Raises UserError if a score exceeds 1e30."""
     rows = {c.sample.prompt_index: c.row for c in completions}
     total, parts = score_completions(rewards, rows, [c.sample for c in completions], [c.text for c in completions])
     for i, c in enumerate(completions):
         c.score, c.parts = total[i], {name: values[i] for name, values in parts.items()}
+        if abs(c.score) > 1e30:
+            raise UserError(
+                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than 1e30 cannot be learned from: "
+                "give the reward a smaller scale"
+            )
 
 
 WARNED = set()

@@ -165,11 +165,10 @@ def main(config):
 
     batch_tokens = config.batch_tokens or 256 * model.config.layers**2
     replayed = int(config.replay_share * batch_tokens) if streams else 0
-    lengths = np.array([len(c.ids) for c in train])
-    steps = config.steps or max(1, round(config.epochs * int(lengths.sum()) / (batch_tokens - replayed)))
+    order = index_order(len(train), config.seed, [len(c.ids) for c in train])
+    steps, epochs = order.plan(batch_tokens - replayed, config.epochs, config.steps)
     lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    order = index_order(len(train), config.seed, lengths)
     saved = {"optimizer": optimizer, "order": order}
     if streams:
         replay = saved["replay"] = text_order(streams, tok.eot, context - 1, config.seed)
@@ -178,12 +177,15 @@ def main(config):
     # bookkeeping: what is printed, saved and resumed
     if config.compile:
         model.compile()
-    print0(f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text; peak lr {lr:.3g}")
+    print0(
+        f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text: {epochs:.2f} epochs; "
+        f"peak lr {lr:.3g}"
+    )
     run.begin(steps, model, data=hashes, saved=saved)
 
     for step in run.steps():
         # 2. Learn from a batch of conversations, and of text
-        chats = [train[i] for i in order.batch(batch_tokens - replayed)]
+        chats = [train[i] for i in order.epoch_batch(batch_tokens - replayed)]
         if streams:
             chats += corpus.piece_chats(streams, replay.batch(replayed))
         model.train()

@@ -70,9 +70,12 @@ def check(folder, tok):
 
 
 def text_hashes(sources):
-    """{source: SHA-256} of text files, comma-separated, or of prepared data: that of the
-    manifest."""
+    """{source: SHA-256} of text files, comma-separated, or of prepared data: that of the manifest.
+
+    Raises UserError if they are not there.
+    """
     if sources and Path(sources).is_dir():
+        load_manifest(sources)
         return {sources: sha256(Path(sources) / "manifest.json")}
     return {name: sha256(name) for name in sources.split(",") if name}
 

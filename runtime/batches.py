@@ -28,10 +28,38 @@ class Order:
         items, lengths = self.epoch_items(random)
         order = random.permutation(len(items))
         self.items, self.lengths = items[order], lengths[order]
+        self.ends = np.cumsum(self.lengths)
         self.epoch, self.index = epoch, index
 
+    def epoch_batch(self, amount):
+        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one); the
+        last batch of an epoch has what is left."""
+        if self.index >= len(self.items):
+            self.begin_epoch(self.epoch + 1)
+        begin = self.index
+        limit = self.ends[begin] - self.lengths[begin] + amount
+        self.index = max(begin + 1, int(np.searchsorted(self.ends, limit, side="right")))
+        return self.items[begin : self.index]
+
+    def plan(self, amount, epochs, steps=0):
+        """(steps, epochs): how many batches of an epoch see every item `epochs` times; or how often
+        `steps` of them do."""
+        (epoch, index), n = (self.epoch, self.index), 0
+        if epoch:
+            self.begin_epoch(0)
+        self.index = 0
+        while n < steps or (not steps and self.epoch + self.index / len(self.items) < epochs):
+            self.epoch_batch(amount)
+            n += 1
+        seen = self.epoch + self.index / len(self.items)
+        if self.epoch != epoch:
+            self.begin_epoch(epoch)
+        self.index = index
+        return n, seen
+
     def batch(self, amount):
-        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one)."""
+        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one),
+        across the end of an epoch."""
         taken, total = [], 0
         while True:
             if self.index >= len(self.items):

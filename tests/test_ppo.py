@@ -680,8 +680,7 @@ def test_the_ranks_meet_once_for_all_answers_of_a_step(fork, flags, tmp_path):
 
 
 def test_two_processes_may_share_a_single_held_out_prompt(fork, files, flags, tmp_path):
-    val = write_rows(tmp_path / "val.jsonl", questions(1))
-    outputs = pair(fork, ppo, **(flags | {"out": tmp_path / "pair", "val": val, "steps": 1}))
+    outputs = pair(fork, ppo, **(flags | {"out": tmp_path / "pair", "eval_prompts": 1, "steps": 1}))
     assert "step 1/1" in outputs[0]
 
 
@@ -784,10 +783,10 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
         eval_every=0,
     )
     output = succeeds(train(tmp_path / "run", **how))
-    assert output.count("warning: ") == 1 and "of the completions end, after" in output
+    assert output.count("of the completions end, after") == 1
     shutil.rmtree(tmp_path / "run/step_000012")
-    assert "warning" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
-    assert "warning" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
+    assert "completions end, after" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
+    assert "completions end, after" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
 
 
 @pytest.mark.parametrize("critic", ["", "rm"])
@@ -823,7 +822,7 @@ def test_a_prompt_that_leaves_no_room_is_counted_and_left_out(train, tmp_path):
     rows = write_rows(tmp_path / "long.jsonl", [*questions(9), {"prompt": "x" * 90, "flat": False}])
     assert (
         f"{rows}: 1 of 10 prompts left out, which leave less than --max_new_tokens=6 of the context's 96 tokens"
-        in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(2)), steps=1))
+        in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(4)), steps=1))
     )
     only = write_rows(tmp_path / "only.jsonl", [{"prompt": "x" * 90}] * 2)
     assert "no prompt leaves room for a completion of --max_new_tokens=6 tokens" in refused(
