@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import chat, rows
+from data import chat, kto
+from figures import agreement
 from model import completion_logprob_sums
 from optim import Optimizer, wsd
 from runtime import memory
@@ -169,24 +170,8 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Items: two completions each, the chosen and the rejected one. For kto: the completion that was
-# judged, and one to another prompt, used only for its z.
-
-
-def read_items(config, tok, context):
-    """(train items, label_probs, validation items, label_probs, {source: SHA-256}).
-
-    An item is (Chat, Chat); label_probs fp32 [n]: the probability that the first one is preferred,
-    or kto's label as 1 or 0."""
-    parse = rows.judged if config.loss == "kto" else rows.preference
-    (train_rows, val_rows, hashes), found = rows.read_split(config, parse), []
-    for pairs, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
-        if config.loss == "kto":
-            pairs = rows.kto_pairs(pairs)
-        items = [chat.encode_pair(tok, pair) for pair in pairs]
-        kept = chat.drop_long_pairs(items, context, what)
-        found += [[items[i] for i in kept], torch.tensor([pairs[i].probability for i in kept])]
-    return *found, hashes
+# Items: two completions each, (Chat, Chat), the chosen and the rejected one. For kto: the
+# completion that was judged, and one to another prompt, used only for its z.
 
 
 def item_lengths(items):
@@ -195,7 +180,7 @@ def item_lengths(items):
 
 
 def completion_lengths(items):
-    """fp32 [n, 2]: the tokens of the two completions of each item."""
+    """fp32 [n, 2]: the tokens of both completions."""
     return torch.tensor([[side.loss_mask.sum() for side in sides] for sides in items], dtype=torch.float32)
 
 
@@ -206,12 +191,11 @@ def item_logps(model, items):
 
 @torch.no_grad()
 def all_logps(model, items, micro_batch_tokens):
-    """fp32 [n, 2] on the CPU: `item_logps` in evaluation; the ranks share the work."""
-    model.eval()
+    """fp32 [n, 2] on the CPU: `item_logps` without gradients; the ranks share the work."""
     found = torch.zeros(len(items), 2)
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         found[part] = item_logps(model, items[part]).cpu()
-    return torch.tensor(reduce_sum(*found.flatten())).view(-1, 2).float()
+    return torch.tensor(reduce_sum(*found.flatten())).view_as(found).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,8 +203,8 @@ def all_logps(model, items, micro_batch_tokens):
 
 
 def item_losses(model, items, label_probs, ref_logps, kl, config):
-    """(losses [P], compared [P, 2], right [P]) of some items: --loss, what it compares of the two
-    sides, and whether the order is that of the label.
+    """(losses [P], compared [P, 2], margins [P]) of some items: --loss, what it compares of the two
+    sides, and by how much the first leads.
 
     kl: kto's z; None for the other losses.
     """
@@ -236,7 +220,7 @@ def item_losses(model, items, label_probs, ref_logps, kl, config):
     flags = {flag: vars(config)[flag] for flag in loss.flags}
     losses = loss.function(chosen, rejected, config.beta, label_probs, **flags)
     losses = losses - config.nll * (logps[:, 0] / lengths[:, 0])
-    return losses, compared.detach(), chosen > rejected
+    return losses, compared.detach(), (chosen - rejected).detach()
 
 
 def kto_item_losses(model, items, is_good, ref_logps, kl, config):
@@ -245,13 +229,12 @@ def kto_item_losses(model, items, is_good, ref_logps, kl, config):
     logratio = completion_logprob_sums(model, [completion for completion, _ in items]) - ref_logps
     losses = kto_loss(logratio, is_good, kl, config.beta, config.desirable, config.undesirable)
     compared = logratio.detach()[:, None] * torch.stack([is_good, ~is_good], dim=1)
-    return losses, compared, (logratio > kl) == is_good
+    return losses, compared, logratio.detach() - kl
 
 
 @torch.no_grad()
 def measure_kl(model, items, ref_logps, micro_batch_tokens):
-    """kto's z: max(0, mean logratio of a whole batch's completions to other prompts), section
-    4.1."""
+    """kto's z: max(0, mean logratio of the batch's completions to other prompts), section 4.1."""
     total = 0.0
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         logps = completion_logprob_sums(model, [other for _, other in items[part]])
@@ -264,22 +247,23 @@ def run_batch(model, items, label_probs, ref_logps, config):
     compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient of the mean
     loss."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
-    total = torch.zeros(4, device=model.embed.device)
+    total, margins = torch.zeros(3, device=model.embed.device), torch.zeros(len(items))
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
         batch = items[part], label_probs[part], ref_logps[part]
-        losses, compared, right = item_losses(model, *batch, kl, config)
+        losses, compared, margins_of_part = item_losses(model, *batch, kl, config)
         loss = losses.sum() / len(items)  # the batch's count, so that no split changes the gradient
         if torch.is_grad_enabled():
             loss.backward()
-        total += torch.stack([loss.detach(), *compared.sum(0), right.sum()])
-    loss, chosen, rejected, right = reduce_sum(*total)
-    n = n_chosen = n_rejected = len(items)
+        total += torch.stack([loss.detach(), *compared.sum(0)])
+        margins[part] = margins_of_part.cpu()
+    loss, chosen, rejected, *margins = reduce_sum(*total, *margins)
+    n_chosen = n_rejected = len(items)
     if config.loss == "kto":
-        n_good = int((label_probs > 0.5).sum())
-        n_chosen, n_rejected = max(1, n_good), max(1, n - n_good)
+        n_chosen = int((label_probs > 0.5).sum())
+        n_chosen, n_rejected = max(1, n_chosen), max(1, len(items) - n_chosen)
     name = LOSSES[config.loss].compares
     means = {f"chosen_{name}": chosen / n_chosen, f"rejected_{name}": rejected / n_rejected}
-    return {"loss": loss, **means, "accuracy": right / n}
+    return {"loss": loss, **means, "accuracy": agreement(np.array(margins), label_probs).mean()}
 
 
 def main(config):
@@ -289,12 +273,13 @@ def main(config):
 
     # 1. Policy and pairs
     model, tok = run.load()
+    read_items = kto.read_items if config.loss == "kto" else chat.read_items
     train, label_probs, val, val_label_probs, hashes = read_items(config, tok, run.context(model))
     chat.audit(tok, [first for first, _ in train], config.data)
-    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
+    order = index_order(len(train), config.seed)
+    steps, epochs = order.plan(config.batch_size, config.epochs, config.steps)
     lr = config.lr or 2e-4 * (128 / model.config.width) ** 2
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    order = index_order(len(train), config.seed)
     # 2. What the reference says of them; it never changes, so it is asked once
     ref_logps, val_ref_logps = torch.zeros(len(train), 2), torch.zeros(len(val), 2)
     if "ratio" in LOSSES[config.loss].compares:
@@ -305,35 +290,30 @@ def main(config):
         del reference
 
     # bookkeeping: memory, what is saved and resumed
-    def planned_loss(model, items):
-        n = len(items)
-        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
-
-    lengths = item_lengths(train)
-    step_tokens = memory.likely_tokens(lengths, config.batch_size)
-    memory.check(run, [(model, optimizer, planned_loss)], train, lengths, step_tokens, batch_flag="batch_size")
+    check_memory(run, model, optimizer, train)
     if config.compile:
         model.compile()
     longer = -completion_lengths(train).diff().mean()
-    print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer; {steps} steps; peak lr {lr:.3g}")
-    flops = model.flops_per_token(int(np.mean(lengths) / 2))
+    print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
+    print0(f"{steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     saved = {"optimizer": optimizer, "order": order}
     run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)
 
     for step in run.steps():
         # 3. Learn from a batch of pairs
         model.train()
-        batch = order.batch(config.batch_size)
+        batch = order.epoch_batch(config.batch_size)
         items = [train[i] for i in batch]
         means = run_batch(model, items, label_probs[batch], ref_logps[batch], config)
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-        run.require_finite(step, means["loss"], [grad_norm], [side for item in items for side in item])
+        sides = [side for item in items for side in item]
+        run.require_finite(step, means["loss"], [grad_norm], sides)
         loss, chosen, rejected, accuracy = means.values()
         rewards = {"chosen_reward": config.beta * chosen, "rejected_reward": config.beta * rejected}
         rewards |= {"margin": config.beta * (chosen - rejected), "accuracy": accuracy}
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, sum(item_lengths(items)), flops, loss=loss, **rewards, **rates)
+        run.log(step, model, [len(side.ids) for side in sides], loss=loss, **rewards, **rates)
 
         # 4. Validate, save
         if run.eval_due(step):
@@ -341,9 +321,29 @@ def main(config):
             with torch.no_grad():
                 metrics = run_batch(model, val, val_label_probs, val_ref_logps, config)
             run.validated(step, {"val_loss": metrics.pop("loss"), **metrics})
-            if metrics.get("chosen_logratio", 0) < 0 and LOSSES[config.loss].takes_nll:
-                run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
+            warn_of_falling(run, metrics)
         run.end_step(step, model, tok)
+
+
+def warn_of_falling(run, metrics):
+    """Warn, once, if the chosen completions are less likely than in the reference, or at first."""
+    loss = LOSSES[run.config.loss]
+    name = f"chosen_{loss.compares}"
+    first = run.first_step_stats.setdefault(name, 0.0 if "ratio" in name else metrics[name])
+    if loss.takes_nll and metrics[name] < first:
+        run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
+
+
+def check_memory(run, model, optimizer, items):
+    """The memory plan of a step; see runtime/memory.py."""
+    config, lengths = run.config, item_lengths(items)
+
+    def loss(model, items):
+        n = len(items)
+        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
+
+    step_tokens = memory.likely_tokens(lengths, config.batch_size)
+    memory.check(run, [(model, optimizer, loss)], items, lengths, step_tokens, batch_flag="batch_size")
 
 
 if __name__ == "__main__":

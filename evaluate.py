@@ -32,7 +32,16 @@ import torch
 from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
-from figures import distinct, interval, mean_interval, point_estimate, position_bias, preference_figures, show
+from figures import (
+    agreement,
+    distinct,
+    interval,
+    mean_interval,
+    point_estimate,
+    position_bias,
+    preference_figures,
+    show,
+)
 from kernels.head import linear_logprob
 from model import logprobs_no_grad
 from rollout import rollout, sample_completions
@@ -163,8 +172,8 @@ def judge_figures(config, model, tok, examples):
         p = judge_score(model, tok, triples, principle, config.micro_batch_tokens)  # [n, 2]: A is better
         a_is_better = np.array([row["better"] == "A" for row in mine])
         name = principle.partition(":")[0].strip(".").lower()
-        figures[f"judge: {name}, both orders"] = mean_interval((p.mean(1) > 0.5) == a_is_better, config.seed)
-        figures[f"judge: {name}, one order"] = mean_interval((p[:, 0] > 0.5) == a_is_better, config.seed)
+        figures[f"judge: {name}, both orders"] = mean_interval(agreement(p.mean(1) - 0.5, a_is_better), config.seed)
+        figures[f"judge: {name}, one order"] = mean_interval(agreement(p[:, 0] - 0.5, a_is_better), config.seed)
         bias.extend(position_bias(p))
     figures["judge: position bias"] = mean_interval(bias, config.seed)
     return figures

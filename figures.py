@@ -78,7 +78,7 @@ def preference_figures(pairs, margins, lengths, seed):
     gold = label_margins(pairs)["gold"]
     if np.isfinite(gold).all():
         best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws labels
-        right = ((margins > 0) == (gold > 0))[gold != 0]
+        right = agreement(margins, gold > 0)[gold != 0]
         figures |= mean_intervals({"order as gold's": right, "accuracy that noise allows (Bayes)": best}, seed)
     return figures
 
@@ -88,6 +88,7 @@ def agreement(margins, labels):
 
     margins: [n], > 0 if the first side leads; labels: [n], probability that the first is preferred.
     """
+    labels = np.asarray(labels, dtype=np.float64)
     return np.where(margins == 0, 0.5, np.where(margins > 0, labels, 1 - labels))
 
 
@@ -115,8 +116,8 @@ def correlation(sums):
 
 def calibration_figures(margins, labels, seed):
     """How often the label agrees with the model, by how sure the model is: sigmoid(|margin|)."""
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    agrees = np.where(margins >= 0, labels, 1 - labels)
+    confidence = 1 / (1 + np.exp(-np.abs(margins).clip(max=700)))
+    agrees = agreement(margins, labels)
     figures = {"calibration error": point_estimate(calibration_error(confidence, agrees))}
     tenth = np.minimum((10 * confidence).astype(int), 9)
     for n in np.unique(tenth):
@@ -162,11 +163,11 @@ def verdict_values(p, margins, probability, kept, known, principles):
     values = {"confidence, all pairs": 0.5 + certainty, "confidence, kept pairs": 0.5 + certainty[kept]}
     for name, margin in known.items():
         decided = np.isfinite(margin) & (margin != 0)
-        agrees = (probability > 0.5) == (margin > 0)
+        agrees = agreement(probability - 0.5, margin > 0)
         values[f"agrees with {name}, all pairs"] = agrees[decided]
         values[f"agrees with {name}, kept pairs"] = agrees[decided & kept]
         for j, principle in enumerate(principles):
-            agrees = (margins[:, j] > 0) == (margin > 0)
+            agrees = agreement(margins[:, j], margin > 0)
             values[f"agrees with {name}, by: {principle}"] = agrees[decided & asked[:, j]]
     by_principle = {f", by: {principle}": p[asked[:, j], j] for j, principle in enumerate(principles)}
     for suffix, verdicts in {"": p[asked], **by_principle}.items():

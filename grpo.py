@@ -36,16 +36,16 @@ import torch
 
 import scoring
 from data import chat
-from data.pack import Chat, make_completion, rank_span, token_slices
-from model import completion_logprobs, logprobs_no_grad
+from data.pack import token_slices
+from model import completion_logprobs
 from optim import Optimizer, wsd
-from rollout import Sample, check_sampler_matches_trainer, sample_completions
+from rollout import check_sampler_matches_trainer, complete_rows, get_per_token, read_logprobs, set_per_token
 from runtime import checkpoint, memory
-from runtime.batches import index_order
+from runtime.batches import index_order, minibatches
 from runtime.cli import print0
 from runtime.errors import UserError
-from runtime.process import launch, rank, reduce_sum, world_size
-from runtime.run import RolloutConfig, Run
+from runtime.process import launch, reduce_sum
+from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
 
 DEFAULT_RECIPE = {"group_size": 8, "advantage": "grpo", "loss_aggregation": "token", "clip_low": 0.2, "clip_high": 0.28}
 DEFAULT_RECIPE |= {"kl": "none", "beta": 0.0, "refill": 0, "overlong": "none", "reference_every": 0, "minibatches": 1}
@@ -142,7 +142,7 @@ def group_advantages(rewards, kind):
     G = rewards.shape[1]
     advantages = rewards - rewards.mean(1, keepdim=True)
     if kind == "grpo":
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        advantages = advantages / rewards.std(1, keepdim=True).clamp(min=1e-300)
     elif kind == "rloo":
         advantages = advantages * G / (G - 1)
     # Rounding is no reason to learn: (r - mean) / std of three equal 0.3 can be 0.7
@@ -150,8 +150,8 @@ def group_advantages(rewards, kind):
 
 
 def differs(rewards):
-    """bool [P]: whether a group's rewards [P, G] are not all the same."""
-    return rewards.amax(1) - rewards.amin(1) > 1e-6
+    """bool [P]: whether a group's rewards, fp64 [P, G], are not all the same but for rounding."""
+    return rewards.amax(1) - rewards.amin(1) > 1e-12 * rewards.abs().amax(1)
 
 
 def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
@@ -195,91 +195,57 @@ def overlong_penalty(length, max_new_tokens, share):
 # One step
 
 
-@dataclass
-class Completion:
-    index: int  # among the completions of all ranks in this step; those of a group are neighbours
-    chat: Chat
-    sample: Sample
-    score: float
-    parts: dict  # {reward: what it says}
-    advantage: float = 0.0
-    old_logp: torch.Tensor = None  # fp32, of its trained tokens; None: the update's own pass finds it
-    ref_logp: torch.Tensor = None
-
-    @property
-    def n_tokens(self):  # those that are trained
-        return int(self.chat.loss_mask.sum())
-
-
 def roll_out(model, tok, rewards, order, train, step, config, time_phase):
     """([Completion], n_prompts): this rank's completions, and how many prompts all ranks saw.
 
     That is --prompts_per_step, and with --refill more, until so many groups have differences.
     """
-    G, completions, n_prompts, missing = config.group_size, [], 0, config.prompts_per_step
+    completions, n_prompts, missing = [], 0, config.prompts_per_step
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
-        begin, end = rank_span([1] * missing, rank(), world_size())
-        rows, first = rows[begin:end], (n_prompts + begin) * G
-        sampling = {"n": G, "seed": config.seed * 1_000_003 + step, "first": first}
-        sampling |= {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-        prompts, samples, texts = sample_completions(model, tok, [messages for messages, _ in rows], **sampling)
+        more = complete_rows(model, tok, rows, step, config, n_prompts)
         time_phase("rollout")
-        scores, parts = scoring.score_completions(rewards, rows, samples, texts)
-        for i, s in enumerate(samples):
-            if config.overlong == "punish":
-                scores[i] += overlong_penalty(len(s.tokens), config.max_new_tokens, config.overlong_share)
-            document = make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask)
-            said = {name: values[i] for name, values in parts.items()}
-            completions.append(Completion(first + i, document, s, scores[i], said))
+        scoring.score_batch(rewards, more)
+        if config.overlong == "punish":
+            for c in more:
+                c.score += overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
         time_phase("scoring")
+        completions += more
         n_prompts += missing
-        missing -= int(reduce_sum(differs(torch.from_numpy(scores).float().view(-1, G)).sum())[0])
+        missing -= int(reduce_sum(differs(group_scores(more, config)).sum())[0])
         if not missing:
             break
     return completions, n_prompts
 
 
-def find_advantages(completions, n_prompts, config):
-    """(trained, batch, lengths): this rank's completions that teach, with their advantages; the
-    indices of the completions of all ranks; and the trained tokens of each index.
+def group_scores(completions, config):
+    """fp64 [P, G], of whole groups. In a group the same text is worth the same: a reward model that
+    reads it in another pack rounds otherwise, which is no difference to learn from."""
+    known = {}
+    scores = [known.setdefault((c.index // config.group_size, c.text, c.sample.finished), c.score) for c in completions]
+    return torch.tensor(scores, dtype=torch.float64).view(-1, config.group_size)
 
-    Groups without a difference are left out. With --overlong=mask a completion without an end has 0
-    tokens, so that it teaches nothing.
+
+def find_advantages(completions, config):
+    """(trained, groups): the completions that teach, with their advantages; and of each completion
+    what its group is, {"zero_variance", "all_right", "all_wrong", "all_cut": bool [D]}.
+
+    Groups of zero variance teach nothing, nor do completions without an end with --overlong=mask.
+    All of a group are right if they are worth the same and more than 0.
     """
-    scores = torch.tensor([c.score for c in completions], dtype=torch.float32).view(-1, config.group_size)
-    advantages = group_advantages(scores, config.advantage).flatten().tolist()
-    differ = differs(scores).repeat_interleave(config.group_size).tolist()
-    in_batch, lengths = np.zeros((2, n_prompts * config.group_size))
+    scores = group_scores(completions, config)
+    advantages = group_advantages(scores, config.advantage).flatten().float()
+    equal, positive = ~differs(scores), scores[:, 0] > 0
+    finished = torch.tensor([c.sample.finished for c in completions]).view_as(scores)
+    groups = {"zero_variance": equal, "all_right": equal & positive, "all_wrong": equal & ~positive}
+    groups["all_cut"] = ~finished.any(1)
+    groups = {name: values.repeat_interleave(config.group_size).tolist() for name, values in groups.items()}
     trained = []
-    for c, advantage, teaches in zip(completions, advantages, differ, strict=True):
-        in_batch[c.index], c.advantage = teaches, advantage
-        if teaches and (c.sample.finished or config.overlong != "mask"):
-            lengths[c.index] = c.n_tokens
+    for c, advantage, nothing in zip(completions, advantages, groups["zero_variance"], strict=True):
+        if not nothing and (c.sample.finished or config.overlong != "mask"):
+            c.per_token["advantages"] = advantage.repeat(c.n_tokens)
             trained.append(c)
-    in_batch, lengths = np.split(np.array(reduce_sum(*in_batch, *lengths)), 2)
-    return trained, np.flatnonzero(in_batch), lengths
-
-
-def set_logprobs(completions, name, logp):
-    """Give each completion its part of logp, fp32 [M], as its old_logp or ref_logp."""
-    for c, own in zip(completions, logp.split([c.n_tokens for c in completions]), strict=True):
-        setattr(c, name, own)
-
-
-def minibatches(trained, batch, lengths, step, config):
-    """Yield (this rank's completions, number of trained tokens and of completions that teach on all
-    ranks) of each optimizer step: --epochs times the whole batch, shuffled.
-
-    An undivided batch keeps its order, and so is the very pack that was read before.
-    """
-    by_index = {c.index: c for c in trained}
-    for epoch in range(config.epochs):
-        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(batch)
-        for indices in np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [batch]:
-            n_completions = np.count_nonzero(lengths[indices])
-            if n_completions:
-                yield [by_index[i] for i in indices if i in by_index], lengths[indices].sum(), n_completions
+    return trained, groups
 
 
 UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
@@ -289,22 +255,21 @@ def update_step(model, completions, n_tokens, n_completions, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
     tokens in `n_completions` completions on all ranks. Returns {name: mean over all ranks}.
 
-    A completion without old_logp gets what this pass finds.
+    Completions without "old_logp" get what this pass finds.
     """
     model.train()
-    sums = torch.zeros(4, device=model.embed.device)
+    sums = torch.zeros(len(UPDATE_STATS), device=model.embed.device)
     for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
         micro_batch = completions[part]
         logp = completion_logprobs(model, [c.chat for c in micro_batch], config.temperature)
-        if micro_batch[0].old_logp is None:
-            set_logprobs(micro_batch, "old_logp", logp.detach())
-        old_logp = torch.cat([c.old_logp for c in micro_batch])
-        lengths = [c.n_tokens for c in micro_batch]
-        advantages = torch.from_numpy(np.repeat([c.advantage for c in micro_batch], lengths)).to(logp)
+        if "old_logp" not in micro_batch[0].per_token:
+            set_per_token(micro_batch, old_logp=logp.detach())
+        old_logp, advantages = (get_per_token(model, micro_batch, name) for name in ("old_logp", "advantages"))
         losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_low, config.clip_high)
         if config.kl != "none":
-            ref_logp = torch.cat([c.ref_logp for c in micro_batch])
+            ref_logp = get_per_token(model, micro_batch, "ref_logp")
             losses = losses + config.beta * kl_loss(logp, ref_logp, ratio, config.kl)
+        lengths = [c.n_tokens for c in micro_batch]
         weights = token_weights(lengths, config.loss_aggregation, n_tokens, n_completions, config.max_new_tokens)
         loss = (weights.to(logp.device) * losses).sum()
         loss.backward()
@@ -315,15 +280,6 @@ def update_step(model, completions, n_tokens, n_completions, config):
     return dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))
 
 
-def load_reference(run, model, tok):
-    """The policy that the KL is measured from, as the run last renewed it; None without --kl."""
-    if run.config.kl == "none":
-        return None
-    if run.resumed and (run.resumed / "reference").exists():
-        return checkpoint.load_matching(run.resumed / "reference", model, tok, "--resume")
-    return run.load_reference(model, tok)
-
-
 def main(config):
     apply_recipe(config)
     check_flags(config)
@@ -331,7 +287,7 @@ def main(config):
 
     # Policy, reference, rewards, prompts
     model, tok = run.load()
-    reference = load_reference(run, model, tok)
+    reference = run.load_reference(model, tok) if config.kl != "none" else None
     options = config.constitution, config.reward_timeout, config.monitor
     rewards = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
@@ -350,26 +306,17 @@ def main(config):
         completions, n_prompts = roll_out(model, tok, rewards, order, train, step, config, run.time_phase)
 
         # 2. Advantages: how much better each completion is than its group
-        trained, batch, lengths = find_advantages(completions, n_prompts, config)
-        chats, samples = [c.chat for c in trained], [c.sample for c in trained]
-        limits = config.temperature, config.micro_batch_tokens
-        ref_logp = logprobs_no_grad(reference, chats, *limits) if reference else None  # [M]
-        if reference:
-            set_logprobs(trained, "ref_logp", ref_logp)
-        # A single update finds the old log-probabilities in its own pass. The first step of a
-        # process checks that this is true.
-        updated_once = config.epochs * config.minibatches == 1 and step > run.start + 1
-        if not updated_once:
-            logp = logprobs_no_grad(model, chats, *limits)  # [M]
-            set_logprobs(trained, "old_logp", logp)
-            same_logp = ref_logp if step == 1 and not config.reference else None  # the KL must be 0 at first
-            repeat = step == run.start + 1
-            gap = check_sampler_matches_trainer(model, chats, samples, logp, same_logp, *limits, repeat)
+        trained, groups = find_advantages(completions, config)
+        chats = [c.chat for c in trained]
 
-        # 3. Update: a few passes over these completions, in minibatches
+        # 3. Log-probabilities [M] before the update, which a single one finds in its own pass
+        single_update = config.epochs * config.minibatches == 1
+        _, ref_logp = read_logprobs(run, step, model, reference, trained, always=not single_update)
+
+        # 4. Update: a few passes over these completions, in minibatches
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
         updates, grad_norm = [], torch.zeros(())
-        for minibatch in minibatches(trained, batch, lengths, step, config):
+        for minibatch in minibatches(trained, n_prompts * config.group_size, step, config):
             stats = update_step(model, *minibatch, config)
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
                 optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
@@ -377,46 +324,23 @@ def main(config):
             grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
             run.require_finite(step, stats["loss"], [grad_norm], chats)
             updates.append(stats)
-        if updated_once:
-            logp = torch.cat([torch.zeros(0, device=run.device), *(c.old_logp for c in trained)])
-            gap = check_sampler_matches_trainer(model, chats, samples, logp, None, *limits, False)
+        logp = get_per_token(model, trained, "old_logp")
+        gap = check_sampler_matches_trainer(model, trained, logp, None, config)
         run.time_phase("update")
 
-        # 4. Log, validate, save
-        printed, log_only = step_metrics(completions, n_prompts, batch, lengths, logp, ref_logp, updates, config)
-        log_only |= {"sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log_rollout(step, model, chats, config.epochs + 2 / 3, log_only, **printed)
-        if config.reference_every and step % config.reference_every == 0:
+        # 5. Log, validate, save
+        punished = config.overlong == "punish"
+        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, punished, **groups)
+        metrics |= mean_updates(updates, UPDATE_STATS)
+        metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
+        run.log_rollout(step, model, chats, config.epochs + 2 / 3, metrics)
+        renewed = config.reference_every and step >= config.reference_every
+        if renewed and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
         if run.eval_due(step):
-            judged = rewards, val[: config.eval_prompts], config, config.beta
-            metrics, text = scoring.validate_policy(model, reference, tok, *judged)
-            run.validated(step, metrics)
-            run.sample(step, f"{val[0][0][-1]['content']}\n--- completion:\n{text}")
-        renewed = config.reference_every and step >= config.reference_every
+            judged = val, config, config.beta
+            run.validated(step, *scoring.validate_policy(model, reference, tok, rewards, *judged))
         run.end_step(step, model, tok, {"reference": reference} if renewed else {})
-
-
-def step_metrics(completions, n_prompts, batch, lengths, logp, ref_logp, updates, config):
-    """(printed, log_only): what a step logs, over all ranks. updates: what update_step returned."""
-    samples, rewards = [c.sample for c in completions], completions[0].parts
-    sums = {"reward": sum(c.score for c in completions)}
-    if len(rewards) > 1 or config.overlong == "punish":
-        sums |= {name: sum(c.parts[name] for c in completions) for name in rewards}
-    finished, tokens = sum(s.finished for s in samples), sum(len(s.tokens) for s in samples)
-    kl = 0.0 if ref_logp is None else (logp - ref_logp).sum()
-    n, finished, tokens, M, entropy, kl, *totals = reduce_sum(
-        len(samples), finished, tokens, len(logp), -logp.sum(), kl, *sums.values()
-    )
-    printed = {name: total / n for name, total in zip(sums, totals, strict=True)}
-    printed["zero_variance"] = 1 - len(batch) / n
-    if ref_logp is not None:
-        printed["kl"] = kl / max(1, np.count_nonzero(lengths))
-    log_only = {"finished": finished / n, "completion_tokens": tokens / n, "entropy": entropy / max(1, M)}
-    log_only |= {"prompts_seen": n_prompts, "updates": len(updates)}
-    for name in UPDATE_STATS:
-        log_only[name] = sum(stats[name] for stats in updates) / max(1, len(updates))
-    return printed | {"loss": log_only.pop("loss")}, log_only
 
 
 def check_memory(run, model, optimizer, reference, tok, rows):
@@ -429,7 +353,7 @@ def check_memory(run, model, optimizer, reference, tok, rows):
 
     frozen = {"reference": reference.config} if reference else {}
     frozen |= scoring.reward_configs(f"{config.reward},{config.monitor}")
-    n = config.prompts_per_step * config.group_size
+    n = config.completions_per_step
     memory.check_rollout(run, [(model, optimizer, loss)], tok, rows, n / config.minibatches, n, frozen)
 
 

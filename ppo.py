@@ -30,16 +30,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 import scoring
 from data import chat
-from data.pack import make_completion, rank_span, token_slices
-from model import completion_logprobs, logprobs_no_grad, state_values, values_no_grad
+from data.pack import token_slices
+from model import completion_logprobs, state_values, values_no_grad
 from optim import Optimizer, wsd
-from rollout import check_sampler_matches_trainer, sample_completions
+from rollout import check_sampler_matches_trainer, complete_rows, get_per_token, read_logprobs, set_per_token
 from runtime import checkpoint, memory
-from runtime.batches import index_order
+from runtime.batches import index_order, minibatches
 from runtime.cli import print0
 from runtime.errors import UserError
 from runtime.process import launch, rank, reduce_sum, world_size
-from runtime.run import RolloutConfig, Run
+from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class Config(RolloutConfig):
 
 def check_flags(config):
     """Raises UserError for flags that do not go together."""
-    n = config.prompts_per_step * config.group_size
+    n = config.completions_per_step
     if not config.reward:
         raise UserError("--reward: name what to maximise")
     if n < config.minibatches:
@@ -127,12 +127,23 @@ def gae(rewards, values, lengths, gamma, lam):
     return advantages, advantages + values
 
 
-def whiten(x):
-    """x less its mean, over its standard deviation: of all tokens of the step, on all ranks."""
+def mean_and_variance(x):
+    """Of all tokens of the step, on all ranks."""
     wide = x.cpu().double()  # Apple's GPUs have no fp64
     n, total, squares = reduce_sum(len(x), wide.sum(), wide.square().sum())
-    variance = max(0.0, squares / n - (total / n) ** 2)
-    return (x - total / n) / (variance**0.5 + 1e-8)
+    return total / n, max(0.0, squares / n - (total / n) ** 2)
+
+
+def whiten(x):
+    """x less its mean, over its standard deviation."""
+    mean, variance = mean_and_variance(x)
+    return (x - mean) / (variance**0.5 + 1e-8)
+
+
+def explained_variance(values, returns):
+    """The share of the returns' variance that the critic foresaw: 1 is all, 0 as a constant
+    would."""
+    return 1 - mean_and_variance(returns - values)[1] / max(mean_and_variance(returns)[1], 1e-12)
 
 
 def policy_loss(logp, old_logp, advantages, clip_ratio):
@@ -169,50 +180,31 @@ class Beta:
         self.value = state["value"]
 
 
-def roll_out(policy, tok, rows, step, config):
-    """(rows, chats, samples, texts): this rank's share of a step's rows, and the completions."""
-    first, end = rank_span([1] * len(rows), rank(), world_size())
-    conversations = [messages for messages, _ in rows[first:end]]
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "n": config.group_size}
-    sampling |= {"seed": config.seed * 1_000_003 + step, "first": first * config.group_size}
-    prompts, samples, texts = sample_completions(policy, tok, conversations, **sampling)
-    chats = [make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask) for s in samples]
-    return rows[first:end], chats, samples, texts
+def load_critic(run, policy, tok):
+    """(critic, its center): of the checkpoint to resume, or a first one."""
+    if run.resumed:
+        return checkpoint.read(run.resumed / "critic", run.device)[0], run.info["critic_center"]
+    return scoring.first_critic(run.config, policy, tok)
 
 
-def minibatches(chats, per_token, step, config):
-    """Yield (chats, their parts of the tensors `per_token` [M], number of tokens on all ranks) of
-    each optimizer step: all completions of all ranks, shuffled, --epochs times; a rank's are its
-    own."""
-    first_prompt, _ = rank_span([1] * config.prompts_per_step, rank(), world_size())
-    first, n = first_prompt * config.group_size, config.prompts_per_step * config.group_size
-    lengths = [int(c.loss_mask.sum()) for c in chats]
-    per_chat = list(zip(*(x.split(lengths) for x in per_token), strict=True))
-    all_lengths = np.zeros(n)
-    all_lengths[first : first + len(chats)] = lengths
-    all_lengths = np.array(reduce_sum(*all_lengths))
-    for epoch in range(config.epochs):
-        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(n)
-        for indices in np.array_split(shuffled, config.minibatches):
-            own = [i - first for i in indices if first <= i < first + len(chats)]
-            yield [chats[i] for i in own], [per_chat[i] for i in own], all_lengths[indices].sum()
+UPDATE_STATS = ("loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
 
 
-def update_step(policy, critic, chats, per_chat, n_tokens, config, center):
+def update_step(policy, critic, completions, n_tokens, config, center):
     """Add up the gradients of both losses over this rank's part of a minibatch of `n_tokens`
-    completion tokens on all ranks.
-
-    per_chat: for each chat (old_logp, old_value, advantages, returns). Returns {figure: mean over
-    all ranks}."""
+    completion tokens on all ranks. Returns {figure: mean over all ranks}."""
     policy.train()
     critic.train()
-    sums, max_ratio = torch.zeros(5, device=policy.embed.device), torch.zeros((), device=policy.embed.device)
-    for part in token_slices([len(c.ids) for c in chats], config.micro_batch_tokens):
-        old_logp, old_value, advantages, returns = (torch.cat(x) for x in zip(*per_chat[part], strict=True))
-        logp = completion_logprobs(policy, chats[part], config.temperature)
+    sums, max_ratio = torch.zeros(len(UPDATE_STATS), device=policy.embed.device), 0.0
+    for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
+        chats = [c.chat for c in completions[part]]
+        old_logp, old_value, advantages, returns = (
+            get_per_token(policy, completions[part], name) for name in ("old_logp", "values", "advantages", "returns")
+        )
+        logp = completion_logprobs(policy, chats, config.temperature)
         losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_ratio)
         (losses.sum() / n_tokens).backward()
-        value = state_values(critic, chats[part]) - center
+        value = state_values(critic, chats) - center
         value_losses = value_loss(value, old_value, returns, config.clip_value)
         (value_losses.sum() / n_tokens).backward()
         with torch.no_grad():
@@ -220,10 +212,9 @@ def update_step(policy, critic, chats, per_chat, n_tokens, config, center):
             approx_kl = ratio - 1 - (logp - old_logp)
             clipped = ((ratio - 1).abs() > config.clip_ratio).float()
             sums += torch.stack([x.sum() for x in (losses, value_losses, approx_kl, clipped, ratio)]) / n_tokens
-            max_ratio = torch.maximum(max_ratio, ratio.max())
-    max_by_rank = [float(max_ratio) * (r == rank()) for r in range(world_size())]
-    means = [*reduce_sum(*sums), max(reduce_sum(*max_by_rank))]
-    return dict(zip(("loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "max_ratio"), means, strict=True))
+            max_ratio = max(max_ratio, ratio.max().item())
+    means = dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))
+    return means | {"max_ratio": max(reduce_sum(*[max_ratio * (r == rank()) for r in range(world_size())]))}
 
 
 def main(config):
@@ -236,10 +227,7 @@ def main(config):
     scoring.refuse_weak_reward_models(config.reward, config.min_accuracy)
     options = config.constitution, config.reward_timeout, config.monitor
     rewards = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
-    if run.resumed:
-        critic, center = checkpoint.read(run.resumed / "critic", run.device)[0], run.info["critic_center"]
-    else:
-        critic, center = scoring.first_critic(config, policy, tok)
+    critic, center = load_critic(run, policy, tok)
     train, val, hashes = chat.read_prompts(config, tok, policy.config.context)
 
     # bookkeeping: optimizers, memory, what is saved and resumed
@@ -258,31 +246,30 @@ def main(config):
     for step in run.steps():
         # 1. Roll out: each rank completes its share of the prompts
         rows = [train[i] for i in order.batch(config.prompts_per_step)]
-        rows, chats, samples, texts = roll_out(policy, tok, rows, step, config)
+        completions = complete_rows(policy, tok, rows, step, config)
+        chats, lengths = [c.chat for c in completions], [c.n_tokens for c in completions]
         run.time_phase("rollout")
 
-        # 2. Score: what the reward says of each completion [D]
-        scores, parts = scoring.score_completions(rewards, rows, samples, texts)
-        scores = scores - config.unfinished_penalty * np.array([not s.finished for s in samples])
+        # 2. Score: what the reward says of each completion
+        scoring.score_batch(rewards, completions)
+        for c in completions:
+            c.score -= config.unfinished_penalty * (not c.sample.finished)
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
-        logp = logprobs_no_grad(policy, chats, config.temperature, config.micro_batch_tokens)
-        ref_logp = logprobs_no_grad(reference, chats, config.temperature, config.micro_batch_tokens)
-        same_logp = ref_logp if step == 1 and not config.reference else None  # the KL must be 0 at first
-        limits = config.temperature, config.micro_batch_tokens, step == run.start + 1
-        gap = check_sampler_matches_trainer(policy, chats, samples, logp, same_logp, *limits)
+        logp, ref_logp = read_logprobs(run, step, policy, reference, completions)
+        gap = check_sampler_matches_trainer(policy, completions, logp, None, config)
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
-        lengths = [int(c.loss_mask.sum()) for c in chats]
-        rewarded = token_rewards(scores, logp, ref_logp, lengths, beta.value)
+        rewarded = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
         advantages, returns = gae(rewarded, values, lengths, config.gamma, config.lam)
         advantages = whiten(advantages)
+        set_per_token(completions, values=values, advantages=advantages, returns=returns)
         run.time_phase("scoring")
 
         # 4. Update: a few passes over these completions, in minibatches
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
-        updates, max_ratio = [], 0.0
-        for minibatch in minibatches(chats, (logp, values, advantages, returns), step, config):
-            stats = update_step(policy, critic, *minibatch, config, center)
+        updates, max_ratio, norms = [], 0.0, torch.zeros(2)
+        for minibatch, n_tokens, _ in minibatches(completions, config.completions_per_step, step, config):
+            stats = update_step(policy, critic, minibatch, n_tokens, config, center)
             max_ratio = max(max_ratio, stats["max_ratio"])
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
                 optimizer.zero_grad()  # leave out this minibatch, and the rest: no step at all
@@ -294,38 +281,17 @@ def main(config):
         run.time_phase("update")
 
         # 5. Log, adapt beta, validate, save
-        printed, log_only = step_metrics(scores, parts, samples, logp, ref_logp, values, returns, updates)
-        log_only |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
-        passes = 2 * config.epochs + 5 / 3  # both models trained; five forward passes without a gradient
-        run.log_rollout(step, policy, chats, passes, log_only, **printed)
-        beta.update(printed["kl"], config.prompts_per_step * config.group_size)
+        metrics = rollout_metrics(completions, len(completions), logp, ref_logp)
+        metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
+        metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
+        metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
+        # Both models are trained on them, and read them five times without a gradient
+        run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
+        beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):
-            judged = rewards, val[: config.eval_prompts], config, beta.value, config.unfinished_penalty
-            metrics, text = scoring.validate_policy(policy, reference, tok, *judged)
-            run.validated(step, metrics)
-            run.sample(step, f"{val[0][0][-1]['content']}\n--- completion:\n{text}")
+            judged = val, config, beta.value, config.unfinished_penalty
+            run.validated(step, *scoring.validate_policy(policy, reference, tok, rewards, *judged))
         run.end_step(step, policy, tok, {"critic": critic}, critic_center=center)
-
-
-def step_metrics(scores, parts, samples, logp, ref_logp, values, returns, updates):
-    """(printed, log_only): what a step logs, over all ranks. updates: what update_step returned."""
-    error = returns - values
-    parts = parts if len(parts) > 1 else {}  # one alone would repeat the reward
-    counts = len(samples), len(logp), sum(s.finished for s in samples)
-    sums = scores.sum(), (logp - ref_logp).sum(), -logp.sum()
-    moments = error.sum(), error.square().sum(), returns.sum(), returns.square().sum()
-    D, M, finished, reward, kl, entropy, *rest = reduce_sum(
-        *counts, *sums, *moments, *(x.sum() for x in parts.values())
-    )
-    error, error_squared, total, total_squared = (x / M for x in rest[:4])
-    explained = 1 - (error_squared - error**2) / max(total_squared - total**2, 1e-12)
-    printed = {"reward": reward / D, **{name: x / D for name, x in zip(parts, rest[4:], strict=True)}, "kl": kl / D}
-    log_only = {"finished": finished / D, "completion_tokens": M / D, "updates": len(updates), "entropy": entropy / M}
-    for name in ("loss", "value_loss", "approx_kl"):
-        printed[name] = sum(stats[name] for stats in updates) / max(1, len(updates))
-    for name in ("clip_fraction", "ratio"):
-        log_only[name] = sum(stats[name] for stats in updates) / max(1, len(updates))
-    return printed, log_only | {"explained_variance": explained}
 
 
 def check_memory(run, policy, optimizer, critic, critic_optimizer, reference, tok, rows):
@@ -342,7 +308,7 @@ def check_memory(run, policy, optimizer, critic, critic_optimizer, reference, to
 
     trained = [(policy, optimizer, loss_of_policy), (critic, critic_optimizer, loss_of_critic)]
     frozen = {"reference": reference.config} | scoring.reward_configs(f"{config.reward},{config.monitor}")
-    n = config.prompts_per_step * config.group_size
+    n = config.completions_per_step
     memory.check_rollout(run, trained, tok, rows, n / config.minibatches, n, frozen)
 
 

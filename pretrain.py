@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import corpus, tokenizer
 from data.pack import IGNORE, fill
-from data.shards import load_manifest, read_prepared
+from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import GPT, config_for
 from optim import Optimizer, wsd
@@ -32,8 +32,7 @@ from runtime.batches import micro_batches, text_order
 from runtime.checkpoint import check_same_data
 from runtime.cli import print0
 from runtime.errors import UserError
-from runtime.files import sha256
-from runtime.process import describe, launch, rank, reduce_sum, world_size
+from runtime.process import launch, rank, reduce_sum, world_size
 from runtime.run import Run, RunConfig
 from runtime.shard import shard, unsharded
 
@@ -118,6 +117,7 @@ class Config(RunConfig):
     max_new_tokens: int = 200
 
 
+MIN_VAL_TOKENS = 50
 SHAPE = ("width", "heads", "kv_heads", "ffn", "tied", "window", "window_every")  # what overrides --depth
 
 
@@ -141,20 +141,12 @@ def check_flags(config):
 # Data and model
 
 
-def data_hashes(config):
-    """{source: SHA-256} of --data and --val; of prepared data it is that of the manifest."""
-    if Path(config.data).is_dir():
-        return {config.data: sha256(Path(config.data) / "manifest.json")}
-    return {name: sha256(name) for name in f"{config.data},{config.val}".split(",") if name}
-
-
 def read_data(config, tok):
     """(tokenizer, train streams, validation streams) of --data.
 
     tok: the tokenizer of --init or of the run to resume; None for a fresh start.
     """
     if Path(config.data).is_dir():
-        load_manifest(config.data)  # before its tokenizer, so that the message is that these are no prepared data
         tok = tok or tokenizer.load(config.data)
         return tok, *read_prepared(config.data, tok)
     files = [corpus.read_documents(file) for file in config.data.split(",")]
@@ -167,6 +159,18 @@ def read_data(config, tok):
     elif tok is None:
         tok = tokenizer.byte_level() if config.tokenizer == "byte" else tokenizer.load(config.tokenizer)
     return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)]
+
+
+def check_sizes(config, n_train, n_val, batch_tokens):
+    """Raises UserError if there are too few tokens."""
+    if n_train < batch_tokens:
+        raise UserError(
+            f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens "
+            "or bring more text"
+        )
+    if n_val < MIN_VAL_TOKENS:
+        where = config.val or config.data
+        raise UserError(f"{where}: {n_val} tokens to validate on say nothing; hold out more, or bring a longer --val")
 
 
 def make_model(config, tok):
@@ -199,13 +203,12 @@ def nll_sum(model, pack, targets):
     return linear_cross_entropy(model(pack.to(device)), model.head, targets.to(device))
 
 
-def train_step(model, streams, pieces, micro_batch_tokens, one_size=False):
-    """Add up the gradient of the mean loss over `pieces` [n, 3], the whole batch, of which this
-    rank takes its part. Returns its part of the loss.
+def mean_nll(model, streams, pieces, micro_batch_tokens, one_size=False):
+    """Nats per token of `pieces` [n, 3], which the ranks share. With gradients enabled, adds up the
+    gradient of this rank's part.
 
     one_size: fill every pack up to `micro_batch_tokens`, for a compiled model.
     """
-    model.train()  # a sample or a validation leaves it in evaluation
     lengths = pieces[:, 2] - pieces[:, 1]
     loss = torch.zeros((), device=model.embed.device)
     for part in micro_batches(model, lengths, micro_batch_tokens):
@@ -213,9 +216,10 @@ def train_step(model, streams, pieces, micro_batch_tokens, one_size=False):
         if one_size:
             pack, targets = one_shape(pack, targets, micro_batch_tokens)
         part_loss = nll_sum(model, pack, targets) / lengths.sum()  # of the batch, so that no split changes the gradient
-        part_loss.backward()
+        if torch.is_grad_enabled():
+            part_loss.backward()
         loss += part_loss.detach()
-    return loss
+    return reduce_sum(loss)[0]
 
 
 @torch.no_grad()
@@ -225,13 +229,10 @@ def evaluate(model, streams, pieces, sizes, micro_batch_tokens):
     sizes: int64 [V], the bytes of each id (tokenizer.token_bytes).
     """
     model.eval()
-    lengths, nats, n_bytes = pieces[:, 2] - pieces[:, 1], 0.0, 0
-    for part in micro_batches(model, lengths, micro_batch_tokens):
-        pack, targets = corpus.pack_pieces(streams, pieces[part])
-        nats += nll_sum(model, pack, targets).item()
-        n_bytes += int(sizes[targets.numpy()].sum())
-    nats, n_bytes = reduce_sum(nats, n_bytes)
-    return nats / int(lengths.sum()), nats / math.log(2) / max(1, n_bytes)
+    nats = mean_nll(model, streams, pieces, micro_batch_tokens)
+    _, targets = corpus.pack_pieces(streams, pieces)
+    n_bytes = int(sizes[targets.numpy()].sum())
+    return nats, nats * len(targets) / math.log(2) / max(1, n_bytes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,12 +262,12 @@ def main(config):
     run = Run("pretrain", config)
 
     # 1. Data and model: fresh, from --init, or as they were when the run was stopped
+    hashes = text_hashes(config.data) | text_hashes(config.val)
     if run.resumed:  # before it is read: changed text may have characters that the tokenizer lacks
-        check_same_data(run.info, data_hashes(config))
+        check_same_data(run.info, hashes)
     model, tok = run.load("cpu") if run.folder else (None, None)
     tok, train, val = read_data(config, tok)
-    if model is None:
-        model = make_model(config, tok)
+    model = model or make_model(config, tok)
     model.dropout, model.checkpoint_activations = config.dropout, config.checkpoint_activations
     model = shard(model, run.device) if config.shard else model.to(run.device)
     context = min(config.context, model.config.context)  # a default yields to the model, a --context does not
@@ -274,12 +275,9 @@ def main(config):
         context = run.context(model)
     n_train, n_parameters = sum(map(len, train)), sum(p.numel() for p in model.parameters())
     batch_tokens = config.batch_tokens or 1024 * model.config.layers**2
-    steps = config.steps or -(-20 * n_parameters // batch_tokens)
-    if n_train < batch_tokens:
-        raise UserError(
-            f"{config.data}: {n_train} training tokens, fewer than one batch of {batch_tokens}; lower --batch_tokens "
-            "or bring more text"
-        )
+    default_steps = -(-20 * n_parameters // batch_tokens)
+    steps = config.steps or default_steps
+    check_sizes(config, n_train, sum(map(len, val)), batch_tokens)
     optimizer = make_optimizer(config, model)
     order = text_order(train, tok.eot, context, config.seed)
     val_pieces, sizes = corpus.some_pieces(val, tok.eot, context, config.eval_tokens), tokenizer.token_bytes(tok)
@@ -294,34 +292,36 @@ def main(config):
         model.compile()
         if run.device.type == "cpu":
             print0("warning: on a CPU --compile takes half a minute, and training was slower wherever it was measured")
-    c, hardware = model.config, describe(run.device)["hardware"]
-    shape = f"{c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
-    print0(f"{n_parameters:,} parameters: {shape}; on {hardware}")
-    epochs = steps * batch_tokens / n_train
+    epochs = steps / order.plan(batch_tokens, 1)[0]
     print0(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {epochs:.2f} epochs")
-    flops = model.flops_per_token(int(order.lengths.mean()))
-    run.begin(steps, model, data=data_hashes(config), saved={"optimizer": optimizer, "order": order})
+    run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
+    run.warn_of_other_steps(default_steps, schedule)
 
     for step in run.steps():
         # 2. Learn from the next pieces of text
         pieces = order.batch(batch_tokens)
-        loss = train_step(model, train, pieces, pack_tokens, one_size)
-        lr_scale = wsd(step - 1, steps, config.warmup, int(config.decay * steps))
+        model.train()
+        loss = mean_nll(model, train, pieces, pack_tokens, one_size)
+        lr_scale = schedule(step, steps, config)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-        (loss,) = reduce_sum(loss)
         if not grad_norm.isfinite():
             run.require_finite(step, loss, [grad_norm], corpus.piece_chats(train, pieces))
-        n_tokens = int((pieces[:, 2] - pieces[:, 1]).sum())
-        run.log(step, n_tokens, flops, loss=loss, lr=config.lr * lr_scale, grad_norm=grad_norm.item())
+        rates = {"lr": config.lr * lr_scale, "grad_norm": grad_norm.item()}
+        run.log(step, model, pieces[:, 2] - pieces[:, 1], loss=loss, **rates)
 
         # 3. Validate, sample, save
         if run.eval_due(step):
             nats, bits = evaluate(model, val, val_pieces, sizes, config.micro_batch_tokens)
             metrics = {"val_loss": nats, "val_bpb": bits}
-            run.validated(step, metrics, f"{nats:.4f} nats per token, {bits:.4f} bits per byte")
+            run.validated(step, metrics, text=f"{nats:.4f} nats per token, {bits:.4f} bits per byte")
         if config.sample_every and run.due(step, config.sample_every):
             write_sample(run, step, model, tok, prompt)
         run.end_step(step, model, tok)
+
+
+def schedule(step, steps, config):
+    """What the learning rates are multiplied by in a step of `steps`."""
+    return wsd(step - 1, steps, config.warmup, int(config.decay * steps))
 
 
 def write_sample(run, step, model, tok, prompt):

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import chat, rows
+from data import chat
 from data.pack import Chat, pack
-from figures import preference_figures, show
+from figures import agreement, preference_figures, show
 from model import GPT, score
 from optim import Optimizer, wsd
 from rollout import sample_completions
 from runtime import checkpoint, memory
 from runtime.batches import index_order, micro_batches
 from runtime.cli import print0
-from runtime.process import describe, launch, reduce_sum, world_size
+from runtime.process import launch, reduce_sum, world_size
 from runtime.run import Run, RunConfig
 from scoring import reward_scores
 
@@ -117,33 +117,20 @@ def item_lengths(items):
     return [len(chosen.ids) + len(rejected.ids) for chosen, rejected in items]
 
 
-def train_step(model, items, label_probs, config):
-    """Add up the gradient of the mean loss over a batch on all ranks. Returns (mean loss,
-    accuracy)."""
-    model.train()
-    total = torch.zeros(2, device=model.embed.device)
-    for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
+def run_batch(model, items, label_probs, micro_batch_tokens, margin=0.0, smoothing=0.0):
+    """(mean loss, margins float64 [P] on the CPU) of a batch, which the ranks share. With gradients
+    enabled, adds up the gradient of this rank's part."""
+    total, found = torch.zeros((), device=model.embed.device), torch.zeros(len(items))
+    for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         margins = score_margins(model, items[part])
-        losses = preference_loss(margins, label_probs[part].to(margins), config.margin, config.smoothing)
+        losses = preference_loss(margins, label_probs[part].to(margins), margin, smoothing)
         loss = losses.sum() / len(items)  # the batch's count, so that no split changes the gradient
-        loss.backward()
-        total += torch.stack([loss.detach(), (margins.detach() > 0).sum() / len(items)])
-    return reduce_sum(*total)
-
-
-def read_pairs(config, tok, context):
-    """(train pairs, train items, validation pairs, validation items, {source: SHA-256}), without
-    long ones.
-
-    Pairs are rows.Pair, with the text; items are the same in tokens.
-    """
-    train_pairs, val_pairs, hashes = rows.read_split(config, rows.preference)
-    found = []
-    for pairs, what in ((train_pairs, config.data), (val_pairs, config.val or "held out of it")):
-        items = [chat.encode_pair(tok, pair) for pair in pairs]
-        kept = chat.drop_long_pairs(items, context, what)
-        found += [[pairs[i] for i in kept], [items[i] for i in kept]]
-    return *found, hashes
+        if torch.is_grad_enabled():
+            loss.backward()
+        total += loss.detach()
+        found[part] = margins.detach().cpu()
+    loss, *margins = reduce_sum(total, *found)
+    return loss, np.array(margins)
 
 
 def main(config):
@@ -151,7 +138,7 @@ def main(config):
 
     # 1. Pairs, and the fine-tuned model
     init_model, tok, _ = checkpoint.read(run.init_checkpoint, run.device)
-    train_pairs, train, val_pairs, val, hashes = read_pairs(config, tok, run.context(init_model))
+    train_pairs, train, val_pairs, val, hashes = chat.read_pairs(config, tok, run.context(init_model))
     label_probs = torch.tensor([pair.probability for pair in train_pairs])
     read_at = [Chat(side.ids, np.arange(len(side.ids)) == len(side.ids) - 1) for side, _ in train]
     chat.audit(tok, read_at, f"{config.data}, the chosen sides", "read for the score")
@@ -176,23 +163,24 @@ def main(config):
     # bookkeeping: what is saved and resumed
     if config.compile:
         model.compile()
-    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     order = index_order(len(train), config.seed)
-    hardware = describe(run.device)["hardware"]
-    print0(f"{len(train):,} pairs; {steps} steps of {config.batch_size}; peak lr {lr:.3g}; on {hardware}")
-    flops = model.flops_per_token(int(np.mean(item_lengths(train)) / 2))
+    steps, epochs = order.plan(config.batch_size, config.epochs, config.steps)
+    print0(f"{len(train):,} pairs; {steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
     for step in run.steps():
         # 4. Learn from a batch of pairs
-        batch = order.batch(config.batch_size)
-        items = [train[i] for i in batch]
-        loss, accuracy = train_step(model, items, label_probs[batch], config)
+        model.train()
+        batch = order.epoch_batch(config.batch_size)
+        items, regularisers = [train[i] for i in batch], (config.margin, config.smoothing)
+        loss, margins = run_batch(model, items, label_probs[batch], config.micro_batch_tokens, *regularisers)
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-        run.require_finite(step, loss, [grad_norm], [side for item in items for side in item])
+        sides = [side for item in items for side in item]
+        run.require_finite(step, loss, [grad_norm], sides)
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, sum(item_lengths(items)), flops, loss=loss, accuracy=accuracy, **rates)
+        rates["accuracy"] = agreement(margins, label_probs[batch].numpy()).mean()
+        run.log(step, model, [len(side.ids) for side in sides], loss=loss, **rates)
 
         # 5. Validate, centre, save
         if run.eval_due(step):
@@ -203,16 +191,16 @@ def main(config):
         run.end_step(step, model, tok, center=center)
 
 
+@torch.no_grad()
 def validate(run, step, model, pairs, items):
     """Log the loss and accuracy on held-out pairs; at the last step print figures with intervals as
     well."""
     model.eval()
-    scores = reward_scores(model, [side.ids for item in items for side in item], run.config.micro_batch_tokens)
-    margins = torch.from_numpy(scores[::2] - scores[1::2])  # float64 [P]
-    loss = preference_loss(margins, torch.tensor([pair.probability for pair in pairs]).double()).mean().item()
-    accuracy = (margins > 0).double().mean().item()
+    label_probs = torch.tensor([pair.probability for pair in pairs])
+    loss, margins = run_batch(model, items, label_probs, run.config.micro_batch_tokens)
+    accuracy = agreement(margins, label_probs.numpy()).mean()
     text = f"{loss:.4f} per pair, {accuracy:.1%} of {len(items)} pairs ordered as labelled"
-    run.validated(step, {"val_loss": loss, "accuracy": accuracy}, text)
+    run.validated(step, {"val_loss": loss, "accuracy": accuracy}, text=text)
     if step == run.total_steps:
         lengths = [[side.loss_mask.sum() for side in item] for item in items]
         figures = preference_figures(pairs, margins, lengths, run.config.seed)

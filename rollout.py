@@ -14,7 +14,7 @@ for what has finished every 16 steps only.
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 
 import numpy as np
@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 
 from data import chat
-from data.pack import pack, token_slices
+from data.pack import Chat, make_completion, pack, rank_span, token_slices
 from kernels._lib import use
 from kernels.attention import WIDTHS
 from kernels.linear import linear
-from model import GPT, KVCache, completion_logprobs
+from model import GPT, KVCache, completion_logprobs, logprobs_no_grad
 from runtime.checkpoint import ADVICE
 from runtime.errors import UserError
-from runtime.process import reduce_sum
+from runtime.process import rank, reduce_sum, world_size
 
 PROMPT_TOKENS = 16384  # prompts that are read as one pack
 GRAPH_STEPS = 16  # replays of a captured graph between two looks at what has finished
@@ -448,14 +448,94 @@ def sample_completions(model, tok, conversations, **options):
     return prompts, samples, [chat.decode_completion(tok, s.tokens) for s in samples]
 
 
+@dataclass
+class Completion:
+    """A completion that PPO or GRPO learns from."""
+
+    index: int  # among the completions of all ranks in this step; those to one prompt are neighbours
+    row: tuple  # (messages, row)
+    chat: Chat  # the prompt and the completion
+    sample: Sample
+    text: str
+    score: float = 0.0
+    parts: dict = None  # {reward: what it says}
+    per_token: dict = field(default_factory=dict)  # {name: fp32 [n_tokens]}
+
+    @property
+    def n_tokens(self):  # those that are trained
+        return int(self.chat.loss_mask.sum())
+
+
+def complete_rows(model, tok, rows, step, config, first=0):
+    """[Completion]: --group_size to each row that this rank takes of a step's.
+
+    rows: [(messages, row)] of all ranks; first: how many prompts the step has had before. config: a
+    RolloutConfig. They are the same for any number of ranks.
+    """
+    begin, end = rank_span([1] * len(rows), rank(), world_size())
+    rows, first = rows[begin:end], (first + begin) * config.group_size
+    prompts, samples, texts = sample_completions(
+        model,
+        tok,
+        [messages for messages, _ in rows],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        n=config.group_size,
+        seed=config.seed * 1_000_003 + step,
+        first=first,
+    )
+    completions = []
+    for i, (s, text) in enumerate(zip(samples, texts, strict=True)):
+        document = make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask)
+        completions.append(Completion(first + i, rows[s.prompt_index], document, s, text))
+    return completions
+
+
+def set_per_token(completions, **tensors):
+    """Give each completion its part of tensors fp32 [M], one number for each trained token of
+    all."""
+    lengths = [c.n_tokens for c in completions]
+    for name, values in tensors.items():
+        for c, own in zip(completions, values.split(lengths), strict=True):
+            c.per_token[name] = own
+
+
+def get_per_token(model, completions, name):
+    """fp32 [M]: what `set_per_token` gave, joined; on the device of the model."""
+    found = [c.per_token[name] for c in completions]
+    return (torch.cat(found) if found else torch.zeros(0)).to(model.embed.device)
+
+
 # -------------------------------------------------------------------------------------------------
 # One distribution
 
 
-def check_sampler_matches_trainer(model, chats, samples, logp, ref_logp, temperature, micro_batch_tokens, repeat):
+def read_logprobs(run, step, model, reference, completions, always=True):
+    """(logp, ref_logp), fp32 [M]: of the policy that has sampled the completions and of the
+    reference; None without one. They are set as "old_logp" and "ref_logp".
+
+    The first step of a process checks that the trainer repeats itself, and the first of all that
+    policy and reference are the same. always=False: reads the policy in that step only, else None.
+    """
+    config, first = run.config, step == run.start + 1
+    chats, limits = [c.chat for c in completions], (config.temperature, config.micro_batch_tokens)
+    logp = ref_logp = None
+    if reference:
+        ref_logp = logprobs_no_grad(reference, chats, *limits)
+        set_per_token(completions, ref_logp=ref_logp)
+    if always or first:
+        logp = logprobs_no_grad(model, chats, *limits)
+        set_per_token(completions, old_logp=logp)
+    if first:
+        same_logp = ref_logp if step == 1 and not config.reference else None
+        check_sampler_matches_trainer(model, completions, logp, same_logp, config, repeat=True)
+    return logp, ref_logp
+
+
+def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, repeat=False):
     """Check that what is sampled from is what is differentiated.
 
-    logp [M]: the trainer's, of the trained tokens of `chats`; ref_logp [M]: the reference's if the
+    logp [M]: the trainer's, of the trained tokens; ref_logp [M]: the reference's if the
     policy still equals it, else None. Returns the mean |log p by the sampler - by the trainer| over
     the trained tokens of all ranks. Raises UserError if it is more than rounding explains, if
     policy and reference differ (KL != 0), or, with `repeat`, if the same pack has other
@@ -463,10 +543,11 @@ def check_sampler_matches_trainer(model, chats, samples, logp, ref_logp, tempera
     """
     model.train()
     repeated = logp[:0]
-    if repeat and chats:
-        part = token_slices([len(c.ids) for c in chats], micro_batch_tokens)[0]
-        repeated = completion_logprobs(model, chats[part], temperature).detach()
-    sampled = [logp for s in samples for logp in compress(s.logprobs, s.loss_mask)]
+    if repeat and completions:
+        chats = [c.chat for c in completions]
+        part = token_slices([len(c.ids) for c in chats], config.micro_batch_tokens)[0]
+        repeated = completion_logprobs(model, chats[part], config.temperature).detach()
+    sampled = [logp for c in completions for logp in compress(c.sample.logprobs, c.sample.loss_mask)]
     gap = (torch.tensor(sampled, device=logp.device) - logp).abs().sum()
     ratio_not_one = not torch.equal(repeated, logp[: len(repeated)])
     kl_not_zero = ref_logp is not None and not torch.equal(logp, ref_logp)

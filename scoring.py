@@ -117,6 +117,19 @@ def score_completions(rewards, rows, samples, texts):
     return total, parts
 
 
+def score_batch(rewards, completions):
+    """Set `score` and `parts` of a step's completions. Raises UserError if a score exceeds 1e30."""
+    rows = {c.sample.prompt_index: c.row for c in completions}
+    total, parts = score_completions(rewards, rows, [c.sample for c in completions], [c.text for c in completions])
+    for i, c in enumerate(completions):
+        c.score, c.parts = total[i], {name: values[i] for name, values in parts.items()}
+        if abs(c.score) > 1e30:
+            raise UserError(
+                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than 1e30 cannot be learned from: "
+                "give the reward a smaller scale"
+            )
+
+
 WARNED = set()
 
 
@@ -388,11 +401,10 @@ def exact_match(model, tok, problems, max_new_tokens):
 def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penalty=0.0):
     """Means over completions of held-out rows, always drawn with the same random numbers.
 
-    Returns ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, a completion). The
-    ranks share the rows. reference: None for no "kl"; penalty: taken from the reward of an
-    unfinished completion; val_loss: kl_coef kl - reward.
-    """
-    begin, end = 0, len(rows)
+    Returns ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, a question and its
+    completion). The ranks share the first --eval_prompts rows. reference: None for no "kl";
+    penalty: taken from the reward of an unfinished completion; val_loss: kl_coef kl - reward."""
+    begin, end = 0, min(len(rows), config.eval_prompts)
     if end >= world_size():  # else every rank answers all rows, and the means stay
         begin, end = rank_span([1] * end, rank(), world_size())
     rows = rows[begin:end]
@@ -419,7 +431,8 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
         sums |= {f"reward {name}": values.sum() for name, values in parts.items()}
     count, *totals = reduce_sum(len(samples), *sums.values())
     means = {name: x / count for name, x in zip(sums, totals, strict=True)}
-    return {"val_loss": kl_coef * means.get("kl", 0.0) - means["reward"], **means}, texts[0]
+    sample = f"{rows[0][0][-1]['content']}\n--- completion:\n{texts[0]}"
+    return {"val_loss": kl_coef * means.get("kl", 0.0) - means["reward"], **means}, sample
 
 
 def refuse_weak_reward_models(names, min_accuracy):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data import chat, corpus, rows, tokenizer
-from data.shards import read_prepared
+from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import hidden_before_targets
 from optim import Optimizer, wsd
@@ -27,8 +27,7 @@ from rollout import sample_completions, token_budgets
 from runtime import memory
 from runtime.batches import index_order, micro_batches, text_order
 from runtime.cli import print0
-from runtime.files import sha256
-from runtime.process import describe, launch, rank, reduce_sum, world_size
+from runtime.process import launch, rank, reduce_sum, world_size
 from runtime.run import Run, RunConfig
 from runtime.shard import shard, unsharded
 from scoring import exact_match
@@ -119,13 +118,13 @@ def read_chats(config, tok, context):
 
 
 def read_replay(config, tok):
-    """(the token streams of --replay, {source: SHA-256}); of prepared data the hash is that of the
-    manifest."""
-    if config.replay and Path(config.replay).is_dir():
-        return read_prepared(config.replay, tok)[0], {config.replay: sha256(Path(config.replay) / "manifest.json")}
-    files = [file for file in config.replay.split(",") if file]
-    documents = [document for file in files for document in corpus.read_documents(file)]
-    return [corpus.encode(tok, documents)] if files else [], {file: sha256(file) for file in files}
+    """The token streams of --replay; none if it is not given."""
+    if not config.replay:
+        return []
+    if Path(config.replay).is_dir():
+        return read_prepared(config.replay, tok)[0]
+    documents = [document for file in config.replay.split(",") for document in corpus.read_documents(file)]
+    return [corpus.encode(tok, documents)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,30 +137,16 @@ def nll_sum(model, chats):
     return linear_cross_entropy(hidden, model.head, targets)
 
 
-def count_trained(chats):
-    return sum(int(c.loss_mask.sum()) for c in chats)
-
-
-def train_step(model, chats, micro_batch_tokens):
-    """Add up the gradient of the mean loss over the trained tokens of `chats`, the whole batch, of
-    which this rank takes its part. Returns its part of the loss."""
-    model.train()
-    loss, n_trained = torch.zeros((), device=model.embed.device), count_trained(chats)
+def mean_nll(model, chats, micro_batch_tokens):
+    """Nats per trained token of `chats`, which the ranks share. With gradients enabled, adds up the
+    gradient of this rank's part."""
+    loss, n_trained = torch.zeros((), device=model.embed.device), sum(int(c.loss_mask.sum()) for c in chats)
     for part in micro_batches(model, [len(c.ids) for c in chats], micro_batch_tokens):
         part_loss = nll_sum(model, chats[part]) / n_trained  # of the batch, so that no split changes the gradient
-        part_loss.backward()
+        if torch.is_grad_enabled():
+            part_loss.backward()
         loss += part_loss.detach()
-    return loss
-
-
-@torch.no_grad()
-def validation_loss(model, chats, micro_batch_tokens):
-    """Nats per trained token of `chats`, which the ranks share."""
-    model.eval()
-    total = 0.0
-    for part in micro_batches(model, [len(c.ids) for c in chats], micro_batch_tokens):
-        total += nll_sum(model, chats[part]).item()
-    return reduce_sum(total)[0] / count_trained(chats)
+    return reduce_sum(loss)[0]
 
 
 def main(config):
@@ -175,15 +160,15 @@ def main(config):
     problems = rows.read(config.problems, rows.problem, config.skip_bad)[0] if config.problems else []
     prompts = [chat.encode_prompt(tok, messages) for messages in [question, *(messages for messages, _ in problems)]]
     token_budgets(model, prompts, config.max_new_tokens)  # so that one too long is refused now
-    streams, replay_hashes = read_replay(config, tok)
+    streams = read_replay(config, tok)
+    hashes |= text_hashes(config.replay)
 
     batch_tokens = config.batch_tokens or 256 * model.config.layers**2
     replayed = int(config.replay_share * batch_tokens) if streams else 0
-    lengths = np.array([len(c.ids) for c in train])
-    steps = config.steps or max(1, round(config.epochs * int(lengths.sum()) / (batch_tokens - replayed)))
+    order = index_order(len(train), config.seed, [len(c.ids) for c in train])
+    steps, epochs = order.plan(batch_tokens - replayed, config.epochs, config.steps)
     lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    order = index_order(len(train), config.seed, lengths)
     saved = {"optimizer": optimizer, "order": order}
     if streams:
         replay = saved["replay"] = text_order(streams, tok.eot, context - 1, config.seed)
@@ -192,25 +177,24 @@ def main(config):
     # bookkeeping: what is printed, saved and resumed
     if config.compile:
         model.compile()
-    hardware = describe(run.device)["hardware"]
     print0(
-        f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text; peak lr {lr:.3g}; on {hardware}"
+        f"{steps} steps of {batch_tokens:,} tokens, {replayed:,} of them replayed text: {epochs:.2f} epochs; "
+        f"peak lr {lr:.3g}"
     )
-    flops = model.flops_per_token(int(lengths.mean()))
-    run.begin(steps, model, data=hashes | replay_hashes, saved=saved)
+    run.begin(steps, model, data=hashes, saved=saved)
 
     for step in run.steps():
         # 2. Learn from a batch of conversations, and of text
-        chats = [train[i] for i in order.batch(batch_tokens - replayed)]
+        chats = [train[i] for i in order.epoch_batch(batch_tokens - replayed)]
         if streams:
             chats += corpus.piece_chats(streams, replay.batch(replayed))
-        loss = train_step(model, chats, config.micro_batch_tokens)
+        model.train()
+        loss = mean_nll(model, chats, config.micro_batch_tokens)
         lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-        (loss,) = reduce_sum(loss)
         run.require_finite(step, loss, [grad_norm], chats)
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, sum(len(c.ids) for c in chats), flops, loss=loss, **rates)
+        run.log(step, model, [len(c.ids) for c in chats], loss=loss, **rates)
 
         # 3. Validate, save
         if run.eval_due(step):
@@ -218,17 +202,19 @@ def main(config):
         run.end_step(step, model, tok)
 
 
+@torch.no_grad()
 def validate(run, step, model, tok, val, question, problems):
     """Log the loss of held-out conversations and the share of the problems solved, and write an
     answer to `question` to samples.txt."""
     config = run.config
-    metrics = {"val_loss": validation_loss(model, val, config.micro_batch_tokens)}
+    model.eval()
+    metrics = {"val_loss": mean_nll(model, val, config.micro_batch_tokens)}
     text = f"{metrics['val_loss']:.4f} nats per trained token"
     model = unsharded(model, run.device, keep=bool(problems) or rank() == 0)
     if problems:
         metrics["exact_match"] = float(np.mean(exact_match(model, tok, problems, config.max_new_tokens)))
         text += f", {metrics['exact_match']:.1%} of {len(problems)} problems right"
-    run.validated(step, metrics, text)
+    run.validated(step, metrics, text=text)
     if rank() == 0:
         sampling = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
         _, _, texts = sample_completions(model, tok, [question], **sampling)

@@ -169,17 +169,21 @@ def make_inputs(made):
         "chats": [
             {
                 "messages": [
-                    {"role": "user", "content": f"hi {name()}"},
+                    {"role": "user", "content": f"hi {name()} {i}"},
                     {"role": "assistant", "content": f"{name()}!" + " yes" * draw.randint(0, 2)},
                 ]
             }
-            for _ in range(60)
+            for i in range(80)
         ],
         "pairs": [
-            {"prompt": f"{name()}?", "chosen": f"{name()}." + " no" * draw.randint(0, 2), "rejected": f"{name()}, {i}"}
-            for i in range(60)
+            {
+                "prompt": f"{name()} {i}?",
+                "chosen": f"{name()}." + " no" * draw.randint(0, 2),
+                "rejected": f"{name()}, {i}",
+            }
+            for i in range(80)
         ],
-        "prompts": [{"prompt": f"Number {i}?", "answer": str(i)} for i in range(16)],
+        "prompts": [{"prompt": f"Number {i}?", "answer": str(i)} for i in range(20)],
     }
     for file, some in rows.items():
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))

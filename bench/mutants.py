@@ -29,6 +29,7 @@ PRETRAIN, SFT, FAULTS = "tests/test_pretrain.py", "tests/test_sft.py", "tests/te
 SHARD, MEMORY, SECURITY = "tests/test_shard.py", "tests/test_memory.py", "tests/test_security.py"
 MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hub", "optim", "cli", "run"))
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
+ROWS, BATCHES, KTO, FIGURES = (f"tests/test_{name}.py" for name in ("rows", "batches", "kto", "figures"))
 MUTANTS = [
     # The critic and its advantages
     (
@@ -43,8 +44,8 @@ MUTANTS = [
     (
         "center_of_the_critic",
         "ppo.py",
-        "value = state_values(critic, chats[part]) - center",
-        "value = state_values(critic, chats[part])",
+        "value = state_values(critic, chats) - center",
+        "value = state_values(critic, chats)",
         PPO,
     ),
     (
@@ -66,7 +67,7 @@ MUTANTS = [
     # The reward
     ("score_on_the_wrong_token", "ppo.py", "np.cumsum(lengths) - 1", "np.maximum(np.cumsum(lengths) - 2, 0)", PPO),
     ("kl_sign", "ppo.py", "rewards = -beta * (logp - ref_logp)", "rewards = beta * (logp - ref_logp)", PPO),
-    ("no_penalty_for_no_end", "ppo.py", "scores - config.unfinished_penalty * np", "scores - 0.0 * np", PPO),
+    ("no_penalty_for_no_end", "ppo.py", "c.score -= config.unfinished_penalty * (", "c.score -= 0.0 * (", PPO),
     (
         "end_not_scored",
         "scoring.py",
@@ -96,12 +97,18 @@ MUTANTS = [
         "stop={chat.end_of_turn(tok)}, top_k=2, **options",
         PPO,
     ),
-    ("sampled_at_another_temperature", "ppo.py", '"temperature": config.temperature', '"temperature": 1.0', PPO),
+    (
+        "sampled_at_another_temperature",
+        "rollout.py",
+        "temperature=config.temperature,\n        n=config.group_size",
+        "temperature=1.0,\n        n=config.group_size",
+        PPO,
+    ),
     (
         "trained_at_another_temperature",
         "ppo.py",
-        "logp = completion_logprobs(policy, chats[part], config.temperature)",
-        "logp = completion_logprobs(policy, chats[part], 1.0)",
+        "logp = completion_logprobs(policy, chats, config.temperature)",
+        "logp = completion_logprobs(policy, chats, 1.0)",
         PPO,
     ),
     (
@@ -120,7 +127,13 @@ MUTANTS = [
         "loss_mask = [True] * (len(completion_ids) - 1) + [False]",
         DPO,
     ),
-    ("same_numbers_for_every_rank", "ppo.py", '"first": first * config.group_size', '"first": 0', PPO),
+    (
+        "same_numbers_for_every_rank",
+        "rollout.py",
+        "(first + begin) * config.group_size",
+        "first * config.group_size",
+        PPO,
+    ),
     # The update
     ("ratio_to_itself", "ppo.py", "ratio = torch.exp(logp - old_logp)", "ratio = torch.exp(logp - logp.detach())", PPO),
     (
@@ -191,26 +204,32 @@ MUTANTS = [
         "optimizer.zero_grad()  # a loss of 0",
         GRPO,
     ),
-    ("refilled_with_the_same_numbers", "grpo.py", "(n_prompts + begin) * G", "begin * G", GRPO),
+    (
+        "refilled_with_the_same_numbers",
+        "rollout.py",
+        "(first + begin) * config.group_size",
+        "begin * config.group_size",
+        GRPO,
+    ),
     (
         "equal_groups_dilute",
         "grpo.py",
-        "differ = differs(scores).repeat_interleave(config.group_size).tolist()",
-        "differ = [True] * scores.numel()",
+        "equal, positive = ~differs(scores), ",
+        "equal, positive = differs(scores) & False, ",
         GRPO,
     ),
     (
         "no_end_still_trained",
         "grpo.py",
-        'if teaches and (c.sample.finished or config.overlong != "mask"):',
-        "if teaches:",
+        'if not nothing and (c.sample.finished or config.overlong != "mask"):',
+        "if not nothing:",
         GRPO,
     ),
     ("reference_never_renewed", "grpo.py", "reference.load_state_dict(model.state_dict())", "pass", GRPO),
     (
         "resume_forgets_reference",
-        "grpo.py",
-        'if run.resumed and (run.resumed / "reference").exists():',
+        "runtime/run.py",
+        'if self.resumed and (self.resumed / "reference").exists():',
         "if False:",
         GRPO,
     ),
@@ -241,8 +260,8 @@ MUTANTS = [
     (
         "accuracy_of_something_else",
         "dpo.py",
-        "return losses, compared.detach(), chosen > rejected",
-        "return losses, compared.detach(), logps[:, 0] > logps[:, 1]",
+        "return losses, compared.detach(), (chosen - rejected).detach()",
+        "return losses, compared.detach(), (logps[:, 0] - logps[:, 1]).detach()",
         DPO,
     ),
     ("reference_for_nothing", "dpo.py", 'if "ratio" in LOSSES[config.loss].compares:', "if True:", DPO),
@@ -351,6 +370,102 @@ MUTANTS = [
     ("plan_proposes_too_much", "runtime/memory.py", "sizes[first]}", "sizes[first - 1]}", MEMORY),
     ("sizes_believed", "runtime/hub.py", "if claimed > held or c.layers > len(where):", "if False:", SECURITY),
     ("names_lead_outside", "data/read.py", ' or ".." in path.parts', "", SECURITY),
+    # Rows and counts, and logs that explain themselves
+    (
+        "rows_held_out_not_prompts",
+        "data/rows.py",
+        "by_prompt.setdefault(prompt_of(row), [])",
+        "by_prompt.setdefault((i, prompt_of(row)), [])",
+        ROWS,
+    ),
+    ("prompts_all_of_a_conversation", "data/rows.py", 'm["role"] != "assistant", row', "True, row", ROWS),
+    ("few_prompts_unsaid", "data/rows.py", "if prompts < FEW_PROMPTS:", "if False:", ROWS),
+    ("shared_prompts_unsaid", "data/rows.py", "    if exact + similar:\n", "    if False:\n", ROWS),
+    ("shared_prompts_but_for_case", "data/rows.py", '" ".join(content.casefold().split())', "content", ROWS),
+    ("validated_on_nothing", "data/rows.py", "if prompts < 2 and parse is not prompt_only:", "if False:", ROWS),
+    ("validated_on_no_text", "pretrain.py", "if n_val < MIN_VAL_TOKENS:", "if False:", PRETRAIN),
+    ("cut_answers_trained", "data/rows.py", 'if row.get("finished") is False:', "if False:", f"{ROWS} {SFT}"),
+    ("batches_of_one_less", "runtime/batches.py", 'limit, side="right")', 'limit, side="left")', BATCHES),
+    (
+        "steps_of_one_epoch",
+        "runtime/batches.py",
+        "self.epoch + self.index / len(self.items) < epochs)",
+        "self.epoch + self.index / len(self.items) < 1)",
+        BATCHES,
+    ),
+    ("sft_counts_tokens", "sft.py", "order.epoch_batch(batch_tokens", "order.batch(batch_tokens", SFT),
+    ("reward_sees_pairs_again", "reward.py", "order.epoch_batch(", "order.batch(", RM),
+    ("dpo_sees_pairs_again", "dpo.py", "order.epoch_batch(", "order.batch(", DPO),
+    (
+        "epochs_of_full_batches",
+        "pretrain.py",
+        "epochs = steps / order.plan(batch_tokens, 1)[0]",
+        "epochs = steps * batch_tokens / n_train",
+        PRETRAIN,
+    ),
+    (
+        "kto_same_prompt",
+        "data/kto.py",
+        "others[i] = order[(k + size) % len(order)]",
+        "others[i] = order[(k + 2) % len(order)]",
+        KTO,
+    ),
+    (
+        "kto_by_the_order_of_rows",
+        "data/kto.py",
+        "key=lambda i: (place[keys[i][0]], keys[i][1])",
+        "key=lambda i: place[keys[i][0]]",
+        KTO,
+    ),
+    (
+        "kto_dropped_for_a_stranger",
+        "data/kto.py",
+        "make_completion(prompt, other[: context - len(prompt)])",
+        "make_completion(prompt, other)",
+        KTO,
+    ),
+    ("kto_one_sided_unsaid", "data/kto.py", "if labels.min() == labels.max():", "if False:", KTO),
+    (
+        "ties_are_wrong",
+        "figures.py",
+        "np.where(margins == 0, 0.5, ",
+        "np.where(margins == 0, 0.0, ",
+        FIGURES,
+    ),
+    (
+        "judge_ties_are_wrong",
+        "figures.py",
+        "agrees = agreement(probability - 0.5, margin > 0)",
+        "agrees = (probability > 0.5) == (margin > 0)",
+        FIGURES,
+    ),
+    (
+        "accuracy_of_certain_labels",
+        "reward.py",
+        "agreement(margins, label_probs[batch].numpy())",
+        "agreement(margins, np.ones(len(batch)))",
+        RM,
+    ),
+    ("differences_of_one_millionth", "grpo.py", "> 1e-12 * rewards.abs().amax(1)", "> 1e-6", GRPO),
+    (
+        "scores_in_fp32",
+        "grpo.py",
+        "torch.tensor(scores, dtype=torch.float64)",
+        "torch.tensor(scores).float()",
+        GRPO,
+    ),
+    ("std_with_a_floor", "grpo.py", ".clamp(min=1e-300)", " + 1e-4", GRPO),
+    ("rounding_teaches", "grpo.py", "known.setdefault((c.index", "known.setdefault((c.score, c.index", GRPO),
+    ("huge_rewards_taken", "scoring.py", "if abs(c.score) > 1e30:", "if False:", SCORING),
+    ("standstill_unsaid", "runtime/run.py", "if self.idle_steps >= min(10, self.total_steps):", "if False:", RUN),
+    ("standstill_forgotten_on_resume", "runtime/run.py", 'int(counters["idle_steps"])', "0", RUN),
+    ("entropy_falls_unsaid", "runtime/run.py", 'if entropy < first["entropy"] / 10:', "if False:", RUN),
+    ("cut_endings_unsaid", "runtime/run.py", "elif finished < 0.5:", "elif False:", RUN),
+    ("zero_loss_unsaid", "runtime/run.py", 'if metrics["updates"] and abs(metrics["loss"]) < 1e-6:', "if False:", RUN),
+    ("longer_run_unsaid", "runtime/run.py", "if self.total_steps != old_steps:", "if False:", PRETRAIN),
+    ("falling_unsaid_without_reference", "dpo.py", "else metrics[name])", "else -1e9)", DPO),
+    ("all_right_is_all_equal", "grpo.py", '"all_right": equal & positive', '"all_right": equal', GRPO),
+    ("critic_norm_unlogged", "ppo.py", '"critic_grad_norm": norms[1].item()', '"critic_grad_norm": 0.0', PPO),
 ]
 
 

@@ -147,7 +147,7 @@ class Contender:
         if self.way == "padded":
             chats = fill_up(chats, self.pad)
         if self.stage == "SFT":
-            return sft.train_step(self.model, chats, self.config.micro_batch_tokens).item()
+            return sft.mean_nll(self.model, chats, self.config.micro_batch_tokens)
         items = list(zip(chats[::2], chats[1::2]))
         if self.way == "no cache":
             ref_logps = dpo.all_logps(self.reference, items, self.config.micro_batch_tokens)

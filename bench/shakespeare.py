@@ -179,7 +179,7 @@ class OurRun:
         for _ in range(min(steps, self.config.steps - self.done)):
             pieces = self.order.batch(self.config.batch_tokens)
             begin = clock(self.device)
-            pretrain.train_step(self.model, self.train, pieces, self.config.micro_batch_tokens)
+            pretrain.mean_nll(self.model.train(), self.train, pieces, self.config.micro_batch_tokens)
             steps = self.config.steps
             lr_scale = wsd(self.done, steps, self.config.warmup, int(self.config.decay * steps))
             self.optimizer.step(lr_scale, self.config.max_grad_norm)

@@ -14,6 +14,7 @@ content can end a turn or begin one. White space around a message is dropped, as
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from data import rows
 from data.pack import Chat, make_completion
@@ -168,6 +169,29 @@ def read_prompts(config, tok, context):
             raise UserError(f"{what}: no prompt leaves room for a completion of {flag} tokens; lower that")
         kept.append(fitting)
     return *kept, hashes
+
+
+def read_pairs(config, tok, context):
+    """(train pairs, train items, validation pairs, validation items, {source: SHA-256}) of --data
+    and --val, without pairs that exceed `context`.
+
+    Pairs are rows.Pair, with the text; items are the same in tokens.
+    """
+    train, val, hashes = rows.read_split(config, rows.preference)
+    found = []
+    for pairs, what in ((train, config.data), (val, config.val or "held out of it")):
+        items = [encode_pair(tok, pair) for pair in pairs]
+        kept = drop_long_pairs(items, context, what)
+        found += [[pairs[i] for i in kept], [items[i] for i in kept]]
+    return *found, hashes
+
+
+def read_items(config, tok, context):
+    """(train items, label_probs, validation items, label_probs, {source: SHA-256}): `read_pairs`
+    without the text; label_probs fp32 [n]: the probability that the chosen one is preferred."""
+    pairs, items, val_pairs, val_items, hashes = read_pairs(config, tok, context)
+    label_probs, val_label_probs = (torch.tensor([p.probability for p in some]) for some in (pairs, val_pairs))
+    return items, label_probs, val_items, val_label_probs, hashes
 
 
 # -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ A function of one row raises ValueError saying what is wrong; `read` adds the fi
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from data.rules import right_number
 from runtime.cli import print0
 from runtime.errors import UserError
 
+FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # ShareGPT's
 
 
@@ -111,6 +113,8 @@ def solution(row):
 
 def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
+    if row.get("finished") is False:  # as evaluate.py --samples writes it
+        raise ValueError('"finished" is false: the answer was cut, and a model trained on it would learn to end there')
     if "chosen" in row and "rejected" in row:
         raise ValueError("this is a preference (chosen, rejected), not a conversation; reward.py and dpo.py read it")
     for field in ("messages", "conversations"):
@@ -244,16 +248,6 @@ def gold_margin(row):
     return float(gold[0] - gold[1]) if known else math.nan
 
 
-def kto_pairs(judged):
-    """[Pair]: the completions that `judged` gave, each as the chosen side, and as the rejected one
-    that of another prompt, by which KTO measures the KL; probability is the label, 1 for good."""
-    singles = [single for row in judged for single in row]
-    others = singles[2:] + singles[:2]  # two on, for the neighbours of a preference share their prompt
-    return [
-        Pair(prompt, text, other, float(label), {}) for (prompt, text, label), (_, other, _) in zip(singles, others)
-    ]
-
-
 # -------------------------------------------------------------------------------------------------
 # Files
 
@@ -304,22 +298,79 @@ def read(sources, parse, skip_bad=False, seed=0):
     return [row for rows in found for row in rows], hashes
 
 
+def prompt_of(row):
+    """The prompt of a row as `read` gives it: ((role, content), ...), all before the first
+    answer."""
+    if isinstance(row, tuple):  # a Pair, or (messages, row)
+        messages = row[0]
+    elif isinstance(row[0], tuple):  # of `judged`
+        messages = row[0][0]
+    else:
+        messages = itertools.takewhile(lambda m: m["role"] != "assistant", row)
+    return tuple((m["role"], m["content"]) for m in messages)
+
+
 def split_off(rows, fraction, seed):
-    """(train, held out): a random `fraction` of the rows is held out, at least one of each."""
-    if len(rows) < 2:
-        raise UserError("--data: one row only; at least two are needed, one to train on and one to hold out")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    n = min(len(rows) - 1, max(1, int(fraction * len(rows))))
-    return [rows[i] for i in np.sort(order[n:])], [rows[i] for i in np.sort(order[:n])]
+    """(train, held out): a random `fraction` of the rows is held out, and of each prompt all rows
+    or none.
+
+    Raises UserError if all have the same prompt.
+    """
+    by_prompt = {}
+    for i, row in enumerate(rows):
+        by_prompt.setdefault(prompt_of(row), []).append(i)
+    if len(by_prompt) < 2:
+        raise UserError("--data: one prompt only; at least two are needed, one to train on and one to hold out")
+    groups = list(by_prompt.values())
+    shuffled = [groups[g] for g in np.random.default_rng(seed).permutation(len(groups))]
+    limit, held_out = max(1, int(fraction * len(rows))), []
+    for group in shuffled:
+        if len(held_out) + len(group) <= min(limit, len(rows) - 1):
+            held_out += group
+    held_out = held_out or min(shuffled, key=len)
+    train = sorted(set(range(len(rows))) - set(held_out))
+    return [rows[i] for i in train], [rows[i] for i in sorted(held_out)]
+
+
+def warn_of_shared_prompts(train, val, what):
+    """Warn if validation rows have a prompt that is trained on, or one that differs from it in case
+    and white space only."""
+    trained = {prompt_of(row) for row in train}
+    trained_words = {normalised(prompt) for prompt in trained}
+    prompts = [prompt_of(row) for row in val]
+    exact = sum(prompt in trained for prompt in prompts)
+    similar = sum(normalised(prompt) in trained_words for prompt in prompts) - exact
+    if exact + similar:
+        print0(
+            f"warning: {what}: of {len(val)} rows to validate on, {exact} have a prompt that is trained on as well, "
+            f"{similar} one that differs from it in case or white space only; on these the figures measure memory: "
+            "leave them out of one side"
+        )
+
+
+def normalised(prompt):
+    """A prompt of `prompt_of` in lower case, its white space single spaces."""
+    return tuple((role, " ".join(content.casefold().split())) for role, content in prompt)
 
 
 def read_split(config, parse):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val.
 
-    Without --val, --val_fraction of --data is held out.
+    Without --val, --val_fraction of --data is held out. Raises UserError if the answers to validate
+    on are all to one prompt; a single prompt that is to be answered may do.
     """
     rows, hashes = read(config.data, parse, config.skip_bad, config.seed)
-    if not config.val:
-        return *split_off(rows, config.val_fraction, config.seed), hashes
-    val_rows, val_hashes = read(config.val, parse, config.skip_bad)
-    return rows, val_rows, hashes | val_hashes
+    if config.val:
+        what, more = f"--val={config.val}", "bring more"
+        train, (val, val_hashes) = rows, read(config.val, parse, config.skip_bad)
+        hashes |= val_hashes
+    else:
+        what, more = f"held out of --data={config.data}", "raise --val_fraction, or give --val"
+        train, val = split_off(rows, config.val_fraction, config.seed)
+    prompts = len({prompt_of(row) for row in val})
+    if prompts < 2 and parse is not prompt_only:
+        raise UserError(f"{what}: rows of one prompt only to validate on, which say nothing of others; {more}")
+    if prompts < FEW_PROMPTS:
+        print0(f"warning: {what}: {prompts} prompts to validate on, so its figures are mostly chance; {more}")
+    warn_of_shared_prompts(train, val, what)
+    return train, val, hashes

@@ -42,6 +42,17 @@ def load_manifest(folder):
     return manifest
 
 
+def text_hashes(sources):
+    """{source: SHA-256} of text files, comma-separated, or of prepared data: that of the manifest.
+
+    Raises UserError if they are not there.
+    """
+    if sources and Path(sources).is_dir():
+        load_manifest(sources)
+        return {sources: sha256(Path(sources) / "manifest.json")}
+    return {name: sha256(name) for name in sources.split(",") if name}
+
+
 def read_prepared(folder, tok):
     """[train streams, val streams] of a folder that data/prepare.py wrote, as memory maps. Reads
     every shard once.

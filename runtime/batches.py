@@ -8,7 +8,7 @@ import torch
 
 from data.corpus import epoch_pieces
 from data.pack import pack, rank_span, token_slices
-from runtime.process import rank, world_size
+from runtime.process import rank, reduce_sum, world_size
 from runtime.shard import is_sharded
 
 
@@ -28,10 +28,38 @@ class Order:
         items, lengths = self.epoch_items(random)
         order = random.permutation(len(items))
         self.items, self.lengths = items[order], lengths[order]
+        self.ends = np.cumsum(self.lengths)
         self.epoch, self.index = epoch, index
 
+    def epoch_batch(self, amount):
+        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one); the
+        last batch of an epoch has what is left."""
+        if self.index >= len(self.items):
+            self.begin_epoch(self.epoch + 1)
+        begin = self.index
+        limit = self.ends[begin] - self.lengths[begin] + amount
+        self.index = max(begin + 1, int(np.searchsorted(self.ends, limit, side="right")))
+        return self.items[begin : self.index]
+
+    def plan(self, amount, epochs, steps=0):
+        """(steps, epochs): how many batches of an epoch see every item `epochs` times; or how often
+        `steps` of them do."""
+        (epoch, index), n = (self.epoch, self.index), 0
+        if epoch:
+            self.begin_epoch(0)
+        self.index = 0
+        while n < steps or (not steps and self.epoch + self.index / len(self.items) < epochs):
+            self.epoch_batch(amount)
+            n += 1
+        seen = self.epoch + self.index / len(self.items)
+        if self.epoch != epoch:
+            self.begin_epoch(epoch)
+        self.index = index
+        return n, seen
+
     def batch(self, amount):
-        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one)."""
+        """The next items [n, ...], as many as fit in `amount` tokens or items (at least one),
+        across the end of an epoch."""
         taken, total = [], 0
         while True:
             if self.index >= len(self.items):
@@ -69,6 +97,25 @@ def index_order(n, seed, lengths=None):
 def text_order(streams, eot, context, seed):
     """An Order of the pieces of a corpus, cut at other places in every epoch."""
     return Order(lambda random: epoch_pieces(streams, eot, context, random), seed)
+
+
+def minibatches(completions, n, step, config):
+    """Yield (this rank's completions, trained tokens, number of completions) of each optimizer step
+    of PPO and GRPO: --epochs times all of them, shuffled, in --minibatches parts.
+
+    completions: those of this rank that are trained, of `n` on all ranks. The tokens and
+    completions counted are of all ranks. An undivided batch keeps its order, and so is the very
+    pack that was read before."""
+    by_index, lengths = {c.index: c for c in completions}, np.zeros(n)
+    for c in completions:
+        lengths[c.index] = c.n_tokens
+    lengths = np.array(reduce_sum(*lengths))
+    trained = np.flatnonzero(lengths)
+    for epoch in range(config.epochs):
+        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(trained)
+        for part in np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [trained]:
+            if len(part):
+                yield [by_index[i] for i in part if i in by_index], lengths[part].sum(), len(part)
 
 
 def micro_batches(model, lengths, micro_batch_tokens):

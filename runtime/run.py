@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -46,6 +47,10 @@ from runtime.process import (
 from runtime.shard import full_tensor, unsharded
 
 FORMAT = 2  # of what a run resumes from; the first version of Feinschliff wrote none
+# What log.jsonl has of a rollout's step and the terminal does not
+LOG_ONLY = {"finished", "completion_tokens", "entropy", "updates", "clip_fraction", "ratio", "max_ratio"}
+LOG_ONLY |= {"all_right", "all_wrong", "all_cut", "explained_variance", "prompts_seen", "sampler_gap", "beta"}
+LOG_ONLY |= {"lr", "grad_norm", "critic_grad_norm"}
 RUN_FILES = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*")
 
 
@@ -133,6 +138,10 @@ class RolloutConfig(RunConfig):
     warmup: float = 0.05
     save_every: int = 50
 
+    @property
+    def completions_per_step(self):
+        return self.prompts_per_step * self.group_size
+
 
 class Run:
     """stage: the script's name for itself. config: its flags, of which out, init, resume,
@@ -169,6 +178,7 @@ class Run:
         self.asked_at = 0  # the last step at which the ranks agreed whether to stop
         self.warnings = []  # names of those that were printed
         self.first_step_stats = {}  # what later steps are compared with: see warn_of_drift
+        self.idle_steps = 0  # in a row, without an update: see warn_of_standstill
 
     @property
     def init_checkpoint(self):
@@ -200,9 +210,11 @@ class Run:
         return model, tok
 
     def load_reference(self, model, tok):
-        """The frozen model that the policy is held to: --reference, or the checkpoint this run
-        began from."""
+        """The frozen model that the policy is held to: as the run has renewed it, or --reference,
+        or the checkpoint this run began from."""
         where = self.config.reference or self.init_checkpoint
+        if self.resumed and (self.resumed / "reference").exists():
+            where = self.resumed / "reference"
         reference = checkpoint.load_matching(where, model, tok, f"--reference={self.config.reference}")
         return reference.requires_grad_(False)
 
@@ -235,10 +247,13 @@ class Run:
                 "it must be a directory that they share"
             )
         clear_run(self.path, self.config.overwrite)
-        self.log_file = Log(self.path, steps, self.start, self.config.print_every)
+        self.log_file = Log(self.path, steps, self.start, self.config.print_every, peak_flops(self.device))
         event = {"event": "resume" if self.resumed else "start", "config": dataclasses.asdict(self.config)}
-        event["parameters"] = sum(p.numel() for p in model.parameters())
-        self.log_file.write(event | describe(self.device))
+        event |= {"parameters": sum(p.numel() for p in model.parameters()), **describe(self.device)}
+        self.log_file.write(event)
+        c = model.config
+        shape = f"{c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
+        print0(f"{event['parameters']:,} parameters: {shape}; on {event['hardware']}")
         if self.config.resume and not self.resumed:
             print0("no checkpoint is here yet: starting from the beginning")
         if self.resumed:
@@ -246,6 +261,23 @@ class Run:
         if self.start >= steps:
             larger = read_flags(type(self.config))["steps"].may_change_on_resume
             print0("nothing is left to do" + ("; a larger --steps continues" if larger else ""))
+
+    def warn_of_other_steps(self, default_steps, schedule):
+        """Say what becomes of the learning rate if a run is resumed with another number of steps.
+
+        default_steps: what --steps=0 means; schedule(step, steps, config): the share of the peak.
+        """
+        if not self.resumed or self.start >= self.total_steps:
+            return
+        old_steps = self.info["config"]["steps"] or default_steps
+        if self.total_steps != old_steps:
+            before = schedule(self.start, old_steps, self.config)
+            after = schedule(self.start + 1, self.total_steps, self.config)
+            print0(
+                f"warning: --steps was {old_steps} and is {self.total_steps}: the learning rate goes from {before:.0%} "
+                f"of its peak at step {self.start} to {after:.0%} at the next; what follows is not what a run of "
+                f"{self.total_steps} steps without a stop would have done"
+            )
 
     def restore(self):
         """Take back what `save` wrote: the state of every saved object, the random generators, the
@@ -257,7 +289,7 @@ class Run:
                 saved.load_state(own | counters.get(name, {}))
             set_random_state(tensors, self.device)
             self.best, self.warnings = float(counters["best"]), list(counters["warnings"])
-            self.first_step_stats = dict(counters["first_step_stats"])
+            self.first_step_stats, self.idle_steps = dict(counters["first_step_stats"]), int(counters["idle_steps"])
             self.start, self.lineage = self.info["step"], self.info["lineage"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(
@@ -290,49 +322,89 @@ class Run:
         """True if a validation is due: at every --eval_every-th step, and before a checkpoint."""
         return self.due(step, self.config.eval_every) or self.due(step, self.config.save_every)
 
-    def log(self, step, tokens, flops_per_token, log_only=None, **printed):
-        """Log a step; see Log.step."""
-        self.log_file.step(step, tokens, flops_per_token, self.device, log_only or {}, **printed)
+    def log(self, step, model, lengths, **printed):
+        """Log a step on documents of these lengths, on all ranks; see Log.step."""
+        self.log_file.step(step, int(np.sum(lengths)), model.flops_per_token(int(np.mean(lengths))), **printed)
 
-    def log_rollout(self, step, model, chats, passes, log_only, **printed):
-        """Log a step on this rank's completions `chats`, "finished" and "completion_tokens" among
-        `log_only`.
+    def log_rollout(self, step, model, chats, passes, metrics):
+        """Log a step on this rank's completions `chats`; metrics: those of `rollout_metrics` and
+        more.
 
         passes: how often they went through a model, forward and backward counted as 1, forward
         alone as 1/3."""
         tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
         flops_per_token = model.flops_per_token(int(tokens / max(1, n))) * passes
-        self.log(step, int(tokens), flops_per_token, log_only, **printed)
-        self.warn_of_drift(log_only["finished"], log_only["completion_tokens"])
+        log_only = {name: value for name, value in metrics.items() if name in LOG_ONLY}
+        printed = {name: value for name, value in metrics.items() if name not in LOG_ONLY}
+        self.log_file.step(step, int(tokens), flops_per_token, log_only, **printed)
+        self.warn_of_drift(metrics)
+        self.warn_of_standstill(metrics)
 
     def time_phase(self, name):
         """Count the time since the step began, or since the last call, as `seconds_name` in its log
         line."""
         self.log_file.time_phase(name)
 
-    def warn_of_drift(self, finished, completion_tokens):
-        """Warn, once, if sampled completions end less often, or have become twice as long, as in
-        the first step."""
-        if not self.first_step_stats:
-            self.first_step_stats = {"finished": finished, "completion_tokens": completion_tokens}
-        first = self.first_step_stats
-        if finished < first["finished"] - 0.2 or completion_tokens > 2 * first["completion_tokens"]:
+    def warn_of_drift(self, metrics):
+        """Warn, once each, if sampled completions have no end, end less often or have become twice
+        as long as in the first step, or if their entropy has fallen below a tenth of that
+        step's."""
+        first, limit = self.first_step_stats, f"--max_new_tokens={self.config.max_new_tokens}"
+        finished, tokens, entropy = (metrics[name] for name in ("finished", "completion_tokens", "entropy"))
+        first.setdefault("finished", finished)
+        first.setdefault("completion_tokens", tokens)
+        if entropy > 0:  # 0: no completion was trained in this step
+            first.setdefault("entropy", entropy)
+            if entropy < first["entropy"] / 10:
+                self.warn_once(
+                    "entropy",
+                    f"entropy has fallen from {first['entropy']:.3g} to {entropy:.3g} nats per token: the policy says "
+                    "almost always the same, and can learn little more; a lower --lr or a higher --beta keeps variety",
+                )
+        if finished < first["finished"] - 0.2 or tokens > 2 * first["completion_tokens"]:
             self.warn_once(
                 "drift",
-                f"{finished:.0%} of the completions end, after {completion_tokens:.0f} tokens; at first it was "
+                f"{finished:.0%} of the completions end, after {tokens:.0f} tokens; at first it was "
                 f"{first['finished']:.0%} after {first['completion_tokens']:.0f}. Longer ones may be what the reward "
                 "likes: look at samples.txt; a larger --max_new_tokens or a reward for brevity may help",
+            )
+        elif finished < 0.5:
+            self.warn_once(
+                "cut",
+                f"{limit} cuts {1 - finished:.0%} of the completions before their end, which the reward then never "
+                "sees; raise it, or fine-tune on answers that end in time",
+            )
+
+    def warn_of_standstill(self, metrics):
+        """Warn, once, if ten steps in a row, or all there are, have made no update; and, once, if
+        the loss is 0 although the policy learns."""
+        self.idle_steps = 0 if metrics["updates"] else self.idle_steps + 1
+        if self.idle_steps >= min(10, self.total_steps):
+            reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
+            if metrics.get("zero_variance") == 1:
+                reason = (
+                    "the completions of every prompt are worth the same "
+                    f"({metrics['all_right']:.0%} of the groups are all above 0, {metrics['all_wrong']:.0%} all at "
+                    "most 0); bring easier or harder prompts, a reward with more shades, or a larger --group_size"
+                )
+            self.warn_once("standstill", f"{self.idle_steps} steps in a row without an update: {reason}")
+        if metrics["updates"] and abs(metrics["loss"]) < 1e-6:
+            self.warn_once(
+                "zero_loss",
+                "the loss is 0 and the policy learns: before its first update every ratio is 1, and a group's "
+                "advantages add up to 0, but their gradient does not; watch the reward and grad_norm",
             )
 
     def sample(self, step, text):
         """Append a sample of the model's text to samples.txt."""
         self.log_file.append("samples.txt", f"=== step {step} ===\n{text}\n")
 
-    def validated(self, step, metrics, text=""):
+    def validated(self, step, metrics, sample="", text=""):
         """Log and print what a validation found: `metrics`, with "val_loss"; the next save has
         them.
 
-        text: how to print them; "": each by its name. Raises UserError if the loss is not finite.
+        sample: of the model's text, for samples.txt. text: how to print the metrics; "": each by
+        its name. Raises UserError if the loss is not finite.
         """
         if not math.isfinite(metrics["val_loss"]):
             raise UserError(
@@ -342,6 +414,8 @@ class Run:
         self.log_file.write({"step": step, **metrics})
         text = text or ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print0(f"step {step}/{self.total_steps} | validation {text}")
+        if sample:
+            self.sample(step, sample)
 
     def warn_once(self, name, text):
         """Print the warning `name`, the first time in this run only."""
@@ -411,7 +485,7 @@ class Run:
         """(tensors, counters) of all saved objects and generators, on the CPU; counters are JSON
         values."""
         tensors, counters = random_state(self.device), {"best": self.best, "warnings": self.warnings}
-        counters["first_step_stats"] = self.first_step_stats
+        counters |= {"first_step_stats": self.first_step_stats, "idle_steps": self.idle_steps}
         for name, saved in self.saved.items():
             for key, value in saved.state().items():
                 if isinstance(value, torch.Tensor):
@@ -421,6 +495,35 @@ class Run:
                 else:
                     counters.setdefault(name, {})[key] = value
         return tensors, counters
+
+
+def rollout_metrics(completions, n_trained, logp, ref_logp, parts_apart=False, **values):
+    """What a step of PPO or GRPO logs of its completions: {name: mean over all ranks}.
+
+    logp, ref_logp: fp32 [M], of the trained tokens of `n_trained` completions; values: a number of
+    each completion, {name: list}. parts_apart: log what a single reward says even so, because
+    "reward" has more in it. "entropy" is per token; "kl" per completion, and left out if ref_logp
+    is None."""
+    found, parts = {"reward": [c.score for c in completions]}, completions[0].parts
+    if len(parts) > 1 or parts_apart:  # one alone would repeat the reward
+        found |= {name: [c.parts[name] for c in completions] for name in parts}
+    samples = [c.sample for c in completions]
+    found |= values | {"finished": [s.finished for s in samples]}
+    found["completion_tokens"] = [len(s.tokens) for s in samples]
+    kl = 0.0 if ref_logp is None else (logp - ref_logp).sum()
+    counts = len(samples), n_trained, len(logp)
+    n, n_trained, M, entropy, kl, *totals = reduce_sum(*counts, -logp.sum(), kl, *map(sum, found.values()))
+    means = {name: total / n for name, total in zip(found, totals, strict=True)}
+    if ref_logp is not None:
+        means["kl"] = kl / max(1, n_trained)
+    return means | {"entropy": entropy / max(1, M)}
+
+
+def mean_updates(updates, names):
+    """{"updates": their number, name: its mean over the updates of a step; 0 if there were
+    none}."""
+    means = {name: sum(stats[name] for stats in updates) / max(1, len(updates)) for name in names}
+    return means | {"updates": len(updates)}
 
 
 def refuse_nonfinite_weights(step, models):
@@ -490,8 +593,9 @@ class Log:
     A failed write loses nothing: the text waits in memory for the next one. Only rank 0 writes.
     """
 
-    def __init__(self, path, total_steps, start, print_every=1):
+    def __init__(self, path, total_steps, start, print_every=1, peak=None):
         self.path, self.total_steps, self.start, self.print_every = path, total_steps, start, print_every
+        self.peak = peak  # FLOP/s of the device, if they are known
         self.files = {}  # {name: (bytes written, text that waits)}
         self.began = time.perf_counter()
         self.restart_clock()
@@ -513,24 +617,23 @@ class Log:
         self.phases[name] = self.phases.get(name, 0.0) + now - self.phase_clock
         self.phase_clock = now
 
-    def step(self, step, tokens, flops_per_token, device, log_only, **printed):
+    def step(self, step, tokens, flops_per_token, log_only=None, **printed):
         """Log update number `step` (from 1): its `tokens` (on all ranks), speed, MFU if the GPU's
         peak is known, time left, and the values `printed`; `log_only` ones do not go to the
         terminal."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        record = {"step": step, **printed, **log_only, "tokens": tokens}
+        record = {"step": step, **printed, **(log_only or {}), "tokens": tokens}
         record |= {f"seconds_{name}": round(phase, 4) for name, phase in self.phases.items()}
         record |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 4)}
-        peak = peak_flops(device)
-        if peak:
-            record["mfu"] = round(tokens * flops_per_token / seconds / (peak * world_size()), 4)
+        if self.peak:
+            record["mfu"] = round(tokens * flops_per_token / seconds / (self.peak * world_size()), 4)
         self.write(record)
         if step % self.print_every == 0 or step == self.total_steps:
             left = (now - self.began) / (step - self.start) * (self.total_steps - step)
             values = [f"{k} {v:.4f}" if k == "loss" else f"{k} {v:.4g}" for k, v in printed.items()]
             values.append(f"{record['tokens_per_s']:,.0f} tok/s")
-            if peak:
+            if self.peak:
                 values.append(f"mfu {record['mfu']:.1%}")
             print0(f"step {step}/{self.total_steps} | {' | '.join(values)} | eta {clock_time(left)}")
 

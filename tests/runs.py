@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+import rollout
 from bench.child import run_script
 from data import tokenizer
 from data.read import read_json
@@ -72,8 +73,10 @@ def meetings(fork, script, **flags):
     """What happens, in order, in each of two processes under gloo, one letter per event: b and e,
     a rollout begins and ends; m, it meets the other process."""
 
+    module = script if "sample_completions" in vars(script) else rollout
+
     def main(config):
-        all_reduce, sample_completions = dist.all_reduce, script.sample_completions
+        all_reduce, sample_completions = dist.all_reduce, module.sample_completions
 
         def recorded_all_reduce(*args, **kwargs):
             print("@m")
@@ -85,7 +88,7 @@ def meetings(fork, script, **flags):
             print("@e")
             return found
 
-        dist.all_reduce, script.sample_completions = recorded_all_reduce, recorded_rollout
+        dist.all_reduce, module.sample_completions = recorded_all_reduce, recorded_rollout
         script.main(config)
 
     recorded = SimpleNamespace(main=main, Config=script.Config, __file__=script.__file__)
@@ -131,6 +134,25 @@ def wait_until(true, child, seconds=60):
 def kill(child, number=signal.SIGKILL):
     child.send(number)
     return child.wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# Completions
+
+
+def completions_of(chats, samples, **per_token):
+    """[Completion] of these samples; per_token: {name: [M]}, of the trained tokens of all."""
+    pairs = enumerate(zip(chats, samples, strict=True))
+    completions = [rollout.Completion(i, ([], {}), c, sample, "", parts={}) for i, (c, sample) in pairs]
+    rollout.set_per_token(completions, **per_token)
+    return completions
+
+
+def check_sampler(model, chats, samples, logp, ref_logp, temperature, micro_batch_tokens, repeat):
+    """rollout.check_sampler_matches_trainer on samples without prompts of their own."""
+    config = SimpleNamespace(temperature=temperature, micro_batch_tokens=micro_batch_tokens)
+    completions = completions_of(chats, samples)
+    return rollout.check_sampler_matches_trainer(model, completions, logp, ref_logp, config, repeat)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -84,3 +84,41 @@ def test_the_ranks_micro_batches_cover_a_batch_once(make_model, monkeypatch, len
                 assert sum(lengths[part]) <= 8 or part.stop - part.start == 1
                 covered += range(part.start, part.stop)
         assert covered == list(range(len(lengths)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Epochs
+
+
+@pytest.mark.parametrize("n, amount", [(57, 8), (95, 64), (3, 64), (64, 64), (1, 1)])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_batches_of_an_epoch_have_each_row_once_and_the_plan_counts_them(n, amount, lengths):
+    """Also where the last batch is partial, or one batch could hold several epochs."""
+    lengths = np.random.default_rng(0).integers(1, amount + 2, n) if lengths else None
+    order = index_order(n, 4, lengths)
+    steps, epochs = order.plan(amount, 2)
+    assert epochs == 2 and order.state() == {"epoch": 0, "index": 0}
+    batches = [order.epoch_batch(amount) for _ in range(steps)]
+    taken = np.concatenate(batches)
+    assert [sorted(taken[:n]), sorted(taken[n:])] == [list(range(n))] * 2
+    assert order.state() == {"epoch": 1, "index": n}
+    for batch in batches:
+        assert len(batch) == 1 or (len(batch) if lengths is None else lengths[batch].sum()) <= amount
+    assert order.plan(amount, 1, steps) == (steps, 2)  # how often so many steps see each row
+
+
+def test_a_plan_of_part_of_an_epoch_sees_that_part_and_no_batch_more():
+    order = index_order(100, 0)
+    assert order.plan(10, 0.25) == (3, 0.3) and order.plan(10, 0.2) == (2, 0.2)
+    assert order.plan(10, 1.0, 4) == (4, 0.4)
+    assert order.plan(30, 1.5) == (6, 1.6)  # 30, 30, 30, 10, 30, 30
+
+
+def test_a_batch_of_an_epoch_resumes_exactly():
+    order = index_order(50, 1, np.arange(50) % 7 + 1)
+    for _ in range(25):
+        state = order.state()
+        expected = order.epoch_batch(20)
+        again = index_order(50, 1, np.arange(50) % 7 + 1)
+        again.load_state(state)
+        assert np.array_equal(again.epoch_batch(20), expected)

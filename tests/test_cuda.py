@@ -59,7 +59,7 @@ def train(model, steps=20, muon_dtype="fp32"):
     order = text_order(streams, tok.eot, 64, seed=0)
     losses = []
     for _ in range(steps):
-        losses.append(pretrain.train_step(model, streams, order.batch(512), 256).item())
+        losses.append(pretrain.mean_nll(model.train(), streams, order.batch(512), 256))
         optimizer.step(1.0)
     return losses, [p.detach().cpu() for p in model.parameters()]
 
@@ -136,7 +136,7 @@ def test_the_memory_plan_is_what_two_packs_and_a_step_allocate(make_model, check
     )
     planned = max(map(memory.total, phases.values()))
     for _ in range(2):
-        pretrain.train_step(model, streams, order.batch(65536), 32768)
+        pretrain.mean_nll(model.train(), streams, order.batch(65536), 32768)
         optimizer.step(1.0)
     assert 0.85 < planned / (torch.cuda.max_memory_allocated() - held) < 1.15
 

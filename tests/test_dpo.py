@@ -29,7 +29,7 @@ from runs import (
 )
 
 import dpo
-from data import rows as data_rows, tokenizer
+from data import kto, rows as data_rows, tokenizer
 from data.chat import encode_pair
 from data.pack import pack
 from model import completion_logprob_sums
@@ -44,12 +44,13 @@ TINY = {"batch_size": 16, "eval_every": 10, "save_every": 10, "keep_last": 9, "d
 def some_rows(n, seed):
     """Preferences for the answer that thanks."""
     draw, rows = random.Random(seed), []
-    for _ in range(n):
+    for i in range(n):
         chosen, rejected = (
             f"{draw.choice(['yes', 'no', 'well'])} {draw.choice(['Ada', 'Ben'])}{end}"
             for end in (" thanks", draw.choice([".", " bye"]))
         )
-        rows.append({"prompt": draw.choice(["hi", "is it?", "how\nmany"]), "chosen": chosen, "rejected": rejected})
+        prompt = draw.choice(["hi", "is it?", "how\nmany"]) + f" {i}"
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -57,12 +58,12 @@ def flip(rows):
     return [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
 
 
-def read(rows, kto=False):
-    """(items, label_probs fp64) as dpo.read_items makes them."""
-    parse = data_rows.judged if kto else data_rows.preference
-    pairs = [parse(row) for row in rows]
-    if kto:
-        pairs = data_rows.kto_pairs(pairs)
+def read(rows, of_kto=False):
+    """(items, label_probs fp64) as dpo.py reads them."""
+    if of_kto:
+        items, labels = kto.make_items(TOK, [single for row in rows for single in data_rows.judged(row)], 10**6, "")
+        return items, labels.double()
+    pairs = [data_rows.preference(row) for row in rows]
     label_probs = torch.tensor([p.probability for p in pairs], dtype=torch.float64)
     return [encode_pair(TOK, p) for p in pairs], label_probs
 
@@ -219,7 +220,8 @@ def kto_truth(model, reference, rows, config):
     def logratio(prompt, answer):
         return logp_of(model, prompt, answer)[0] - logp_of(reference, prompt, answer)[0].detach()
 
-    others = [logratio(p, singles[(i + 2) % len(singles)][1]).detach() for i, (p, _, _) in enumerate(singles)]
+    mismatched = kto.other_prompts([(prompt, answer) for prompt, answer, _ in singles], "")
+    others = [logratio(p, singles[i][1]).detach() for i, (p, _, _) in zip(mismatched, singles, strict=True)]
     z, total = max(0.0, (sum(others) / len(others)).item()), 0.0
     for prompt, answer, good in singles:
         gap = logratio(prompt, answer) - z
@@ -300,7 +302,7 @@ def test_ktos_z_is_of_the_whole_batch_never_negative_and_without_gradient(make_m
     """It is the mean by which the policy finds completions to other prompts likelier than the
     reference does, 0 if they are less likely."""
     reference = make_model(0, **SMALL).double()
-    items, label_probs = read(some_rows(6, 4), kto=True)
+    items, label_probs = read(some_rows(6, 4), of_kto=True)
     with torch.no_grad():
         logps = item_logps(reference, items)
     for shift in (-2.0, 2.0, torch.linspace(-4, 6, len(items), dtype=torch.float64)):
@@ -321,24 +323,6 @@ def test_ktos_z_is_of_the_whole_batch_never_negative_and_without_gradient(make_m
     dpo.kto_loss(logp - ref_logps[:, 0], label_probs > 0.5, z, 0.3).mean().backward()  # z is a number here
     for a, p in zip(ours, reference.parameters()):
         torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_kto_pairs_each_prompt_with_an_answer_to_another(make_model):
-    rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)] + [
-        {"prompt": "p4", "completion": "single", "label": False}
-    ]
-    items, label_probs = read(rows, kto=True)
-    texts = [[TOK.decode(side.ids.tolist()) for side in item] for item in items]
-    said = {f"p{i}": {f"good {i}", f"bad {i}"} for i in range(4)} | {"p4": {"single"}}
-    for ours, other in texts:
-        (prompt, answer), (same, mismatched) = (
-            text.removeprefix("<|im_start|>user\n")
-            .removesuffix("<|im_end|>")
-            .split("<|im_end|>\n<|im_start|>assistant\n")
-            for text in (ours, other)
-        )
-        assert prompt == same and answer in said[prompt] and mismatched not in said[prompt]
-    assert label_probs.tolist() == [1, 0] * 4 + [0]
 
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
@@ -539,10 +523,10 @@ def test_a_run_learns_and_warns_when_the_chosen_answers_become_less_likely(train
 
     # A model that says both answers already can hardly say one of them more often
     alike = [
-        {"prompt": "hi", "chosen": f"{i % 3} apples on the table", "rejected": f"{i % 3} apples on the chair"}
+        {"prompt": f"hi {i}", "chosen": f"{i % 3} apples on the table", "rejected": f"{i % 3} apples on the chair"}
         for i in range(60)
     ]
-    items, model = [side for item in read(alike[:3])[0] for side in item], make_model(**SMALL)
+    items, model = [side for item in read(alike)[0] for side in item], make_model(**SMALL)
     optimizer = Optimizer(model, 0.01)
     for _ in range(100):
         (-completion_logprob_sums(model, items).mean()).backward()
@@ -559,10 +543,38 @@ def test_a_run_learns_and_warns_when_the_chosen_answers_become_less_likely(train
     assert (
         chosen["falls"] < 0 and falls.count("warning: chosen completions are less likely") == 1 and "--nll=1" in falls
     ), chosen
-    assert chosen["held"] > chosen["falls"] and ("warning" in held) == (chosen["held"] < 0), chosen
+    assert chosen["held"] > chosen["falls"] and ("warning: chosen" in held) == (chosen["held"] < 0), chosen
     (tmp_path / "falls/step_000030/manifest.json").unlink()
     again = succeeds(train(tmp_path / "falls", resume=True, **how))
     assert "continuing after step 20" in again and "warning: chosen" not in again  # it has been said
+
+
+def test_without_a_reference_the_warning_compares_with_the_first_validation(train, tmp_path):
+    said = succeeds(train(tmp_path / "run", loss="simpo", lr=0.02, steps=40, eval_every=2))
+    values = [r["chosen_mean_logp"] for r in records(tmp_path / "run") if "val_loss" in r]
+    assert said.count("warning: chosen completions are less likely") == (min(values) < values[0])
+    good = succeeds(train(tmp_path / "nll", loss="simpo", nll=3, lr=0.02, steps=8, eval_every=4))
+    values = [r["chosen_mean_logp"] for r in records(tmp_path / "nll") if "val_loss" in r]
+    assert min(values) == values[0] and "warning: chosen" not in good
+
+
+def test_a_tie_is_half_right_and_a_soft_label_counts_by_its_probability(make_model):
+    """The same text on both sides leads by nothing; as evaluate.py counts it."""
+    model, row = make_model(**SMALL), some_rows(1, 3)[0]
+    (item,), _ = read([row])
+    for label_prob, sides, right in ((1.0, item[:1] * 2, 0.5), (0.75, item, None), (0.25, item[::-1], None)):
+        found = dpo.run_batch(model, [sides], torch.tensor([label_prob]), torch.zeros(1, 2), configure("simpo"))
+        leads = found["chosen_mean_logp"] > found["rejected_mean_logp"]
+        expected = (label_prob if leads else 1 - label_prob) if right is None else right
+        assert found["accuracy"] == expected
+
+
+def test_an_epoch_has_each_pair_once_and_the_reference_reads_what_is_used(train, tmp_path):
+    data, val = (write_rows(tmp_path / f"{k}.jsonl", some_rows(k, k)) for k in (95, 5))
+    output = succeeds(train(tmp_path / "run", data=data, val=val, batch_size=64, epochs=1))
+    assert "95 pairs" in output and "2 steps of 64: 1.00 epochs" in output
+    tokens = sum(len(side.ids) for item in read(some_rows(95, 95))[0] for side in item)
+    assert sum(r["tokens"] for r in records(tmp_path / "run") if "loss" in r) == tokens
 
 
 def test_kto_reads_single_answers_of_which_the_held_out_may_all_be_good(train, tmp_path):
@@ -590,7 +602,7 @@ def test_pairs_too_long_are_dropped_and_counted(train, tmp_path):
         output.count(f"{data}: 2 of 12 pairs left out, a side of which exceeds 96 tokens") == 2 and "10 pairs" in output
     )
     only = write_rows(tmp_path / "only.jsonl", rows[-2:])
-    assert "only.jsonl: no pair fits into 96 tokens" in refused(train(tmp_path / "none", data=only))
+    assert "only.jsonl: no pair fits into 96 tokens" in refused(train(tmp_path / "none", data=only, val=data))
 
 
 def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, tmp_path, files):

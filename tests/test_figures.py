@@ -69,10 +69,10 @@ def test_preference_figures_by_hand():
     assert value["accuracy, 2 pairs within 10 % in length"] == pytest.approx((1 + 0.75) / 2)
     gap = [a - b for a, b in lengths]
     assert value["correlation of margin and length gap"] == pytest.approx(np.corrcoef(margins, gap)[0, 1])
-    errors = [sigmoid(2) - 1, sigmoid(1), 0.5, sigmoid(0.5) - 0.75, sigmoid(3) - 1]
+    errors = [sigmoid(2) - 1, sigmoid(1), 0, sigmoid(0.5) - 0.75, sigmoid(3) - 1]  # a tie is right half the time
     assert value["calibration error"] == pytest.approx(np.abs(errors).sum() / 5)
-    # A margin of 0 counts as preferring the chosen side; 0.62 lies in the bin of 0.6, and so on
-    shares = {0.50: 1, 0.62: 0.75, 0.73: 0, 0.88: 1, 0.95: 1}
+    # A margin of 0 is right half the time; 0.62 lies in the bin of 0.6, and so on
+    shares = {0.50: 0.5, 0.62: 0.75, 0.73: 0, 0.88: 1, 0.95: 1}
     assert {f"right where it says {p:.2f} (1 pairs)": share for p, share in shares.items()} == {
         name: x for name, x in value.items() if name.startswith("right where")
     }
@@ -139,3 +139,28 @@ def test_a_record_is_shown_as_counts_and_means():
     error = 1.96 * math.sqrt(0.3 * 0.7 / 100)
     assert counts == f"{'pairs':<48}     1,200"
     assert figure == f"{'right':<48}    0.3000   [{0.3 - error:.4f}, {0.3 + error:.4f}]"
+
+
+# --------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def test_agreement_counts_a_tie_as_a_half_and_a_label_by_its_probability():
+    margins, labels = np.array([2.0, -1.0, 0.0, 0.0, 3.0, -3.0]), np.array([1.0, 1.0, 1.0, 0.2, 0.0, 0.25])
+    assert figures.agreement(margins, labels).tolist() == [1, 0, 0.5, 0.5, 0, 0.75]
+    assert figures.agreement(margins, labels > 0.5).tolist() == [1, 0, 0.5, 0.5, 0, 1]
+
+
+def test_a_judge_and_a_reward_model_without_an_opinion_agree_half_the_time():
+    """Every accuracy, so that one is comparable with another."""
+    n = 12
+    known = {"the labels": np.array([0.5, -0.5] * (n // 2))}
+    kept, undecided = np.ones(n, bool), np.full(n, 0.5)
+    values = figures.verdict_values(np.full((n, 1, 2), 0.5), np.zeros((n, 1)), undecided, kept, known, ["be kind"])
+    for name in ("all pairs", "kept pairs", "by: be kind"):
+        assert values[f"agrees with the labels, {name}"].tolist() == [0.5] * n
+    rows = [{"gold_chosen": float(i), "gold_rejected": 3.0} for i in range(n)]
+    pairs = [Pair([], "a", "b", float(i % 2), row) for i, row in enumerate(rows)]
+    found = figures.preference_figures(pairs, np.zeros(n), np.ones((n, 2)), 0)
+    assert found["accuracy"]["value"] == found["order as gold's"]["value"] == 0.5
+    assert found["calibration error"]["value"] == 0  # it says 1/2, and is right half the time

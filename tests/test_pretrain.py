@@ -174,6 +174,40 @@ def test_only_the_same_run_is_resumed(train, tmp_path, book):
     assert [p.name for p in steps_in(run)] in (["step_000040"], ["step_000020", "step_000040"])
 
 
+def test_a_run_resumed_for_longer_says_what_its_learning_rate_does(train, tmp_path):
+    flags = {"sample_every": 0, "eval_every": 0, "save_every": 0}
+    succeeds(train(tmp_path / "run", steps=10, **flags))
+    output = succeeds(train(tmp_path / "run", steps=15, resume=True, **flags))
+    lr = {r["step"]: r["lr"] / 0.02 for r in records(tmp_path / "run") if "loss" in r}
+    assert lr[11] > lr[10]
+    said = f"--steps was 10 and is 15: the learning rate goes from {lr[10]:.0%} of its peak at step 10 to {lr[11]:.0%}"
+    assert output.count(f"warning: {said}") == 1
+    flags["save_every"] = 5
+    succeeds(train(tmp_path / "same", steps=15, **flags))
+    output = succeeds(train(rewound(tmp_path / "same", tmp_path / "again", 15), steps=15, resume=True, **flags))
+    assert "continuing after step 10" in output and "--steps was" not in output
+
+
+def test_the_printed_epochs_are_those_that_are_trained(train, tmp_path):
+    """Documents rarely fill a batch, so as many tokens are not as many epochs."""
+    documents = [{"text": "the old map and the red door " * k} for k in (5, 6, 7) * 20]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in documents))
+    flags = {"data": path, "context": 250, "batch_tokens": 300, "sample_every": 0, "eval_every": 0, "tokenizer": "byte"}
+    output = succeeds(train(tmp_path / "run", steps=60, **flags))
+    tokens, epochs = re.search(r"([\d,]+) training tokens; 60 steps of 300: ([\d.]+) epochs", output).groups()
+    seen = sum(r["tokens"] for r in records(tmp_path / "run") if "loss" in r) / int(tokens.replace(",", ""))
+    assert float(epochs) == pytest.approx(seen, rel=0.03) and seen < 60 * 300 / int(tokens.replace(",", "")) * 0.9
+
+
+def test_too_few_tokens_to_validate_on_are_refused(train, tmp_path, book):
+    (tmp_path / "few.txt").write_text("too short to say anything")
+    line = refused(train(tmp_path / "run", val=tmp_path / "few.txt"))
+    assert "few.txt: 26 tokens to validate on say nothing; hold out more" in line
+    line = refused(train(tmp_path / "run", val_fraction=0.003))
+    assert "book.txt: 2" in line and "tokens to validate on say nothing" in line
+
+
 def test_a_windowed_run_trains_resumes_exactly_and_samples(train, tmp_path):
     flags = {"steps": 12, "depth": 3, "window": 4, "window_every": 2, "save_every": 6, "sample_every": 6}
     straight = tmp_path / "straight"
@@ -409,8 +443,8 @@ def some_text(n=400, documents=30):
 def loss_and_gradients(model, micro_batch_tokens, one_size=False):
     """[loss, gradients ...] of one step on `some_text`."""
     stream, pieces = some_text()
-    loss = pretrain.train_step(model, [stream], pieces, micro_batch_tokens, one_size)
-    return [loss, *(p.grad for p in model.parameters())]
+    loss = pretrain.mean_nll(model.train(), [stream], pieces, micro_batch_tokens, one_size)
+    return [torch.tensor(loss), *(p.grad for p in model.parameters())]
 
 
 def test_packs_of_one_size_are_as_few_as_they_can_be():

@@ -43,11 +43,11 @@ def some_rows(n, seed, flipped=False):
     """Preferences for the answer that thanks."""
     draw, rows = random.Random(seed), []
     sides = ("rejected", "chosen") if flipped else ("chosen", "rejected")
-    for _ in range(n):
+    for i in range(n):
         answers = []
         for end in (" thanks", draw.choice([".", " bye"])):
             answers.append(f"{draw.choice(['yes', 'no', 'well'])} {draw.choice(['Ada', 'Ben'])}{end}")
-        prompt = draw.choice(["hi", "is it?", "how\nmany"])
+        prompt = draw.choice(["hi", "is it?", "how\nmany"]) + f" {i}"
         rows.append({"prompt": prompt, **dict(zip(sides, answers, strict=True))})
     return rows
 
@@ -108,10 +108,12 @@ def test_loss_and_gradient_are_bradley_and_terrys(make_model, margin, smoothing,
         expected = expected + p * torch.log(1 + torch.exp(margin - d)) + (1 - p) * torch.log(1 + torch.exp(margin + d))
     expected = expected / len(rows)
     gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    config = reward.Config(init="", data="", out="")
-    config.margin, config.smoothing, config.micro_batch_tokens = margin, smoothing, micro_batch_tokens
-    loss, _ = reward.train_step(model, items_of(rows), torch.tensor(label_probs, dtype=torch.float64), config)
+    batch = items_of(rows), torch.tensor(label_probs, dtype=torch.float64), micro_batch_tokens, margin, smoothing
+    loss, margins = reward.run_batch(model, *batch)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        again = reward.run_batch(model, *batch)
+    assert again[0] == loss and (again[1] == margins).all()
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-6 * g.abs().max().item(), msg=name)
 
@@ -279,6 +281,29 @@ def test_a_reward_model_may_be_trained_further(train, tmp_path):
     assert losses(tmp_path / "one") != losses(tmp_path / "two")
 
 
+def test_accuracy_is_that_of_the_labels_probability_at_every_step(train, tmp_path):
+    """ "probability": 0 says that the rejected side is the better one."""
+    turned = [row | {"probability": 0.0} for row in some_rows(160, 1, flipped=True)]
+    data = write_rows(tmp_path / "turned.jsonl", turned)
+    succeeds(train(tmp_path / "turned", data=data, steps=20))
+    succeeds(train(tmp_path / "plain", data=write_rows(tmp_path / "plain.jsonl", some_rows(160, 1)), steps=20))
+    runs = tmp_path / "turned", tmp_path / "plain"
+    turned, plain = ([r["accuracy"] for r in records(run) if "accuracy" in r] for run in runs)
+    assert turned == pytest.approx(plain, abs=0.13) and np.mean(turned[-3:]) > 0.7
+    figures = checkpoint.load(tmp_path / "turned")[2]["metrics"]
+    assert figures["figures"]["accuracy"]["value"] == figures["accuracy"]
+
+
+@pytest.mark.parametrize("n, batch_size", [(95, 64), (6, 64)])
+def test_an_epoch_has_each_pair_once(train, tmp_path, n, batch_size):
+    data, val = (write_rows(tmp_path / f"{k}.jsonl", some_rows(k, k)) for k in (n, 5))
+    output = succeeds(train(tmp_path / "run", data=data, val=val, batch_size=batch_size, epochs=2))
+    steps = 2 * -(-n // batch_size)
+    assert f"{n} pairs; {steps} steps of {batch_size}: 2.00 epochs" in output
+    tokens = sum(len(side.ids) for item in items_of(some_rows(n, n)) for side in item)
+    assert sum(r["tokens"] for r in records(tmp_path / "run") if "loss" in r) == 2 * tokens
+
+
 def test_pairs_too_long_are_dropped_and_counted(train, tmp_path):
     long = [
         {"prompt": "q", "chosen": "x" * 90, "rejected": "y"},
@@ -286,12 +311,12 @@ def test_pairs_too_long_are_dropped_and_counted(train, tmp_path):
         {"prompt": "x" * 90, "chosen": "y", "rejected": "z"},
     ]
     rows = some_rows(10, 1) + long
-    data, val = write_rows(tmp_path / "long.jsonl", rows), write_rows(tmp_path / "val.jsonl", rows[-4:])
+    data, val = write_rows(tmp_path / "long.jsonl", rows), write_rows(tmp_path / "val.jsonl", rows[-5:])
     output = succeeds(train(tmp_path / "run", data=data, val=val, steps=1))
     assert f"{data}: 3 of 13 pairs left out, a side of which exceeds 96 tokens" in output
-    assert f"{val}: 3 of 4 pairs left out" in output and "10 pairs; 1 steps" in output
+    assert f"{val}: 3 of 5 pairs left out" in output and "10 pairs; 1 steps of" in output
     only = write_rows(tmp_path / "only.jsonl", long)
-    assert "only.jsonl: no pair fits into 96 tokens" in refused(train(tmp_path / "none", data=only))
+    assert "only.jsonl: no pair fits into 96 tokens" in refused(train(tmp_path / "none", data=only, val=data))
 
 
 def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, tmp_path, files):

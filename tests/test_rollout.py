@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from runs import check_sampler
 
 from data import chat, tokenizer
 from data.pack import make_completion, pack
@@ -15,7 +16,6 @@ from rollout import (
     GRAPH_STEPS,
     Sample,
     Sampler,
-    check_sampler_matches_trainer,
     draw,
     invert,
     logits_of,
@@ -499,9 +499,9 @@ def sampled(model, temperature=0.8):
 def test_sampler_trainer_and_reference_agree_before_the_first_update(make_model):
     model = make_model()
     chats, samples, logp = sampled(model)
-    gap = check_sampler_matches_trainer(model, chats, samples, logp, logp.clone(), 0.8, 30, True)
+    gap = check_sampler(model, chats, samples, logp, logp.clone(), 0.8, 30, True)
     assert 0 <= gap < 1e-6
-    assert check_sampler_matches_trainer(model, [], [], logp[:0], None, 0.8, 30, True) == 0
+    assert check_sampler(model, [], [], logp[:0], None, 0.8, 30, True) == 0
 
 
 def test_tokens_of_others_in_a_sample_are_neither_trained_nor_compared(make_model):
@@ -514,7 +514,7 @@ def test_tokens_of_others_in_a_sample_are_neither_trained_nor_compared(make_mode
     chats[2] = make_completion(chats[2].ids[: -len(s.tokens)], s.tokens, s.loss_mask)
     logp = logprobs_no_grad(model, chats, 0.8, 30)
     assert len(logp) == sum(len(s.tokens) for s in samples) - 2
-    assert check_sampler_matches_trainer(model, chats, samples, logp, None, 0.8, 30, True) < 1e-6
+    assert check_sampler(model, chats, samples, logp, None, 0.8, 30, True) < 1e-6
 
 
 def test_distributions_that_differ_are_refused(make_model):
@@ -522,14 +522,14 @@ def test_distributions_that_differ_are_refused(make_model):
     chats, samples, logp = sampled(model)
     sides = (model, chats, samples)
     with pytest.raises(UserError, match="KL != 0"):
-        check_sampler_matches_trainer(*sides, logp, logp + 1e-6, 0.8, 30, True)
+        check_sampler(*sides, logp, logp + 1e-6, 0.8, 30, True)
     with pytest.raises(UserError, match="ratio != 1"):  # another temperature in training
-        check_sampler_matches_trainer(*sides, logp, None, 0.9, 30, True)
+        check_sampler(*sides, logp, None, 0.9, 30, True)
     shifted = [Sample(s.prompt_index, s.tokens, [x + 1e-4 for x in s.logprobs], s.finished) for s in samples]
     with pytest.raises(UserError, match="sampler and trainer disagree: mean .* 1.00e-04"):
-        check_sampler_matches_trainer(model, chats, shifted, logp, None, 0.8, 30, True)
+        check_sampler(model, chats, shifted, logp, None, 0.8, 30, True)
     model.dropout = 0.3
     with pytest.raises(UserError, match="ratio != 1"):
-        check_sampler_matches_trainer(*sides, logp, None, 0.8, 30, True)
+        check_sampler(*sides, logp, None, 0.8, 30, True)
     # That is looked for in a run's first step only
-    assert check_sampler_matches_trainer(*sides, logp, None, 0.8, 30, False) < 1e-6
+    assert check_sampler(*sides, logp, None, 0.8, 30, False) < 1e-6

@@ -6,6 +6,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from data import rows
@@ -202,29 +203,103 @@ def test_a_hash_depends_on_the_rows_alone(tmp_path):
     assert hashes[0] == expected
 
 
+def prompts(names):
+    """Rows as rows.prompt_only gives them, numbered."""
+    return [(turns(name), {"n": i}) for i, name in enumerate(names)]
+
+
 @pytest.mark.parametrize("n, fraction", [(2, 0.001), (2, 0.999), (10, 0.3), (100, 0.05)])
 def test_held_out_rows_are_some_and_never_all(n, fraction):
-    train, val = rows.split_off(list(range(n)), fraction, seed=3)
-    assert sorted(train + val) == list(range(n)) and train
+    found = prompts(map(str, range(n)))
+    train, val = rows.split_off(found, fraction, seed=3)
+    assert sorted(row["n"] for _, row in train + val) == list(range(n)) and train
     assert len(val) == max(1, min(n - 1, int(n * fraction)))
 
 
 def test_held_out_rows_are_random():
-    held_out = [tuple(rows.split_off(list(range(100)), 0.3, seed)[1]) for seed in (3, 3, 4)]
+    found = prompts(map(str, range(100)))
+    held_out = [tuple(row["n"] for _, row in rows.split_off(found, 0.3, seed)[1]) for seed in (3, 3, 4)]
     assert held_out[0] == held_out[1] and len({*held_out, tuple(range(30))}) == 3
-    with pytest.raises(UserError, match="one row only"):
-        rows.split_off([1], 0.5, seed=0)
+    with pytest.raises(UserError, match="one prompt only"):
+        rows.split_off(prompts(["a"] * 5), 0.5, seed=0)
+
+
+SHARED = [  # the same question in a row of every kind, told apart by `answer`
+    (rows.conversation, lambda q, answer: {"prompt": q, "completion": answer}),
+    (rows.conversation, lambda q, answer: {"messages": [*turns(q, answer), *turns("then?", answer)]}),
+    (rows.preference, lambda q, answer: {"prompt": q, "chosen": answer, "rejected": "no"}),
+    (rows.judged, lambda q, answer: {"prompt": q, "completion": answer, "label": True}),
+    (rows.judged, lambda q, answer: {"prompt": q, "chosen": answer, "rejected": "no"}),
+    (rows.prompt_only, lambda q, answer: {"prompt": q, "answer": answer}),
+    (rows.problem, lambda q, answer: {"prompt": q, "answer": answer.removeprefix("a")}),
+]
+
+
+@pytest.mark.parametrize("parse, make", SHARED)
+@pytest.mark.parametrize("sizes", [[6] * 20, [1, 2, 3, 40, 5, 4, 7], [50, 49]])
+def test_all_rows_of_a_prompt_are_held_out_or_none(parse, make, sizes):
+    """The same question in another row is not new: the figures would measure memory."""
+    found = [parse(make(f"q{q}", f"a{i}")) for q, size in enumerate(sizes) for i in range(size)]
+    found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+    for fraction in (0.01, 0.1, 0.5):
+        train, val = rows.split_off(found, fraction, seed=1)
+        assert not {rows.prompt_of(row) for row in train} & {rows.prompt_of(row) for row in val}
+        assert len(train) + len(val) == len(found) and train and val
+        assert len(val) <= max(fraction * len(found), min(sizes))
+
+
+@pytest.mark.parametrize("parse, make", SHARED)
+def test_prompts_that_data_and_val_share_are_said(parse, make, tmp_path, capsys):
+    data = write(tmp_path / "a.jsonl", [make(q, f"a{i}") for i, q in enumerate(["How are you?", "b", "c"])])
+    shared = ["how  ARE you?", "How are you?", "d", "e", "f"]
+    config = SimpleNamespace(data=data, val_fraction=0.2, skip_bad=False, seed=0)
+    config.val = write(tmp_path / "b.jsonl", [make(q, f"a{i}") for i, q in enumerate(shared)])
+    rows.read_split(config, parse)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "trained on" in x]
+    assert "of 5 rows to validate on, 1 have a prompt that is trained on" in line and "1 one that differs" in line
+    config.val = write(tmp_path / "c.jsonl", [make(q, f"a{i}") for i, q in enumerate("defg")])
+    rows.read_split(config, parse)
+    assert "trained on" not in capsys.readouterr().out
 
 
 def test_validation_rows_come_from_their_file_or_are_held_out(tmp_path):
-    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(10)])
-    b = write(tmp_path / "b.jsonl", [{"prompt": "b"}])
+    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(20)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": q} for q in "bcde"])
     config = SimpleNamespace(data=a, val="", val_fraction=0.2, skip_bad=False, seed=0)
     train, val, hashes = rows.read_split(config, rows.prompt)
-    assert (len(train), len(val), list(hashes)) == (8, 2, [a])
+    assert (len(train), len(val), list(hashes)) == (16, 4, [a])
     config.val = b
     train, val, hashes = rows.read_split(config, rows.prompt)
-    assert (len(train), val, list(hashes)) == (10, [turns("b")], [a, b])
+    assert (len(train), val, list(hashes)) == (20, [turns(q) for q in "bcde"], [a, b])
+
+
+def test_too_few_prompts_to_validate_on_are_refused(tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "c"} for i in range(20)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": "b", "completion": f"c{i}"} for i in range(9)])
+    config = SimpleNamespace(data=a, val="", val_fraction=0.05, skip_bad=False, seed=0)
+    with pytest.raises(UserError, match="held out of --data=.*one prompt only.*raise --val_fraction, or give --val"):
+        rows.read_split(config, rows.conversation)
+    assert len(rows.read_split(config, rows.prompt_only)[1]) == 1  # what is sampled to it is new each time
+    config.val = b
+    with pytest.raises(UserError, match="--val=.*b.jsonl: rows of one prompt only.*bring more"):
+        rows.read_split(config, rows.conversation)
+
+
+@pytest.mark.parametrize("n, warned", [(2, True), (9, True), (10, False)])
+def test_few_prompts_to_validate_on_are_warned_of(tmp_path, capsys, n, warned):
+    a, b = (write(tmp_path / f"{q}.jsonl", [{"prompt": f"{q}{i}", "completion": "c"} for i in range(n)]) for q in "ab")
+    rows.read_split(SimpleNamespace(data=a, val=b, skip_bad=False, seed=0), rows.conversation)
+    assert (f"b.jsonl: {n} prompts to validate on, so its figures are" in capsys.readouterr().out) == warned
+
+
+def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
+    """As evaluate.py --samples writes it; trained on, it would teach to end in the middle."""
+    samples = [{"prompt": "q", "completion": "It is 4", "finished": finished} for finished in (True, False, True)]
+    path = write(tmp_path / "samples.jsonl", samples)
+    with pytest.raises(UserError, match=r'samples.jsonl:2: "finished" is false.*--skip_bad=True'):
+        rows.read(path, rows.conversation)
+    assert len(rows.read(path, rows.conversation, skip_bad=True)[0]) == 2
+    assert len(rows.read(path, rows.prompt)[0]) == 3  # as a question it is as good as any
 
 
 # -------------------------------------------------------------------------------------------------

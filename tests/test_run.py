@@ -1,7 +1,10 @@
 """A run: its directory, its log, what it begins from, and what it refuses before the first step."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ from runtime import checkpoint
 from runtime.batches import index_order
 from runtime.errors import UserError
 from runtime.files import LOCKS
-from runtime.run import Log, Run, RunConfig, clear_run, clock_time, open_run
+from runtime.run import Log, RolloutConfig, Run, RunConfig, clear_run, clock_time, open_run
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +194,7 @@ def test_a_log_that_cannot_be_rewound_stays_as_it_is(small_disk):
 def test_a_line_per_step(tmp_path, capsys):
     log = Log(tmp_path, 7, 0, print_every=3)
     for step in range(1, 8):
-        log.step(step, 5000, 100, torch.device("cpu"), {"entropy": 0.5}, loss=1.23456, lr=3e-4)
+        log.step(step, 5000, 100, {"entropy": 0.5}, loss=1.23456, lr=3e-4)
     found = records(tmp_path)
     assert [r["step"] for r in found] == list(range(1, 8))
     assert found[0]["loss"] == 1.23456 and found[0]["tokens"] == 5000 and found[0]["tokens_per_s"] > 0
@@ -245,9 +248,9 @@ def train(config, change=None):
         loss.backward()
         beta.value *= 1.5
         optimizer.step(1.0)
-        run.log(step, 2, 0, loss=loss.item(), beta=beta.value)
+        run.log(step, model, [2], loss=loss.item(), beta=beta.value)
         if run.eval_due(step):
-            run.validated(step, {"val_loss": loss.item()}, "done")
+            run.validated(step, {"val_loss": loss.item()}, text="done")
             run.warn_once("first", "this is said once")
         run.end_step(step, model, tok)
 
@@ -380,3 +383,81 @@ def test_weights_that_are_not_finite_are_not_saved(base, tmp_path):
     with pytest.raises(UserError, match="step 2: blocks.1.mlp.down is no longer finite; these weights are not saved"):
         here(lambda config: train(config, spoil), Stage(out=str(tmp_path / "run"), init=str(base)))
     assert not checkpoint.steps_in(tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------
+# Warnings of a run that learns from its own completions
+
+
+@dataclass(kw_only=True)
+class Rollouts(RolloutConfig):
+    # steps
+    steps: int = 12
+    device: str = "cpu"
+
+
+STEP = {"finished": 0.9, "completion_tokens": 10.0, "entropy": 1.0, "updates": 1, "loss": 0.5, "zero_variance": 0.25}
+STEP |= {"all_right": 0.25, "all_wrong": 0.0, "all_cut": 0.0}
+IDLE = {"updates": 0, "loss": 0.0, "zero_variance": 1.0, "all_right": 0.25, "all_wrong": 0.75}
+
+
+def warnings_of(base, out, steps, **flags):
+    """What a run prints as warnings whose steps log these metrics, besides those of STEP."""
+
+    def log(config):
+        run = Run("grpo", config)
+        model, tok = run.load()
+        run.begin(len(steps), model, data={}, saved={})
+        for step in run.steps():
+            run.log_rollout(step, model, [], 1, STEP | steps[step - 1])
+            run.end_step(step, model, tok)
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        here(log, Rollouts(out=str(out), init=str(base), reward="", data="", steps=len(steps), **flags))
+    return [line for line in printed.getvalue().splitlines() if line.startswith("warning: ")]
+
+
+def test_a_run_that_is_well_warns_of_nothing(base, tmp_path):
+    assert warnings_of(base, tmp_path / "run", [{}] * 12 + [IDLE] * 9 + [{}] + [IDLE] * 9 + [{}]) == []
+
+
+@pytest.mark.parametrize(
+    "later, named, remedy",
+    [
+        ({"entropy": 0.09}, "entropy has fallen from 1 to 0.09", "lower --lr or a higher --beta"),
+        ({"finished": 0.6}, "60% of the completions end", "a larger --max_new_tokens"),
+        ({"completion_tokens": 21.0}, "after 21 tokens", "look at samples.txt"),
+        ({"loss": 1e-9}, "the loss is 0 and the policy learns", "watch the reward and grad_norm"),
+    ],
+)
+def test_each_change_for_the_worse_is_said_once_with_what_to_do(base, tmp_path, later, named, remedy):
+    (line,) = warnings_of(base, tmp_path / "run", [{}, {}, later, later, {}, later])
+    assert named in line and remedy in line
+
+
+def test_endings_that_the_limit_cuts_are_said(base, tmp_path):
+    (line,) = warnings_of(base, tmp_path / "run", [{"finished": 0.25}] * 3, max_new_tokens=7)
+    assert "--max_new_tokens=7 cuts 75% of the completions before their end" in line and "raise it" in line
+
+
+def test_ten_steps_without_an_update_are_said_once_with_the_reason(base, tmp_path):
+    (line,) = warnings_of(base, tmp_path / "a", [{}] + [IDLE] * 25)
+    assert "10 steps in a row without an update: the completions of every prompt are worth the same" in line
+    assert "25% of the groups are all above 0, 75% all at most 0" in line and "easier or harder prompts" in line
+    (line,) = warnings_of(base, tmp_path / "b", [IDLE] * 2)  # a run of two steps that never updates says so too
+    assert "2 steps in a row without an update" in line
+    (line,) = warnings_of(base, tmp_path / "c", [IDLE | {"zero_variance": 0.5}] * 3)
+    assert "no completion is left to learn from; see --stop_kl" in line
+
+
+def test_a_resumed_run_counts_on_from_where_it_stopped(base, tmp_path):
+    steps = [IDLE] * 12
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    (line,) = warnings_of(base, straight, steps, save_every=7)
+    assert warnings_of(base, stopped, steps, save_every=7) == [line]
+    shutil.rmtree(stopped / "step_000012")
+    (stopped / "latest").unlink()
+    (stopped / "latest").symlink_to("step_000007")
+    assert warnings_of(base, stopped, steps, save_every=7, resume=True) == [line]  # of 7 + 3 steps
+    states = [read_json(run / "step_000012/train_state.json") for run in (straight, stopped)]
+    assert states[0] == states[1] and states[0]["idle_steps"] == 12

@@ -15,7 +15,7 @@ from data import chat, tokenizer
 from data.judge import judge_prompt
 from data.pack import make_completion, pack
 from model import completion_logprobs, logprobs_no_grad
-from rollout import Sample, sample_completions
+from rollout import Completion, Sample, sample_completions
 from runtime import checkpoint
 from runtime.errors import UserError
 from scoring import (
@@ -27,6 +27,7 @@ from scoring import (
     reward_configs,
     reward_hashes,
     reward_scores,
+    score_batch,
     score_completions,
     time_limit,
     validate_policy,
@@ -305,13 +306,12 @@ def test_a_greedy_answer_is_right_if_it_ends_by_itself_with_the_right_number(mak
 
 def test_a_policy_is_validated_on_its_own_completions(make_model, functions):
     policy, reference = make_model(1, **SMALL), make_model(2, **SMALL)
-    rows = [(messages, {"id": i}) for i, messages in enumerate(ask("one", "two", "three"))]
-    config = SimpleNamespace(
-        reward=f"{functions}:length", monitor="", max_new_tokens=9, temperature=0.8, seed=4, micro_batch_tokens=60
-    )
+    rows = [(messages, {"id": i}) for i, messages in enumerate(ask("one", "two", "three", "and a fourth"))]
+    limits = {"max_new_tokens": 9, "micro_batch_tokens": 60, "eval_prompts": 3}
+    config = SimpleNamespace(reward=f"{functions}:length", monitor="", temperature=0.8, seed=4, **limits)
     rewards = load(config.reward, monitor=f"{functions}:asked")
-    metrics, text = validate_policy(policy, reference, TOK, rewards, rows, config, kl_coef=0.3, penalty=2.0)
-    conversations = [messages for messages, _ in rows]
+    metrics, sample = validate_policy(policy, reference, TOK, rewards, rows, config, kl_coef=0.3, penalty=2.0)
+    conversations = [messages for messages, _ in rows[:3]]
     options = dict(max_new_tokens=9, temperature=0.8, seed=4)
     prompts, samples, texts = sample_completions(policy, TOK, conversations, **options)
     chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
@@ -327,6 +327,18 @@ def test_a_policy_is_validated_on_its_own_completions(make_model, functions):
         f"reward {functions}:asked": 1 + 0.5 * (1 - unfinished),
     }
     expected["val_loss"] = 0.3 * expected["kl"] - expected["reward"]
-    assert metrics == pytest.approx(expected, abs=1e-4) and text == texts[0]
+    assert metrics == pytest.approx(expected, abs=1e-4) and sample == f"one\n--- completion:\n{texts[0]}"
     alone, _ = validate_policy(policy, None, TOK, rewards, rows, config, kl_coef=0.3)
     assert "kl" not in alone and alone["val_loss"] == -alone["reward"] == pytest.approx(-lengths)
+
+
+def test_a_score_too_large_to_learn_from_is_refused():
+    def same(conversations, rows, samples, texts):
+        return np.array([rows[0]["worth"]])
+
+    for value in (1e30, -1e30, 3.0):
+        completion = Completion(0, (ask("q")[0], {"worth": value}), None, Sample(0, [1], [0.0], True), "some text")
+        score_batch([("r", 1.0, same)], [completion])
+        assert completion.score == value and completion.parts == {"r": value}
+        with pytest.raises(UserError, match="--reward: .*e[+][36].* for the completion 'some text'.*a smaller scale"):
+            score_batch([("r", 1e31, same)], [completion])

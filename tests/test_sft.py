@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import rollout
 import sft
 from data import chat, corpus, tokenizer
 from data.pack import pack
+from data.read import read_json
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
@@ -32,11 +34,12 @@ def turn(question, answer):
 def some_rows(n, seed, turns=2):
     """Chats about names, of one to `turns` turns: a little to learn."""
     draw, rows = random.Random(seed), []
-    for _ in range(n):
+    for i in range(n):
         messages = [{"role": "system", "content": "be brief"}] if draw.random() < 0.2 else []
         for _ in range(draw.randint(1, turns)):
             name = draw.choice(["Ada", "Ben", "Cleo"])
-            messages += turn(draw.choice([f"hi {name}", f"{name}?"]), f"{name}!" + " yes" * draw.randint(0, 2))
+            question = draw.choice([f"hi {name}", f"{name}?"]) + f" {i}"
+            messages += turn(question, f"{name}!" + " yes" * draw.randint(0, 2))
         rows.append({"messages": messages})
     return rows
 
@@ -121,12 +124,12 @@ def test_loss_and_gradient_are_those_of_full_logits(make_model, micro_batch_toke
     assert any(m["role"] == "system" for row in rows for m in row["messages"])
     expected = loss_of_full_logits(model, rows)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    loss = sft.train_step(model, encoded(rows), micro_batch_tokens)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss = sft.mean_nll(model, encoded(rows), micro_batch_tokens)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9 * g.abs().max().item(), msg=name)
-    val_loss = sft.validation_loss(model, encoded(rows), micro_batch_tokens)
-    assert val_loss == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        assert sft.mean_nll(model, encoded(rows), micro_batch_tokens) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_conversation_costs_the_same_in_any_pack(make_model):
@@ -146,7 +149,7 @@ def test_answers_and_the_ends_of_turns_get_gradient_and_nothing_else_does(make_m
             p.zero_()
         model.embed.fill_(1.0)
         model.norm.fill_(1.0)  # hidden is 1 in every channel
-    sft.train_step(model, encoded(rows), 10**6)
+    sft.mean_nll(model, encoded(rows), 10**6)
     answers = [m["content"].encode() for row in rows for m in row["messages"] if m["role"] == "assistant"]
     ids = [b for answer in answers for b in answer] + [chat.end_of_turn(tok)] * len(answers)
     count = np.bincount(ids, minlength=260)
@@ -162,7 +165,7 @@ def test_replayed_text_is_trained_as_in_pretraining(make_model):
     chats = corpus.piece_chats(streams, pieces)
     assert max(len(c.ids) for c in chats) == SMALL["context"]
     nats, _ = pretrain.evaluate(model, streams, pieces, tokenizer.token_bytes(tok), 10**6)
-    assert sft.validation_loss(model, chats, 10**6) == pytest.approx(nats, rel=1e-5)
+    assert sft.mean_nll(model, chats, 10**6) == pytest.approx(nats, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,12 +308,26 @@ def test_replay_keeps_what_was_known(tune, tmp_path, files):
 
 
 def test_epochs_are_the_steps_that_see_every_conversation_once(tune, tmp_path, files):
+    """Each once, and so that the printed count is what has been seen; the last batch is smaller."""
     rows = [json.loads(line) for line in files["data"].read_text().splitlines()]
+    val = write_rows(tmp_path / "val.jsonl", some_rows(5, 7))
     total = sum(len(c.ids) for c in encoded(rows))
-    output = succeeds(tune(tmp_path / "run", epochs=0.5, batch_tokens=1000))
-    seen = sum(r["tokens"] for r in records(tmp_path / "run") if "loss" in r)
-    assert 0.8 * 0.475 * total < seen < 1.05 * 0.475 * total  # 0.05 of the rows are held out
-    assert f"of {len(rows)}" not in output
+    for epochs, steps in ((1, 0), (2, 0), (1, 7)):
+        run = tmp_path / f"{epochs} {steps}"
+        output = succeeds(tune(run, val=val, epochs=epochs, steps=steps, batch_tokens=1000, eval_every=0))
+        seen = sum(r["tokens"] for r in records(run) if "loss" in r)
+        assert seen == epochs * total if not steps else seen < total
+        (said,) = re.findall(r"([\d.]+) epochs", output)
+        state = read_json(checkpoint.find(run) / "train_state.json")["order"]
+        assert float(said) == pytest.approx(state["epoch"] + state["index"] / len(rows), abs=0.005)
+
+
+def test_samples_that_were_cut_are_refused_as_answers(tune, tmp_path):
+    samples = [{"prompt": f"{i}?", "completion": "yes and", "finished": i % 2 == 0} for i in range(30)]
+    data = write_rows(tmp_path / "samples.jsonl", samples)
+    assert 'samples.jsonl:2: "finished" is false' in refused(tune(tmp_path / "run", data=data, steps=1))
+    output = succeeds(tune(tmp_path / "other", data=data, steps=1, skip_bad=True, val_fraction=0.3))
+    assert "15 bad lines left out, 15 read" in output
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,14 +339,15 @@ def test_long_conversations_are_cut_or_dropped_and_counted(tune, tmp_path):
     many = {"messages": turn("hi", "hello") * 5}
     data = write_rows(tmp_path / "long.jsonl", [many] * 3 + [long] * 2 + [short] * 4)
     # The long one is also the first question that samples.txt could show.
-    val = write_rows(tmp_path / "val.jsonl", [long, many])
+    others = [{"messages": turn(f"{i}?", "hello")} for i in range(3)]
+    val = write_rows(tmp_path / "val.jsonl", [long, many, *others])
     output = succeeds(tune(tmp_path / "run", data=data, val=val, steps=2))
     cut = f"{data}: of 9 conversations, 3 were cut after their last answer that ends within 96 tokens"
     assert f"{cut}, 2 dropped, none of whose answers does" in output
-    assert "7 conversations" in output and f"{val}: of 2 conversations, 1 were cut" in output
+    assert "7 conversations" in output and f"{val}: of 5 conversations, 1 were cut" in output
     assert (tmp_path / "run/samples.txt").read_text().startswith("=== step 2 ===\nhi\n--- answers:\n")
     only = write_rows(tmp_path / "only.jsonl", [long] * 5)
-    line = refused(tune(tmp_path / "none", data=only))
+    line = refused(tune(tmp_path / "none", data=only, val=data))
     assert "only.jsonl: no conversation has an answer that ends within 96 tokens" in line
     assert not (tmp_path / "none/log.jsonl").exists()
 

@@ -1,0 +1,71 @@
+"""KTO's data: single completions that were judged good or bad, each with a completion to another
+prompt, by which the KL to the reference is measured (Ethayarajh et al. 2024, arXiv 2402.01306)."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from data import chat, rows
+from data.pack import make_completion
+from runtime.cli import print0
+from runtime.errors import UserError
+
+
+def read_items(config, tok, context):
+    """(train items, labels, validation items, labels, {source: SHA-256}) of --data and --val.
+
+    An item is (Chat, Chat): the completion that was judged, and one to another prompt. labels: fp32
+    [n], 1 for a good one.
+    """
+    train, val, hashes = rows.read_split(config, rows.judged)
+    found = []
+    for judged, what in ((train, config.data), (val, config.val or "held out of it")):
+        found += make_items(tok, [single for row in judged for single in row], context, what)
+    return *found, hashes
+
+
+def make_items(tok, judged, context, what):
+    """(items, labels) of judged completions [(messages, completion, label)].
+
+    Those that exceed `context` are dropped. A completion to another prompt is cut to fit.
+    """
+    documents = []
+    for messages, text, _ in judged:
+        documents.append(make_completion(chat.encode_prompt(tok, messages), chat.encode_completion(tok, text)))
+    kept = chat.drop_long_pairs([[document] for document in documents], context, what)
+    judged, documents = [judged[i] for i in kept], [documents[i] for i in kept]
+    others = other_prompts([(rows.prompt_of([single]), single[1]) for single in judged], what)
+    items = []
+    for document, i in zip(documents, others, strict=True):
+        prompt, other = document.ids[~document.loss_mask], documents[i].ids[documents[i].loss_mask]
+        items.append((document, make_completion(prompt, other[: context - len(prompt)])))
+    labels = torch.tensor([float(label) for *_, label in judged])
+    if labels.min() == labels.max():
+        side = "good" if labels[0] else "bad"
+        print0(
+            f"warning: {what}: all {len(items)} completions are labelled {side}; kto learns from the difference: bring "
+            "both, or fine-tune on good ones with sft.py"
+        )
+    return items, labels
+
+
+def other_prompts(keys, what):
+    """For each of keys, [(prompt, completion)], the index of a completion to another prompt.
+
+    Each is taken once, unless one prompt has more than half of them; the order of the keys does not
+    matter. Raises UserError if there is one prompt only.
+    """
+    prompts = sorted({prompt for prompt, _ in keys})
+    if len(prompts) < 2:
+        raise UserError(f"{what}: completions to one prompt only; kto compares with those to others")
+    place = dict(zip(prompts, np.random.default_rng(0).permutation(len(prompts)), strict=True))
+    order = sorted(range(len(keys)), key=lambda i: (place[keys[i][0]], keys[i][1]))
+    [(largest, size)] = Counter(prompt for prompt, _ in keys).most_common(1)
+    foreign = [i for i in order if keys[i][0] != largest]
+    others = [0] * len(keys)
+    for k, i in enumerate(order):  # those of a prompt are neighbours, so `size` further on is another
+        others[i] = order[(k + size) % len(order)]
+        if keys[others[i]][0] == keys[i][0]:
+            others[i] = foreign[k % len(foreign)]
+    return others

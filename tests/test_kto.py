@@ -1,0 +1,89 @@
+"""data/kto.py: a judged completion is paired with one to another prompt, and dropped for its own
+length only."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import write_rows
+
+from data import kto, tokenizer
+from runtime.errors import UserError
+
+TOK = tokenizer.byte_level()
+
+
+def judged(sizes):
+    """Judged completions (messages, completion, label), so many to each prompt."""
+    singles = []
+    for q, size in enumerate(sizes):
+        messages = [{"role": "user", "content": f"q{q}"}]
+        singles += [(messages, f"answer {q}.{i}", i == 0) for i in range(size)]
+    return singles
+
+
+def texts(items):
+    """[(prompt, completion, mismatched completion)] of items."""
+    found = []
+    for own, other in items:
+        halves = [TOK.decode(side.ids.tolist()).split("<|im_start|>assistant\n") for side in (own, other)]
+        assert halves[0][0] == halves[1][0]  # the prompt is this one's
+        found.append((halves[0][0], *(half[1].removesuffix("<|im_end|>") for half in halves)))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [2] * 5, [1] * 4 + [4], [8] * 6, [3, 1, 4, 1, 5, 9, 2, 6]])
+def test_each_completion_is_once_that_of_another_prompt(sizes):
+    items, labels = kto.make_items(TOK, judged(sizes), 200, "data")
+    found = texts(items)
+    for _, own, mismatched in found:
+        assert own.split(".")[0] != mismatched.split(".")[0]
+    assert sorted(own for _, own, _ in found) == sorted(mismatched for *_, mismatched in found)
+    assert labels.tolist() == [float(label) for *_, label in judged(sizes)]
+
+
+def test_the_order_of_the_rows_changes_no_pair():
+    singles = judged([4, 2, 3, 1])
+    shuffled = [singles[i] for i in torch.randperm(10, generator=torch.Generator().manual_seed(0))]
+    first, second = (kto.make_items(TOK, some, 200, "data")[0] for some in (singles, shuffled))
+    assert sorted(texts(first)) == sorted(texts(second))
+
+
+def test_where_one_prompt_has_most_rows_its_partners_are_taken_in_turn():
+    found = texts(kto.make_items(TOK, judged([9, 2, 1]), 200, "data")[0])
+    partners = [mismatched for _, own, mismatched in found if own.startswith("answer 0")]
+    assert all(not partner.startswith("answer 0") for partner in partners) and len(set(partners)) == 3
+    assert max(map(partners.count, partners)) == 3
+
+
+def test_completions_to_one_prompt_only_are_refused():
+    with pytest.raises(UserError, match="file.jsonl: completions to one prompt only"):
+        kto.make_items(TOK, judged([5]), 200, "file.jsonl")
+
+
+def test_a_row_is_dropped_for_its_own_length_only(capsys):
+    """A short answer to a long prompt stays, however long the answers to other prompts are: those
+    are cut behind it."""
+    long, short = [{"role": "user", "content": "word " * 20}], [{"role": "user", "content": "q"}]
+    singles = [(long, "yes", True), (long, "no", False), (short, "word " * 20, True), (short, "word " * 99, False)]
+    items, labels = kto.make_items(TOK, singles, 150, "data")
+    assert labels.tolist() == [1, 0, 1] and "1 of 4" in capsys.readouterr().out
+    for own, other in items:
+        assert len(own.ids) <= 150 and len(other.ids) <= 150 and other.loss_mask.sum() >= 2
+    assert any(len(other.ids) == 150 for _, other in items)
+
+
+@pytest.mark.parametrize("label, side", [(True, "good"), (False, "bad")])
+def test_labels_of_one_side_are_warned_of(capsys, label, side):
+    kto.make_items(TOK, [(messages, text, label) for messages, text, _ in judged([2, 2])], 200, "file.jsonl")
+    assert f"warning: file.jsonl: all 4 completions are labelled {side}" in capsys.readouterr().out
+    kto.make_items(TOK, judged([2, 2]), 200, "file.jsonl")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_items_of_files_share_no_prompt_with_those_held_out(tmp_path):
+    rows = [{"prompt": f"q{q}", "completion": f"answer {q}.{i}", "label": i == 0} for q in range(20) for i in range(3)]
+    flags = {"data": str(write_rows(tmp_path / "rows.jsonl", rows)), "val": "", "val_fraction": 0.2}
+    train, labels, val, val_labels, hashes = kto.read_items(SimpleNamespace(**flags, skip_bad=False, seed=0), TOK, 200)
+    assert not {prompt for prompt, *_ in texts(train)} & {prompt for prompt, *_ in texts(val)}
+    assert (len(train), len(labels), len(val), len(val_labels)) == (48, 48, 12, 12) and list(hashes) == [flags["data"]]
