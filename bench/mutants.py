@@ -116,8 +116,8 @@ MUTANTS = [
     (
         "end_not_trained",
         "data/pack.py",
-        "loss_mask = [True] * len(completion_ids)",
-        "loss_mask = [True] * (len(completion_ids) - 1) + [False]",
+        "trained = np.arange(len(ids)) >= len(prompt_ids)",
+        "trained = (np.arange(len(ids)) >= len(prompt_ids)) & (np.arange(len(ids)) < len(ids) - 1)",
         DPO,
     ),
     ("same_numbers_for_every_rank", "ppo.py", '"first": first * config.group_size', '"first": 0', PPO),

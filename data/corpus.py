@@ -51,16 +51,14 @@ def pieces(streams, eot, context, first=0):
     for s, stream in enumerate(streams):
         ends = np.flatnonzero(stream == eot)
         begin, end = ends[:-1], ends[1:]  # [documents]
-        head = np.where((end - begin > context) & (first > 0), first, 0)  # an extra, short window
-        windows = (head > 0) + -(-(end - begin - head) // context)  # [documents], rounded up
+        # a shorter first window is a whole one that begins before its document
+        origin = np.where((end - begin > context) & (first > 0), begin + first - context, begin)
+        windows = -(-(end - origin) // context)  # [documents], rounded up
         document = np.repeat(np.arange(len(begin)), windows)  # [windows]
         number = np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)
-        begin, end, head = begin[document], end[document], head[document]
-        short = (number == 0) & (head > 0)
-        after_head = begin + head + (number - (head > 0)) * context
-        a = np.where(short, begin, after_head)
-        b = np.minimum(np.where(short, begin + head, after_head + context), end)
-        found.append(np.stack([np.full(len(a), s), a, b], axis=1))
+        a = origin[document] + number * context
+        b = np.minimum(a + context, end[document])
+        found.append(np.stack([np.full(len(a), s), np.maximum(a, begin[document]), b], axis=1))
     return np.concatenate(found)
 
 

@@ -29,11 +29,9 @@ text alone, not on order, seed or other documents. There is no global shuffle: p
     python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2 --tokenizer=out/tok --out=out/mix
 """
 
-import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -50,7 +48,7 @@ from data.shards import load_manifest
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import flush, lock_file, sha256, write_json
+from runtime.files import append, lock_file, make_folder, replace_file, sha256, write_json
 
 
 @dataclass
@@ -89,7 +87,7 @@ class Config:
     dedup: str = "near"
     # bytes of text in a shard [>= 1]
     shard_bytes: int = 2**27
-    # which documents of a source that exceeds its share are used [< 4294967296]
+    # which documents of a source that exceeds its share are used
     seed: int = 0
     # leave bad lines out and count them
     skip_bad: bool = False
@@ -102,8 +100,8 @@ class Config:
 SHARED = 13  # words in a row that give an evaluation text away (GPT-3, appendix C)
 BATCH = 2**18  # characters computed on at once: few enough for the processor's cache
 OTHER_FILES = {".lock", "work", "tokenizer.json", "tokenizer_config.json"}  # of --out, besides shards and manifest
-RULES = [rule.__name__ for rule in clean.RULES]
-VERDICTS = ["kept", "bad_line", *RULES, "contaminated", "exact_duplicate", "near_duplicate", "over_weight"]
+VERDICTS = ["kept", "bad_line", *(rule.__name__ for rule in clean.RULES)]
+VERDICTS += ["contaminated", "exact_duplicate", "near_duplicate", "over_weight"]
 RECORD = np.dtype(  # of one document
     [("source", "<u2"), ("verdict", "u1"), ("bytes", "<u4"), ("key", "<u8"), ("bands", "<u8", clean.BANDS)]
 )
@@ -133,34 +131,26 @@ def parse_sources(text, work):
 
 def download(name, path):
     """Copy hf:NAME[configuration,split,rows] from Hugging Face into a JSONL file, row by row."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with replace_file(path) as file:
         for text in read_texts(name):
-            file.write(json.dumps({"text": text}) + "\n")
-    finish(path)
-
-
-def finish(path):
-    """Give a file written as `path`.tmp its name, once the disk holds it."""
-    flush(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+            file.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 def text_documents(path, heading, cut):
     """Yield the documents of a .txt file, divided as the head of this file says."""
-    lines, size = [], 0
+    text = ""
     for _, line in read_lines(path):
         marker = line.strip() == "<|endoftext|>"
-        if lines and (marker or heading and re.fullmatch(heading, line.rstrip("\r\n"))):
-            yield "".join(lines)
-            lines, size = [], 0
+        if text and (marker or heading and re.fullmatch(heading, line.rstrip("\r\n"))):
+            yield text
+            text = ""
         if not marker:
-            lines.append(line)
-            size += len(line)
-        if size >= cut and (not line.strip() or size >= 2 * cut):
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
+            text += line
+        if len(text) >= cut and (not line.strip() or len(text) >= 2 * cut):
+            yield text
+            text = ""
+    if text:
+        yield text
 
 
 def documents(path, config):
@@ -230,12 +220,10 @@ def scan(grams, config, batch):
 def scan_sources(sources, grams, path, config):
     """Write the RECORDs of all documents to a file, which gets its name when it is whole."""
     items = ((i, text) for i, source in enumerate(sources) for text in documents(source.path, config))
-    progress = Progress("scan", sum(source.path.stat().st_size for source in sources))
-    with open(f"{path}.tmp", "wb") as file:
+    items = progress("scan", items, sum(source.path.stat().st_size for source in sources))
+    with replace_file(path) as file:
         for records in in_order(scan, (grams, config), batches(items, BATCH, batch_size), config.workers):
-            file.write(records.tobytes())
-            progress.add(int(records["bytes"].sum(dtype=np.int64)))
-    finish(path)
+            file.write(records)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -275,9 +263,8 @@ def decide(records, sources, config):
     verdict[(verdict == 0) & (copies == 0)] = VERDICTS.index("over_weight")
 
     chance = uniform(keys, 0)
-    held_out = chance < config.val_fraction
-    if config.val_fraction and not held_out[copies > 0].any():
-        held_out = chance == chance[copies > 0].min()
+    least = chance[copies > 0].min(initial=1)  # one document at least
+    held_out = (config.val_fraction > 0) & ((chance < config.val_fraction) | (chance == least))
     copies[held_out] = copies[held_out].clip(max=1)
     if not copies[~held_out].any():
         raise UserError(
@@ -316,9 +303,9 @@ def writing_order(records, copies, held_out, shard_bytes):
     shard = np.zeros(len(document), np.int64)
     for split in (False, True):
         mine = np.flatnonzero(held_out[document] == split)
-        size = records["bytes"][document[mine]].astype(np.int64)
+        size = records["bytes"][document[mine]]
         full = (np.cumsum(size) - size) // shard_bytes  # shards' worth of text before each document
-        shard[mine] = np.cumsum(np.diff(full, prepend=0) > 0)  # a large text must not skip a number
+        shard[mine] = np.unique(full, return_inverse=True)[1]  # a large text must not skip a number
     return document, shard
 
 
@@ -337,13 +324,11 @@ def read_numbered(path, numbers, config):
 
 
 def encode(tok, dtype, batch):
-    """(split, shard, text)s -> {(split, shard): (tokens, bytes of each text)}, in order."""
-    pieces = {}
-    for split, shard, text in batch:
-        tokens, sizes = pieces.setdefault((split, shard), ([], []))
-        tokens += [tok.eot, *tok.encode_ordinary(text)]
-        sizes.append(len(text.encode()))
-    return {key: (np.array(tokens, dtype), sizes) for key, (tokens, sizes) in pieces.items()}
+    """(shard's name, text)s -> {shard's name: tokens}, in order."""
+    tokens = {}
+    for name, text in batch:
+        tokens.setdefault(name, []).extend([tok.eot, *tok.encode_ordinary(text)])
+    return {name: np.array(ids, dtype) for name, ids in tokens.items()}
 
 
 def write_splits(sources, records, copies, held_out, tok, dtype, config):
@@ -351,42 +336,35 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
     document, shard = writing_order(records, copies, held_out, config.shard_bytes)
     source, first = records["source"][document], np.searchsorted(records["source"], np.arange(len(sources)))
     texts = [read_numbered(s.path, document[source == i] - first[i], config) for i, s in enumerate(sources)]
-    split = np.where(held_out[document], "val", "train").tolist()
-    items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source))
+    sizes, held_out, out = records["bytes"][document], held_out[document], Path(config.out)
+    names = (shard_name("val" if held else "train", number) for held, number in zip(held_out, shard))
+    items = progress("write", zip(names, (next(texts[i]) for i in source)), sizes.sum())
 
-    entries, parts = {"train": [], "val": []}, {"train": [], "val": []}  # parts: of the open shards
-
-    def close_shard(name):
-        entries[name].append(write_shard(Path(config.out) / f"{name}_{len(entries[name]):05d}.bin", parts[name]))
-        parts[name] = []
-
-    progress = Progress("write", int(records["bytes"][document].sum(dtype=np.int64)))
+    for path in [*out.glob("train_?????.bin"), *out.glob("val_?????.bin")]:  # of an earlier run
+        path.unlink()
     for pieces in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
-        for (name, number), part in pieces.items():
-            if number > len(entries[name]):
-                close_shard(name)
-            parts[name].append(part)
-            progress.add(sum(part[1]))
-    for name in entries:
-        if parts[name]:
-            close_shard(name)
+        for name, tokens in pieces.items():
+            append(out / name, tokens, sync=False)
+    entries = {"train": [], "val": []}
+    for split, chosen in (("train", ~held_out), ("val", held_out)):
+        counts, text_bytes = np.bincount(shard[chosen]), np.bincount(shard[chosen], sizes[chosen])
+        for number in range(len(counts)):
+            path = out / shard_name(split, number)
+            size = append(path, np.array([tok.eot], dtype))  # ends with eot, as it begins
+            entries[split].append(
+                {
+                    "file": path.name,
+                    "tokens": size // np.dtype(dtype).itemsize,
+                    "documents": int(counts[number]),
+                    "bytes": int(text_bytes[number]),
+                    "sha256": sha256(path),
+                }
+            )
     return entries
 
 
-def write_shard(path, parts):
-    """Write one shard from its parts (tokens, bytes of each text) -> its manifest entry."""
-    tokens = np.concatenate([part for part, _ in parts])
-    tokens = np.append(tokens, tokens[0])  # ends with eot, as it begins
-    sizes = [size for _, part in parts for size in part]
-    path.write_bytes(tokens)
-    flush(path)
-    return {
-        "file": path.name,
-        "tokens": len(tokens),
-        "documents": len(sizes),
-        "bytes": sum(sizes),
-        "sha256": hashlib.sha256(tokens).hexdigest(),
-    }
+def shard_name(split, number):
+    return f"{split}_{number:05d}.bin"
 
 
 def batch_size(item):
@@ -394,17 +372,15 @@ def batch_size(item):
     return len(item[-1] or "") + 100  # a short document has its cost, too
 
 
-class Progress:
-    """Prints the share that is done, every ten seconds."""
-
-    def __init__(self, label, total):
-        self.label, self.total, self.done, self.shown = label, total, 0, time.monotonic()
-
-    def add(self, amount):
-        self.done += amount
-        if time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
-            print(f"{self.label} {self.done / self.total:.0%}", file=sys.stderr, flush=True)
+def progress(label, items, total):
+    """Yield items that end in a text; print the share of `total` bytes done, every ten seconds."""
+    done, shown = 0, time.monotonic()
+    for item in items:
+        yield item
+        done += len((item[-1] or "").encode())
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"{label} {done / total:.0%}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -417,10 +393,7 @@ def begin(out, recipe, overwrite):
     Returns True if such a run is complete already. Raises UserError if `out` holds anything else
     and `overwrite` does not allow to replace it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
+    make_folder(out)
     lock_file(out / ".lock", out)
     work = out / "work"
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()
@@ -437,12 +410,9 @@ def begin(out, recipe, overwrite):
     elif not overwrite and {path.name for path in out.iterdir()} - OTHER_FILES:
         raise UserError(f"{out}: holds other files; choose another --out")
     (out / "manifest.json").unlink(missing_ok=True)  # first, for it says that the rest is whole
-    for path in [*out.glob("train_?????.bin"), *out.glob("val_?????.bin")]:
-        path.unlink()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    write_json(work / "recipe.json.tmp", recipe)
-    finish(work / "recipe.json")
+    write_json(work / "recipe.json", recipe)
     return False
 
 
@@ -451,7 +421,7 @@ def source_entries(sources, hashes, records, copies, epochs):
     entries = []
     for i, source in enumerate(sources):
         mine = records["source"] == i
-        size = records["bytes"][mine].astype(np.int64)
+        size = records["bytes"][mine]
         entries.append(
             {
                 "path": source.name,
@@ -532,8 +502,7 @@ def main(config):
         **recipe,
     }
     tokenizer.save(tok, out)
-    write_json(out / "manifest.json.tmp", manifest)
-    finish(out / "manifest.json")  # last, for it says that the rest is whole
+    write_json(out / "manifest.json", manifest)  # last, for it says that the rest is whole
     shutil.rmtree(work, ignore_errors=True)
     report(manifest)
 

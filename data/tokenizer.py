@@ -35,7 +35,7 @@ from data.read import parse_mixture, read_json, read_lines, read_texts
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import write_json
+from runtime.files import make_folder, write_json
 
 
 @dataclass
@@ -150,11 +150,8 @@ class Tokenizer(tiktoken.Encoding):
         """Raises UserError if a vocabulary without all bytes lacks a character of the text."""
         for char in set(text):
             raw = char.encode("utf-8", "surrogatepass")
-            if self._pat_str == CHARACTER:
-                known = raw in self._mergeable_ranks
-            else:
-                known = self.missing_bytes.isdisjoint(raw)
-            if not known:
+            whole = self._pat_str == CHARACTER and raw in self._mergeable_ranks
+            if not whole and not self.missing_bytes.isdisjoint(raw):
                 raise UserError(
                     f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; "
                     "take it out of the text, or use a byte-level tokenizer"
@@ -192,9 +189,9 @@ def train(documents, vocab_size, workers=1):
     twice are merged. Raises UserError naming the vocabulary that a small corpus supports, for
     nobody would notice fewer ids.
     """
-    n = vocab_size - 256 - len(SPECIALS)
+    least = 256 + len(SPECIALS)
+    n = vocab_size - least
     if n < 0:
-        least = 256 + len(SPECIALS)
         raise UserError(f"--vocab_size={vocab_size}: at least {least} is needed, for the bytes and the special tokens")
     counts = Counter()
     for part in in_order(count_pieces, (), batches(documents, BATCH), workers):
@@ -205,13 +202,12 @@ def train(documents, vocab_size, workers=1):
             pieces[piece[i : i + LONG_PIECE].encode("utf-8", "surrogatepass")] += count
     merged = learn_merges(pieces, n)
     if len(merged) < n:
-        supported = vocab_size - n + len(merged)
         raise UserError(
             f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; "
-            f"give more text, or --vocab_size={supported}"
+            f"give more text, or --vocab_size={least + len(merged)}"
         )
     tokens = [bytes([b]) for b in range(256)] + merged
-    return with_specials("bpe", PATTERN, {token: i for i, token in enumerate(tokens)}, {})
+    return with_specials(PATTERN, {token: i for i, token in enumerate(tokens)}, {})
 
 
 def count_pieces(texts):
@@ -227,10 +223,14 @@ def learn_merges(pieces, n):
     words, weights = [piece.decode("latin-1") for piece in pieces], list(pieces.values())
     counts = defaultdict(int)  # pair -> occurrences
     where = defaultdict(set)  # pair -> indices of the words that contain it, or did
-    for i, word in enumerate(words):
-        for a, b in pairwise(word):
-            counts[a + b] += weights[i]
+
+    def count_pairs(i, sign):
+        for a, b in pairwise(words[i]):
+            counts[a + b] += sign * weights[i]
             where[a + b].add(i)
+
+    for i in range(len(words)):
+        count_pairs(i, 1)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([b]) for b in range(256)]
@@ -244,15 +244,10 @@ def learn_merges(pieces, n):
         new, born = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for i in where.pop(pair):
-            old, word = words[i], words[i].replace(pair, new)
-            words[i] = word
-            for a, b in pairwise(old):
-                counts[a + b] -= weights[i]
-            for a, b in pairwise(word):
-                counts[a + b] += weights[i]
-                if new in (a, b):
-                    where[a + b].add(i)
-                    born.add(a + b)
+            count_pairs(i, -1)
+            words[i] = words[i].replace(pair, new)
+            count_pairs(i, 1)
+            born.update(a + b for a, b in pairwise(words[i]) if new in (a, b))
         for pair in born:
             heapq.heappush(heap, (-counts[pair], pair))
     return tokens[256:]
@@ -265,19 +260,18 @@ def characters(text):
     """
     if not text:
         raise UserError("a vocabulary of characters needs some text")
-    return with_specials("characters", CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
+    return with_specials(CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
 
 
 def byte_level():
     """The 256 bytes, then the SPECIALS."""
-    return with_specials("bytes", PATTERN, {bytes([b]): b for b in range(256)}, {})
+    return with_specials(PATTERN, {bytes([b]): b for b in range(256)}, {})
 
 
-def with_specials(name, pattern, ranks, specials):
+def with_specials(pattern, ranks, specials):
     """A Tokenizer that appends those of the SPECIALS that `specials` lacks, after all other ids."""
     end = max([*ranks.values(), *specials.values()]) + 1
-    missing = [s for s in SPECIALS if s not in specials]
-    return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(missing)})
+    return Tokenizer("", pattern, ranks, append_missing(specials, SPECIALS, end))
 
 
 def with_turns(tok):
@@ -285,10 +279,13 @@ def with_turns(tok):
 
     What ends its documents and what pads stays.
     """
-    specials, end = tok._special_tokens, tok.n_vocab
-    missing = [s for s in SPECIALS[2:] if s not in specials]
-    specials = specials | {s: end + i for i, s in enumerate(missing)}
+    specials = append_missing(tok._special_tokens, SPECIALS[2:], tok.n_vocab)
     return Tokenizer(**tok.__getstate__() | {"special_tokens": specials})
+
+
+def append_missing(specials, wanted, end):
+    """{special token: id}, with those of `wanted` that it lacks given the ids from `end` on."""
+    return specials | {s: end + i for i, s in enumerate(s for s in wanted if s not in specials)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -325,7 +322,7 @@ def load(where):
             f"go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give {folders}"
         ) from None
     pattern = without_possessives(theirs._pat_str)
-    return with_specials(theirs.name, pattern, theirs._mergeable_ranks, theirs._special_tokens)
+    return with_specials(pattern, theirs._mergeable_ranks, theirs._special_tokens)
 
 
 def without_possessives(pattern):
@@ -343,7 +340,7 @@ def gpt2(folder):
     lines = islice(read_lines(file.with_name("vocab.bpe")), 1, None)  # after "#version: 0.2"
     merges = [line.split() for _, line in lines]
     specials = {"<|endoftext|>": vocab.get("<|endoftext|>")}
-    return with_specials("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
+    return with_specials(GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
 
 
 def read_tokenizer_json(path):
@@ -415,21 +412,22 @@ def split_pattern(path, steps):
 
     Raises UserError if they are unknown, or tiktoken would make other pieces.
     """
-    kinds = " + ".join(step["type"] for step in steps)
-    first, last = (steps[0], steps[-1]) if steps else ({}, {})
-    own_regex, pattern = last.get("use_regex", True), None
-    if kinds == "ByteLevel" and own_regex:
-        pattern = GPT2_PATTERN
-    elif kinds == "Digits + ByteLevel" and own_regex and first["individual_digits"]:
-        pattern = DIGITS_PATTERN
-    elif kinds == "Split + ByteLevel" and not own_regex and "Regex" in first["pattern"]:
-        if (first.get("behavior"), first.get("invert")) in (("Isolated", False), ("Removed", True)):
-            pattern = checked_pattern(path, first["pattern"]["Regex"])
-    if pattern is None:
-        raise UserError(
-            f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}"
-        )
-    if last.get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
+    match steps:
+        case [{"type": "ByteLevel", **last}] if last.get("use_regex", True):
+            pattern = GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}]:
+            pattern = DIGITS_PATTERN
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
+            {"type": "ByteLevel", "use_regex": False},
+        ] if (behavior, invert) in (("Isolated", False), ("Removed", True)):
+            check_pattern(path, pattern)
+        case _:
+            kinds = " + ".join(step["type"] for step in steps) or "none"
+            raise UserError(
+                f"{path}: pre_tokenizer {kinds} with these settings is not supported: {json.dumps(steps)[:300]}"
+            )
+    if steps[-1].get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
         raise UserError(
             f"{path}: ByteLevel with add_prefix_space, which adds a space to every text, is not supported; "
             "train the tokenizer with ByteLevel(add_prefix_space=False)"
@@ -437,8 +435,8 @@ def split_pattern(path, steps):
     return pattern
 
 
-def checked_pattern(path, pattern):
-    """The pattern itself; raises UserError unless tiktoken makes the same pieces with it."""
+def check_pattern(path, pattern):
+    """Raises UserError unless tiktoken makes the same pieces with the pattern."""
     if len(pattern) > LONG_PATTERN:
         raise UserError(f"{path}: the pattern has {len(pattern)} characters, more than {LONG_PATTERN}: damaged")
     if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
@@ -446,8 +444,10 @@ def checked_pattern(path, pattern):
             f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; "
             "rewrite it"
         )
-    one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639"
-    one_of_each += "\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+    one_of_each = (
+        "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639"
+        "\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+    )
     probe = "".join(a + b for a in one_of_each for b in one_of_each)
     try:
         pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
@@ -455,7 +455,6 @@ def checked_pattern(path, pattern):
         raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
     if "" in pieces or "".join(pieces) != probe:
         raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
-    return pattern
 
 
 def check_ids(path, vocab, specials):
@@ -515,7 +514,7 @@ def merge_of_each(ranks):
     Bytes and tokens that merging never reaches are left out.
     """
     found = {token: tuple(parts(token, ranks)) for token in sorted(ranks, key=ranks.get)}
-    return {token: pair for token, pair in found.items() if len(pair) == 2 and pair[0] in ranks and pair[1] in ranks}
+    return {token: pair for token, pair in found.items() if len(pair) == 2 and ranks.keys() >= set(pair)}
 
 
 def parts(token, ranks):
@@ -587,7 +586,7 @@ def save(tok, folder, chat_template=""):
     }
     if chat_template:
         config["chat_template"] = chat_template
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(Path(folder) / "tokenizer.json", spec)
     write_json(Path(folder) / "tokenizer_config.json", config)
 
@@ -638,10 +637,7 @@ def main(config):
         tok = characters("".join(set().union(*read_documents(names))))
     else:
         tok = byte_level()
-    try:
-        save(tok, config.out)
-    except OSError as e:
-        raise UserError(f"--out={config.out}: {e.strerror}") from None
+    save(tok, config.out)
     print(f"{target}: {tok.n_vocab} ids in {time.perf_counter() - begin:.1f} s")
     sample = "".join(islice(read_documents(names), 10))
     ids = tok.encode_ordinary(sample)

@@ -17,6 +17,7 @@ import pytest
 
 from data import clean, prepare, shards, tokenizer
 from data.read import read_jsonl, read_lines, read_text
+from runtime import files as runtime_files
 from runtime.errors import UserError
 from runtime.files import LOCKS, lock_file
 
@@ -602,18 +603,18 @@ def test_a_killed_run_restarted_ends_in_the_same_bytes(tmp_path, tok, monkeypatc
     path = write_jsonl(tmp_path / "a.jsonl", sentences(200))
     flags = dict(shard_bytes=10_000, val_fraction=0.2)
     run(tok, tmp_path / "once", path, **flags)
-    flush = prepare.flush
+    flush = runtime_files.flush
 
     def dying(file):
         nonlocal left
-        left -= 1
+        left -= file.is_file()
         if left < 0:
-            data = Path(file).read_bytes()
-            Path(file).write_bytes(data[: len(data) // 2])
+            data = file.read_bytes()
+            file.write_bytes(data[: len(data) // 2])
             raise Crash
         flush(file)
 
-    monkeypatch.setattr(prepare, "flush", dying)
+    monkeypatch.setattr(runtime_files, "flush", dying)
     for survived in range(100):
         out, left = tmp_path / f"out{survived}", survived
         try:
@@ -629,15 +630,15 @@ def test_a_killed_run_restarted_ends_in_the_same_bytes(tmp_path, tok, monkeypatc
 
 def test_a_finished_pass_is_not_repeated(tmp_path, tok, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", sentences(50))
-    scan_sources, write_shard = prepare.scan_sources, prepare.write_shard
+    scan_sources, write_splits = prepare.scan_sources, prepare.write_splits
 
     def dying(*args):
         raise Crash
 
-    monkeypatch.setattr(prepare, "write_shard", dying)
+    monkeypatch.setattr(prepare, "write_splits", dying)
     with pytest.raises(Crash):
         run(tok, tmp_path / "out", path)
-    monkeypatch.setattr(prepare, "write_shard", write_shard)
+    monkeypatch.setattr(prepare, "write_splits", write_splits)
     monkeypatch.setattr(prepare, "scan_sources", dying)
     assert run(tok, tmp_path / "out", path)["documents_in"] == 50
     monkeypatch.setattr(prepare, "scan_sources", scan_sources)
@@ -650,7 +651,7 @@ def test_a_finished_pass_is_not_repeated(tmp_path, tok, monkeypatch):
 def test_kill_9_and_restart(tmp_path, tok, paragraphs, fork):
     rng = random.Random(0)
     path = write_jsonl(tmp_path / "a.jsonl", [p + f" {rng.random()} {rng.random()}" for p in paragraphs * 2])
-    out, scan = tmp_path / "out", tmp_path / "out/work/scan.bin.tmp"
+    out, scan = tmp_path / "out", tmp_path / "out/work/.scan.bin.tmp"
     flags = dict(dedup="exact", shard_bytes=100_000, workers=2)
     config = prepare.Config(data=str(path), tokenizer=str(tok), out=str(out), **flags)
     for reached in (
@@ -755,7 +756,7 @@ def prepared(tmp_path_factory, tok):
 def test_damage_is_noticed(tmp_path, prepared, damage, says):
     out = shutil.copytree(prepared, tmp_path / "out")
     tok = tokenizer.byte_level()
-    assert shards.check(out, tok) == shards.load_manifest(out)
+    assert len(shards.read_prepared(out, tok)[0]) > 1
     damage(out)
     with pytest.raises(UserError, match=says):
         shards.read_prepared(out, tok)
@@ -786,4 +787,4 @@ def edit(out, **values):
 
 def test_another_tokenizer_is_refused(prepared):
     with pytest.raises(UserError, match="prepared with another tokenizer"):
-        shards.check(prepared, tokenizer.characters("abc"))
+        shards.read_prepared(prepared, tokenizer.characters("abc"))
