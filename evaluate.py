@@ -24,7 +24,6 @@ sft.py: rejection-sampling fine-tuning (Llama 2, arXiv 2307.09288, section 3.2.3
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from rollout import rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import replace_text
+from runtime.files import check_writable, replace_text, write_json
 from runtime.process import launch, setup
 from scoring import exact_match, judge_score, load_rewards, reward_names, reward_scores, score_completions
 
@@ -260,15 +259,6 @@ def pair_figures(config, model, tok, pairs):
     return preference_figures([pairs[i] for i in kept], margins, lengths, config.seed)
 
 
-def check_writable(flag, path):
-    """Raises UserError if a file cannot be written: before the work, not after it."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
-    except OSError as e:
-        raise UserError(f"--{flag}={path}: {e.strerror}") from None
-
-
 def write_samples(config, sampled):
     """Write the completions to --samples; of the best of n only those that finished."""
     if config.best_of > 1:  # data for sft.py, which would teach a model to end where the others were cut
@@ -277,7 +267,7 @@ def write_samples(config, sampled):
         if left_out:
             print(f"{config.samples}: {left_out} of {len(sampled)} prompts left out: no completion finished")
         sampled = finished
-    replace_text(Path(config.samples), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
+    replace_text(config.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
 
 
 def main(config):
@@ -336,7 +326,7 @@ def main(config):
         write_samples(config, sampled)
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
-        replace_text(Path(config.out), json.dumps(result | {"figures": figures}, indent=1) + "\n")
+        write_json(config.out, result | {"figures": figures})
 
 
 if __name__ == "__main__":

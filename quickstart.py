@@ -8,7 +8,6 @@ in out/quickstart/report.json and a table.
     python quickstart.py
 """
 
-import json
 import math
 import os
 import shlex
@@ -26,7 +25,7 @@ from data.read import read_json
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import LOCKS, lock_file, replace_text
+from runtime.files import LOCKS, lock_file, make_folder, write_json
 from runtime.process import describe, launch
 from runtime.run import clock_time
 
@@ -257,10 +256,7 @@ def main(config):
         return
 
     # 1. Run what has not run yet
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
+    make_folder(out)
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
     for stage, line in command_lines(config).items():
@@ -273,12 +269,12 @@ def main(config):
         if stage in done:
             raise UserError(f"{file}: {stage} was run by another command there; remove that directory or name another")
         record["stages"].append(run(stage, words))
-        replace_text(file, json.dumps(record, indent=1) + "\n")
+        write_json(file, record)
 
     # 2. Measure, and write the report
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record |= {"figures": figures(out), "code": checkpoint.code_hash(), **describe(device)}
-    replace_text(file, json.dumps(record, indent=1) + "\n")
+    write_json(file, record)
     page = report.make(out, record)
     head = ("stage", "figure", "before", "after [95 %]", "bound", "better")
     print("\n" + table([head, *map(table_line, record["figures"])]))

@@ -29,6 +29,8 @@ PRETRAIN, SFT, FAULTS = "tests/test_pretrain.py", "tests/test_sft.py", "tests/te
 SHARD, MEMORY, SECURITY = "tests/test_shard.py", "tests/test_memory.py", "tests/test_security.py"
 MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hub", "optim", "cli", "run"))
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
+FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files", "portable", "rlaif", "rollout"))
+PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -351,6 +353,69 @@ MUTANTS = [
     ("plan_proposes_too_much", "runtime/memory.py", "1 << (count - 1)", "1 << count", MEMORY),
     ("sizes_believed", "runtime/hub.py", "if claimed > held or c.layers > len(where):", "if False:", SECURITY),
     ("names_lead_outside", "data/read.py", ' or ".." in path.parts', "", SECURITY),
+    # Files, and the edges of flags and machines
+    (
+        "device_replaced_by_a_file",
+        "runtime/files.py",
+        "if str(path) in STREAMS or os.path.exists(path) and not os.path.isfile(path):",
+        "if False:",
+        FILES,
+    ),
+    ("stdout_emptied", "runtime/files.py", "target = os.dup(STREAMS[str(path)])", "pass", FILES),
+    (
+        "link_replaced_by_a_file",
+        "runtime/files.py",
+        "os.replace(temporary, os.path.realpath(path))",
+        "os.replace(temporary, path)",
+        FILES,
+    ),
+    ("renamed_before_the_disk_has_it", "runtime/files.py", "            flush(temporary)\n", "", FILES),
+    (
+        "half_a_file_left",
+        "runtime/files.py",
+        "                temporary.unlink()\n        raise",
+        "                pass\n        raise",
+        FILES,
+    ),
+    (
+        "checked_by_opening",
+        "runtime/files.py",
+        "if temporary := temporary_name(path):",
+        "if temporary := Path(path):",
+        FILES,
+    ),
+    ("half_a_line_kept", "runtime/files.py", "            file.truncate(size)  #", "            pass  #", FILES),
+    (
+        "written_elsewhere",
+        "evaluate.py",
+        "write_json(config.out, ",
+        "(lambda p, v: open(p, 'w').write(str(v)))(config.out, ",
+        FILES,
+    ),
+    ("device_resumed_from", "runtime/output.py", "if out.exists() and not out.is_file():", "if False:", RLAIF),
+    ("any_seed", "runtime/cli.py", "not 0 <= value < 2**63:", "value < 0:", CLI),
+    ("any_float", "runtime/cli.py", "value and not TINY <= abs(value) <= 1 / TINY:", "value != value:", CLI),
+    ("seeds_unchecked_in_a_script", "data/world.py", "    check_ranges(config)\n", "", PORTABLE),
+    ("apples_gpu_by_default", "runtime/process.py", 'else "cpu"  # MPS', 'else "mps"  # MPS', PROCESS),
+    ("bound_of_every_temperature", "rollout.py", "else 1e-2) / min(temperature, 1)", "else 1e-2)", ROLLOUT),
+    ("needs_triton", "optim.py", "import torch\n", "import torch\nimport triton\n", PORTABLE),
+    # Preparing data
+    ("shard_of_an_earlier_run", "data/prepare.py", "        path.unlink()\n", "        pass\n", PREPARE),
+    (
+        "shard_without_an_end",
+        "data/prepare.py",
+        "np.array([tok.eot], dtype))  # ends",
+        "np.array([], dtype))  # ends",
+        PREPARE,
+    ),
+    ("short_window_lost", "data/corpus.py", "np.maximum(a, begin[document])", "a", CORPUS),
+    (
+        "last_duplicate_kept",
+        "data/clean.py",
+        "np.unique(keys, return_index=True)[1]",
+        "len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]",
+        PREPARE,
+    ),
 ]
 
 

@@ -18,12 +18,12 @@ LOCKS = []  # open while the process lives: closing a file gives its lock up
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # opened by name, a file they lead to would be emptied
 
 
-def make_folder(path, flag="out"):
-    """Make the folder that --`flag` names, if it is missing; raises UserError if that cannot be."""
+def make_folder(path):
+    """Make the folder that --out names, if it is missing; raises UserError if that cannot be."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"--{flag}={path}: {e.strerror}") from None
+        raise UserError(f"--out={path}: {e.strerror}") from None
 
 
 def lock_file(path, out):
@@ -56,15 +56,15 @@ def temporary_name(path):
 def check_writable(flag, path):
     """Raises UserError if the file that --`flag` names cannot be written: before the work, not
     after it."""
-    make_folder(Path(path).parent, flag)
     if os.path.isdir(path):
         raise UserError(f"--{flag}={path}: is a directory; name a file")
-    if temporary := temporary_name(path):
-        try:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if temporary := temporary_name(path):
             temporary.touch()
             temporary.unlink()
-        except OSError as e:
-            raise UserError(f"--{flag}={path}: {e.strerror}") from None
+    except OSError as e:
+        raise UserError(f"--{flag}={path}: {e.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def setup(device, seed):
     """Prepare this process and return its torch.device: join torchrun's group if there is one,
     seed, make PyTorch deterministic, have the kernels prove themselves.
 
-    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    device: "auto" (CUDA, else CPU), "cpu", "cuda", "cuda:1", "mps".
     """
     device = choose_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -84,11 +84,7 @@ def choose_device(name):
     """The torch.device of --device; a CUDA device has its index. Raises UserError if it is not
     there."""
     if name == "auto":
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available() and "RANK" not in os.environ:  # gloo moves nothing from Apple's GPUs
-            name = "mps"
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # MPS has not been measured: ask for it by name
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={name}: no CUDA GPU is visible here; use --device=cpu")
     if name == "mps" and not torch.backends.mps.is_available():

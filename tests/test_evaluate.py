@@ -367,6 +367,10 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"data": data, "temperature": -1}, "--temperature=-1"),
         ({"data": data, "max_new_tokens": 0}, "--max_new_tokens=0"),
         ({"data": data, "out": "/proc/no/out.json"}, "--out=/proc/no/out.json"),
+        ({"data": data, "out": tmp_path}, f"--out={tmp_path}: is a directory"),
+        ({"data": data, "samples": "/proc/no/s.jsonl"}, "--samples=/proc/no/s.jsonl"),
+        ({"data": data, "temperature": 1e-31}, "--temperature=1e-31: a finite number was expected"),
+        ({"data": data, "seed": 2**64}, "--seed=18446744073709551616: a count was expected"),
     ]:
         line = refused(start(fork, evaluate, **({"model": sft, "device": "cpu"} | flags)))
         assert message in line, (flags, line)
