@@ -412,15 +412,16 @@ def split_pattern(path, steps):
 
     Raises UserError if they are unknown, or tiktoken would make other pieces.
     """
+    own_regex = bool(steps) and steps[-1].get("use_regex", True)
     match steps:
-        case [{"type": "ByteLevel", **last}] if last.get("use_regex", True):
+        case [{"type": "ByteLevel"}] if own_regex:
             pattern = GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}]:
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}] if own_regex:
             pattern = DIGITS_PATTERN
         case [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
-            {"type": "ByteLevel", "use_regex": False},
-        ] if (behavior, invert) in (("Isolated", False), ("Removed", True)):
+            {"type": "ByteLevel"},
+        ] if not own_regex and (behavior, invert) in (("Isolated", False), ("Removed", True)):
             check_pattern(path, pattern)
         case _:
             kinds = " + ".join(step["type"] for step in steps) or "none"
