@@ -13,8 +13,9 @@ Three passes:
 After a kill, rerun the same command: it repeats the pass that was interrupted, but no finished one,
 and ends in the same bytes.
 
-Sources: .jsonl with a string "text" in each row; .txt; hf:NAME[configuration,split,rows], copied to
-the work folder first (needs the extra `data`). A .txt file is divided into documents at lines
+Sources: .jsonl or .parquet with a string "text" in each row (formats: data/read.py); text;
+hf:NAME[configuration,split,rows], copied to the work folder first (needs the extra `data`). A text
+file is divided into documents at lines
 `<|endoftext|>`, before lines that match --heading, and, once a document has --cut characters, at
 the next blank line (at twice that, the next line end). Blank lines alone divide nothing, and a book
 becomes documents of some pages.
@@ -45,7 +46,17 @@ from typing import NamedTuple
 import numpy as np
 
 from data import clean, tokenizer
-from data.read import parse_mixture, read_json, read_jsonl, read_lines, read_text, read_texts
+from data.read import (
+    Document,
+    file_kind,
+    named,
+    parse_mixture,
+    read_json,
+    read_lines,
+    read_rows,
+    read_text,
+    read_texts,
+)
 from data.shards import load_manifest
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
@@ -63,7 +74,7 @@ class Config:
     # directory to write
     out: str
 
-    # evaluation files (every string of a .jsonl, all of a .txt): what shares 13 words in a row with
+    # evaluation files (every string of the rows, all of a text): what shares 13 words in a row with
     # them is removed
     decontaminate: str = ""
     # share of the documents held out for validation, at least one; 0: none [>= 0; < 1]
@@ -72,10 +83,10 @@ class Config:
     epochs: float = 1.0
 
     # -- What you may set --
-    # .txt: a document begins with a line that this regular expression matches as a whole (WikiText:
+    # text: a document begins with a line that this regular expression matches as a whole (WikiText:
     # ' = [^=].* = ')
     heading: str = ""
-    # .txt: characters after which a document ends at the next blank line [>= 1]
+    # text: characters after which a document ends at the next blank line [>= 1]
     cut: int = 16384
     # apply the rules of data/clean.py
     clean: bool = True
@@ -91,7 +102,7 @@ class Config:
     shard_bytes: int = 2**27
     # which documents of a source that exceeds its share are used [< 4294967296]
     seed: int = 0
-    # leave bad lines out and count them
+    # leave bad lines, and documents that cannot be tokenized, out and count them
     skip_bad: bool = False
     # worker processes; the result does not depend on them [>= 1]
     workers: int = 1
@@ -125,8 +136,6 @@ def parse_sources(text, work):
         path = Path(name)
         if name.startswith("hf:"):
             path = work / f"hf_{len(sources)}.jsonl"
-        elif path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--data: {name!r}: expected FILE.txt, FILE.jsonl or hf:NAME, each with or without :WEIGHT")
         sources.append(Source(name, path, weight))
     return sources
 
@@ -146,26 +155,27 @@ def finish(path):
 
 
 def text_documents(path, heading, cut):
-    """Yield the documents of a .txt file, divided as the head of this file says."""
-    lines, size = [], 0
-    for _, line in read_lines(path):
+    """Yield the documents of a text file, divided as the head of this file says."""
+    lines, size, first = [], 0, 1  # first: the number of the first line of a document
+    for number, line in read_lines(path):
         marker = line.strip() == "<|endoftext|>"
         if lines and (marker or heading and re.fullmatch(heading, line.rstrip("\r\n"))):
-            yield "".join(lines)
+            yield Document("".join(lines), f"{path}:{first}")
             lines, size = [], 0
         if not marker:
+            first = first if lines else number
             lines.append(line)
             size += len(line)
         if size >= cut and (not line.strip() or size >= 2 * cut):
-            yield "".join(lines)
+            yield Document("".join(lines), f"{path}:{first}")
             lines, size = [], 0
     if lines:
-        yield "".join(lines)
+        yield Document("".join(lines), f"{path}:{first}")
 
 
 def documents(path, config):
     """Yield the texts of a source; None for a bad line under --skip_bad."""
-    if path.suffix == ".txt":
+    if file_kind(path) == "text":
         yield from text_documents(path, config.heading, config.cut)
     else:
         yield from read_texts(str(path), config.skip_bad)
@@ -191,10 +201,10 @@ def evaluation_grams(paths):
     """
     grams, short, count = [np.zeros(0, np.uint64)], 0, 0
     for path in paths:
-        if path.suffix == ".txt":
+        if file_kind(path) == "text":
             texts = [read_text(path)]
         else:
-            texts = (text for _, row in read_jsonl(path) for text in strings(row))
+            texts = (text for _, row in read_rows(str(path)) for text in strings(row))
         for batch in batches(texts, BATCH):
             words = clean.find_words(batch)
             grams.append(clean.ngrams(words, SHARED)[0])
@@ -336,18 +346,31 @@ def read_numbered(path, numbers, config):
         at = number + 1
 
 
-def encode(tok, dtype, batch):
-    """(split, shard, text)s -> {(split, shard): (tokens, bytes of each text)}, in order."""
-    pieces = {}
+def encode(tok, dtype, skip_bad, batch):
+    """Tokenize (split, shard, text)s.
+
+    Returns ({(split, shard): (tokens, bytes of each text)}, in order, and why each text could not
+    be tokenized, "" if it could). Raises UserError for one that could not, unless `skip_bad`.
+    """
+    pieces, errors = {}, []
     for split, shard, text in batch:
         tokens, sizes = pieces.setdefault((split, shard), ([], []))
-        tokens += [tok.eot, *tok.encode_ordinary(text)]
-        sizes.append(len(text.encode()))
-    return {key: (np.array(tokens, dtype), sizes) for key, (tokens, sizes) in pieces.items()}
+        try:
+            tokens += [tok.eot, *tok.encode_ordinary(text)]
+            sizes.append(len(text.encode()))
+            errors.append("")
+        except UserError as e:
+            if not skip_bad:
+                raise UserError(f"{named(text, e)}; --skip_bad=True leaves such documents out") from None
+            errors.append(named(text, e))
+    return {key: (np.array(tokens, dtype), sizes) for key, (tokens, sizes) in pieces.items()}, errors
 
 
 def write_splits(sources, records, copies, held_out, tok, dtype, config):
-    """Tokenize the chosen documents to shards -> {split: [manifest entry, ...]}."""
+    """Tokenize the chosen documents to shards.
+
+    Returns ({split: [manifest entry, ...]}, numbers of the documents that could not be tokenized).
+    """
     document, shard = writing_order(records, copies, held_out, config.shard_bytes)
     source, first = records["source"][document], np.searchsorted(records["source"], np.arange(len(sources)))
     texts = [read_numbered(s.path, document[source == i] - first[i], config) for i, s in enumerate(sources)]
@@ -355,22 +378,33 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
     items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source))
 
     entries, parts = {"train": [], "val": []}, {"train": [], "val": []}  # parts: of the open shards
+    open_shard = {"train": 0, "val": 0}
 
     def close_shard(name):
         entries[name].append(write_shard(Path(config.out) / f"{name}_{len(entries[name]):05d}.bin", parts[name]))
         parts[name] = []
 
     progress = Progress("write", int(records["bytes"][document].sum(dtype=np.int64)))
-    for pieces in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
+    shared, written, bad = (tok, dtype, config.skip_bad), 0, set()
+    for pieces, errors in in_order(encode, shared, batches(items, BATCH, batch_size), config.workers):
+        for number, error in zip(document[written:], errors):
+            if error:
+                print(f"{error}; left out")
+                bad.add(int(number))
+        written += len(errors)
         for (name, number), part in pieces.items():
-            if number > len(entries[name]):
+            if number > open_shard[name] and parts[name]:
                 close_shard(name)
-            parts[name].append(part)
+            open_shard[name] = number
+            if part[1]:  # or none of these texts could be tokenized
+                parts[name].append(part)
             progress.add(sum(part[1]))
     for name in entries:
         if parts[name]:
             close_shard(name)
-    return entries
+    if not entries["train"]:
+        raise UserError(f"--data={config.data}: no document to train on could be tokenized")
+    return entries, sorted(bad)
 
 
 def write_shard(path, parts):
@@ -404,7 +438,8 @@ class Progress:
         self.done += amount
         if time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
-            print(f"{self.label} {self.done / self.total:.0%}", file=sys.stderr, flush=True)
+            done = min(1.0, self.done / self.total)  # a packed file has more text than bytes
+            print(f"{self.label} {done:.0%}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -489,10 +524,9 @@ def main(config):
     work = out / "work"
     sources = parse_sources(config.data, work)
     evaluation = [Path(name) for name in config.decontaminate.split(",") if name]
-    for path in evaluation:
-        if path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--decontaminate: {path}: expected .txt or .jsonl")
     local = [source.path for source in sources if not source.name.startswith("hf:")]
+    for name in [*map(str, evaluation), *[source.name for source in sources]]:
+        file_kind(name)  # raises UserError for what is no data file
     hashes = {path: sha256(path) for path in [*evaluation, *local]}
     inputs = {config.tokenizer: tokenizer.fingerprint(tok)} | {str(path): digest for path, digest in hashes.items()}
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "overwrite")}
@@ -515,7 +549,8 @@ def main(config):
     records = np.memmap(scan, RECORD, "r")
     verdict, copies, held_out, epochs = decide(records, sources, config)
     dtype = "uint16" if tok.n_vocab <= 65536 else "uint32"
-    splits = write_splits(sources, records, copies, held_out, tok, dtype, config)
+    splits, bad = write_splits(sources, records, copies, held_out, tok, dtype, config)
+    verdict[bad], copies[bad] = VERDICTS.index("bad_line"), 0
 
     manifest = {
         "format": 1,

@@ -69,6 +69,75 @@ CONVERSATIONS = {
         turns("a", "48/2 = 24 clips\n#### 24"),
     ),
     "a problem": ({"prompt": "a", "answer": "b"}, turns("a", "b")),
+    "an indented answer": (
+        {"prompt": "def f():", "completion": "    return 1\n"},
+        turns("def f():", "    return 1\n"),
+    ),
+    "OpenOrca": ({"system_prompt": "s", "question": "a", "response": "b", "id": "x"}, turns("a", "b", system="s")),
+    "HelpSteer": ({"prompt": "a", "response": "b", "helpfulness": 4}, turns("a", "b")),
+    "Dolly": ({"instruction": "a", "context": "x", "response": "b", "category": "qa"}, turns("a\n\nx", "b")),
+    "a query": ({"query": "a", "response": "b"}, turns("a", "b")),
+    "an input": ({"input": "a", "output": "b"}, turns("a", "b")),
+    "Magpie": (
+        {"instruction": "a", "response": "b"}
+        | {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        turns("a", "b"),
+    ),
+    "a system column of ShareGPT": (
+        {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": ""},
+        turns("a", "b", system="s"),
+    ),
+    "a system column that repeats the message": (
+        {"system": "s", "messages": turns("a", "b", system="s")},
+        turns("a", "b", system="s"),
+    ),
+    "an empty system message": (
+        {"messages": [{"role": "system", "content": ""}, *turns("a", "b")]},
+        turns("a", "b"),
+    ),
+    "Alpaca with history": (
+        {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]], "system": "s"},
+        turns("a", "b", "c", "d", system="s"),
+    ),
+    "history as messages": ({"query": "c", "response": "d", "history": turns("a", "b")}, turns("a", "b", "c", "d")),
+    "messages of the prompt, a completion": ({"messages": turns("a"), "completion": "b"}, turns("a", "b")),
+    "text parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "c", "image_url": None}]},
+            ]
+        },
+        turns("a b", "c"),
+    ),
+    "a developer, and other names": (
+        {
+            "conversation": [
+                {"role": "developer", "content": "s"},
+                {"from": "Human", "content": "a"},
+                {"role": "ASSISTANT", "value": "b"},
+            ]
+        },
+        turns("a", "b", system="s"),
+    ),
+    "turns": (
+        {"conversation": [{"human": "a", "assistant": "b"}, {"input": "c", "output": "d"}]},
+        turns("a", "b", "c", "d"),
+    ),
+    "nulls at every depth": (
+        {
+            "messages": [m | {"tool_calls": None, "images": [None]} for m in turns("a", "b")],
+            "tools": None,
+            "prompt": None,
+        }
+        | {"system": None, "history": [], "functions": [{"name": None}], "images": []},
+        turns("a", "b"),
+    ),
+    "remarks": (
+        {"messages": turns("a", "b"), "reasoning_model": "x", "num_thoughts": 4, "image_id": "y", "has_tools": False}
+        | {"reasoning_tokens": 12, "source": "z", "tools": "[]"},
+        turns("a", "b"),
+    ),
 }
 
 
@@ -81,7 +150,7 @@ def test_conversations_in_every_format(tmp_path, name):
 
 
 PAIRS = {
-    "strings": ({"prompt": "a", "chosen": " b\n", "rejected": "c"}, turns("a")),
+    "strings": ({"prompt": "a", "chosen": "b", "rejected": "c"}, turns("a")),
     "prompt messages, strings": (
         {"prompt": turns("x", "y", "a", system="s"), "chosen": "b", "rejected": "c"},
         turns("x", "y", "a", system="s"),
@@ -111,7 +180,53 @@ PAIRS = {
             "chosen": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant: b",
             "rejected": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant: c",
         },
-        [{"role": m["role"], "content": " " + m["content"]} for m in turns("x", "y", "a")],
+        turns("x", "y", "a"),
+    ),
+    "HH with its prompt apart": (
+        {"prompt": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant:", "chosen": "b", "rejected": "c"},
+        turns("x", "y", "a"),
+    ),
+    "HH twice": (
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "response": "b"}
+        | {side: f"\n\nHuman: a\n\nAssistant: {text}" for side, text in (("chosen", "b"), ("rejected", "c"))},
+        turns("a"),
+    ),
+    "Orca": ({"system": "", "question": "a", "chosen": "b", "rejected": "c"}, turns("a")),
+    "Orca with a system message": (
+        {"system": "s", "question": "a", "chosen": "b", "rejected": "c", "score": 1},
+        turns("a", system="s"),
+    ),
+    "Alpaca": (
+        {"instruction": "a", "input": "x", "chosen": "b", "rejected": "c", "system": None},
+        turns("a\n\nx"),
+    ),
+    "Argilla": ({"instruction": "a", "chosen_response": "b", "rejected_response": "c"}, turns("a")),
+    "LLaMA-Factory": (
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+            "system": "s",
+        },
+        turns("a", system="s"),
+    ),
+    "OpenAI": (
+        {
+            "input": {"messages": turns("a", system="s"), "tools": [], "parallel_tool_calls": True},
+            "preferred_output": reply("b"),
+            "non_preferred_output": reply("c"),
+        },
+        turns("a", system="s"),
+    ),
+    "ms-swift": (
+        {"query": "a", "response": "b", "rejected_response": "c", "history": [["x", "y"]], "system": "s"},
+        turns("x", "y", "a", system="s"),
+    ),
+    "ms-swift's messages": ({"messages": turns("x", "y", "a", "b"), "rejected_response": "c"}, turns("x", "y", "a")),
+    "nulls at every depth": (
+        {"prompt": None, "chosen": [m | {"tool_calls": None} for m in turns("a", "b")], "tools": [None]}
+        | {"rejected": [m | {"images": [{"url": None}], "name": None} for m in turns("a", "c")]},
+        turns("a"),
     ),
 }
 
@@ -129,7 +244,10 @@ def test_a_soft_label_is_kept():
 
 
 def test_judged_answers():
-    assert rows.judged({"prompt": "a", "completion": " b ", "label": False}) == [(turns("a"), "b", False)]
+    assert rows.judged({"prompt": "a", "completion": " b ", "label": False}) == [(turns("a"), " b ", False)]
+    assert rows.judged({"instruction": "a", "output": "b", "kto_tag": False}) == [(turns("a"), "b", False)]
+    weighted = [m | {"weight": 0} for m in turns("a", "b")] + turns("c", "d")
+    assert rows.judged({"messages": weighted, "label": True}) == [(turns("a", "b", "c"), "d", True)]
     assert rows.judged({"prompt": turns("a"), "completion": reply("b"), "label": True}) == [(turns("a"), "b", True)]
     assert rows.judged({"messages": turns("a", "b", "c", "d"), "label": True}) == [(turns("a", "b", "c"), "d", True)]
 
@@ -244,10 +362,9 @@ BAD_CONVERSATIONS = [
     ({"messages": [{"content": "q"}, A]}, '"messages"[0]'),
     ({"messages": [Q, {"role": "assistant"}]}, '"messages[1].content" is missing'),
     ({"messages": [Q, {"role": "assistant", "content": None}]}, '"messages[1].content" is missing'),
-    (
-        {"messages": [Q, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
-        '"messages[1].content" is list',
-    ),
+    ({"messages": [Q, {"role": "assistant", "content": []}]}, '"messages[1].content" is list'),
+    ({"messages": [Q, {"role": "assistant", "content": [{"type": "text"}]}]}, '"messages[1]: content of type text"'),
+    ({"messages": [Q, A | {"value": "b"}]}, '"messages[1]" has a "content" and another "value"'),
     ({"messages": [Q, {"role": "assistant", "content": " \n"}]}, '"messages[1].content" is empty'),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "human", "value": "a"}]}, '"conversations"[1]'),
     ({"prompt": "q", "completion": ""}, '"completion" is empty'),
@@ -276,7 +393,7 @@ BAD_PAIRS = [
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, '"chosen" and "rejected" are the same text'),
     ({"prompt": "q", "chosen": "a ", "rejected": "\na"}, '"chosen" and "rejected" are the same text'),
     ({"prompt": "q", "chosen": "", "rejected": "a"}, '"chosen" is empty'),
-    ({"prompt": "q", "chosen": "a", "rejected": None}, '"rejected" is missing'),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, 'no "rejected" in the fields prompt, chosen'),
     ({"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, '"chosen": one message of the assistant'),
     ({"prompt": " ", "chosen": "a", "rejected": "b"}, '"prompt" is empty'),
     ({"prompt": [A], "chosen": "a", "rejected": "b"}, '"prompt"[0]'),
@@ -345,13 +462,6 @@ def test_a_line_that_is_no_object_is_named_or_counted(tmp_path, capsys, line, re
     assert str(e.value).startswith(f"{path}:4: ")
     assert len(rows.read(str(path), rows.conversation, skip_bad=True)[0]) == 3
     assert "1 bad lines left out, 3 read" in capsys.readouterr().out
-
-
-def test_an_array_of_json_is_called_that(tmp_path):
-    """Alpaca and ShareGPT come as one array in one .json file."""
-    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "q", "output": "a"}], indent=1))
-    with pytest.raises(UserError, match="alpaca.json:1: .*one per line"):
-        rows.read(str(tmp_path / "alpaca.json"), rows.conversation)
 
 
 def test_what_is_no_data_file_is_called_what_it_is(tmp_path):
