@@ -194,7 +194,7 @@ def strings(value):
             values += value
 
 
-def evaluation_grams(paths):
+def evaluation_grams(paths, skip_bad=False):
     """The 13-grams of evaluation files, uint64 [G], sorted.
 
     Texts of fewer than 13 words have none: their like occurs in many innocent documents.
@@ -204,7 +204,7 @@ def evaluation_grams(paths):
         if file_kind(path) == "text":
             texts = [read_text(path)]
         else:
-            texts = (text for _, row in read_rows(str(path)) for text in strings(row))
+            texts = (text for _, row in read_rows(str(path), skip_bad) for text in strings(row))
         for batch in batches(texts, BATCH):
             words = clean.find_words(batch)
             grams.append(clean.ngrams(words, SHARED)[0])
@@ -543,7 +543,7 @@ def main(config):
     # The three passes
     scan = work / "scan.bin"
     if not scan.exists():
-        scan_sources(sources, evaluation_grams(evaluation), scan, config)
+        scan_sources(sources, evaluation_grams(evaluation, config.skip_bad), scan, config)
     if not scan.stat().st_size:
         raise UserError(f"--data={config.data}: no document in it")
     records = np.memmap(scan, RECORD, "r")

@@ -219,7 +219,7 @@ def spans_lines(path):
     begin = [raw for _, _, raw in itertools.islice(raw_lines(path), 5) if raw.strip()]
     if not begin or begin[0].strip()[:1] not in (b"{", b"[") or is_json(begin[0]):
         return False
-    if len(begin) > 1 and not any(map(is_json, begin[1:])):
+    if begin[0].strip() in (b"{", b"[") or len(begin) > 1 and not any(map(is_json, begin[1:])):
         return True
     return is_json(b"".join(raw for _, _, raw in raw_lines(path)))
 
@@ -449,4 +449,6 @@ def read_texts(name, skip_bad=False):
         elif skip_bad:
             yield None
         else:
-            raise bad_row(f"{name}:{line}", f'no string "text" in this row; its fields: {", ".join(row) or "none"}')
+            hint = "; sft.py reads conversations" if "messages" in row else ""
+            fields = ", ".join(row) or "none"
+            raise bad_row(f"{name}:{line}", f'no string "text" in this row; its fields: {fields}{hint}')

@@ -35,6 +35,7 @@ from runtime.errors import UserError
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction", "input")  # of several, the first is the prompt
 COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
+MATERIAL = ("context", "choices", "options")  # which a prompt must hold: Dolly's and exams' columns
 SYSTEMS = ("system", "system_prompt", "system_message")
 ALIASES = {  # a field's other names
     "chosen_response": "chosen",
@@ -54,7 +55,11 @@ TURN = {"input": "user", "output": "assistant"}  # in {"input": text, "output": 
 UNREAD = set("tool tools function functions image images audio audios video videos documents files".split())
 REASONING = set("reasoning thinking thought thoughts think cot".split())
 ABOUT = set("id ids name count tokens length model score source type language quality".split())  # reasoning_model
-MESSAGE_UNREAD = {"prefix", "partial", "refusal", "train_detail", "mask", "masked", "loss_mask", "loss_scale"}
+# Fields of messages, in full
+MESSAGE_READ = {"role", "from", "content", "value", "weight", "train", "loss", "name", "type", "text"}
+MESSAGE_UNREAD = set("analysis attachments channel context mask masked partial prefix refusal trainable".split())
+MESSAGE_UNREAD |= {"loss_mask", "loss_scale", "train_detail"}
+ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "train")  # of a whole row
 
 LONG_SPACE = 500_000  # white-space characters in a row that no tokenizer takes, as in data/tokenizer.py
 
@@ -68,10 +73,14 @@ class Pair(NamedTuple):
 
 
 class Unread(ValueError):
-    """A field has a meaning that is not read. where: what the field belongs to, "messages[1]." """
+    """A field has a meaning that is not read.
 
-    def __init__(self, field, where=""):
-        super().__init__(f'"{where}{field}" says something that is not read; take the field or the row out')
+    where: what it belongs to, "messages[1]." for example; what: the same in other words.
+    """
+
+    def __init__(self, field, where="", what=""):
+        what = what or f'"{where}{field}" says something that is not read'
+        super().__init__(f"{what}; take it or the row out")
         self.field = field
 
 
@@ -104,8 +113,8 @@ def text_of(value, field):
         raise ValueError(f'"{field}" is {found}; a string was expected')
     if not value.strip():
         raise ValueError(f'"{field}" is empty')
-    if len(value) > LONG_SPACE and re.search(r"\s{%d}" % LONG_SPACE, value):
-        raise ValueError(f'"{field}" has {LONG_SPACE} white-space characters in a row; shorten them')
+    if len(value) > LONG_SPACE and re.search(r"\s{%d}" % (LONG_SPACE + 1), value):
+        raise ValueError(f'"{field}" has more than {LONG_SPACE} white-space characters in a row; shorten them')
     return value
 
 
@@ -127,7 +136,8 @@ def first_stated(row, fields):
 @functools.lru_cache(1000)
 def words_of(name):
     """The words in the name of a field, in small letters: tool_calls and toolCalls have two."""
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    camel = re.sub(r"(?<=[a-z])(?=[A-Z][a-z]+)", "_", name)
+    return [word for word in re.split(r"[^a-z]+", camel.lower()) if word]
 
 
 def check_read(fields, words, others, where=""):
@@ -138,7 +148,7 @@ def check_read(fields, words, others, where=""):
     for name, value in fields.items():
         found = words_of(name)
         content = not isinstance(value, (bool, int, float)) and value not in ("[]", "{}", "null", "None")
-        by_word = words.intersection(found) and found[-1] not in ABOUT and content
+        by_word = words.intersection(found) and content and found[-1] not in ABOUT
         by_name = name in others and value not in (0, "0")
         if (by_word or by_name) and not is_empty(value):
             raise Unread(name, where)
@@ -180,7 +190,8 @@ def part_text(part, where):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise Unread(f"content of type {kind or type(part).__name__}", f"{where}: ")
+        kind = kind or type(part).__name__
+        raise Unread(f"content of type {kind}", what=f'"{where}" has content of type {kind!r}, which is not read')
     check_read(part, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.content.")
     return part["text"]
 
@@ -242,7 +253,7 @@ def check_messages(messages, field="messages"):
         if role is None:
             raise ValueError(f'"{field}"[{i}] is not {{"role", "content"}}')
         if role not in ("system", "user", "assistant"):
-            raise Unread(f"the role {role!r}", f"{field}[{i}]: ")
+            raise Unread(f"role {role}", what=f'"{field}"[{i}] has the role {role!r}, which is not read')
         found = read_message(m, f"{field}[{i}]")
         due = "assistant" if checked and checked[-1]["role"] == "user" else "user"
         if role != due and not (role == "system" and i == 0):
@@ -300,9 +311,8 @@ def normalise(row, answered=True):
     meaning that is not read.
     """
     row = without_nulls(row)
-    if isinstance(row.get("input"), dict):  # OpenAI's preferences: {"input": {"messages", "tools"}}
-        request = row.pop("input")
-        row = request | row
+    if isinstance(row.get("input"), dict) and "messages" in row["input"]:  # OpenAI's preferences
+        row = row.pop("input") | row
     for alias, name in ALIASES.items():
         if alias in row:
             value = row.pop(alias)
@@ -311,6 +321,9 @@ def normalise(row, answered=True):
             if alias == "rejected_response" and "chosen" not in row:  # ms-swift's, beside the good one
                 row |= sides_of_swift(row)
     check_read(row, UNREAD | REASONING if answered else UNREAD, {"chat_template_kwargs"})
+    for name in ROW_WEIGHTS if answered else ():
+        if isinstance(row.get(name), (int, float)) and row[name] != 1:
+            raise Unread(name)
     return row
 
 
@@ -347,7 +360,7 @@ def stated_prompt(row):
         parts = [text_of(row[name], name) for name in (field, *more)]
         messages = [message("user", "\n\n".join(parts))]
     others = [name for name in PROMPTS if name != field]
-    check_repeated(row, [*others, "context", "choices", "options"], messages)
+    check_repeated(row, [*others, *MATERIAL], messages)
     return field, messages
 
 
@@ -403,10 +416,11 @@ def check_no_prefill(messages, field):
 
 
 def repeats(text, prompt):
-    """Whether an answer begins with its prompt, which has three words at least ("Hello" may come
-    back)."""
-    prompt = squeezed(prompt)
-    return prompt.count(" ") >= 2 and squeezed(text).startswith(prompt)
+    """Whether an answer begins with its prompt, if that is more than a greeting, which may come
+    back: three words, or two with a number."""
+    words, prompt = re.findall(r"\w+", prompt), squeezed(prompt)
+    short = len(words) < 2 or len(words) == 2 and all(map(str.isalpha, words))
+    return not short and squeezed(text).startswith(prompt)
 
 
 def single_reply(value, field):
@@ -470,7 +484,7 @@ def read_conversation(row):
             messages.append(message("assistant", completion(row)[1]))
         ends_with(messages, "assistant", field)
         others = [name for name in CONVERSATIONS if name != field]
-        check_repeated(row, [*others, *PROMPTS, *COMPLETIONS, "context"], messages)
+        check_repeated(row, [*others, *PROMPTS, *COMPLETIONS, *MATERIAL], messages)
         if all("train" in m for m in messages if m["role"] == "assistant"):
             raise ValueError(f'"{field}" has no message of the assistant that is to be trained')
         return in_context(row, messages)
@@ -510,6 +524,7 @@ def prompt(row):
         if not field:
             raise no_prompt(row)
         messages = check_messages(row[field], field)
+        check_repeated(row, MATERIAL, messages)
     if messages[-1:] and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
@@ -584,6 +599,9 @@ def preference(row):
         messages = messages or prompt_messages
     if not messages:
         raise ValueError("there is no prompt: neither a field of that name nor messages before the answers")
+    check_repeated(row, MATERIAL, messages)
+    if not is_empty(row.get("margin")) and row["margin"] != 0:
+        raise Unread("margin")
     if chosen.strip() == rejected.strip():
         raise ValueError('"chosen" and "rejected" are the same text')
     probability = row.get("probability", 1.0)
@@ -628,10 +646,17 @@ def kto_pairs(judged):
 # Files
 
 
+def unknown_fields(row):
+    """The fields of the messages in a row that are neither read nor refused, and not empty."""
+    lists = [value for value in row.values() if isinstance(value, list)]
+    messages = [m for messages in lists for m in messages if isinstance(m, dict) and role_of(m)]
+    return {name for m in messages for name in m if name not in MESSAGE_READ and not is_empty(m[name])}
+
+
 def read_source(name, parse, skip_bad):
     """(rows, SHA-256 of the file's rows) of one source, each row through `parse`."""
     rows, bad, digest = [], 0, hashlib.sha256()
-    unread = Counter()  # field -> rows left out for it
+    unread, unknown = Counter(), Counter()  # fields for which rows were left out, and that nobody knows
     for line, row in read_rows(name, skip_bad):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         if row is None:
@@ -639,6 +664,7 @@ def read_source(name, parse, skip_bad):
             continue
         try:
             rows.append(parse(row))
+            unknown.update(unknown_fields(row))
         except ValueError as e:
             if not skip_bad:
                 raise bad_row(f"{name}:{line}", e) from None
@@ -649,6 +675,9 @@ def read_source(name, parse, skip_bad):
         fields = ", ".join(f'{n} for "{field}"' for field, n in unread.most_common())
         fields = f"; {fields}, which is not read" if unread else ""
         print0(f"{name}: {bad} bad lines left out, {len(rows)} read{fields}")
+    if unknown:
+        fields = ", ".join(f'"{field}"' for field in sorted(unknown))
+        print0(f"{name}: fields of messages that are not read: {fields}")
     if not rows:
         raise UserError(f"{name}: there is nothing in it" + (f" but {bad} bad lines" if bad else ""))
     return rows, digest.hexdigest()
