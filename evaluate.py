@@ -77,6 +77,8 @@ class Config:
     temperature: float = 1.0
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
+    # leave bad lines out and count them
+    skip_bad: bool = False
     # rows of --data, --problems and --pairs, at most; 0: all
     limit: int = 0
     # .jsonl file for the completions to --data, with their rewards; "": none
@@ -111,7 +113,9 @@ def document_nats(model, tok, documents, micro_batch_tokens):
 
 
 def text_figures(config, model, tok):
-    documents = [document for file in config.text.split(",") for document in corpus.read_documents(file)]
+    documents = []
+    for file in config.text.split(","):
+        documents += corpus.read_documents(file, config.skip_bad)
     totals = document_nats(model, tok, documents, config.micro_batch_tokens)
     return {
         "nats/token": interval(lambda sums: sums[0] / sums[1], totals, config.seed),
@@ -121,7 +125,7 @@ def text_figures(config, model, tok):
     }
 
 
-def read_strings(path, fields):
+def read_strings(path, fields, skip_bad=False):
     """The rows of a file that have these fields, all strings; raises UserError for other rows."""
 
     def parse(row):
@@ -130,7 +134,7 @@ def read_strings(path, fields):
                 raise ValueError(f'no "{field}" string')
         return row
 
-    return rows.read(path, parse)[0]
+    return rows.read(path, parse, skip_bad)[0]
 
 
 def completions_right(model, tok, examples):
@@ -301,21 +305,22 @@ def main(config):
     if config.text:
         figures |= text_figures(config, model, tok)
     if config.complete:
-        examples = read_strings(config.complete, ("prompt", "answer"))
+        examples = read_strings(config.complete, ("prompt", "answer"), config.skip_bad)
         figures["completions right"] = mean_interval(completions_right(model, tok, examples), seed)
     if config.judge:
-        examples = read_strings(config.judge, ("prompt", "reply_a", "reply_b", "principle", "better"))
+        fields = ("prompt", "reply_a", "reply_b", "principle", "better")
+        examples = read_strings(config.judge, fields, config.skip_bad)
         figures |= judge_figures(config, model, tok, examples)
     if config.problems:
-        problems = rows.read(config.problems, rows.problem)[0][:limit]
+        problems = rows.read(config.problems, rows.problem, config.skip_bad)[0][:limit]
         right = exact_match(model, tok, problems, config.max_new_tokens)
         figures["problems right, greedy"] = mean_interval(right, seed)
     if config.data:
-        examples = rows.read(config.data, rows.prompt_only)[0][:limit]
+        examples = rows.read(config.data, rows.prompt_only, config.skip_bad)[0][:limit]
         found, sampled = completion_figures(config, model, tok, examples, device)
         figures |= found
     if config.pairs:
-        pairs = rows.read(config.pairs, rows.preference)[0][:limit]
+        pairs = rows.read(config.pairs, rows.preference, config.skip_bad)[0][:limit]
         figures |= pair_figures(config, model, tok, pairs)
     if not figures:
         raise UserError("nothing to measure: give --text, --complete, --judge, --problems, --data or --pairs")

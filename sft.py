@@ -124,8 +124,8 @@ def read_replay(config, tok):
     if config.replay and Path(config.replay).is_dir():
         return read_prepared(config.replay, tok)[0], {config.replay: sha256(Path(config.replay) / "manifest.json")}
     files = [file for file in config.replay.split(",") if file]
-    documents = [document for file in files for document in corpus.read_documents(file)]
-    return [corpus.encode(tok, documents)] if files else [], {file: sha256(file) for file in files}
+    documents = [document for file in files for document in corpus.read_documents(file, config.skip_bad)]
+    return [corpus.encode(tok, documents, config.skip_bad)] if files else [], {file: sha256(file) for file in files}
 
 
 # --------------------------------------------------------------------------------------------------

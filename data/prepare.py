@@ -13,8 +13,9 @@ Three passes:
 After a kill, rerun the same command: it repeats the pass that was interrupted, but no finished one,
 and ends in the same bytes.
 
-Sources: .jsonl with a string "text" in each row; .txt; hf:NAME[configuration,split,rows], copied to
-the work folder first (needs the extra `data`). A .txt file is divided into documents at lines
+Sources: .jsonl or .parquet with a string "text" in each row (formats: data/read.py); text;
+hf:NAME[configuration,split,rows], copied to the work folder first (needs the extra `data`). A text
+file is divided into documents at lines
 `<|endoftext|>`, before lines that match --heading, and, once a document has --cut characters, at
 the next blank line (at twice that, the next line end). Blank lines alone divide nothing, and a book
 becomes documents of some pages.
@@ -43,7 +44,17 @@ from typing import NamedTuple
 import numpy as np
 
 from data import clean, tokenizer
-from data.read import parse_mixture, read_json, read_jsonl, read_lines, read_text, read_texts
+from data.read import (
+    Document,
+    file_kind,
+    named,
+    parse_mixture,
+    read_json,
+    read_lines,
+    read_rows,
+    read_text,
+    read_texts,
+)
 from data.shards import load_manifest
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
@@ -61,7 +72,7 @@ class Config:
     # directory to write
     out: str
 
-    # evaluation files (every string of a .jsonl, all of a .txt): what shares 13 words in a row with
+    # evaluation files (every string of the rows, all of a text): what shares 13 words in a row with
     # them is removed
     decontaminate: str = ""
     # share of the documents held out for validation, at least one; 0: none [>= 0; < 1]
@@ -70,10 +81,10 @@ class Config:
     epochs: float = 1.0
 
     # -- What you may set --
-    # .txt: a document begins with a line that this regular expression matches as a whole (WikiText:
+    # text: a document begins with a line that this regular expression matches as a whole (WikiText:
     # ' = [^=].* = ')
     heading: str = ""
-    # .txt: characters after which a document ends at the next blank line [>= 1]
+    # text: characters after which a document ends at the next blank line [>= 1]
     cut: int = 16384
     # apply the rules of data/clean.py
     clean: bool = True
@@ -89,7 +100,7 @@ class Config:
     shard_bytes: int = 2**27
     # which documents of a source that exceeds its share are used
     seed: int = 0
-    # leave bad lines out and count them
+    # leave bad lines, and documents that cannot be tokenized, out and count them
     skip_bad: bool = False
     # worker processes; the result does not depend on them [>= 1]
     workers: int = 1
@@ -123,8 +134,6 @@ def parse_sources(text, work):
         path = Path(name)
         if name.startswith("hf:"):
             path = work / f"hf_{len(sources)}.jsonl"
-        elif path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--data: {name!r}: expected FILE.txt, FILE.jsonl or hf:NAME, each with or without :WEIGHT")
         sources.append(Source(name, path, weight))
     return sources
 
@@ -137,25 +146,26 @@ def download(name, path):
 
 
 def text_documents(path, heading, cut):
-    """Yield the documents of a .txt file, divided as the head of this file says."""
-    text = ""
-    for _, line in read_lines(path):
+    """Yield the documents of a text file, divided as the head of this file says."""
+    text, first = "", 1  # first: the number of the first line of a document
+    for number, line in read_lines(path):
         marker = line.strip() == "<|endoftext|>"
         if text and (marker or heading and re.fullmatch(heading, line.rstrip("\r\n"))):
-            yield text
+            yield Document(text, f"{path}:{first}")
             text = ""
         if not marker:
+            first = first if text else number
             text += line
         if len(text) >= cut and (not line.strip() or len(text) >= 2 * cut):
-            yield text
+            yield Document(text, f"{path}:{first}")
             text = ""
     if text:
-        yield text
+        yield Document(text, f"{path}:{first}")
 
 
 def documents(path, config):
     """Yield the texts of a source; None for a bad line under --skip_bad."""
-    if path.suffix == ".txt":
+    if file_kind(path) == "text":
         yield from text_documents(path, config.heading, config.cut)
     else:
         yield from read_texts(str(path), config.skip_bad)
@@ -174,17 +184,17 @@ def strings(value):
             values += value
 
 
-def evaluation_grams(paths):
+def evaluation_grams(paths, skip_bad=False):
     """The 13-grams of evaluation files, uint64 [G], sorted.
 
     Texts of fewer than 13 words have none: their like occurs in many innocent documents.
     """
     grams, short, count = [np.zeros(0, np.uint64)], 0, 0
     for path in paths:
-        if path.suffix == ".txt":
+        if file_kind(path) == "text":
             texts = [read_text(path)]
         else:
-            texts = (text for _, row in read_jsonl(path) for text in strings(row))
+            texts = (text for _, row in read_rows(str(path), skip_bad) for text in strings(row))
         for batch in batches(texts, BATCH):
             words = clean.find_words(batch)
             grams.append(clean.ngrams(words, SHARED)[0])
@@ -323,16 +333,31 @@ def read_numbered(path, numbers, config):
         at = number + 1
 
 
-def encode(tok, dtype, batch):
-    """(shard's name, text)s -> {shard's name: tokens}, in order."""
-    tokens = {}
+def encode(tok, dtype, skip_bad, batch):
+    """Tokenize (shard's name, text)s.
+
+    Returns ({shard's name: tokens}, in order, and why each text could not be tokenized, "" if it
+    could). Raises UserError for one that could not, unless `skip_bad`.
+    """
+    tokens, errors = {}, []
     for name, text in batch:
-        tokens.setdefault(name, []).extend([tok.eot, *tok.encode_ordinary(text)])
-    return {name: np.array(ids, dtype) for name, ids in tokens.items()}
+        try:
+            ids = [tok.eot, *tok.encode_ordinary(text)]
+        except UserError as e:
+            if not skip_bad:
+                raise UserError(f"{named(text, e)}; --skip_bad=True leaves such documents out") from None
+            errors.append(named(text, e))
+        else:
+            tokens.setdefault(name, []).extend(ids)
+            errors.append("")
+    return {name: np.array(ids, dtype) for name, ids in tokens.items()}, errors
 
 
 def write_splits(sources, records, copies, held_out, tok, dtype, config):
-    """Tokenize the chosen documents to shards -> {split: [manifest entry, ...]}."""
+    """Tokenize the chosen documents to shards.
+
+    Returns ({split: [manifest entry, ...]}, numbers of the documents that could not be tokenized).
+    """
     document, shard = writing_order(records, copies, held_out, config.shard_bytes)
     source, first = records["source"][document], np.searchsorted(records["source"], np.arange(len(sources)))
     texts = [read_numbered(s.path, document[source == i] - first[i], config) for i, s in enumerate(sources)]
@@ -342,13 +367,17 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
 
     for path in [*out.glob("train_?????.bin"), *out.glob("val_?????.bin")]:  # of an earlier run
         path.unlink()
-    for pieces in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
+    shared, good = (tok, dtype, config.skip_bad), []  # good: whether each document could be tokenized
+    for pieces, errors in in_order(encode, shared, batches(items, BATCH, batch_size), config.workers):
+        good += [not error for error in errors]
+        for error in filter(None, errors):
+            print(f"{error}; left out")
         for name, tokens in pieces.items():
             append(out / name, tokens, sync=False)
-    entries = {"train": [], "val": []}
-    for split, chosen in (("train", ~held_out), ("val", held_out)):
+    good, entries = np.array(good), {"train": [], "val": []}
+    for split, chosen in (("train", good & ~held_out), ("val", good & held_out)):
         counts, text_bytes = np.bincount(shard[chosen]), np.bincount(shard[chosen], sizes[chosen])
-        for number in range(len(counts)):
+        for number in np.flatnonzero(counts):
             path = out / shard_name(split, number)
             size = append(path, np.array([tok.eot], dtype))  # ends with eot, as it begins
             entries[split].append(
@@ -360,7 +389,9 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
                     "sha256": sha256(path),
                 }
             )
-    return entries
+    if not entries["train"]:
+        raise UserError(f"--data={config.data}: no document to train on could be tokenized")
+    return entries, document[~good]
 
 
 def shard_name(split, number):
@@ -380,7 +411,8 @@ def progress(label, items, total):
         done += len((item[-1] or "").encode())
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
-            print(f"{label} {done / total:.0%}", file=sys.stderr, flush=True)
+            share = min(1.0, done / total)  # a packed file has more text than bytes
+            print(f"{label} {share:.0%}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -459,10 +491,9 @@ def main(config):
     work = out / "work"
     sources = parse_sources(config.data, work)
     evaluation = [Path(name) for name in config.decontaminate.split(",") if name]
-    for path in evaluation:
-        if path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--decontaminate: {path}: expected .txt or .jsonl")
     local = [source.path for source in sources if not source.name.startswith("hf:")]
+    for name in [*map(str, evaluation), *[source.name for source in sources]]:
+        file_kind(name)  # raises UserError for what is no data file
     hashes = {path: sha256(path) for path in [*evaluation, *local]}
     inputs = {config.tokenizer: tokenizer.fingerprint(tok)} | {str(path): digest for path, digest in hashes.items()}
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "overwrite")}
@@ -479,13 +510,14 @@ def main(config):
     # The three passes
     scan = work / "scan.bin"
     if not scan.exists():
-        scan_sources(sources, evaluation_grams(evaluation), scan, config)
+        scan_sources(sources, evaluation_grams(evaluation, config.skip_bad), scan, config)
     if not scan.stat().st_size:
         raise UserError(f"--data={config.data}: no document in it")
     records = np.memmap(scan, RECORD, "r")
     verdict, copies, held_out, epochs = decide(records, sources, config)
     dtype = "uint16" if tok.n_vocab <= 65536 else "uint32"
-    splits = write_splits(sources, records, copies, held_out, tok, dtype, config)
+    splits, bad = write_splits(sources, records, copies, held_out, tok, dtype, config)
+    verdict[bad], copies[bad] = VERDICTS.index("bad_line"), 0
 
     manifest = {
         "format": 1,

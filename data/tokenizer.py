@@ -31,7 +31,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from data.read import parse_mixture, read_json, read_lines, read_texts
+from data.read import file_kind, good_texts, inside, parse_mixture, read_json, read_lines
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
@@ -41,8 +41,8 @@ from runtime.files import make_folder, write_json
 @dataclass
 class Config:
     # -- What you will set --
-    # comma-separated: .jsonl or hf:NAME[configuration,split,rows] with a string "text" in each row,
-    # anything else as plain text
+    # comma-separated: .jsonl, .parquet or hf:NAME[configuration,split,rows] with a string "text" in
+    # each row (formats: data/read.py), anything else as plain text
     data: str
     # folder that gets tokenizer.json and tokenizer_config.json
     out: str
@@ -54,6 +54,8 @@ class Config:
     kind: str = "bpe"
     # processes that count pieces (bpe only) [>= 1]
     workers: int = 1
+    # leave bad lines out and count them
+    skip_bad: bool = False
     # replace the tokenizer.json in --out
     overwrite: bool = False
 
@@ -83,6 +85,7 @@ BATCH = 2**20  # characters that a worker counts at once
 # A longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one
 # line cannot stall training.
 LONG_PIECE = 100
+SAMPLE = 2**16  # characters of a document that are shown in tokens
 LONG_SPACE = 500_000  # a run of a million spaces overflows the stack of tiktoken's regex engine
 # An imported vocabulary beyond these is damaged; it would cost too much time and memory.
 LONG_TOKEN, MAX_ID = 512, 2**20
@@ -300,6 +303,8 @@ def load(where):
     tiktoken.
     """
     path = Path(where)
+    if path.name in ("latest", "best") and path.is_file():  # a link that a copy made a file of
+        path = inside(path, path.read_text(encoding="utf-8", errors="replace").strip())
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
@@ -614,16 +619,16 @@ def token_bytes(tok):
 # The script
 
 
-def read_documents(names):
-    """Yield the texts of .jsonl files and of hf:NAME[...], and of other files the lines.
+def read_documents(names, skip_bad=False):
+    """Yield the texts of files with rows and of hf:NAME[...], and of text files the lines.
 
     Lines come in stretches of a million characters, so that a large file is never held whole.
     """
     for name in names:
-        if name.endswith(".jsonl") or name.startswith("hf:"):
-            yield from read_texts(name)
-        else:
+        if file_kind(name) == "text":
             yield from map("".join, batches((line for _, line in read_lines(name)), BATCH))
+        else:
+            yield from good_texts(name, skip_bad)
 
 
 def main(config):
@@ -633,14 +638,14 @@ def main(config):
     if target.exists() and not config.overwrite:
         raise UserError(f"{target}: exists; --overwrite replaces it")
     if config.kind == "bpe":
-        tok = train(read_documents(names), config.vocab_size, config.workers)
+        tok = train(read_documents(names, config.skip_bad), config.vocab_size, config.workers)
     elif config.kind == "char":
-        tok = characters("".join(set().union(*read_documents(names))))
+        tok = characters("".join(set().union(*read_documents(names, config.skip_bad))))
     else:
         tok = byte_level()
     save(tok, config.out)
     print(f"{target}: {tok.n_vocab} ids in {time.perf_counter() - begin:.1f} s")
-    sample = "".join(islice(read_documents(names), 10))
+    sample = "".join(text[:SAMPLE] for text in islice(read_documents(names, config.skip_bad), 10))
     ids = tok.encode_ordinary(sample)
     print(f"{len(sample.encode()) / max(1, len(ids)):.3f} bytes per token at the head of the data, which begins:")
     print("|".join(tok.decode([i]) for i in ids[:50]))
