@@ -303,9 +303,9 @@ def writing_order(records, copies, held_out, shard_bytes):
     shard = np.zeros(len(document), np.int64)
     for split in (False, True):
         mine = np.flatnonzero(held_out[document] == split)
-        size = records["bytes"][document[mine]]
+        size = records["bytes"][document[mine]].astype(np.int64)
         full = (np.cumsum(size) - size) // shard_bytes  # shards' worth of text before each document
-        shard[mine] = np.unique(full, return_inverse=True)[1]  # a large text must not skip a number
+        shard[mine] = np.cumsum(np.diff(full, prepend=0) > 0)  # a large text must not skip a number
     return document, shard
 
 
