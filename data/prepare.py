@@ -48,7 +48,7 @@ from data.shards import load_manifest
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import append, lock_file, make_folder, replace_file, sha256, write_json
+from runtime.files import append, lock_file, replace_file, sha256, write_json
 
 
 @dataclass
@@ -393,7 +393,6 @@ def begin(out, recipe, overwrite):
     Returns True if such a run is complete already. Raises UserError if `out` holds anything else
     and `overwrite` does not allow to replace it.
     """
-    make_folder(out)
     lock_file(out / ".lock", out)
     work = out / "work"
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()

@@ -35,7 +35,7 @@ from data.read import parse_mixture, read_json, read_lines, read_texts
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import make_folder, write_json
+from runtime.files import write_json
 
 
 @dataclass
@@ -588,7 +588,6 @@ def save(tok, folder, chat_template=""):
     }
     if chat_template:
         config["chat_template"] = chat_template
-    make_folder(folder)
     write_json(Path(folder) / "tokenizer.json", spec)
     write_json(Path(folder) / "tokenizer_config.json", config)
 
