@@ -25,7 +25,7 @@ from data.read import read_json
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import LOCKS, lock_file, make_folder, write_json
+from runtime.files import LOCKS, lock_file, write_json
 from runtime.process import describe, launch
 from runtime.run import clock_time
 
@@ -256,7 +256,6 @@ def main(config):
         return
 
     # 1. Run what has not run yet
-    make_folder(out)
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
     for stage, line in command_lines(config).items():

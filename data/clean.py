@@ -233,11 +233,12 @@ def signatures(words):
     # what as many orders of a single gram would give
     full[short] = splitmix64(whole[:, None] + np.arange(BINS, dtype=np.uint64)).astype(np.uint32)
 
-    first = np.where((words.count > 0)[:, None], full, 0)
-    for probe in probe_order().T:
-        if (first < none).all():
-            break
-        first = np.where(first == none, full[:, probe], first)
+    first = full.copy()
+    row, column = np.nonzero((full == none) & (words.count > 0)[:, None])
+    for step in range(BINS):
+        first[row, column] = full[row, probe_order()[column, step]]
+        still = first[row, column] == none
+        row, column = row[still], column[still]
     return first.astype(np.uint8)
 
 

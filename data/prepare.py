@@ -59,7 +59,7 @@ from data.shards import load_manifest
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import append, lock_file, make_folder, replace_file, sha256, write_json
+from runtime.files import append, lock_file, replace_file, sha256, write_json
 
 
 @dataclass
@@ -313,9 +313,9 @@ def writing_order(records, copies, held_out, shard_bytes):
     shard = np.zeros(len(document), np.int64)
     for split in (False, True):
         mine = np.flatnonzero(held_out[document] == split)
-        size = records["bytes"][document[mine]]
+        size = records["bytes"][document[mine]].astype(np.int64)
         full = (np.cumsum(size) - size) // shard_bytes  # shards' worth of text before each document
-        shard[mine] = np.unique(full, return_inverse=True)[1]  # a large text must not skip a number
+        shard[mine] = np.cumsum(np.diff(full, prepend=0) > 0)  # a large text must not skip a number
     return document, shard
 
 
@@ -425,7 +425,6 @@ def begin(out, recipe, overwrite):
     Returns True if such a run is complete already. Raises UserError if `out` holds anything else
     and `overwrite` does not allow to replace it.
     """
-    make_folder(out)
     lock_file(out / ".lock", out)
     work = out / "work"
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()

@@ -35,7 +35,7 @@ from data.read import file_kind, good_texts, inside, parse_mixture, read_json, r
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import make_folder, write_json
+from runtime.files import write_json
 
 
 @dataclass
@@ -226,14 +226,10 @@ def learn_merges(pieces, n):
     words, weights = [piece.decode("latin-1") for piece in pieces], list(pieces.values())
     counts = defaultdict(int)  # pair -> occurrences
     where = defaultdict(set)  # pair -> indices of the words that contain it, or did
-
-    def count_pairs(i, sign):
-        for a, b in pairwise(words[i]):
-            counts[a + b] += sign * weights[i]
+    for i, word in enumerate(words):
+        for a, b in pairwise(word):
+            counts[a + b] += weights[i]
             where[a + b].add(i)
-
-    for i in range(len(words)):
-        count_pairs(i, 1)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([b]) for b in range(256)]
@@ -247,10 +243,15 @@ def learn_merges(pieces, n):
         new, born = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for i in where.pop(pair):
-            count_pairs(i, -1)
-            words[i] = words[i].replace(pair, new)
-            count_pairs(i, 1)
-            born.update(a + b for a, b in pairwise(words[i]) if new in (a, b))
+            old, word = words[i], words[i].replace(pair, new)
+            words[i] = word
+            for a, b in pairwise(old):
+                counts[a + b] -= weights[i]
+            for a, b in pairwise(word):
+                counts[a + b] += weights[i]
+                if new in (a, b):
+                    where[a + b].add(i)
+                    born.add(a + b)
         for pair in born:
             heapq.heappush(heap, (-counts[pair], pair))
     return tokens[256:]
@@ -592,7 +593,6 @@ def save(tok, folder, chat_template=""):
     }
     if chat_template:
         config["chat_template"] = chat_template
-    make_folder(folder)
     write_json(Path(folder) / "tokenizer.json", spec)
     write_json(Path(folder) / "tokenizer_config.json", config)
 

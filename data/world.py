@@ -37,7 +37,7 @@ from pathlib import Path
 from data.judge import judge_prompt
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import make_folder, replace_text, write_json
+from runtime.files import replace_text, write_json
 
 
 @dataclass
@@ -396,8 +396,8 @@ def main(config):
         "bayes_ceiling": {name: bayes_ceiling(rows[name]) for name in ("pairs.jsonl", "pairs_val.jsonl")},
         "files": files,
     }
-    make_folder(out)
-    (out / "world.json").unlink(missing_ok=True)  # written last: if it is there, the world is whole
+    if present:
+        (out / "world.json").unlink(missing_ok=True)  # written last: if it is there, the world is whole
     for name, text in texts.items():
         replace_text(out / name, text)
     write_json(out / "world.json", world)

@@ -17,7 +17,7 @@ import torch
 
 from kernels import _lib
 from runtime.errors import UserError
-from runtime.files import make_folder, write_json
+from runtime.files import write_json
 
 PROOFS = {}  # {op: function(device) -> (f, inputs)}
 
@@ -113,7 +113,6 @@ def prove(device):
         seconds = time.perf_counter() - begin
         print(f"kernels: {len(PROOFS)} ops compared with their references in {seconds:.1f} s", file=sys.stderr)
         with contextlib.suppress(UserError):  # not remembered: the next run proves them again
-            make_folder(path.parent)
             write_json(path, verdicts)
     wrong = {op: why for op, why in verdicts.items() if why}
     _lib.OFF.update(wrong)

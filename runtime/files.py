@@ -18,21 +18,20 @@ LOCKS = []  # open while the process lives: closing a file gives its lock up
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # opened by name, a file they lead to would be emptied
 
 
-def make_folder(path):
-    """Make the folder that --out names, if it is missing; raises UserError if that cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={path}: {e.strerror}") from None
-
-
 def lock_file(path, out):
-    """Hold `path` as the lock of `--out=out`; raises UserError if another process holds it."""
+    """Hold `path`, in a folder that is made if it is missing, as the lock of `--out=out`.
+
+    Raises UserError if another process holds it, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as e:
+        raise UserError(f"--out={out}: {e.strerror}") from None
     if os.name != "posix":
         return  # fcntl is POSIX; on Windows two runs in one directory are the user's to avoid
     import fcntl
 
-    file = open(path, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -71,7 +70,7 @@ def check_writable(flag, path):
 def replace_file(path):
     """Open a binary file that takes the place of `path` when the block ends without an error.
 
-    Raises UserError naming the path if it cannot be written.
+    Its folder is made if it is missing. Raises UserError naming the path if it cannot be written.
     """
     temporary = temporary_name(path)
     target = temporary or path
@@ -79,6 +78,7 @@ def replace_file(path):
         sys.stdout.flush()
         target = os.dup(STREAMS[str(path)])
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(target, "wb") as file:
             yield file
         if temporary:

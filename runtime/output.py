@@ -33,7 +33,6 @@ def open_output(config, head):
         raise UserError(f"--out={out}: is no regular file, and an interrupted run continues from its file; name one")
     record = {"rows": 0, "bytes": 0, "seconds": 0.0, "counts": {}, "figures": {}}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         lock_file(out.with_name(f".{out.name}.lock"), config.out)
         if out.exists() and not (config.resume or config.overwrite):
             raise UserError(f"--out={out}: is here already; --resume continues it, --overwrite replaces it")

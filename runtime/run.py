@@ -30,7 +30,7 @@ from runtime import checkpoint, hub
 from runtime.checkpoint import ADVICE
 from runtime.cli import check_ranges, print0, read_flags
 from runtime.errors import UserError
-from runtime.files import append, flush, lock_file, make_folder, replace_text
+from runtime.files import append, flush, lock_file, replace_text
 from runtime.process import (
     Stop,
     describe,
@@ -446,7 +446,6 @@ def open_run(out, resume, overwrite):
         raise UserError("--resume and --overwrite: choose one")
     path = Path(out)
     if rank() == 0:
-        make_folder(path)
         lock_file(path / ".lock", out)
         found = [p for pattern in RUN_FILES for p in path.glob(pattern)]
         if found and not (resume or overwrite):

@@ -129,10 +129,12 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     for path in (tmp_path / "file" / "a", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match="--samples=.*(Not a directory|File exists|too long)"):
             files.check_writable("samples", path)
-        with pytest.raises(UserError, match="Not a directory|too long"):
+        with pytest.raises(UserError, match="Not a directory|File exists|too long"):
             files.replace_text(path, "text")
-    with pytest.raises(UserError, match="--out=.*file: File exists"):
-        files.make_folder(tmp_path / "file")
+    with pytest.raises(UserError, match="--out=run: (File exists|Not a directory)"):
+        files.lock_file(tmp_path / "file" / ".lock", "run")
+    files.write_json(tmp_path / "other" / "folder" / "a.json", {})
+    assert os.listdir(tmp_path / "other" / "folder") == ["a.json"]
 
 
 def writing_calls(text):
