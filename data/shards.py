@@ -43,25 +43,28 @@ def load_manifest(folder):
 
 
 def read_prepared(folder, tok):
-    """(train streams, val streams) of a folder that data/prepare.py wrote, as memory maps.
+    """[train streams, val streams] of a folder that data/prepare.py wrote, as memory maps. Reads
+    every shard once.
 
-    Reads every shard once. Raises UserError if another tokenizer made the data, or a shard lacks
-    its hash or is no stream of the tokenizer's ids.
+    Raises UserError if another tokenizer made the data, or a shard lacks its hash or is no stream
+    of the tokenizer's ids.
     """
     manifest = load_manifest(folder)
     if manifest.get("tokenizer") != tokenizer.fingerprint(tok):
         raise UserError(f"{folder}: prepared with another tokenizer; use the one in this folder, or {AGAIN}")
-    streams = {"train": [], "val": []}
-    for split, found in streams.items():
-        for entry in manifest["splits"][split]:
-            path = Path(folder) / entry["file"]
-            if sha256(path) != entry.get("sha256"):
-                raise UserError(f"{path}: its contents are not what was written; {AGAIN}")
-            tokens = np.memmap(path, manifest["dtype"], "r")
-            if tokens.max() >= tok.n_vocab or not tokens[0] == tokens[-1] == tok.eot or len(tokens) < 2:
-                raise UserError(
-                    f"{path}: has ids that the tokenizer lacks, or does not begin and end with the end of a document; "
-                    + AGAIN
-                )
-            found.append(tokens)
-    return streams["train"], streams["val"]
+    return [
+        [read_shard(Path(folder), entry, manifest["dtype"], tok) for entry in manifest["splits"][split]]
+        for split in ("train", "val")
+    ]
+
+
+def read_shard(folder, entry, dtype, tok):
+    path = folder / entry["file"]
+    if sha256(path) != entry.get("sha256"):
+        raise UserError(f"{path}: its contents are not what was written; {AGAIN}")
+    tokens = np.memmap(path, dtype, "r")
+    if tokens.max() >= tok.n_vocab or not tokens[0] == tokens[-1] == tok.eot or len(tokens) < 2:
+        raise UserError(
+            f"{path}: has ids that the tokenizer lacks, or does not begin and end with the end of a document; {AGAIN}"
+        )
+    return tokens
