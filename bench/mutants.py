@@ -31,6 +31,7 @@ MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hu
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
 FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files", "portable", "rlaif", "rollout"))
 PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
+REPORT = "tests/test_report.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -399,6 +400,8 @@ MUTANTS = [
     ("apples_gpu_by_default", "runtime/process.py", 'else "cpu"  # MPS', 'else "mps"  # MPS', PROCESS),
     ("bound_of_every_temperature", "rollout.py", "else 1e-2) / min(temperature, 1)", "else 1e-2)", ROLLOUT),
     ("needs_triton", "optim.py", "import torch\n", "import torch\nimport triton\n", PORTABLE),
+    ("one_bad_file_and_no_report", "report.py", "except (ArithmeticError, ", "except (", REPORT),
+    ("cut_log_and_no_report", "report.py", "read_jsonl(log, skip_bad=True)", "read_jsonl(log)", REPORT),
     # Preparing data
     ("shard_of_an_earlier_run", "data/prepare.py", "        path.unlink()\n", "        pass\n", PREPARE),
     (
