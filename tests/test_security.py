@@ -469,7 +469,8 @@ def test_a_report_shows_what_a_file_says_and_does_not_obey_it():
     parent = {"path": "<script>", "weights": "<script>"}
     info = {"lineage": [parent], "data": {"<script>": "<script>"}, "step": 1, "code": "<script>"}
     info |= {"stage": "sft", "config": {}}
-    page = report.PAGE.render(runs={"<script>": {"info": info}}, can_draw=True)
+    nothing = {"out": Path("out"), "record": {}, "evaluations": {}, "feedback": {}}
+    page = report.PAGE.render(runs={"<script>": {"info": info}}, **nothing)
     assert "<script" not in page and page.count("&lt;script&gt;") > 4
 
 
