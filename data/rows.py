@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.read import bad_row, parse_mixture, read_rows
+from data.read import bad_row, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0
 from runtime.errors import UserError
@@ -143,8 +143,8 @@ def words_of(name):
 def check_read(fields, words, others, where=""):
     """Raises Unread for a field that is not empty and whose name has one of `words`.
 
-    A number, a flag or a remark under such a name ("image_id") is no content. others: names in
-    full."""
+    A number, a flag or a remark ("image_id") is no content. others: names in full.
+    """
     for name, value in fields.items():
         found = words_of(name)
         content = not isinstance(value, (bool, int, float)) and value not in ("[]", "{}", "null", "None")
@@ -665,9 +665,9 @@ def read_source(name, parse, skip_bad):
         try:
             rows.append(parse(row))
             unknown.update(unknown_fields(row))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             if not skip_bad:
-                raise bad_row(f"{name}:{line}", e) from None
+                raise bad_row(f"{name}:{line}", reason(e)) from None
             bad += 1
             if isinstance(e, Unread):
                 unread[e.field] += 1

@@ -557,7 +557,7 @@ def test_flag_errors(tmp_path, tok):
     for name, value in bad.items():
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}: ")):
             run(tok, tmp_path / "out", path, **{name: value})
-    with pytest.raises(UserError, match="x.csv: expected .txt or .jsonl"):
+    with pytest.raises(UserError, match="'x.csv': expected FILE.txt, FILE.jsonl"):
         run(tok, tmp_path / "out", path, decontaminate="x.csv")
     with pytest.raises(UserError, match="x.txt: No such file"):
         run(tok, tmp_path / "out", path, decontaminate="x.txt")

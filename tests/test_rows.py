@@ -387,6 +387,7 @@ BAD_CONVERSATIONS = [
         {"system": "x", "system_prompt": "y", "prompt": "q", "completion": "a"},
         '"system_prompt" is another system message',
     ),
+    ({"messages": PLAIN, "extra": json.loads("[" * 700 + "]" * 700)}, "nested too deeply"),
     ({"prompt": "q", "question": "z", "completion": "a"}, '"question" says something that is not read'),
     ({"prompt": "q", "completion": "a", "output": "b"}, '"output" says something that is not read'),
     ({"messages": PLAIN, "conversations": turns("q", "b")}, '"conversations" says something that is not read'),
