@@ -21,7 +21,7 @@ import evaluate
 import figures
 import rlaif
 from data import chat, corpus, prepare, rows, shards, tokenizer
-from data.read import read_jsonl
+from data.read import read_jsonl, read_texts
 from runtime.checkpoint import find, load, load_state
 from runtime.cli import check_ranges, parse_cli, read_flags
 from runtime.errors import UserError
@@ -240,7 +240,7 @@ def test_rows_of_text_and_of_measurements(folder, line):
     path = folder / "texts.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b"\n")
     names = [f"{path}:1", f"{path}:2", f"{path}:3", path]
-    for read in (corpus.read_documents, tokenizer.read_texts):
+    for read in (corpus.read_documents, read_texts):
         documents = allowed(names, lambda read=read: list(read(str(path))))
         if documents is not None:
             tokens = corpus.encode(BYTES, documents)
