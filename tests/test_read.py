@@ -98,6 +98,12 @@ def test_a_conversation_may_be_an_array_of_messages(tmp_path):
         assert rows.read(path, rows.conversation)[0] == talks[:1]
 
 
+def test_rows_of_an_array_may_have_a_role_or_a_sender(tmp_path):
+    mails = [{"from": "a", "to": "b", "text": "x"}, {"from": "b", "role": "c", "text": "y"}]
+    for text in (json.dumps(mails), json.dumps(mails, indent=1)):
+        assert [row for _, row in read_jsonl(write(tmp_path / "a.json", text))] == mails
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
