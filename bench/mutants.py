@@ -32,6 +32,7 @@ SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
 FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files", "portable", "rlaif", "rollout"))
 PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
 REPORT = "tests/test_report.py"
+ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -418,6 +419,70 @@ MUTANTS = [
         "np.unique(keys, return_index=True)[1]",
         "len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]",
         PREPARE,
+    ),
+    # Reading: fields with a meaning, one reader for all scripts, places, paths, indentation
+    ("nulls_read", "data/rows.py", "    row = without_nulls(row)\n", "    row = dict(row)\n", ROWS),
+    (
+        "system_column_ignored",
+        "data/rows.py",
+        'messages = [message("system", system), *messages]',
+        "messages = [*messages]",
+        ROWS,
+    ),
+    ("history_ignored", "data/rows.py", 'history = row.get("history")', "history = None", ROWS),
+    ("tools_ignored", "data/rows.py", 'set("tool tools function', 'set("function', ROWS),
+    (
+        "reasoning_ignored",
+        "data/rows.py",
+        'check_read(m, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.")',
+        'check_read(m, UNREAD, MESSAGE_UNREAD, f"{where}.")',
+        ROWS,
+    ),
+    ("context_ignored", "data/rows.py", 'MATERIAL = ("context", ', "MATERIAL = (", ROWS),
+    ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
+    ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
+    ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
+    ("bad_answer_trained", "data/rows.py", 'if row.get("label") is False:', "if False:", ROWS),
+    (
+        "beginning_of_an_answer_dropped",
+        "data/rows.py",
+        """    if messages[-1]["role"] == "assistant":
+        raise ValueError(""",
+        """    if False:
+        raise ValueError(""",
+        ROWS,
+    ),
+    ("prompt_in_answer", "data/rows.py", "return not short and squeezed", "return False and squeezed", ROWS),
+    ("unread_not_counted", "data/rows.py", "unread[e.field] += 1", "pass", ROWS),
+    ("question_is_no_prompt", "data/rows.py", '("prompt", "question", "query"', '("prompt", "query"', ROWS),
+    ("rows_as_text", "data/read.py", " or holds_objects(name, head)", "", READ),
+    ("suffix_in_small_letters_only", "data/read.py", "str(name).lower()", "str(name)", READ),
+    ("reader_by_suffix", "data/corpus.py", 'if file_kind(path) == "text":', 'if not path.endswith(".jsonl"):', READ),
+    ("array_without_lines", "data/read.py", 'line + text.count("\\n", at, begin)', "line", READ),
+    ("pipe_read_twice", "data/read.py", "    if not os.path.isfile(path):  # a pipe", "    if False:  # a pipe", READ),
+    (
+        "weight_after_first_colon",
+        "data/read.py",
+        'removeprefix(hub).rpartition(":")',
+        'removeprefix(hub).partition(":")',
+        READ,
+    ),
+    ("place_not_named", "data/read.py", 'f"{text.place}: {error}" if', "str(error) if", READ),
+    ("document_ends_the_run", "data/prepare.py", "            if not skip_bad:\n", "            if True:\n", READ),
+    ("left_out_not_counted", "data/prepare.py", 'VERDICTS.index("bad_line"), 0', "verdict[bad], copies[bad]", READ),
+    (
+        "indentation_lost",
+        "data/chat.py",
+        "tok.encode_ordinary(text), end_of_turn",
+        "tok.encode_ordinary(text.strip()), end_of_turn",
+        CHAT,
+    ),
+    (
+        "indentation_unread",
+        "data/chat.py",
+        "not in tok._special_tokens.values()])",
+        "not in tok._special_tokens.values()]).strip()",
+        CHAT,
     ),
 ]
 

@@ -138,10 +138,10 @@ def parse_sources(text, work):
     return sources
 
 
-def download(name, path):
+def download(name, path, skip_bad=False):
     """Copy hf:NAME[configuration,split,rows] from Hugging Face into a JSONL file, row by row."""
     with replace_file(path) as file:
-        for text in read_texts(name):
+        for text in read_texts(name, skip_bad):  # None stays null, a bad line of the copy
             file.write(json.dumps({"text": text}).encode() + b"\n")
 
 
@@ -503,7 +503,7 @@ def main(config):
     for source in sources:
         if source.path not in hashes:
             if not source.path.exists():
-                download(source.name, source.path)
+                download(source.name, source.path, config.skip_bad)
             hashes[source.path] = sha256(source.path)
 
     # The three passes

@@ -129,6 +129,7 @@ def refuse_constant(name):
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
 SPACE = re.compile(r"\s*")
+CONTENT = {"content", "value", "tool_calls"}
 
 
 def decode_json(text):
@@ -152,9 +153,9 @@ def parse_row(text):
     return row
 
 
-def is_conversation(value):
-    """Whether a JSON value is an array of messages: nanochat writes a conversation so."""
-    return isinstance(value, list) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+def is_message(value):
+    """Whether a JSON value is {"role", "content"} or ShareGPT's {"from", "value"}."""
+    return isinstance(value, dict) and len({"role", "from"} & set(value)) == 1 and bool(CONTENT & set(value))
 
 
 def rows_of(value):
@@ -166,7 +167,7 @@ def rows_of(value):
         return [value]
     if not isinstance(value, list) or not value or not all(isinstance(item, (dict, list)) for item in value):
         raise ValueError(f"a JSON object was expected, not {type(value).__name__}")
-    if is_conversation(value):
+    if all(map(is_message, value)):  # nanochat writes a conversation so
         return [{"messages": value}]
     return [row for item in value for row in rows_of(item)]
 
@@ -203,7 +204,7 @@ def spanning_values(text):
             value, after = JSON.raw_decode(text, end)
             items = [(end, value)]
         values = [value for _, value in items]
-        if text[end] == "[" and is_conversation(values):
+        if text[end] == "[" and all(map(is_message, values)):
             items = [(end, values)]
         for begin, value in items:
             line, at = line + text.count("\n", at, begin), begin
@@ -212,8 +213,8 @@ def spanning_values(text):
 
 
 def spans_lines(path):
-    """Whether the JSON values of a file span lines: the first of its first lines is no JSON, and
-    nor are the others; or the whole text is."""
+    """Whether the JSON values of a file span lines: its first line is no JSON, and neither are the
+    lines after it; or it is not, but the whole text is."""
     if not os.path.isfile(path):  # a pipe can be read but once
         return False
     begin = [raw for _, _, raw in itertools.islice(raw_lines(path), 5) if raw.strip()]
@@ -270,9 +271,10 @@ def json_lines(path, skip_bad):
 def spanning_lines(path):
     """`spanning_values` of a file; a fault is an error always, for nothing after it can be read."""
     text, number = read_text(path), 1
+    surrogates = "\\ud" in text.lower()
     try:
         for number, value in spanning_values(text):
-            if "\\ud" in text.lower():
+            if surrogates:
                 check_surrogates(value)
             yield number, value
     except (ValueError, RecursionError) as e:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.read import bad_row, parse_mixture, read_rows
+from data.read import bad_row, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0
 from runtime.errors import UserError
@@ -143,8 +143,8 @@ def words_of(name):
 def check_read(fields, words, others, where=""):
     """Raises Unread for a field that is not empty and whose name has one of `words`.
 
-    A number, a flag or a remark under such a name ("image_id") is no content. others: names in
-    full."""
+    A number, a flag or a remark ("image_id") is no content. others: names in full.
+    """
     for name, value in fields.items():
         found = words_of(name)
         content = not isinstance(value, (bool, int, float)) and value not in ("[]", "{}", "null", "None")
@@ -262,6 +262,8 @@ def check_messages(messages, field="messages"):
             raise Unread("name", f"{field}[{i}].")  # it tells two speakers apart
         if found["content"]:
             checked.append(found)
+    if not checked:
+        raise ValueError(f'"{field}" has no message that is not empty')
     return checked
 
 
@@ -272,7 +274,7 @@ def without_train(messages):
 
 def ends_with(messages, role, field):
     """The messages themselves; raises ValueError unless the last one is of `role`."""
-    last = messages[-1]["role"] if messages else "nobody"
+    last = messages[-1]["role"]
     if last != role:
         raise ValueError(f'"{field}" ends with a message of {last!r}; the last one must be of {role!r}')
     return messages
@@ -328,7 +330,7 @@ def normalise(row, answered=True):
 
 
 def sides_of_swift(row):
-    """ "chosen" and "rejected" of a row whose "response" or last message is the chosen answer."""
+    """The sides of a row whose "response", or last message, is the chosen answer."""
     if "response" in row:
         return {"chosen": row["response"]}
     messages = row.get("messages")
@@ -406,8 +408,13 @@ def in_context(row, messages):
     return messages
 
 
-def check_no_prefill(messages, field):
-    """Raises ValueError if a prompt ends with the assistant: with the beginning of its answer."""
+def check_asks(messages, field):
+    """Raises ValueError unless a prompt ends with the user.
+
+    With the assistant at its end it holds the beginning of the answer.
+    """
+    if messages[-1]["role"] == "system":
+        raise ValueError(f'"{field}" has no question of a user')
     if messages[-1]["role"] == "assistant":
         raise ValueError(
             f'"{field}" ends with a message of the assistant, the beginning of an answer, which is not read; '
@@ -480,7 +487,7 @@ def read_conversation(row):
         field = next((name for name in CONVERSATIONS if name in row), None)
     if field:
         messages = check_messages(row[field], field)
-        if first_stated(row, COMPLETIONS) and messages[-1:] != [] and messages[-1]["role"] == "user":
+        if first_stated(row, COMPLETIONS) and messages[-1]["role"] == "user":
             messages.append(message("assistant", completion(row)[1]))
         ends_with(messages, "assistant", field)
         others = [name for name in CONVERSATIONS if name != field]
@@ -497,8 +504,8 @@ def read_conversation(row):
     if not stated:
         raise no_prompt(row)
     prompt_field, messages = stated
-    check_no_prefill(messages, prompt_field)
-    if isinstance(row[prompt_field], str) and field != "answer" and repeats(text, messages[-1]["content"]):
+    check_asks(messages, prompt_field)
+    if isinstance(row[prompt_field], str) and repeats(text, row[prompt_field]):
         raise ValueError(f'"{field}" begins with the "{prompt_field}"; only what follows it is the answer')
     messages = [*messages, message("assistant", text)]
     check_repeated(row, COMPLETIONS, messages)
@@ -516,7 +523,7 @@ def prompt(row):
         whole = check_messages(row[field], field) if field else []
         field, messages = stated
         if first_stated(row, (*COMPLETIONS, "answer", "chosen", "rejected")):
-            check_no_prefill(messages, field)
+            check_asks(messages, field)
         if [m["role"] for m in whole[:1]] == ["system"] != [m["role"] for m in messages[:1]]:
             messages = [whole[0], *messages]  # UltraChat's "prompt" is the first message of a user
     else:
@@ -525,10 +532,9 @@ def prompt(row):
             raise no_prompt(row)
         messages = check_messages(row[field], field)
         check_repeated(row, MATERIAL, messages)
-    if messages[-1:] and messages[-1]["role"] == "assistant":
+    if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f'"{field}" has no question of a user')
+    check_asks(messages, field)
     return in_context(row, without_train(messages))
 
 
@@ -590,7 +596,7 @@ def preference(row):
     chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
     if stated:
         field, prompt_messages = stated
-        check_no_prefill(prompt_messages, field)
+        check_asks(prompt_messages, field)
         prompt_messages = without_train(prompt_messages)
         if messages and any(m not in messages for m in prompt_messages):  # UltraFeedback repeats it in both sides
             raise ValueError(f'"chosen" begins with messages that are not the "{field}"')
@@ -665,9 +671,9 @@ def read_source(name, parse, skip_bad):
         try:
             rows.append(parse(row))
             unknown.update(unknown_fields(row))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             if not skip_bad:
-                raise bad_row(f"{name}:{line}", e) from None
+                raise bad_row(f"{name}:{line}", reason(e)) from None
             bad += 1
             if isinstance(e, Unread):
                 unread[e.field] += 1

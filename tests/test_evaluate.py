@@ -243,7 +243,7 @@ def test_the_best_of_n_is_chosen_counted_and_read_by_sft(make_model, tmp_path):
     sampled = [json.loads(line) for line in best_file.read_text().splitlines()]
     assert all(row["finished"] and row[reward] == len(row["completion"]) for row in sampled)
     assert {row["prompt"]: len(row["completion"]) for row in sampled} == longest
-    kept = [row["completion"].strip() for row in sampled if row["completion"].strip()]
+    kept = [row["completion"] for row in sampled if row["completion"].strip()]
     assert [m[-1]["content"] for m in rows.read(str(best_file), rows.conversation, skip_bad=True)[0]] == kept
     assert [name for name in figures if "KL" in name] == [
         f"best of {k}: KL to one completion, at most, nats" for k in (1, 2, 4, 5)

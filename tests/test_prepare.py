@@ -558,7 +558,7 @@ def test_flag_errors(tmp_path, tok):
     for name, value in bad.items():
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}: ")):
             run(tok, tmp_path / "out", path, **{name: value})
-    with pytest.raises(UserError, match="x.csv: expected .txt or .jsonl"):
+    with pytest.raises(UserError, match="'x.csv': expected FILE.txt, FILE.jsonl"):
         run(tok, tmp_path / "out", path, decontaminate="x.csv")
     with pytest.raises(UserError, match="x.txt: No such file"):
         run(tok, tmp_path / "out", path, decontaminate="x.txt")
@@ -588,6 +588,11 @@ def test_rows_of_the_hub_are_copied_once(tmp_path, tok, monkeypatch):
     manifest = run(tok, tmp_path / "out", "hf:org/name[,train,20]", val_fraction=0.0)
     assert downloads == ["hf:org/name[,train,20]"] and stored(tmp_path / "out", "train", tok) == sentences(20)
     assert manifest["sources"][0]["path"] == "hf:org/name[,train,20]" and len(manifest["sources"][0]["sha256"]) == 64
+    monkeypatch.setattr("data.read.hub_rows", lambda name: [{"text": sentences(1)[0]}, {"txt": 1}])
+    with pytest.raises(UserError, match='hf:org/name:2: no string "text".*--skip_bad'):
+        run(tok, tmp_path / "two", "hf:org/name", val_fraction=0.0)
+    manifest = run(tok, tmp_path / "three", "hf:org/name", val_fraction=0.0, skip_bad=True)
+    assert (manifest["rules"]["bad_line"], manifest["documents_out"]) == (1, 1)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The one reader of data files: what a file is, its rows with their lines, paths with colons."""
 
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -8,8 +9,9 @@ import re
 import threading
 
 import pytest
+from runs import here
 
-from data import corpus, prepare, rows, tokenizer
+from data import corpus, prepare, rows, shards, tokenizer
 from data.read import Document, file_kind, parse_mixture, read_jsonl, read_rows, read_texts
 from runtime.errors import UserError
 
@@ -94,6 +96,12 @@ def test_a_conversation_may_be_an_array_of_messages(tmp_path):
             assert rows.read(path, rows.conversation)[0] == talks
         path = write(tmp_path / "a.json", json.dumps(some[0], indent=1))
         assert rows.read(path, rows.conversation)[0] == talks[:1]
+
+
+def test_rows_of_an_array_may_have_a_role_or_a_sender(tmp_path):
+    mails = [{"from": "a", "to": "b", "text": "x"}, {"from": "b", "role": "c", "text": "y"}]
+    for text in (json.dumps(mails), json.dumps(mails, indent=1)):
+        assert [row for _, row in read_jsonl(write(tmp_path / "a.json", text))] == mails
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,37 @@ def test_a_document_that_cannot_be_tokenized_is_named_or_left_out(tmp_path, caps
     stream = corpus.encode(letters, documents, skip_bad=True)
     assert letters.decode(stream[1:-1].tolist()) == "the third"
     assert f"{path}:1: 'x' (U+0078) is not in the vocabulary" in capsys.readouterr().out
+
+
+def test_a_document_that_cannot_be_tokenized_costs_a_preparation_itself(tmp_path, capsys):
+    """It is named with its line, or left out and counted: in a split, and in a shard of its own."""
+    tokenizer.save(tokenizer.characters("abcdefgh "), tmp_path / "tok")
+    texts = [f"{a} {b} {c}" for a in "abcdefgh" for b in "abcdefgh" for c in "abc"]
+    bad = [3, 4, 5, 100, 191]
+    for i in bad:
+        texts[i] += " ünd"
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = prepare.Config(path, str(tmp_path / "tok"), str(tmp_path / "out"))
+    config.clean, config.dedup, config.val_fraction, config.shard_bytes = False, "none", 0.1, 16
+    with pytest.raises(UserError, match=r"a.jsonl:\d+: '.' .* is not in the vocabulary.*; --skip_bad=True leaves"):
+        here(prepare.main, config)
+    config.skip_bad = config.overwrite = True
+    for config.workers in (1, 2):
+        here(prepare.main, config)
+        lines = {int(line) for line in re.findall(rf"{path}:(\d+): .*; left out", capsys.readouterr().out)}
+        assert lines == {i + 1 for i in bad}
+        manifest = shards.load_manifest(config.out)
+        assert manifest["rules"]["bad_line"] == 5 and manifest["documents_out"] == len(texts) - 5
+        tok, found = tokenizer.load(config.out), []
+        for split in ("train", "val"):
+            for stream in shards.read_prepared(config.out, tok)[split == "val"]:
+                ends = (stream == tok.eot).nonzero()[0]
+                found += [tok.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+        assert sorted(found) == sorted(text for i, text in enumerate(texts) if i not in bad)
+    write(tmp_path / "a.jsonl", json.dumps({"text": "ü b c"}) + "\n")
+    config.val_fraction = 0.0
+    with pytest.raises(UserError, match="no document to train on could be tokenized"):
+        here(prepare.main, config)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -387,6 +387,13 @@ BAD_CONVERSATIONS = [
         {"system": "x", "system_prompt": "y", "prompt": "q", "completion": "a"},
         '"system_prompt" is another system message',
     ),
+    ({"messages": [{"role": "system", "content": ""}]}, '"messages" has no message that is not empty'),
+    ({"prompt": turns(system="s"), "completion": "a"}, '"prompt" has no question of a user'),
+    (
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "completion": "\n\nHuman: q\n\nAssistant: a"},
+        '"completion" begins with the "prompt"',
+    ),
+    ({"messages": PLAIN, "extra": json.loads("[" * 700 + "]" * 700)}, "nested too deeply"),
     ({"prompt": "q", "question": "z", "completion": "a"}, '"question" says something that is not read'),
     ({"prompt": "q", "completion": "a", "output": "b"}, '"output" says something that is not read'),
     ({"messages": PLAIN, "conversations": turns("q", "b")}, '"conversations" says something that is not read'),
