@@ -210,7 +210,7 @@ def train(documents, vocab_size, workers=1):
             f"give more text, or --vocab_size={least + len(merged)}"
         )
     tokens = [bytes([b]) for b in range(256)] + merged
-    return with_specials(PATTERN, {token: i for i, token in enumerate(tokens)}, {})
+    return with_specials("bpe", PATTERN, {token: i for i, token in enumerate(tokens)}, {})
 
 
 def count_pieces(texts):
@@ -264,18 +264,18 @@ def characters(text):
     """
     if not text:
         raise UserError("a vocabulary of characters needs some text")
-    return with_specials(CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
+    return with_specials("characters", CHARACTER, {c.encode(): i for i, c in enumerate(sorted(set(text)))}, {})
 
 
 def byte_level():
     """The 256 bytes, then the SPECIALS."""
-    return with_specials(PATTERN, {bytes([b]): b for b in range(256)}, {})
+    return with_specials("bytes", PATTERN, {bytes([b]): b for b in range(256)}, {})
 
 
-def with_specials(pattern, ranks, specials):
+def with_specials(name, pattern, ranks, specials):
     """A Tokenizer that appends those of the SPECIALS that `specials` lacks, after all other ids."""
     end = max([*ranks.values(), *specials.values()]) + 1
-    return Tokenizer("", pattern, ranks, append_missing(specials, SPECIALS, end))
+    return Tokenizer(name, pattern, ranks, append_missing(specials, SPECIALS, end))
 
 
 def with_turns(tok):
@@ -328,7 +328,7 @@ def load(where):
             f"go online, set TIKTOKEN_CACHE_DIR to a folder that has it, or give {folders}"
         ) from None
     pattern = without_possessives(theirs._pat_str)
-    return with_specials(pattern, theirs._mergeable_ranks, theirs._special_tokens)
+    return with_specials(theirs.name, pattern, theirs._mergeable_ranks, theirs._special_tokens)
 
 
 def without_possessives(pattern):
@@ -346,7 +346,7 @@ def gpt2(folder):
     lines = islice(read_lines(file.with_name("vocab.bpe")), 1, None)  # after "#version: 0.2"
     merges = [line.split() for _, line in lines]
     specials = {"<|endoftext|>": vocab.get("<|endoftext|>")}
-    return with_specials(GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
+    return with_specials("gpt2", GPT2_PATTERN, checked_ranks(file, vocab, merges, specials), specials)
 
 
 def read_tokenizer_json(path):

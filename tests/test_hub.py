@@ -180,7 +180,7 @@ def test_autotokenizer_gives_the_same_ids(make_model, tmp_path, realdata):
 
     strings = [""] + ["".join(some_text() for _ in range(draw.randrange(1, 12))) for _ in range(3000)]
     for tok in (tokenizer.train([source], 500), tokenizer.gpt2(realdata("gpt2"))):
-        folder = write(tmp_path / str(tok.n_vocab), make_model(vocab_size=tok.n_vocab), tok=tok)
+        folder = write(tmp_path / tok.name, make_model(vocab_size=tok.n_vocab), tok=tok)
         other, back = transformers.AutoTokenizer.from_pretrained(folder), load(folder)[1]
         assert other.eos_token_id == tok.eot and other.pad_token_id == tok.pad and len(other) == tok.n_vocab
         for s in strings:
