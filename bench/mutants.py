@@ -459,7 +459,6 @@ MUTANTS = [
     ("suffix_in_small_letters_only", "data/read.py", "str(name).lower()", "str(name)", READ),
     ("reader_by_suffix", "data/corpus.py", 'if file_kind(path) == "text":', 'if not path.endswith(".jsonl"):', READ),
     ("array_without_lines", "data/read.py", 'line + text.count("\\n", at, begin)', "line", READ),
-    ("pipe_read_twice", "data/read.py", "    if not os.path.isfile(path):  # a pipe", "    if False:  # a pipe", READ),
     (
         "weight_after_first_colon",
         "data/read.py",
