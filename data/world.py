@@ -265,12 +265,12 @@ def rudeness(prompt, completion, row):
 # Preferences, by people and by principle
 
 
-def prefers(margin, k=4.0):
-    """Probability that people prefer a reply whose gold is higher by `margin`: sigmoid(k margin).
+def prefers(margin):
+    """Probability that people prefer a reply whose gold is higher by `margin`: sigmoid(4 margin).
 
     Written so that it cannot overflow.
     """
-    return (1 + math.tanh(k * margin / 2)) / 2
+    return (1 + math.tanh(2 * margin)) / 2
 
 
 def label(rng, row, first, second):
