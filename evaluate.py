@@ -24,7 +24,6 @@ sft.py: rejection-sampling fine-tuning (Llama 2, arXiv 2307.09288, section 3.2.3
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ from rollout import rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import replace_text
+from runtime.files import check_writable, replace_text, write_json
 from runtime.process import launch, setup
 from scoring import exact_match, judge_score, load_rewards, reward_names, reward_scores, score_completions
 
@@ -87,6 +86,8 @@ class Config:
     temperature: float = 1.0
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
+    # leave bad lines out and count them
+    skip_bad: bool = False
     # rows of --data, --problems and --pairs, at most; 0: all
     limit: int = 0
     # .jsonl file for the completions to --data, with their rewards; "": none
@@ -121,7 +122,9 @@ def document_nats(model, tok, documents, micro_batch_tokens):
 
 
 def text_figures(config, model, tok):
-    documents = [document for file in config.text.split(",") for document in corpus.read_documents(file)]
+    documents = []
+    for file in config.text.split(","):
+        documents += corpus.read_documents(file, config.skip_bad)
     totals = document_nats(model, tok, documents, config.micro_batch_tokens)
     return {
         "nats/token": interval(lambda sums: sums[0] / sums[1], totals, config.seed),
@@ -131,7 +134,7 @@ def text_figures(config, model, tok):
     }
 
 
-def read_strings(path, fields):
+def read_strings(path, fields, skip_bad=False):
     """The rows of a file that have these fields, all strings; raises UserError for other rows."""
 
     def parse(row):
@@ -140,7 +143,7 @@ def read_strings(path, fields):
                 raise ValueError(f'no "{field}" string')
         return row
 
-    return rows.read(path, parse)[0]
+    return rows.read(path, parse, skip_bad)[0]
 
 
 def completions_right(model, tok, examples):
@@ -269,15 +272,6 @@ def pair_figures(config, model, tok, pairs):
     return preference_figures([pairs[i] for i in kept], margins, lengths, config.seed)
 
 
-def check_writable(flag, path):
-    """Raises UserError if a file cannot be written: before the work, not after it."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
-    except OSError as e:
-        raise UserError(f"--{flag}={path}: {e.strerror}") from None
-
-
 def write_samples(config, sampled):
     """Write the completions to --samples; of the best of n only those that finished."""
     if config.best_of > 1:  # data for sft.py, which would teach a model to end where the others were cut
@@ -286,7 +280,7 @@ def write_samples(config, sampled):
         if left_out:
             print(f"{config.samples}: {left_out} of {len(sampled)} prompts left out: no completion finished")
         sampled = finished
-    replace_text(Path(config.samples), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
+    replace_text(config.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
 
 
 def main(config):
@@ -320,21 +314,22 @@ def main(config):
     if config.text:
         figures |= text_figures(config, model, tok)
     if config.complete:
-        examples = read_strings(config.complete, ("prompt", "answer"))
+        examples = read_strings(config.complete, ("prompt", "answer"), config.skip_bad)
         figures["completions right"] = mean_interval(completions_right(model, tok, examples), seed)
     if config.judge:
-        examples = read_strings(config.judge, ("prompt", "reply_a", "reply_b", "principle", "better"))
+        fields = ("prompt", "reply_a", "reply_b", "principle", "better")
+        examples = read_strings(config.judge, fields, config.skip_bad)
         figures |= judge_figures(config, model, tok, examples)
     if config.problems:
-        problems = rows.read(config.problems, rows.problem)[0][:limit]
+        problems = rows.read(config.problems, rows.problem, config.skip_bad)[0][:limit]
         right = exact_match(model, tok, problems, config.max_new_tokens)
         figures["problems right, greedy"] = mean_interval(right, seed)
     if config.data:
-        examples = rows.read(config.data, rows.prompt_only)[0][:limit]
+        examples = rows.read(config.data, rows.prompt_only, config.skip_bad)[0][:limit]
         found, sampled = completion_figures(config, model, tok, examples, device)
         figures |= found
     if config.pairs:
-        pairs = rows.read(config.pairs, rows.preference)[0][:limit]
+        pairs = rows.read(config.pairs, rows.preference, config.skip_bad)[0][:limit]
         figures |= pair_figures(config, model, tok, pairs)
     if not figures:
         raise UserError("nothing to measure: give --text, --complete, --judge, --problems, --data or --pairs")
@@ -345,7 +340,7 @@ def main(config):
         write_samples(config, sampled)
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
-        replace_text(Path(config.out), json.dumps(result | {"figures": figures}, indent=1) + "\n")
+        write_json(config.out, result | {"figures": figures})
 
 
 if __name__ == "__main__":

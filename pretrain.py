@@ -40,7 +40,8 @@ from runtime.shard import shard, unsharded
 @dataclass(kw_only=True)
 class Config(RunConfig):
     # -- What you will set --
-    # text files (.txt, .jsonl), comma-separated, or a directory written by data/prepare.py
+    # text files (.txt, .jsonl, .parquet; formats: data/read.py), comma-separated, or a directory
+    # written by data/prepare.py
     data: str
     # layers: the one dial; a size below that is 0 follows from it [>= 1]
     depth: int = 4
@@ -55,6 +56,8 @@ class Config(RunConfig):
     val_fraction: float = 0.1
     # tokenizer of text files: char, byte, or what data/tokenizer.py loads (a directory, gpt2)
     tokenizer: str = "char"
+    # leave bad lines, and documents that cannot be tokenized, out and count them
+    skip_bad: bool = False
     # width of the model; 0: 64 x depth
     width: int = 0
     # query heads; 0: width / 32, 64 or 128, by width
@@ -149,8 +152,8 @@ def read_data(config, tok):
     if Path(config.data).is_dir():
         tok = tok or tokenizer.load(config.data)
         return tok, *read_prepared(config.data, tok)
-    files = [corpus.read_documents(file) for file in config.data.split(",")]
-    val_files = [corpus.read_documents(file) for file in config.val.split(",") if file]
+    files = [corpus.read_documents(file, config.skip_bad) for file in config.data.split(",")]
+    val_files = [corpus.read_documents(file, config.skip_bad) for file in config.val.split(",") if file]
     if not val_files:
         files, val_files = zip(*[corpus.hold_out(documents, config.val_fraction) for documents in files], strict=True)
     train, val = ([document for documents in read for document in documents] for read in (files, val_files))
@@ -158,7 +161,7 @@ def read_data(config, tok):
         tok = tokenizer.characters("".join(train + val))
     elif tok is None:
         tok = tokenizer.byte_level() if config.tokenizer == "byte" else tokenizer.load(config.tokenizer)
-    return tok, [corpus.encode(tok, train)], [corpus.encode(tok, val)]
+    return tok, *[[corpus.encode(tok, documents, config.skip_bad)] for documents in (train, val)]
 
 
 def check_sizes(config, n_train, n_val, batch_tokens):

@@ -286,7 +286,6 @@ def main(config):
         return
 
     # 1. Run what has not run yet
-    out.mkdir(parents=True, exist_ok=True)
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
     for stage, line in command_lines(config).items():

@@ -50,51 +50,67 @@ def show(figure):
 # What is there
 
 
-def read_lines(path):
-    return [row for _, row in read_jsonl(path)]
-
-
-def by_age(out, pattern):
-    return sorted(out.glob(pattern), key=lambda p: p.stat().st_mtime)
-
-
-def read_runs(out):
-    """{name: {"log", "info"}} of the runs in a directory, in the order in which they were made."""
-    runs = {}
-    for log in by_age(out, "*/log.jsonl"):
-        steps = checkpoint.steps_in(log.parent)
-        runs[log.parent.name] = {"log": read_lines(log), "info": checkpoint.read_info(steps[-1]) if steps else {}}
-    return runs
-
-
-def read_figures(out):
-    """{name: figures} of the evaluations in a directory."""
-    evaluations = {}
-    for file in by_age(out, "*.json"):
+def read_all(out, pattern, read):
+    """{file: read(file)} of the files below `out` that match, by age. What cannot be read is left
+    out, and a line says so."""
+    found = {}
+    for file in sorted(filter(Path.is_file, out.glob(pattern)), key=lambda file: file.stat().st_mtime):
         try:
-            figures = read_json(file).get("figures")
-            if isinstance(figures, dict):
-                evaluations[file.stem] = figures
+            found[file] = read(file)
         except UserError as e:  # of an evaluation that was interrupted, or not one of ours
             print(f"left out: {e}")
-    return evaluations
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            print(f"left out: {file}: is not as Feinschliff writes it ({e!r})")
+    return found
+
+
+def read_run(log):
+    """{"log", "info"} of a run: the numbers of its log, line by line, and what its newest
+    checkpoint says of it."""
+    lines = [row for _, row in read_jsonl(log, skip_bad=True)]
+    if None in lines:
+        print(f"left out: {lines.count(None)} damaged lines of {log}")
+    numbers = [{name: float(x) for name, x in line.items() if isinstance(x, int | float)} for line in lines if line]
+    steps = checkpoint.steps_in(log.parent)
+    info = checkpoint.read_info(steps[-1]) if steps else {}
+    check_figures(info.get("metrics", {}).get("figures", {}))
+    return {"log": numbers, "info": info}
+
+
+def check_figures(figures):
+    """The figures themselves; raises an error of some kind unless all can be shown."""
+    for figure in figures.values():
+        show(figure)
+    return figures
+
+
+def read_figures(file):
+    """The figures of an evaluation; {} if the file is of something else."""
+    figures = read_json(file).get("figures")
+    return check_figures(figures) if isinstance(figures, dict) else {}
+
+
+def read_answers(file):
+    """{prompt as JSON: row} of what evaluate.py --samples wrote."""
+    return {json.dumps(row["prompt"]): row for _, row in read_jsonl(file)}
 
 
 def read_completions(out):
     """[(prompt, {name: row})] of the first six prompts that every model of evaluate.py --samples
     has completed."""
-    files, by_prompt = by_age(out, "*_answers.jsonl"), {}
-    for file in files:
-        for row in read_lines(file):
-            by_prompt.setdefault(json.dumps(row["prompt"]), {})[file.stem.removesuffix("_answers")] = row
+    files, by_prompt = read_all(out, "*_answers.jsonl", read_answers), {}
+    for file, rows in files.items():
+        for prompt, row in rows.items():
+            by_prompt.setdefault(prompt, {})[file.stem.removesuffix("_answers")] = row
     shared = [(json.loads(prompt), rows) for prompt, rows in by_prompt.items() if len(rows) == len(files)]
     return shared[:6]
 
 
-def read_feedback(out):
-    """{name: last line of its log} of the files that rlaif.py wrote: sums and counts of all
-    pairs."""
-    return {file.stem.removesuffix(".log"): read_lines(file)[-1] for file in by_age(out, "*.log.jsonl")}
+def read_feedback(file):
+    """({figure: (sum, number)}, {name: count}) of all pairs, by the last line of rlaif.py's log."""
+    *_, (_, record) = read_jsonl(file)
+    figures = {name: (float(total), int(n)) for name, (total, n) in record.get("figures", {}).items()}
+    return figures, {name: int(n) for name, n in record.get("counts", {}).items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,8 +167,9 @@ def best_of(figures, what):
     """([KL], [value of `what`]) along best-of-1, 2, 4, ... of an evaluation."""
     kl, values = [], []
     for name, figure in figures.items():
-        if m := re.fullmatch(rf"best of (\d+): {re.escape(what)}", name):
-            kl.append(figures[f"best of {m[1]}: KL to one completion, at most, nats"]["value"])
+        m = re.fullmatch(rf"best of (\d+): {re.escape(what)}", name)
+        if m and (to_one := f"best of {m[1]}: KL to one completion, at most, nats") in figures:
+            kl.append(figures[to_one]["value"])
             values.append(figure["value"])
     return kl, values
 
@@ -300,11 +317,12 @@ details { margin: .4rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere
 <tr><td>{{ name }}</td><td>{{ figure.removeprefix("judge: ") }}</td><td class="n">{{ show(value) }}</td></tr>
 {% endfor %}
 {% endfor %}
-{% for name, record in feedback.items() %}
-{% for figure, (total, n) in (record.figures or {}).items() if n %}
+{% for file, (sums, counts) in feedback.items() %}
+{% set name = file.stem.removesuffix(".log") %}
+{% for figure, (total, n) in sums.items() if n %}
 <tr><td>{{ name }}</td><td>{{ figure }}</td><td class="n">{{ "%.3g" % (total / n) }} of {{ "{:,}".format(n) }}</td></tr>
 {% endfor %}
-{% for figure, n in (record.counts or {}).items() %}
+{% for figure, n in counts.items() %}
 <tr><td>{{ name }}</td><td>{{ figure }}</td><td class="n">{{ "{:,}".format(n) }}</td></tr>
 {% endfor %}
 {% endfor %}
@@ -318,14 +336,16 @@ details { margin: .4rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere
 <h2>The same prompts, completed by every stage</h2>
 {% for prompt, rows in completions %}
 <details{{ " open" if loop.index < 3 }}>
-<summary>{{ prompt if prompt is string else prompt[-1].content }}</summary>
+<summary>
+{{- prompt if prompt is string or prompt is not iterable else ((prompt | list | last) or {}).content }}</summary>
 {% call table(["model", "completion", "gold"]) %}
 {% for name, row in rows.items() %}
 <tr><td><b>{{ name }}</b></td><td>{{ row.completion }}
 {% if not row.get("finished", true) %}<span class="soft">(unfinished)</span>
 {% endif %}
 </td><td class="n">
-{%- for field, gold in row.items() if field.endswith(":gold") %}{{ "%.2f" % gold if loop.first }}{% endfor %}
+{%- for field, gold in row.items() if field.endswith(":gold") and gold is number %}
+{{- "%.2f" % gold if loop.first }}{% endfor %}
 </td></tr>
 {% endfor %}
 {% endcall %}
@@ -346,9 +366,9 @@ details { margin: .4rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere
 {{ parent.stage | default(Path(parent.path).name) }} <code>{{ parent.weights[:8] }}</code> → {% endfor -%}
 <b>{{ name }}</b></td><td>{{ run.info.step }}</td><td>
 {%- for path, digest in run.info.data.items() %}
-{{ Path(path).name }} <code>{{ digest[:8] }}</code>{% if not loop.last %}<br>{% endif %}
+{{ Path(path).name }} <code>{{ (digest | string)[:8] }}</code>{% if not loop.last %}<br>{% endif %}
 {% endfor -%}
-</td><td><code>{{ run.info.code[:8] }}</code></td></tr>
+</td><td><code>{{ (run.info.code | default("") | string)[:8] }}</code></td></tr>
 {% endfor %}
 {% endcall %}
 {% endif %}
@@ -377,7 +397,9 @@ def make(out, record):
 
     record: what quickstart.py knows: {"stages", "figures", hardware and versions}; {} for other
     runs."""
-    runs, evaluations, completions = read_runs(out), read_figures(out), read_completions(out)
+    runs = {log.parent.name: run for log, run in read_all(out, "*/log.jsonl", read_run).items()}
+    evaluations = {file.stem: figures for file, figures in read_all(out, "*.json", read_figures).items() if figures}
+    completions = read_completions(out)
     if not (runs or evaluations or completions):
         raise UserError(
             f"--out={out}: nothing to report: no run (*/log.jsonl) and no evaluation (*.json of evaluate.py) is there"
@@ -386,7 +408,7 @@ def make(out, record):
         out=out,
         record=record,
         charts=reward_charts(runs, evaluations) if matplotlib else [],
-        feedback=read_feedback(out),
+        feedback=read_all(out, "*.log.jsonl", read_feedback),
         completions=completions,
         runs=runs,
         curves=curves(runs) if matplotlib else [],

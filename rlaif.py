@@ -95,8 +95,7 @@ CRITIQUE = "Think of this principle: {principle}\nIn which ways does your last a
 REVISION = """Now write that answer anew, so that it keeps to the principle: {principle}
 Write the new answer and nothing else."""
 # Fields that a written row has in other words
-REPLACED = """prompt question messages conversations instruction input output completion chosen rejected
-    reply_a reply_b better probability principle verdicts original critique""".split()
+REPLACED = rows.FIELDS | set("reply_a reply_b better probability principle verdicts original critique".split())
 
 
 def other_fields(row):
@@ -115,10 +114,10 @@ def reply_pair(row):
     Reply A is the chosen one; the probability is nan if the row does not say which is better.
     """
     if "reply_a" not in row and "reply_b" not in row:
-        if "chosen" not in row:
+        if "chosen" not in rows.normalise(row):
             raise ValueError(f"no pair of replies in the fields {rows.names(row)}; --policy=CHECKPOINT samples them")
         return rows.preference(row)
-    a, b = (rows.text_of(row.get(name), name).strip() for name in ("reply_a", "reply_b"))
+    a, b = (rows.text_of(row.get(name), name) for name in ("reply_a", "reply_b"))
     label = {"A": 1.0, "B": 0.0}.get(str(row.get("better")), math.nan)
     return rows.Pair(rows.prompt(row), a, b, label, row)
 
@@ -134,7 +133,7 @@ def sampled_pairs(config, model, tok, batch, first):
     _, samples, texts = sample_completions(model, tok, prompts, n=n, first=first * n, **sampling(config, config.seed))
     finished = [[] for _ in fitting]
     for sample, text in zip(samples, texts, strict=True):
-        if sample.finished and text:
+        if sample.finished and text.strip():
             finished[sample.prompt_index].append(text)
     pairs, counts = [], Counter({"prompts too long": len(batch) - len(fitting)})
     for i, group in zip(fitting, finished, strict=True):
@@ -262,8 +261,9 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
         text, empty_line = chat.decode_completion(tok, sample.tokens), ""
         if not as_chat:
             text, empty_line, _ = text.partition("\n\n")
+            text = text.strip()
         if text.strip() and (sample.finished or empty_line or keep_cut):
-            replies[i] = text.strip()
+            replies[i] = text
     return replies
 
 

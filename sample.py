@@ -36,6 +36,7 @@ from rollout import stream
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
+from runtime.files import append
 from runtime.process import launch, setup
 
 
@@ -165,13 +166,15 @@ def save(name, messages):
         row = {"messages": rows.conversation({"messages": messages})}
     except ValueError as e:  # an empty answer
         raise UserError(f"not saved, sft.py could not read it: {e}; /undo or /retry the last exchange") from None
+    line, path = json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n", os.path.expanduser(name)
     try:
-        with open(os.path.expanduser(name), "ab+") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - 1))
-            if f.read(1) not in (b"", b"\n"):  # the last line of what was there has no end
-                f.write(b"\n")
-            f.write(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if size:
+            with open(path, "rb") as f:
+                f.seek(-1, os.SEEK_END)
+                if f.read() != b"\n":  # the last line of what was there has no end
+                    line = b"\n" + line
+        append(path, line)
     except (OSError, ValueError) as e:
         raise UserError(f"not saved: {e}") from None
     return f"appended to {name}" if size else f"saved in {name}"

@@ -123,8 +123,10 @@ def read_replay(config, tok):
         return []
     if Path(config.replay).is_dir():
         return read_prepared(config.replay, tok)[0]
-    documents = [document for file in config.replay.split(",") for document in corpus.read_documents(file)]
-    return [corpus.encode(tok, documents)]
+    documents = [
+        document for file in config.replay.split(",") for document in corpus.read_documents(file, config.skip_bad)
+    ]
+    return [corpus.encode(tok, documents, config.skip_bad)]
 
 
 # --------------------------------------------------------------------------------------------------

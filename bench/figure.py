@@ -11,7 +11,7 @@ is what the stages never see. The colours suit a light and a dark page.
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import read_lines, series, smooth
+from report import read_run, series, smooth
 from runtime.errors import UserError
 from runtime.process import launch
 
@@ -44,23 +44,18 @@ def main(config):
     start = Path(config.quickstart)
     with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(1, 1.5))
-        left.plot(*series(read_lines(start / "base/log.jsonl"), "loss"), color="#3b76c4", linewidth=1.2)
-        left.plot(
-            *series(read_lines(start / "base/log.jsonl"), "val_loss"),
-            "o",
-            color=INK,
-            markersize=3,
-            label="on held-out text",
-        )
+        log = read_run(start / "base/log.jsonl")["log"]
+        left.plot(*series(log, "step", "loss"), color="#3b76c4", linewidth=1.2)
+        left.plot(*series(log, "step", "val_loss"), "o", color=INK, markersize=3, label="on held-out text")
         left.set(xlabel="step of pretrain.py", ylabel="loss, nats per token", title="learning to speak", ylim=(0, None))
         left.legend(frameon=False)
         begun, bound = 0, 1.9
         for name, colour in (("ppo", "#d9822b"), ("grpo", "#3d9a50")):
-            steps, gold = series(read_lines(start / name / "log.jsonl"), "data/world.py:gold")
+            steps, gold = series(read_run(start / name / "log.jsonl")["log"], "step", "data/world.py:gold")
             right.plot([begun + s for s in steps], gold, ".", color=colour, markersize=3, alpha=0.6)
             right.plot(
                 [begun + s for s in steps],
-                smooth(gold, 0.15),
+                smooth(gold),
                 color=colour,
                 linewidth=1.6,
                 label=LABELS[name],

@@ -30,6 +30,10 @@ SHARD, MEMORY, SECURITY = "tests/test_shard.py", "tests/test_memory.py", "tests/
 MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hub", "optim", "cli", "run"))
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
 ROWS, BATCHES, KTO, FIGURES = (f"tests/test_{name}.py" for name in ("rows", "batches", "kto", "figures"))
+FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files", "portable", "rlaif", "rollout"))
+PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
+REPORT = "tests/test_report.py"
+ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -123,8 +127,8 @@ MUTANTS = [
     (
         "end_not_trained",
         "data/pack.py",
-        "loss_mask = [True] * len(completion_ids)",
-        "loss_mask = [True] * (len(completion_ids) - 1) + [False]",
+        "trained = np.arange(len(ids)) >= len(prompt_ids)",
+        "trained = (np.arange(len(ids)) >= len(prompt_ids)) & (np.arange(len(ids)) < len(ids) - 1)",
         DPO,
     ),
     (
@@ -466,6 +470,134 @@ MUTANTS = [
     ("falling_unsaid_without_reference", "dpo.py", "else metrics[name])", "else -1e9)", DPO),
     ("all_right_is_all_equal", "grpo.py", '"all_right": equal & positive', '"all_right": equal', GRPO),
     ("critic_norm_unlogged", "ppo.py", '"critic_grad_norm": norms[1].item()', '"critic_grad_norm": 0.0', PPO),
+    # Files, and the edges of flags and machines
+    (
+        "device_replaced_by_a_file",
+        "runtime/files.py",
+        "if str(path) in STREAMS or os.path.exists(path) and not os.path.isfile(path):",
+        "if False:",
+        FILES,
+    ),
+    ("stdout_emptied", "runtime/files.py", "target = os.dup(STREAMS[str(path)])", "pass", FILES),
+    (
+        "link_replaced_by_a_file",
+        "runtime/files.py",
+        "os.replace(temporary, os.path.realpath(path))",
+        "os.replace(temporary, path)",
+        FILES,
+    ),
+    ("renamed_before_the_disk_has_it", "runtime/files.py", "            flush(temporary)\n", "", FILES),
+    (
+        "half_a_file_left",
+        "runtime/files.py",
+        "                temporary.unlink()\n        raise",
+        "                pass\n        raise",
+        FILES,
+    ),
+    (
+        "checked_by_opening",
+        "runtime/files.py",
+        "if temporary := temporary_name(path):",
+        "if temporary := Path(path):",
+        FILES,
+    ),
+    ("half_a_line_kept", "runtime/files.py", "            file.truncate(size)  #", "            pass  #", FILES),
+    (
+        "written_elsewhere",
+        "evaluate.py",
+        "write_json(config.out, ",
+        "(lambda p, v: open(p, 'w').write(str(v)))(config.out, ",
+        FILES,
+    ),
+    ("device_resumed_from", "runtime/output.py", "if out.exists() and not out.is_file():", "if False:", RLAIF),
+    ("any_seed", "runtime/cli.py", "not 0 <= value < 2**63:", "value < 0:", CLI),
+    ("any_float", "runtime/cli.py", "value and not TINY <= abs(value) <= 1 / TINY:", "value != value:", CLI),
+    ("seeds_unchecked_in_a_script", "data/world.py", "    check_ranges(config)\n", "", PORTABLE),
+    ("apples_gpu_by_default", "runtime/process.py", 'else "cpu"  # MPS', 'else "mps"  # MPS', PROCESS),
+    ("bound_of_every_temperature", "rollout.py", "else 1e-2) / min(temperature, 1)", "else 1e-2)", ROLLOUT),
+    ("needs_triton", "optim.py", "import torch\n", "import torch\nimport triton\n", PORTABLE),
+    ("one_bad_file_and_no_report", "report.py", "except (ArithmeticError, ", "except (", REPORT),
+    ("cut_log_and_no_report", "report.py", "read_jsonl(log, skip_bad=True)", "read_jsonl(log)", REPORT),
+    # Preparing data
+    ("shard_of_an_earlier_run", "data/prepare.py", "        path.unlink()\n", "        pass\n", PREPARE),
+    (
+        "shard_without_an_end",
+        "data/prepare.py",
+        "np.array([tok.eot], dtype))  # ends",
+        "np.array([], dtype))  # ends",
+        PREPARE,
+    ),
+    ("short_window_lost", "data/corpus.py", "np.maximum(a, begin[document])", "a", CORPUS),
+    (
+        "last_duplicate_kept",
+        "data/clean.py",
+        "np.unique(keys, return_index=True)[1]",
+        "len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]",
+        PREPARE,
+    ),
+    # Reading: fields with a meaning, one reader for all scripts, places, paths, indentation
+    ("nulls_read", "data/rows.py", "    row = without_nulls(row)\n", "    row = dict(row)\n", ROWS),
+    (
+        "system_column_ignored",
+        "data/rows.py",
+        'messages = [message("system", system), *messages]',
+        "messages = [*messages]",
+        ROWS,
+    ),
+    ("history_ignored", "data/rows.py", 'history = row.get("history")', "history = None", ROWS),
+    ("tools_ignored", "data/rows.py", 'set("tool tools function', 'set("function', ROWS),
+    (
+        "reasoning_ignored",
+        "data/rows.py",
+        'check_read(m, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.")',
+        'check_read(m, UNREAD, MESSAGE_UNREAD, f"{where}.")',
+        ROWS,
+    ),
+    ("context_ignored", "data/rows.py", 'MATERIAL = ("context", ', "MATERIAL = (", ROWS),
+    ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
+    ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
+    ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
+    ("bad_answer_trained", "data/rows.py", 'if row.get("label") is False:', "if False:", ROWS),
+    (
+        "beginning_of_an_answer_dropped",
+        "data/rows.py",
+        """    if messages[-1]["role"] == "assistant":
+        raise ValueError(""",
+        """    if False:
+        raise ValueError(""",
+        ROWS,
+    ),
+    ("prompt_in_answer", "data/rows.py", "return not short and squeezed", "return False and squeezed", ROWS),
+    ("unread_not_counted", "data/rows.py", "unread[e.field] += 1", "pass", ROWS),
+    ("question_is_no_prompt", "data/rows.py", '("prompt", "question", "query"', '("prompt", "query"', ROWS),
+    ("rows_as_text", "data/read.py", " or holds_objects(name, head)", "", READ),
+    ("suffix_in_small_letters_only", "data/read.py", "str(name).lower()", "str(name)", READ),
+    ("reader_by_suffix", "data/corpus.py", 'if file_kind(path) == "text":', 'if not path.endswith(".jsonl"):', READ),
+    ("array_without_lines", "data/read.py", 'line + text.count("\\n", at, begin)', "line", READ),
+    (
+        "weight_after_first_colon",
+        "data/read.py",
+        'removeprefix(hub).rpartition(":")',
+        'removeprefix(hub).partition(":")',
+        READ,
+    ),
+    ("place_not_named", "data/read.py", 'f"{text.place}: {error}" if', "str(error) if", READ),
+    ("document_ends_the_run", "data/prepare.py", "            if not skip_bad:\n", "            if True:\n", READ),
+    ("left_out_not_counted", "data/prepare.py", 'VERDICTS.index("bad_line"), 0', "verdict[bad], copies[bad]", READ),
+    (
+        "indentation_lost",
+        "data/chat.py",
+        "tok.encode_ordinary(text), end_of_turn",
+        "tok.encode_ordinary(text.strip()), end_of_turn",
+        CHAT,
+    ),
+    (
+        "indentation_unread",
+        "data/chat.py",
+        "not in tok._special_tokens.values()])",
+        "not in tok._special_tokens.values()]).strip()",
+        CHAT,
+    ),
 ]
 
 

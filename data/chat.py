@@ -8,8 +8,8 @@
 That is ChatML, which Qwen uses. The assistant's words and the <|im_end|> after them are trained,
 nothing else. A conversation is one document of a pack and ends at its last <|im_end|>: there a
 reward model reads its score, and there a sampler stops. Text never yields a special token, so no
-content can end a turn or begin one. White space around a message is dropped, as in Llama 3.
-"""
+content can end a turn or begin one. Content stays as it is: white space at the head of an answer
+may be the indentation of code."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ from runtime.errors import UserError
 # conversation ends at <|im_end|>.
 TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] | trim) + '<|im_end|>' }}{% endfor %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -56,11 +56,12 @@ def encode_header(tok, role, first):
 
 def encode_completion(tok, text):
     """The ids of an assistant's message and its end: what follows `encode_prompt`."""
-    return [*tok.encode_ordinary(text.strip()), end_of_turn(tok)]
+    return [*tok.encode_ordinary(text), end_of_turn(tok)]
 
 
 def encode(tok, messages):
-    """The Chat of a finished conversation, whose assistant's messages are trained.
+    """The Chat of a finished conversation, whose assistant's messages are trained, but for those
+    with "train": False.
 
     messages: [{"role", "content"}, ...], checked by `rows.check_messages`.
     """
@@ -69,7 +70,8 @@ def encode(tok, messages):
         header = encode_header(tok, message["role"], first=i == 0)
         body = encode_completion(tok, message["content"])
         ids += header + body
-        loss_mask += [False] * len(header) + [message["role"] == "assistant"] * len(body)
+        trained = message["role"] == "assistant" and message.get("train", True)
+        loss_mask += [False] * len(header) + [trained] * len(body)
     return Chat(np.array(ids, dtype=np.int32), np.array(loss_mask, dtype=bool))
 
 
@@ -87,7 +89,7 @@ def encode_pair(tok, pair):
 
 def decode_completion(tok, ids):
     """The text of a sampled completion, without special tokens."""
-    return tok.decode([i for i in ids if i not in tok._special_tokens.values()]).strip()
+    return tok.decode([i for i in ids if i not in tok._special_tokens.values()])
 
 
 # -------------------------------------------------------------------------------------------------

@@ -161,7 +161,11 @@ def repeated_phrase(texts, words, config):
 
     (Gopher: 18 % of the characters, in 50 words or more.)
     """
-    most = commonest_count(words, 3)
+    grams, text = ngrams(words, 3)
+    # the number of the text above 40 bits of hash
+    keys, count = np.unique((text.astype(np.uint64) << np.uint64(40)) | (grams >> np.uint64(24)), return_counts=True)
+    most = np.zeros(len(texts), np.int64)  # [D]
+    np.maximum.at(most, (keys >> np.uint64(40)).astype(np.int64), count)
     return (most >= 4) & (3 * most > 0.3 * words.count)
 
 
@@ -186,17 +190,6 @@ def repeated_line_share(text):
     return again / max(sum(map(len, lines)), 1)
 
 
-def commonest_count(words, n):
-    """int64 [D]: how often the commonest n-gram of each text occurs in it."""
-    grams, text = ngrams(words, n)
-    # the number of the text above 40 bits of hash
-    key = np.sort((text.astype(np.uint64) << np.uint64(40)) | (grams >> np.uint64(24)))
-    starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
-    most = np.zeros(len(words.count), np.int64)
-    np.maximum.at(most, (key[starts] >> np.uint64(40)).astype(np.int64), np.diff(starts, append=len(key)))
-    return most
-
-
 # -------------------------------------------------------------------------------------------------
 # Duplicates
 
@@ -209,9 +202,8 @@ def text_key(text):
 
 def exact_duplicates(keys):
     """bool [D]: texts whose key (uint64) an earlier text has."""
-    order = np.argsort(keys, kind="stable")
-    found = np.zeros(len(keys), bool)
-    found[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+    found = np.ones(len(keys), bool)
+    found[np.unique(keys, return_index=True)[1]] = False  # the first of each
     return found
 
 
@@ -229,24 +221,24 @@ def signatures(words):
 
     A text of fewer words is one gram as a whole; without words its signature has no meaning.
     """
-    none = np.uint32(2**32 - 1)
+    none = 2**32 - 1
     grams, text = ngrams(words, GRAM)
     # The upper half of a hash chooses the bin, the lower half is the place in the order.
     bins = ((grams >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)).astype(np.int64)
-    first = np.full((len(words.count), BINS), none)
-    np.minimum.at(first.reshape(-1), text * BINS + bins, grams.astype(np.uint32))
-
-    full = first.copy()
-    row, column = np.nonzero((first == none) & (words.count >= GRAM)[:, None])
-    for step in range(BINS):
-        first[row, column] = full[row, probe_order()[column, step]]
-        still = first[row, column] == none
-        row, column = row[still], column[still]
+    full = np.full((len(words.count), BINS), none, np.uint32)
+    np.minimum.at(full.reshape(-1), text * BINS + bins, grams.astype(np.uint32))
 
     short = np.flatnonzero((words.count > 0) & (words.count < GRAM))
     whole = span_hashes(words.hashes, words.bounds[short], words.bounds[short + 1])
     # what as many orders of a single gram would give
-    first[short] = splitmix64(whole[:, None] + np.arange(BINS, dtype=np.uint64)).astype(np.uint32)
+    full[short] = splitmix64(whole[:, None] + np.arange(BINS, dtype=np.uint64)).astype(np.uint32)
+
+    first = full.copy()
+    row, column = np.nonzero((full == none) & (words.count > 0)[:, None])
+    for step in range(BINS):
+        first[row, column] = full[row, probe_order()[column, step]]
+        still = first[row, column] == none
+        row, column = row[still], column[still]
     return first.astype(np.uint8)
 
 

@@ -10,16 +10,21 @@ import numpy as np
 import torch
 
 from data.pack import Chat, pack
-from data.read import read_text, read_texts
+from data.read import Document, file_kind, good_texts, named, part_of, read_text
+from runtime.cli import print0
 from runtime.errors import UserError
 
 
-def read_documents(path):
-    """The documents of a .jsonl file ({"text"} per line), or of any other file: its whole text.
+def read_documents(path, skip_bad=False):
+    """The documents of a data file: the "text" of its rows, or a whole text file.
 
-    Raises UserError naming the file, the line and what is wrong.
+    Raises UserError naming the file, the line and what is wrong; with `skip_bad`, bad rows are left
+    out and counted.
     """
-    documents = list(read_texts(path)) if path.endswith(".jsonl") else [read_text(path)]
+    if file_kind(path) == "text":
+        documents = [Document(read_text(path), path)]
+    else:
+        documents = list(good_texts(path, skip_bad))
     if not any(documents):
         raise UserError(f"{path}: there is no text in it")
     return documents
@@ -28,15 +33,27 @@ def read_documents(path):
 def hold_out(documents, fraction):
     """(train, val): the last `fraction` of the documents, or of the characters of a single one."""
     if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - fraction))
-        return [documents[0][:cut]], [documents[0][cut:]]
+        whole = documents[0]
+        cut = int(len(whole) * (1 - fraction))
+        return [part_of(whole, slice(None, cut))], [part_of(whole, slice(cut, None))]
     cut = min(len(documents) - 1, int(len(documents) * (1 - fraction)))
     return documents[:cut], documents[cut:]
 
 
-def encode(tok, documents):
-    """The stream of some documents, int32 [T]."""
-    parts = [np.array([tok.eot, *tok.encode_ordinary(document)], dtype=np.int32) for document in documents]
+def encode(tok, documents, skip_bad=False):
+    """The stream of some documents, int32 [T].
+
+    Raises UserError naming the file and the line of one that cannot be tokenized; with `skip_bad`,
+    it is left out with a line that says so.
+    """
+    parts = []
+    for document in documents:
+        try:
+            parts.append(np.array([tok.eot, *tok.encode_ordinary(document)], dtype=np.int32))
+        except UserError as e:
+            if not skip_bad:
+                raise UserError(named(document, e)) from None
+            print0(f"{named(document, e)}; left out")
     return np.concatenate([*parts, np.array([tok.eot], dtype=np.int32)])
 
 
@@ -51,16 +68,14 @@ def pieces(streams, eot, context, first=0):
     for s, stream in enumerate(streams):
         ends = np.flatnonzero(stream == eot)
         begin, end = ends[:-1], ends[1:]  # [documents]
-        head = np.where((end - begin > context) & (first > 0), first, 0)  # an extra, short window
-        windows = (head > 0) + -(-(end - begin - head) // context)  # [documents], rounded up
+        # a shorter first window is a whole one that begins before its document
+        origin = np.where((end - begin > context) & (first > 0), begin + first - context, begin)
+        windows = -(-(end - origin) // context)  # [documents], rounded up
         document = np.repeat(np.arange(len(begin)), windows)  # [windows]
         number = np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)
-        begin, end, head = begin[document], end[document], head[document]
-        short = (number == 0) & (head > 0)
-        after_head = begin + head + (number - (head > 0)) * context
-        a = np.where(short, begin, after_head)
-        b = np.minimum(np.where(short, begin + head, after_head + context), end)
-        found.append(np.stack([np.full(len(a), s), a, b], axis=1))
+        a = origin[document] + number * context
+        b = np.minimum(a + context, end[document])
+        found.append(np.stack([np.full(len(a), s), np.maximum(a, begin[document]), b], axis=1))
     return np.concatenate(found)
 
 

@@ -43,7 +43,7 @@ def pack(documents):
     There must be at least one token in all.
     """
     lengths = np.array([len(d) for d in documents])
-    cu_seqlens = np.concatenate([[0], lengths.cumsum()])  # [D+1]
+    cu_seqlens = np.append(0, lengths.cumsum())  # [D+1]
     tokens = np.concatenate([np.asarray(d, dtype=np.int64) for d in documents])  # [N]
     positions = np.arange(len(tokens)) - cu_seqlens[:-1].repeat(lengths)  # [N]
     return Pack(
@@ -69,12 +69,11 @@ def make_completion(prompt_ids, completion_ids, loss_mask=None):
 
     loss_mask: bool per token of the completion; None: all of them.
     """
-    if loss_mask is None:
-        loss_mask = [True] * len(completion_ids)
-    return Chat(
-        np.array([*prompt_ids, *completion_ids], dtype=np.int32),
-        np.array([False] * len(prompt_ids) + list(loss_mask), dtype=bool),
-    )
+    ids = np.array([*prompt_ids, *completion_ids], dtype=np.int32)
+    trained = np.arange(len(ids)) >= len(prompt_ids)
+    if loss_mask is not None:
+        trained[len(prompt_ids) :] = loss_mask
+    return Chat(ids, trained)
 
 
 def token_slices(lengths, limit):

@@ -13,8 +13,9 @@ Three passes:
 After a kill, rerun the same command: it repeats the pass that was interrupted, but no finished one,
 and ends in the same bytes.
 
-Sources: .jsonl with a string "text" in each row; .txt; hf:NAME[configuration,split,rows], copied to
-the work folder first (needs the extra `data`). A .txt file is divided into documents at lines
+Sources: .jsonl or .parquet with a string "text" in each row (formats: data/read.py); text;
+hf:NAME[configuration,split,rows], copied to the work folder first (needs the extra `data`). A text
+file is divided into documents at lines
 `<|endoftext|>`, before lines that match --heading, and, once a document has --cut characters, at
 the next blank line (at twice that, the next line end). Blank lines alone divide nothing, and a book
 becomes documents of some pages.
@@ -29,11 +30,9 @@ text alone, not on order, seed or other documents. There is no global shuffle: p
     python -m data.prepare --data=web.jsonl:0.8,books.jsonl:0.2 --tokenizer=out/tok --out=out/mix
 """
 
-import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -45,12 +44,22 @@ from typing import NamedTuple
 import numpy as np
 
 from data import clean, tokenizer
-from data.read import parse_mixture, read_json, read_jsonl, read_lines, read_text, read_texts
+from data.read import (
+    Document,
+    file_kind,
+    named,
+    parse_mixture,
+    read_json,
+    read_lines,
+    read_rows,
+    read_text,
+    read_texts,
+)
 from data.shards import load_manifest
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import flush, lock_file, sha256, write_json
+from runtime.files import append, lock_file, replace_file, sha256, write_json
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Config:
     # directory to write
     out: str
 
-    # evaluation files (every string of a .jsonl, all of a .txt): what shares 13 words in a row with
+    # evaluation files (every string of the rows, all of a text): what shares 13 words in a row with
     # them is removed
     decontaminate: str = ""
     # share of the documents held out for validation, at least one; 0: none [>= 0; < 1]
@@ -72,10 +81,10 @@ class Config:
     epochs: float = 1.0
 
     # -- What you may set --
-    # .txt: a document begins with a line that this regular expression matches as a whole (WikiText:
+    # text: a document begins with a line that this regular expression matches as a whole (WikiText:
     # ' = [^=].* = ')
     heading: str = ""
-    # .txt: characters after which a document ends at the next blank line [>= 1]
+    # text: characters after which a document ends at the next blank line [>= 1]
     cut: int = 16384
     # apply the rules of data/clean.py
     clean: bool = True
@@ -89,9 +98,9 @@ class Config:
     dedup: str = "near"
     # bytes of text in a shard [>= 1]
     shard_bytes: int = 2**27
-    # which documents of a source that exceeds its share are used [< 4294967296]
+    # which documents of a source that exceeds its share are used
     seed: int = 0
-    # leave bad lines out and count them
+    # leave bad lines, and documents that cannot be tokenized, out and count them
     skip_bad: bool = False
     # worker processes; the result does not depend on them [>= 1]
     workers: int = 1
@@ -102,8 +111,8 @@ class Config:
 SHARED = 13  # words in a row that give an evaluation text away (GPT-3, appendix C)
 BATCH = 2**18  # characters computed on at once: few enough for the processor's cache
 OTHER_FILES = {".lock", "work", "tokenizer.json", "tokenizer_config.json"}  # of --out, besides shards and manifest
-RULES = [rule.__name__ for rule in clean.RULES]
-VERDICTS = ["kept", "bad_line", *RULES, "contaminated", "exact_duplicate", "near_duplicate", "over_weight"]
+VERDICTS = ["kept", "bad_line", *(rule.__name__ for rule in clean.RULES)]
+VERDICTS += ["contaminated", "exact_duplicate", "near_duplicate", "over_weight"]
 RECORD = np.dtype(  # of one document
     [("source", "<u2"), ("verdict", "u1"), ("bytes", "<u4"), ("key", "<u8"), ("bands", "<u8", clean.BANDS)]
 )
@@ -125,47 +134,38 @@ def parse_sources(text, work):
         path = Path(name)
         if name.startswith("hf:"):
             path = work / f"hf_{len(sources)}.jsonl"
-        elif path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--data: {name!r}: expected FILE.txt, FILE.jsonl or hf:NAME, each with or without :WEIGHT")
         sources.append(Source(name, path, weight))
     return sources
 
 
-def download(name, path):
+def download(name, path, skip_bad=False):
     """Copy hf:NAME[configuration,split,rows] from Hugging Face into a JSONL file, row by row."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        for text in read_texts(name):
-            file.write(json.dumps({"text": text}) + "\n")
-    finish(path)
-
-
-def finish(path):
-    """Give a file written as `path`.tmp its name, once the disk holds it."""
-    flush(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with replace_file(path) as file:
+        for text in read_texts(name, skip_bad):  # None stays null, a bad line of the copy
+            file.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 def text_documents(path, heading, cut):
-    """Yield the documents of a .txt file, divided as the head of this file says."""
-    lines, size = [], 0
-    for _, line in read_lines(path):
+    """Yield the documents of a text file, divided as the head of this file says."""
+    text, first = "", 1  # first: the number of the first line of a document
+    for number, line in read_lines(path):
         marker = line.strip() == "<|endoftext|>"
-        if lines and (marker or heading and re.fullmatch(heading, line.rstrip("\r\n"))):
-            yield "".join(lines)
-            lines, size = [], 0
+        if text and (marker or heading and re.fullmatch(heading, line.rstrip("\r\n"))):
+            yield Document(text, f"{path}:{first}")
+            text = ""
         if not marker:
-            lines.append(line)
-            size += len(line)
-        if size >= cut and (not line.strip() or size >= 2 * cut):
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
+            first = first if text else number
+            text += line
+        if len(text) >= cut and (not line.strip() or len(text) >= 2 * cut):
+            yield Document(text, f"{path}:{first}")
+            text = ""
+    if text:
+        yield Document(text, f"{path}:{first}")
 
 
 def documents(path, config):
     """Yield the texts of a source; None for a bad line under --skip_bad."""
-    if path.suffix == ".txt":
+    if file_kind(path) == "text":
         yield from text_documents(path, config.heading, config.cut)
     else:
         yield from read_texts(str(path), config.skip_bad)
@@ -184,17 +184,17 @@ def strings(value):
             values += value
 
 
-def evaluation_grams(paths):
+def evaluation_grams(paths, skip_bad=False):
     """The 13-grams of evaluation files, uint64 [G], sorted.
 
     Texts of fewer than 13 words have none: their like occurs in many innocent documents.
     """
     grams, short, count = [np.zeros(0, np.uint64)], 0, 0
     for path in paths:
-        if path.suffix == ".txt":
+        if file_kind(path) == "text":
             texts = [read_text(path)]
         else:
-            texts = (text for _, row in read_jsonl(path) for text in strings(row))
+            texts = (text for _, row in read_rows(str(path), skip_bad) for text in strings(row))
         for batch in batches(texts, BATCH):
             words = clean.find_words(batch)
             grams.append(clean.ngrams(words, SHARED)[0])
@@ -230,12 +230,10 @@ def scan(grams, config, batch):
 def scan_sources(sources, grams, path, config):
     """Write the RECORDs of all documents to a file, which gets its name when it is whole."""
     items = ((i, text) for i, source in enumerate(sources) for text in documents(source.path, config))
-    progress = Progress("scan", sum(source.path.stat().st_size for source in sources))
-    with open(f"{path}.tmp", "wb") as file:
+    items = progress("scan", items, sum(source.path.stat().st_size for source in sources))
+    with replace_file(path) as file:
         for records in in_order(scan, (grams, config), batches(items, BATCH, batch_size), config.workers):
-            file.write(records.tobytes())
-            progress.add(int(records["bytes"].sum(dtype=np.int64)))
-    finish(path)
+            file.write(records)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -275,9 +273,8 @@ def decide(records, sources, config):
     verdict[(verdict == 0) & (copies == 0)] = VERDICTS.index("over_weight")
 
     chance = uniform(keys, 0)
-    held_out = chance < config.val_fraction
-    if config.val_fraction and not held_out[copies > 0].any():
-        held_out = chance == chance[copies > 0].min()
+    least = chance[copies > 0].min(initial=1)  # one document at least
+    held_out = (config.val_fraction > 0) & ((chance < config.val_fraction) | (chance == least))
     copies[held_out] = copies[held_out].clip(max=1)
     if not copies[~held_out].any():
         raise UserError(
@@ -336,57 +333,69 @@ def read_numbered(path, numbers, config):
         at = number + 1
 
 
-def encode(tok, dtype, batch):
-    """(split, shard, text)s -> {(split, shard): (tokens, bytes of each text)}, in order."""
-    pieces = {}
-    for split, shard, text in batch:
-        tokens, sizes = pieces.setdefault((split, shard), ([], []))
-        tokens += [tok.eot, *tok.encode_ordinary(text)]
-        sizes.append(len(text.encode()))
-    return {key: (np.array(tokens, dtype), sizes) for key, (tokens, sizes) in pieces.items()}
+def encode(tok, dtype, skip_bad, batch):
+    """Tokenize (shard's name, text)s.
+
+    Returns ({shard's name: tokens}, in order, and why each text could not be tokenized, "" if it
+    could). Raises UserError for one that could not, unless `skip_bad`.
+    """
+    tokens, errors = {}, []
+    for name, text in batch:
+        try:
+            ids = [tok.eot, *tok.encode_ordinary(text)]
+        except UserError as e:
+            if not skip_bad:
+                raise UserError(f"{named(text, e)}; --skip_bad=True leaves such documents out") from None
+            errors.append(named(text, e))
+        else:
+            tokens.setdefault(name, []).extend(ids)
+            errors.append("")
+    return {name: np.array(ids, dtype) for name, ids in tokens.items()}, errors
 
 
 def write_splits(sources, records, copies, held_out, tok, dtype, config):
-    """Tokenize the chosen documents to shards -> {split: [manifest entry, ...]}."""
+    """Tokenize the chosen documents to shards.
+
+    Returns ({split: [manifest entry, ...]}, numbers of the documents that could not be tokenized).
+    """
     document, shard = writing_order(records, copies, held_out, config.shard_bytes)
     source, first = records["source"][document], np.searchsorted(records["source"], np.arange(len(sources)))
     texts = [read_numbered(s.path, document[source == i] - first[i], config) for i, s in enumerate(sources)]
-    split = np.where(held_out[document], "val", "train").tolist()
-    items = ((name, n, next(texts[i])) for name, n, i in zip(split, shard, source))
+    sizes, held_out, out = records["bytes"][document], held_out[document], Path(config.out)
+    names = (shard_name("val" if held else "train", number) for held, number in zip(held_out, shard))
+    items = progress("write", zip(names, (next(texts[i]) for i in source)), sizes.sum())
 
-    entries, parts = {"train": [], "val": []}, {"train": [], "val": []}  # parts: of the open shards
+    for path in [*out.glob("train_?????.bin"), *out.glob("val_?????.bin")]:  # of an earlier run
+        path.unlink()
+    shared, good = (tok, dtype, config.skip_bad), []  # good: whether each document could be tokenized
+    for pieces, errors in in_order(encode, shared, batches(items, BATCH, batch_size), config.workers):
+        good += [not error for error in errors]
+        for error in filter(None, errors):
+            print(f"{error}; left out")
+        for name, tokens in pieces.items():
+            append(out / name, tokens, sync=False)
+    good, entries = np.array(good), {"train": [], "val": []}
+    for split, chosen in (("train", good & ~held_out), ("val", good & held_out)):
+        counts, text_bytes = np.bincount(shard[chosen]), np.bincount(shard[chosen], sizes[chosen])
+        for number in np.flatnonzero(counts):
+            path = out / shard_name(split, number)
+            size = append(path, np.array([tok.eot], dtype))  # ends with eot, as it begins
+            entries[split].append(
+                {
+                    "file": path.name,
+                    "tokens": size // np.dtype(dtype).itemsize,
+                    "documents": int(counts[number]),
+                    "bytes": int(text_bytes[number]),
+                    "sha256": sha256(path),
+                }
+            )
+    if not entries["train"]:
+        raise UserError(f"--data={config.data}: no document to train on could be tokenized")
+    return entries, document[~good]
 
-    def close_shard(name):
-        entries[name].append(write_shard(Path(config.out) / f"{name}_{len(entries[name]):05d}.bin", parts[name]))
-        parts[name] = []
 
-    progress = Progress("write", int(records["bytes"][document].sum(dtype=np.int64)))
-    for pieces in in_order(encode, (tok, dtype), batches(items, BATCH, batch_size), config.workers):
-        for (name, number), part in pieces.items():
-            if number > len(entries[name]):
-                close_shard(name)
-            parts[name].append(part)
-            progress.add(sum(part[1]))
-    for name in entries:
-        if parts[name]:
-            close_shard(name)
-    return entries
-
-
-def write_shard(path, parts):
-    """Write one shard from its parts (tokens, bytes of each text) -> its manifest entry."""
-    tokens = np.concatenate([part for part, _ in parts])
-    tokens = np.append(tokens, tokens[0])  # ends with eot, as it begins
-    sizes = [size for _, part in parts for size in part]
-    path.write_bytes(tokens)
-    flush(path)
-    return {
-        "file": path.name,
-        "tokens": len(tokens),
-        "documents": len(sizes),
-        "bytes": sum(sizes),
-        "sha256": hashlib.sha256(tokens).hexdigest(),
-    }
+def shard_name(split, number):
+    return f"{split}_{number:05d}.bin"
 
 
 def batch_size(item):
@@ -394,17 +403,16 @@ def batch_size(item):
     return len(item[-1] or "") + 100  # a short document has its cost, too
 
 
-class Progress:
-    """Prints the share that is done, every ten seconds."""
-
-    def __init__(self, label, total):
-        self.label, self.total, self.done, self.shown = label, total, 0, time.monotonic()
-
-    def add(self, amount):
-        self.done += amount
-        if time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
-            print(f"{self.label} {self.done / self.total:.0%}", file=sys.stderr, flush=True)
+def progress(label, items, total):
+    """Yield items that end in a text; print the share of `total` bytes done, every ten seconds."""
+    done, shown = 0, time.monotonic()
+    for item in items:
+        yield item
+        done += len((item[-1] or "").encode())
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            share = min(1.0, done / total)  # a packed file has more text than bytes
+            print(f"{label} {share:.0%}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -417,10 +425,6 @@ def begin(out, recipe, overwrite):
     Returns True if such a run is complete already. Raises UserError if `out` holds anything else
     and `overwrite` does not allow to replace it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
     lock_file(out / ".lock", out)
     work = out / "work"
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()
@@ -437,12 +441,9 @@ def begin(out, recipe, overwrite):
     elif not overwrite and {path.name for path in out.iterdir()} - OTHER_FILES:
         raise UserError(f"{out}: holds other files; choose another --out")
     (out / "manifest.json").unlink(missing_ok=True)  # first, for it says that the rest is whole
-    for path in [*out.glob("train_?????.bin"), *out.glob("val_?????.bin")]:
-        path.unlink()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    write_json(work / "recipe.json.tmp", recipe)
-    finish(work / "recipe.json")
+    write_json(work / "recipe.json", recipe)
     return False
 
 
@@ -451,7 +452,7 @@ def source_entries(sources, hashes, records, copies, epochs):
     entries = []
     for i, source in enumerate(sources):
         mine = records["source"] == i
-        size = records["bytes"][mine].astype(np.int64)
+        size = records["bytes"][mine]
         entries.append(
             {
                 "path": source.name,
@@ -489,10 +490,9 @@ def main(config):
     work = out / "work"
     sources = parse_sources(config.data, work)
     evaluation = [Path(name) for name in config.decontaminate.split(",") if name]
-    for path in evaluation:
-        if path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--decontaminate: {path}: expected .txt or .jsonl")
     local = [source.path for source in sources if not source.name.startswith("hf:")]
+    for name in [*map(str, evaluation), *[source.name for source in sources]]:
+        file_kind(name)  # raises UserError for what is no data file
     hashes = {path: sha256(path) for path in [*evaluation, *local]}
     inputs = {config.tokenizer: tokenizer.fingerprint(tok)} | {str(path): digest for path, digest in hashes.items()}
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "overwrite")}
@@ -503,19 +503,20 @@ def main(config):
     for source in sources:
         if source.path not in hashes:
             if not source.path.exists():
-                download(source.name, source.path)
+                download(source.name, source.path, config.skip_bad)
             hashes[source.path] = sha256(source.path)
 
     # The three passes
     scan = work / "scan.bin"
     if not scan.exists():
-        scan_sources(sources, evaluation_grams(evaluation), scan, config)
+        scan_sources(sources, evaluation_grams(evaluation, config.skip_bad), scan, config)
     if not scan.stat().st_size:
         raise UserError(f"--data={config.data}: no document in it")
     records = np.memmap(scan, RECORD, "r")
     verdict, copies, held_out, epochs = decide(records, sources, config)
     dtype = "uint16" if tok.n_vocab <= 65536 else "uint32"
-    splits = write_splits(sources, records, copies, held_out, tok, dtype, config)
+    splits, bad = write_splits(sources, records, copies, held_out, tok, dtype, config)
+    verdict[bad], copies[bad] = VERDICTS.index("bad_line"), 0
 
     manifest = {
         "format": 1,
@@ -532,8 +533,7 @@ def main(config):
         **recipe,
     }
     tokenizer.save(tok, out)
-    write_json(out / "manifest.json.tmp", manifest)
-    finish(out / "manifest.json")  # last, for it says that the rest is whole
+    write_json(out / "manifest.json", manifest)  # last, for it says that the rest is whole
     shutil.rmtree(work, ignore_errors=True)
     report(manifest)
 

@@ -1,34 +1,68 @@
-"""Read text and JSONL strictly: UTF-8 or an error naming the byte, one object per line or its line.
+"""The one reader of data files: text, JSON and Parquet, strict, the same in every script.
 
-A byte order mark at the head of a file is dropped. Nothing else is changed, and nothing is left out
-unless the user asks for it.
+What a file is follows from its name, in any case: .jsonl, .ndjson and .json (an object per line,
+one array, or objects that span lines; an array of messages is a conversation), .parquet, each of
+them packed by gzip or not; else it is text. A text whose first line is a JSON object is read as
+JSON. Text is UTF-8, or an error names the byte; a bad row is an error that names its line. A byte
+order mark at the head of a file is dropped. Nothing else is changed, and nothing is left out unless
+the user asks for it.
 """
 
 import codecs
+import gzip
 import itertools
 import json
 import math
+import os
 import re
 import reprlib
+import zlib
 from pathlib import Path
 
+from runtime.cli import print0
 from runtime.errors import UserError
 
 LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack
+JSON_SUFFIXES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
+TABLES = {".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather"}
+PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
+
+
+class Document(str):
+    """A text that knows its place, "file:line", for messages about it."""
+
+    def __new__(cls, text, place=""):
+        found = super().__new__(cls, text)
+        found.place = place
+        return found
+
+
+def part_of(text, span):
+    """text[span], which stands where the whole does."""
+    return Document(text[span], text.place) if isinstance(text, Document) else text[span]
+
+
+def named(text, error):
+    """What is wrong with a text, after the place where it stands, if that is known."""
+    return f"{text.place}: {error}" if isinstance(text, Document) else str(error)
 
 
 def raw_lines(path):
     """Yield (line number, offset in the file, bytes) of every line, with its end, which is b"\\n".
 
-    Raises UserError naming a file that cannot be read.
+    A file packed by gzip is unpacked. Raises UserError naming a file that cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
-            file.seek(offset)
-            for number, raw in enumerate(file, 1):
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            offset = 0
+            for number, raw in enumerate(gzip.GzipFile(fileobj=file) if packed else file, 1):
+                if number == 1 and raw.startswith(codecs.BOM_UTF8):
+                    raw, offset = raw[3:], 3
                 yield number, offset, raw
                 offset += len(raw)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise UserError(f"{path}: damaged gzip data ({e}); download or pack it again") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
 
@@ -94,41 +128,183 @@ def refuse_constant(name):
 
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
+SPACE = re.compile(r"\s*")
+CONTENT = {"content", "value", "tool_calls"}
+
+
+def decode_json(text):
+    """The value of a JSON text; raises ValueError or RecursionError saying what is wrong."""
+    value = JSON.decode(text)
+    if "\\ud" in text.lower():
+        check_surrogates(value)
+    return value
+
+
+def check_surrogates(value):
+    """Raises ValueError for half of a surrogate pair: escaped, it is JSON, but no text."""
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def parse_row(text):
     """One JSON object -> dict; raises ValueError or RecursionError saying what is wrong with it."""
-    if text.startswith("["):  # as in Alpaca's and ShareGPT's files
-        raise ValueError(
-            "a JSON object was expected, not list (write an array's objects one per line, with jq -c '.[]' FILE)"
-        )
-    row = JSON.decode(text)
+    row = decode_json(text)
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object was expected, not {type(row).__name__}")
-    if "\\ud" in text.lower():  # an escaped half of a surrogate pair is JSON, but no encoder takes it
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
     return row
 
 
-def read_jsonl(path, skip_bad=False):
-    """Yield (line number, row) for every line of a JSONL file that is not blank; rows are dicts.
+def is_message(value):
+    """Whether a JSON value is {"role", "content"} or ShareGPT's {"from", "value"}."""
+    return isinstance(value, dict) and len({"role", "from"} & set(value)) == 1 and bool(CONTENT & set(value))
 
-    Raises UserError `file:line: reason` for a line that is not UTF-8, not JSON or not an object;
-    with `skip_bad`, yields (line number, None) for it.
+
+def rows_of(value):
+    """The rows in a JSON value: an object is one, and so is an array of messages.
+
+    Any other array holds rows. Raises ValueError if it does not.
     """
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list) or not value or not all(isinstance(item, (dict, list)) for item in value):
+        raise ValueError(f"a JSON object was expected, not {type(value).__name__}")
+    if all(map(is_message, value)):  # nanochat writes a conversation so
+        return [{"messages": value}]
+    return [row for item in value for row in rows_of(item)]
+
+
+def array_items(text, at):
+    """([(offset, value)], offset of the end) of the JSON array that begins at text[at]."""
+    items, at = [], skip_space(text, at + 1)
+    while text[at : at + 1] != "]" or items:
+        value, end = JSON.raw_decode(text, at)
+        items.append((at, value))
+        at = skip_space(text, end)
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        at = skip_space(text, at + 1)
+    return items, at + 1
+
+
+def skip_space(text, at):
+    return SPACE.match(text, at).end()
+
+
+def spanning_values(text):
+    """Yield (line number, value) of JSON that spans lines: the items of an array, or objects.
+
+    Raises ValueError or RecursionError at the first value that is not JSON.
+    """
+    line, at, end = 1, 0, skip_space(text, 0)
+    while end < len(text):
+        if text[end] == "[":
+            items, after = array_items(text, end)
+        else:
+            value, after = JSON.raw_decode(text, end)
+            items = [(end, value)]
+        values = [value for _, value in items]
+        if text[end] == "[" and all(map(is_message, values)):
+            items = [(end, values)]
+        for begin, value in items:
+            line, at = line + text.count("\n", at, begin), begin
+            yield line, value
+        end = skip_space(text, after)
+
+
+def spans_lines(path):
+    """Whether the JSON values of a file span lines: its first line is no JSON, and neither are the
+    lines after it; or it is not, but the whole text is."""
+    if not os.path.isfile(path):  # a pipe can be read but once
+        return False
+    begin = [raw for _, _, raw in itertools.islice(raw_lines(path), 5) if raw.strip()]
+    if not begin or begin[0].strip()[:1] not in (b"{", b"[") or is_json(begin[0]):
+        return False
+    if begin[0].strip() in (b"{", b"[") or len(begin) > 1 and not any(map(is_json, begin[1:])):
+        return True
+    return is_json(b"".join(raw for _, _, raw in raw_lines(path)))
+
+
+def is_json(raw):
+    try:
+        decode_json(raw.decode("utf-8").strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def reason(error):
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def read_jsonl(path, skip_bad=False):
+    """Yield (line number, row) for every row of a JSON file; rows are dicts.
+
+    Raises UserError `file:line: reason` for a line that is not UTF-8, not JSON or has no rows; with
+    `skip_bad`, yields (line number, None) for it.
+    """
+    for number, value in spanning_lines(path) if spans_lines(path) else json_lines(path, skip_bad):
+        try:
+            found = rows_of(value)
+        except (ValueError, RecursionError) as e:
+            if not skip_bad:
+                raise bad_row(f"{path}:{number}", reason(e)) from None
+            found = [None]
+        for row in found:
+            yield number, row
+
+
+def json_lines(path, skip_bad):
+    """Yield (line number, value) of every line that is not blank, None of a bad one."""
     for number, _, raw in raw_lines(path):
         if not raw.strip():
             continue
+        value = None
         try:
-            row = parse_row(raw.decode("utf-8").strip())
+            value = decode_json(raw.decode("utf-8").strip())
         except (ValueError, RecursionError) as e:
             if not skip_bad:
-                reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
-                raise UserError(
-                    f"{path}:{number}: {reason}; correct the line, or leave bad lines out with --skip_bad=True"
-                ) from None
-            row = None
-        yield number, row
+                raise bad_row(f"{path}:{number}", reason(e)) from None
+        yield number, value
+
+
+def spanning_lines(path):
+    """`spanning_values` of a file; a fault is an error always, for nothing after it can be read."""
+    text, number = read_text(path), 1
+    surrogates = "\\ud" in text.lower()
+    try:
+        for number, value in spanning_values(text):
+            if surrogates:
+                check_surrogates(value)
+            yield number, value
+    except (ValueError, RecursionError) as e:
+        number = getattr(e, "lineno", number)
+        raise UserError(
+            f"{path}:{number}: {reason(e)}; correct it, or write an object a line, where --skip_bad=True can help"
+        ) from None
+
+
+def bad_row(place, reason):
+    """The UserError for a row that cannot be read."""
+    return UserError(f"{place}: {reason}; correct the line, or leave bad lines out with --skip_bad=True")
+
+
+def split_weight(piece):
+    """(name, weight) of NAME:WEIGHT, weight 0 if there is none.
+
+    A path may have colons: only a number after the last one is a weight, and not even that if a
+    file has the whole name. Raises UserError if the weight of a data file is no positive number.
+    """
+    hub = "hf:" if piece.startswith("hf:") else ""
+    name, colon, weight = piece.removeprefix(hub).rpartition(":")
+    number = re.fullmatch(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", weight, re.ASCII)
+    data_file = name.endswith("]") or suffix(name) in {".txt", ".parquet", *JSON_SUFFIXES}  # a.jsonl:much
+    meant = data_file and not re.search(r"[/\\.]", weight)
+    if not colon or not (number or meant) or os.path.exists(piece):
+        return piece, 0.0
+    if not number or not 0 < float(weight) < math.inf:
+        raise UserError(f"--data: {piece!r}: the weight {weight!r} is not a positive number")
+    return hub + name, float(weight)
 
 
 def parse_mixture(text):
@@ -137,13 +313,7 @@ def parse_mixture(text):
     For example a.jsonl:0.7,hf:NAME[configuration,split,rows]:0.3. Raises UserError naming the piece
     that does not parse, a name given twice, or a source that lacks a weight while another has one.
     """
-    sources = []
-    for piece in re.split(r",(?![^\[]*\])", text):  # a comma within [...] belongs to the name
-        hub = "hf:" if piece.startswith("hf:") else ""
-        name, colon, weight = piece.removeprefix(hub).partition(":")
-        if colon and not (re.fullmatch(r"\d+\.?\d*|\.\d+", weight) and 0 < float(weight) < math.inf):
-            raise UserError(f"--data: {piece!r}: the weight {weight!r} is not a positive number")
-        sources.append((hub + name, float(weight or 0)))
+    sources = [split_weight(piece) for piece in re.split(r",(?![^\[]*\])", text)]  # [a,b] belongs to a name
     names = [name for name, _ in sources]
     for name, weight in sources:
         if not weight and any(w for _, w in sources):
@@ -188,38 +358,99 @@ def parquet_rows(path):
         raise UserError(f"{path}: cannot be read as Parquet ({e})") from None
 
 
+def suffix(name):
+    """The suffix of a file's name in small letters, without that of gzip."""
+    return Path(str(name).lower().removesuffix(".gz")).suffix
+
+
+def file_kind(name):
+    """What a source is: "hub", "parquet", "json" or "text".
+
+    Raises UserError if it is something else: a directory, a table, a file packed by another program
+    than gzip.
+    """
+    name = str(name)
+    if name.startswith("hf:"):
+        return "hub"
+    if not name or suffix(name) in TABLES:
+        raise UserError(f"{name!r}: expected FILE.txt, FILE.jsonl, FILE.parquet or hf:NAME")
+    if os.path.isdir(name):
+        checkpoint = os.path.exists(f"{name}/config.json") or any(Path(name).glob("step_*"))
+        raise UserError(
+            f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, but a .jsonl or .parquet file was expected"
+        )
+    head = first_line(name)
+    for magic, packer in PACKED.items():
+        if head.startswith(magic):
+            raise UserError(f"{name}: packed by {packer}, which is not read; unpack it")
+    if head.startswith(b"PAR1") or suffix(name) in (".parquet", ".pq"):
+        return "parquet"
+    return "json" if suffix(name) in JSON_SUFFIXES or holds_objects(name, head) else "text"
+
+
+def first_line(path):
+    """The first line of a plain file that is not blank; b"" of a pipe, which is read but once."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return b""
+    return next((raw for _, _, raw in raw_lines(path) if raw.strip()), b"")
+
+
+def holds_objects(path, head):
+    """Whether a text begins with a JSON object, in its first line or over several."""
+    if head.strip()[:1] not in (b"{", b"["):
+        return False
+    try:
+        return bool(rows_of(decode_json(head.decode("utf-8").strip())))
+    except (ValueError, RecursionError):
+        pass
+    try:
+        first = next(spanning_values(read_text(path)), (1, None))
+        return bool(rows_of(first[1]))
+    except (ValueError, RecursionError, UserError):
+        return False
+
+
 def read_rows(name, skip_bad=False):
-    """Yield (line number, row) of a .jsonl or .parquet file or of hf:NAME[...].
+    """Yield (line number, row) of a JSON or Parquet file or of hf:NAME[...].
 
     With `skip_bad`, a bad line yields (line number, None). Raises UserError if `name` is something
     else, for example a checkpoint.
     """
-    path = Path(name)
-    if name.startswith("hf:"):
+    kind = file_kind(name)
+    if kind == "hub":
         yield from enumerate(hub_rows(name), 1)
-    elif path.is_dir():
-        checkpoint = (path / "config.json").exists() or any(path.glob("step_*"))
-        raise UserError(
-            f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, but a .jsonl or .parquet file was expected"
-        )
-    elif path.suffix == ".parquet":
-        yield from enumerate(parquet_rows(path), 1)
-    elif path.suffix in (".jsonl", ".json"):
+    elif kind == "parquet":
+        yield from enumerate(parquet_rows(name), 1)
+    elif kind == "json":
         yield from read_jsonl(name, skip_bad)
     else:
-        raise UserError(f"{name}: expected FILE.jsonl, FILE.parquet or hf:NAME")
+        raise UserError(f"{name}: expected FILE.jsonl, FILE.parquet or hf:NAME, but this is text")
+
+
+def good_texts(name, skip_bad):
+    """`read_texts` without bad rows, whose number is printed."""
+    bad = 0
+    for text in read_texts(name, skip_bad):
+        if text is None:
+            bad += 1
+        else:
+            yield text
+    if bad:
+        print0(f"{name}: {bad} bad lines left out")
 
 
 def read_texts(name, skip_bad=False):
-    """Yield the "text" of every row of a .jsonl or .parquet file or of hf:NAME[...].
+    """Yield the "text" of every row of a JSON or Parquet file or of hf:NAME[...], as Documents.
 
     Raises UserError naming the file and the line of a row without it; with `skip_bad`, yields None.
     """
     for line, row in read_rows(name, skip_bad):
         text = row.get("text") if row else None
         if isinstance(text, str):
-            yield text
+            yield Document(text, f"{name}:{line}")
         elif skip_bad:
             yield None
         else:
-            raise UserError(f'{name}:{line}: no string "text" in this row; its fields: {", ".join(row) or "none"}')
+            hint = "; sft.py reads conversations" if "messages" in row else ""
+            fields = ", ".join(row) or "none"
+            raise bad_row(f"{name}:{line}", f'no string "text" in this row; its fields: {fields}{hint}')

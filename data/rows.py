@@ -1,29 +1,69 @@
 """Rows of chat files, in the formats people have, as messages and preferences.
 
-Read, besides {"messages"}: {"prompt", "completion"}, Alpaca ({"instruction", "input", "output"}),
-ShareGPT ({"conversations"}), problems ({"prompt" or "question", "answer"}), KTO's {"prompt",
-"completion", "label"}; preferences {"chosen", "rejected"} whose sides are strings or messages, with
-the prompt apart, inside both sides, or both (UltraFeedback, HH). Left out: tools and images.
+    conversations  {"messages"} (OpenAI, TRL), {"conversations"} (ShareGPT, LLaMA-Factory),
+                   {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"}, and any
+                   other name of PROMPTS with one of COMPLETIONS; problems {"question", "answer"}
+    preferences    {"chosen", "rejected"}, strings or messages; the prompt apart, inside both, or
+                   both (TRL, UltraFeedback, Intel's Orca, LLaMA-Factory, HH's strings)
+    judgements     KTO's {"prompt", "completion", "label"}
+
+Also read: a system message in a column of SYSTEMS, earlier turns in "history", content as a list of
+text parts, and "weight", "train" or "loss" of a message (0 or false: it stays in the conversation,
+as {"role", "content", "train": False}, and out of the loss). Nulls count as absent. Text stays as
+it is, white space too. A field that changes what is said and is not read (tool calls, reasoning,
+images) makes its row a bad one, and so does a prompt that ends with the assistant, or an answer
+that repeats its prompt.
 
 A function of one row raises ValueError saying what is wrong; `read` adds the file and the line.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from data.read import parse_mixture, read_rows
+from data.read import bad_row, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0
 from runtime.errors import UserError
 
 FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # ShareGPT's
+CONVERSATIONS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "question", "query", "instruction", "input")  # of several, the first is the prompt
+COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
+MATERIAL = ("context", "choices", "options")  # which a prompt must hold: Dolly's and exams' columns
+SYSTEMS = ("system", "system_prompt", "system_message")
+ALIASES = {  # a field's other names
+    "chosen_response": "chosen",
+    "rejected_response": "rejected",
+    "preferred_output": "chosen",  # OpenAI's
+    "non_preferred_output": "rejected",
+    "kto_tag": "label",  # LLaMA-Factory's
+}
+# The fields that say what was asked and answered; of a problem "answer" too
+FIELDS = {*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *SYSTEMS, *ALIASES, *ALIASES.values(), "history", "context"}
+
+ROLES = {"human": "user", "prompter": "user", "developer": "system"}
+ROLES |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "chatbot", "ai"), "assistant")
+TURN = {"input": "user", "output": "assistant"}  # in {"input": text, "output": text}: a message and its answer
+
+# Words in the names of fields whose content is part of what was said, and is not read
+UNREAD = set("tool tools function functions image images audio audios video videos documents files".split())
+REASONING = set("reasoning thinking thought thoughts think cot".split())
+ABOUT = set("id ids name count tokens length model score source type language quality".split())  # reasoning_model
+# Fields of messages, in full
+MESSAGE_READ = {"role", "from", "content", "value", "weight", "train", "loss", "name", "type", "text"}
+MESSAGE_UNREAD = set("analysis attachments channel context mask masked partial prefix refusal trainable".split())
+MESSAGE_UNREAD |= {"loss_mask", "loss_scale", "train_detail"}
+ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "train")  # of a whole row
+
+LONG_SPACE = 500_000  # white-space characters in a row that no tokenizer takes, as in data/tokenizer.py
 
 
 class Pair(NamedTuple):
@@ -34,8 +74,38 @@ class Pair(NamedTuple):
     row: dict  # as it stood in the file
 
 
+class Unread(ValueError):
+    """A field has a meaning that is not read.
+
+    where: what it belongs to, "messages[1]." for example; what: the same in other words.
+    """
+
+    def __init__(self, field, where="", what=""):
+        what = what or f'"{where}{field}" says something that is not read'
+        super().__init__(f"{what}; take it or the row out")
+        self.field = field
+
+
 # -------------------------------------------------------------------------------------------------
-# Messages
+# Values
+
+
+def without_nulls(value):
+    """A JSON value without nulls at any depth: in Parquet a row has all columns of all rows."""
+    if isinstance(value, dict):
+        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(v) for v in value if v is not None]
+    return value
+
+
+def is_empty(value):
+    """Whether a value holds nothing: no text that is not blank, no number, at any depth."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, dict):
+        value = list(value.values())
+    return value is None or isinstance(value, list) and all(map(is_empty, value))
 
 
 def text_of(value, field):
@@ -45,7 +115,14 @@ def text_of(value, field):
         raise ValueError(f'"{field}" is {found}; a string was expected')
     if not value.strip():
         raise ValueError(f'"{field}" is empty')
+    if len(value) > LONG_SPACE and re.search(r"\s{%d}" % (LONG_SPACE + 1), value):
+        raise ValueError(f'"{field}" has more than {LONG_SPACE} white-space characters in a row; shorten them')
     return value
+
+
+def squeezed(text):
+    """A text with every run of white space as one space, to compare it."""
+    return " ".join(text.split())
 
 
 def names(row):
@@ -53,30 +130,148 @@ def names(row):
     return ", ".join(row) or "(none)"
 
 
+def first_stated(row, fields):
+    """The first of these fields that a row has and that is not empty; None if there is none."""
+    return next((name for name in fields if not is_empty(row.get(name))), None)
+
+
+@functools.lru_cache(1000)
+def words_of(name):
+    """The words in the name of a field, in small letters: tool_calls and toolCalls have two."""
+    camel = re.sub(r"(?<=[a-z])(?=[A-Z][a-z]+)", "_", name)
+    return [word for word in re.split(r"[^a-z]+", camel.lower()) if word]
+
+
+def check_read(fields, words, others, where=""):
+    """Raises Unread for a field that is not empty and whose name has one of `words`.
+
+    A number, a flag or a remark ("image_id") is no content. others: names in full.
+    """
+    for name, value in fields.items():
+        found = words_of(name)
+        content = not isinstance(value, (bool, int, float)) and value not in ("[]", "{}", "null", "None")
+        by_word = words.intersection(found) and content and found[-1] not in ABOUT
+        by_name = name in others and value not in (0, "0")
+        if (by_word or by_name) and not is_empty(value):
+            raise Unread(name, where)
+
+
+def strings(value):
+    """The texts in a JSON value; of a message its content."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value.get("content"), value.get("value")]
+    elif isinstance(value, dict):
+        value = [v for name, v in value.items() if name != "type"]
+    if isinstance(value, list):
+        return [text for v in value for text in strings(v)]
+    return [value] if isinstance(value, str) else []
+
+
+# -------------------------------------------------------------------------------------------------
+# Messages
+
+
 def message(role, content):
     return {"role": role, "content": content}
 
 
+def content_of(m, where):
+    """The text of a message: a string, or a list of parts that are text."""
+    values = [m[name] for name in ("content", "value") if name in m]
+    if len(values) == 2 and values[0] != values[1]:
+        raise ValueError(f'"{where}" has a "content" and another "value"; one of them was expected')
+    value = values[0] if values else None
+    if isinstance(value, list) and value:
+        value = "".join(part_text(part, where) for part in value)
+    return value
+
+
+def part_text(part, where):
+    """The text of one part of a message: a string, or {"type": "text", "text"}."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        kind = kind or type(part).__name__
+        raise Unread(f"content of type {kind}", what=f'"{where}" has content of type {kind!r}, which is not read')
+    check_read(part, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.content.")
+    return part["text"]
+
+
+def is_trained(m, role, where):
+    """Whether a message is trained if it is the assistant's: by "weight", "train" and "loss"."""
+    flags = {name: m[name] for name in ("weight", "train", "loss") if name in m}
+    for name, flag in flags.items():
+        if flag not in (0, 1):
+            raise ValueError(f'"{where}.{name}" is {flag!r}; 0 or 1, true or false, were expected')
+        if role != "assistant" and name == "train" and flag:
+            raise ValueError(f'"{where}.train" is true, but only messages of the assistant are trained')
+    if len(set(map(bool, flags.values()))) > 1:
+        raise ValueError(f'"{where}": {" and ".join(flags)} contradict each other')
+    return all(flags.values())
+
+
+def role_of(m):
+    """The role of a message, in our word for it; None if it has none."""
+    role = m.get("role", m.get("from")) if isinstance(m, dict) else None
+    return ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
+
+
+def read_message(m, where):
+    """One message as {"role", "content"}, and "train": False if it is the assistant's but not to be
+    trained."""
+    role = role_of(m)
+    check_read(m, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.")
+    content, trained = content_of(m, where), is_trained(m, role, where)
+    if role == "system" and is_empty(content):
+        return message(role, "")
+    found = message(role, text_of(content, f"{where}.content"))
+    return found if trained or role != "assistant" else found | {"train": False}
+
+
+def split_turns(items):
+    """The messages of a list whose items may be turns: {"human": text, "assistant": text}."""
+    found = []
+    for item in items:
+        roles = [TURN.get(name, ROLES.get(name, name)) for name in item] if isinstance(item, dict) else []
+        if roles in (["user"], ["assistant"], ["user", "assistant"], ["system", "user", "assistant"]):
+            found += [{"role": role, "content": text} for role, text in zip(roles, item.values())]
+        else:
+            found.append(item)
+    return found
+
+
 def check_messages(messages, field="messages"):
-    """The same messages, role and content only.
+    """The same messages: role, content and, if it is false, "train".
 
     Raises ValueError unless they are system (at most one, first), then user and assistant in turn.
+    An empty system message is none.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'"{field}" is not a list of messages')
-    checked = []
-    for i, m in enumerate(messages):
-        role = m.get("role", m.get("from")) if isinstance(m, dict) else None
-        if not isinstance(role, str):
+    checked, speakers = [], {}
+    for i, m in enumerate(split_turns(messages)):
+        role = role_of(m)
+        if role is None:
             raise ValueError(f'"{field}"[{i}] is not {{"role", "content"}}')
-        role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f'"{field}"[{i}] has the role {role!r}; system, user and assistant are known')
+            raise Unread(f"role {role}", what=f'"{field}"[{i}] has the role {role!r}, which is not read')
+        found = read_message(m, f"{field}[{i}]")
         due = "assistant" if checked and checked[-1]["role"] == "user" else "user"
         if role != due and not (role == "system" and i == 0):
             raise ValueError(f'"{field}"[{i}]: a message of {role!r}, but one of {due!r} is due')
-        checked.append(message(role, text_of(m.get("content", m.get("value")), f"{field}[{i}].content")))
+        if speakers.setdefault(role, m.get("name")) != m.get("name"):
+            raise Unread("name", f"{field}[{i}].")  # it tells two speakers apart
+        if found["content"]:
+            checked.append(found)
+    if not checked:
+        raise ValueError(f'"{field}" has no message that is not empty')
     return checked
+
+
+def without_train(messages):
+    """The messages of a prompt, of which none is trained anyhow."""
+    return [message(m["role"], m["content"]) for m in messages]
 
 
 def ends_with(messages, role, field):
@@ -87,19 +282,169 @@ def ends_with(messages, role, field):
     return messages
 
 
-def single_reply(messages, field):
-    """The content of a list that holds one message of the assistant."""
-    if len(messages) != 1 or not isinstance(messages[0], dict) or messages[0].get("role") != "assistant":
+def is_dialogue(text):
+    """Whether a string is written as Anthropic's HH is."""
+    return isinstance(text, str) and bool(re.match(r"\s*Human:.*\n\nAssistant:", text, re.DOTALL))
+
+
+def dialogue(text, field):
+    """Anthropic's HH: a string of "\\n\\nHuman: ...\\n\\nAssistant: ..." turns -> messages.
+
+    A last turn of the assistant that is empty, as in a prompt, is left out.
+    """
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if len(parts) < 5 or parts[0].strip():
+        raise ValueError(
+            f'"{field}" is a string without "\\n\\nHuman: ... \\n\\nAssistant: ..." turns, and there is no "prompt"'
+        )
+    if parts[-2] == "Assistant" and not parts[-1].strip():
+        parts = parts[:-2]
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[1::2]]
+    contents = [part.removeprefix(" ") for part in parts[2::2]]
+    return check_messages([message(*turn) for turn in zip(roles, contents)], field)
+
+
+# -------------------------------------------------------------------------------------------------
+# Fields of a row
+
+
+def normalise(row, answered=True):
+    """A row without nulls, under the names read below.
+
+    answered: whether what the assistant said is read as well. Raises ValueError for a field with a
+    meaning that is not read.
+    """
+    row = without_nulls(row)
+    if isinstance(row.get("input"), dict) and "messages" in row["input"]:  # OpenAI's preferences
+        row = row.pop("input") | row
+    for alias, name in ALIASES.items():
+        if alias in row:
+            value = row.pop(alias)
+            if row.setdefault(name, value) != value:
+                raise ValueError(f'"{alias}" and "{name}" differ; leave one of them out')
+            if alias == "rejected_response" and "chosen" not in row:  # ms-swift's, beside the good one
+                row |= sides_of_swift(row)
+    check_read(row, UNREAD | REASONING if answered else UNREAD, {"chat_template_kwargs"})
+    for name in ROW_WEIGHTS if answered else ():
+        if isinstance(row.get(name), (int, float)) and row[name] != 1:
+            raise Unread(name)
+    return row
+
+
+def sides_of_swift(row):
+    """The sides of a row whose "response", or last message, is the chosen answer."""
+    if "response" in row:
+        return {"chosen": row["response"]}
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return {}
+    return {"chosen": messages, "rejected": [*messages[:-1], message("assistant", row["rejected"])]}
+
+
+def check_repeated(row, fields, messages):
+    """Raises Unread for one of these fields that is not empty and not part of the messages."""
+    said = squeezed(" ".join(m["content"] for m in messages))
+    for name in fields:
+        if not all(squeezed(text) in said for text in strings(row.get(name))):
+            raise Unread(name)
+
+
+def stated_prompt(row):
+    """(field, messages) of the prompt in a field of PROMPTS; None if there is none."""
+    field = first_stated(row, PROMPTS)
+    if not field:
+        return None
+    value = row[field]
+    if isinstance(value, list):
+        messages = check_messages(value, field)
+    elif is_dialogue(value):
+        messages = dialogue(value, field)
+    else:
+        more = [name for name in ("input", "context") if field == "instruction" and not is_empty(row.get(name))]
+        parts = [text_of(row[name], name) for name in (field, *more)]
+        messages = [message("user", "\n\n".join(parts))]
+    others = [name for name in PROMPTS if name != field]
+    check_repeated(row, [*others, *MATERIAL], messages)
+    return field, messages
+
+
+def no_prompt(row):
+    """The ValueError for a row without a prompt."""
+    empty = next((name for name in PROMPTS if name in row), None)
+    return ValueError(f'"{empty}" is empty' if empty else f'no "prompt" in the fields {names(row)}')
+
+
+def earlier_turns(row):
+    """The messages in "history": Alpaca's pairs of a message and its answer, or messages."""
+    history = row.get("history")
+    if is_empty(history):
+        return []
+    if not isinstance(history, list):
+        raise Unread("history")
+    items = []
+    for item in history:
+        if isinstance(item, list) and len(item) == 2:
+            items += [message("user", item[0]), message("assistant", item[1])]
+        else:
+            items.append(item)
+    return ends_with(check_messages(items, "history"), "assistant", "history")
+
+
+def in_context(row, messages):
+    """The messages after the system message and the earlier turns in columns of the row."""
+    earlier = earlier_turns(row)
+    if earlier and (len(messages) > 2 or messages[0]["role"] == "system" == earlier[0]["role"]):
+        raise Unread("history")
+    if earlier and messages[0]["role"] == "system":
+        messages = [messages[0], *earlier, *messages[1:]]
+    else:
+        messages = [*earlier, *messages]
+    for name in SYSTEMS:
+        if is_empty(row.get(name)):
+            continue
+        system = text_of(content_of({"content": row[name]}, name), name)
+        if messages[0]["role"] != "system":
+            messages = [message("system", system), *messages]
+        elif squeezed(messages[0]["content"]) != squeezed(system):
+            raise ValueError(f'"{name}" is another system message than that of the conversation; leave one out')
+    return messages
+
+
+def check_asks(messages, field):
+    """Raises ValueError unless a prompt ends with the user.
+
+    With the assistant at its end it holds the beginning of the answer.
+    """
+    if messages[-1]["role"] == "system":
+        raise ValueError(f'"{field}" has no question of a user')
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f'"{field}" ends with a message of the assistant, the beginning of an answer, which is not read; '
+            "put it at the head of the answer"
+        )
+
+
+def repeats(text, prompt):
+    """Whether an answer begins with its prompt, if that is more than a greeting, which may come
+    back: three words, or two with a number."""
+    words, prompt = re.findall(r"\w+", prompt), squeezed(prompt)
+    short = len(words) < 2 or len(words) == 2 and all(map(str.isalpha, words))
+    return not short and squeezed(text).startswith(prompt)
+
+
+def single_reply(value, field):
+    """The content of one message of the assistant, by itself or in a list."""
+    messages = value if isinstance(value, list) else [value]
+    if len(messages) != 1 or role_of(messages[0]) != "assistant":
         raise ValueError(f'"{field}": one message of the assistant was expected')
-    return text_of(messages[0].get("content"), f"{field}[0].content")
+    return trained_reply([read_message(messages[0], f"{field}[0]")], field)
 
 
-def instruction(row):
-    """Alpaca's "instruction" and "input" as the user's message."""
-    text, more = text_of(row["instruction"], "instruction"), row.get("input") or ""
-    if isinstance(more, str) and not more.strip():
-        return message("user", text)
-    return message("user", f"{text}\n\n{text_of(more, 'input')}")
+def trained_reply(messages, field):
+    """The content of the last message, the assistant's, which is trained or judged."""
+    if "train" in messages[-1]:
+        raise ValueError(f'"{field}" ends with a message that is not to be trained')
+    return messages[-1]["content"]
 
 
 def solution(row):
@@ -111,52 +456,90 @@ def solution(row):
 # A row as a conversation, a prompt or a problem
 
 
+def completion(row):
+    """(field, text) of the answer that stands apart from its prompt."""
+    field = first_stated(row, (*COMPLETIONS, "answer"))
+    if not field:
+        expected = "output" if "instruction" in row else None
+        field = next((name for name in (*COMPLETIONS, "answer") if name in row), expected)
+    if not field:
+        raise ValueError(
+            f'no conversation in the fields {names(row)}; "messages", or "prompt" and "completion", were expected'
+        )
+    value = row.get(field)
+    if field == "answer":
+        return field, solution(row)
+    return field, single_reply(value, field) if isinstance(value, (list, dict)) else text_of(value, field)
+
+
 def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
+    row = normalise(row)
     if row.get("finished") is False:  # as evaluate.py --samples writes it
         raise ValueError('"finished" is false: the answer was cut, and a model trained on it would learn to end there')
+    if row.get("label") is False:
+        raise ValueError('"label" is false: a bad answer, which dpo.py --loss=kto reads; here it would be trained')
+    return read_conversation(row)
+
+
+def read_conversation(row):
+    """`conversation` of a normalised row; its label is not looked at."""
     if "chosen" in row and "rejected" in row:
         raise ValueError("this is a preference (chosen, rejected), not a conversation; reward.py and dpo.py read it")
-    for field in ("messages", "conversations"):
-        if field in row:
-            return ends_with(check_messages(row[field], field), "assistant", field)
-    if "instruction" in row:  # Alpaca
-        return [instruction(row), message("assistant", text_of(row.get("output"), "output"))]
-    if "completion" in row:
-        value = row["completion"]
-        text = single_reply(value, "completion") if isinstance(value, list) else text_of(value, "completion")
-        return [*prompt(row), message("assistant", text)]
-    if "answer" in row:
-        return [*prompt(row), message("assistant", solution(row))]
-    if "text" in row:
+    field = first_stated(row, CONVERSATIONS)
+    if not field and not first_stated(row, PROMPTS):
+        field = next((name for name in CONVERSATIONS if name in row), None)
+    if field:
+        messages = check_messages(row[field], field)
+        if first_stated(row, COMPLETIONS) and messages[-1]["role"] == "user":
+            messages.append(message("assistant", completion(row)[1]))
+        ends_with(messages, "assistant", field)
+        others = [name for name in CONVERSATIONS if name != field]
+        check_repeated(row, [*others, *PROMPTS, *COMPLETIONS, *MATERIAL], messages)
+        if all("train" in m for m in messages if m["role"] == "assistant"):
+            raise ValueError(f'"{field}" has no message of the assistant that is to be trained')
+        return in_context(row, messages)
+    if "text" in row and not first_stated(row, (*PROMPTS, *COMPLETIONS, "answer")):
         raise ValueError(
             '"text" is what pretraining reads; a conversation has "messages", or "prompt" and "completion"'
         )
-    raise ValueError(
-        f'no conversation in the fields {names(row)}; "messages", or "prompt" and "completion", were expected'
-    )
+    field, text = completion(row)
+    stated = stated_prompt(row)
+    if not stated:
+        raise no_prompt(row)
+    prompt_field, messages = stated
+    check_asks(messages, prompt_field)
+    if isinstance(row[prompt_field], str) and repeats(text, row[prompt_field]):
+        raise ValueError(f'"{field}" begins with the "{prompt_field}"; only what follows it is the answer')
+    messages = [*messages, message("assistant", text)]
+    check_repeated(row, COMPLETIONS, messages)
+    return in_context(row, messages)
 
 
 def prompt(row):
     """What the assistant is to answer -> messages.
 
-    "prompt" or "question" (a string or messages), or a conversation without its last answer.
+    A field of PROMPTS (a string or messages), or a conversation without its last answer.
     """
-    fields = [name for name in ("prompt", "question", "messages", "conversations", "instruction") if name in row]
-    if not fields:
-        raise ValueError(f'no "prompt" in the fields {names(row)}')
-    field = fields[0]
-    if field == "instruction":
-        messages = [instruction(row)]
-    elif isinstance(row[field], str):
-        messages = [message("user", text_of(row[field], field))]
+    row = normalise(row, answered=False)
+    stated, field = stated_prompt(row), first_stated(row, CONVERSATIONS)
+    if stated:
+        whole = check_messages(row[field], field) if field else []
+        field, messages = stated
+        if first_stated(row, (*COMPLETIONS, "answer", "chosen", "rejected")):
+            check_asks(messages, field)
+        if [m["role"] for m in whole[:1]] == ["system"] != [m["role"] for m in messages[:1]]:
+            messages = [whole[0], *messages]  # UltraChat's "prompt" is the first message of a user
     else:
+        field = field or next((name for name in CONVERSATIONS if name in row), None)
+        if not field:
+            raise no_prompt(row)
         messages = check_messages(row[field], field)
+        check_repeated(row, MATERIAL, messages)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f'"{field}" has no question of a user')
-    return messages
+    check_asks(messages, field)
+    return in_context(row, without_train(messages))
 
 
 def prompt_only(row):
@@ -176,55 +559,65 @@ def problem(row):
 # A row as a preference
 
 
-def dialogue(text, field):
-    """Anthropic's HH: a string of "\\n\\nHuman: ...\\n\\nAssistant: ..." turns -> messages."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if len(parts) < 5 or parts[0].strip():
-        raise ValueError(
-            f'"{field}" is a string without "\\n\\nHuman: ... \\n\\nAssistant: ..." turns, and there is no "prompt"'
-        )
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[1::2]]
-    return check_messages([message(*turn) for turn in zip(roles, parts[2::2])], field)
-
-
-def preference_side(row, field):
+def preference_side(row, field, has_prompt):
     """The "chosen" or "rejected" of a row -> messages that end with the assistant's."""
     if field not in row:
         hint = "; this is a conversation, which sft.py reads" if "messages" in row else f" in the fields {names(row)}"
         raise ValueError(f'no "{field}"{hint}')
     side = row[field]
-    if isinstance(side, list) and not (len(side) == 1 and "prompt" in row):
-        return ends_with(check_messages(side, field), "assistant", field)
-    if isinstance(side, list):
+    if isinstance(side, dict) or isinstance(side, list) and len(side) == 1 and has_prompt:
         return [message("assistant", single_reply(side, field))]
-    if "prompt" in row:
+    if isinstance(side, list):
+        messages = ends_with(check_messages(side, field), "assistant", field)
+        trained_reply(messages, field)
+        return without_train(messages)
+    if has_prompt and not is_dialogue(side):
         return [message("assistant", text_of(side, field))]
+    if first_stated(row, ["prompt"]) is None and "prompt" in row:
+        raise no_prompt(row)
     return ends_with(dialogue(text_of(side, field), field), "assistant", field)
 
 
+def preference_prompt(row):
+    """(field, messages) of the prompt that stands apart from both sides; None if there is none."""
+    stated, field = stated_prompt(row), first_stated(row, CONVERSATIONS)
+    if stated or not field or isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
+        return stated
+    return field, check_messages(row[field], field)  # LLaMA-Factory's, before a chosen and a rejected message
+
+
 def preference(row):
-    """{"chosen", "rejected"} and "prompt", apart or as the beginning of both sides -> Pair.
+    """{"chosen", "rejected"} and a prompt, apart or as the beginning of both sides -> Pair.
 
     Optional: "probability" that the chosen one is preferred.
     """
-    chosen, rejected = preference_side(row, "chosen"), preference_side(row, "rejected")
+    raw, row = row, normalise(row)
+    stated = preference_prompt(row)
+    chosen, rejected = (preference_side(row, field, stated is not None) for field in ("chosen", "rejected"))
     messages = chosen[:-1]
     if messages != rejected[:-1]:
         raise ValueError('"chosen" and "rejected" answer different prompts: all but the last message must be the same')
-    if "prompt" in row:
-        stated = prompt(row)  # UltraFeedback repeats it in both sides; HH may add a system message
-        if messages and messages[-len(stated) :] != stated:
-            raise ValueError('"chosen" begins with messages that are not the "prompt"')
-        messages = messages or stated
+    chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+    if stated:
+        field, prompt_messages = stated
+        check_asks(prompt_messages, field)
+        prompt_messages = without_train(prompt_messages)
+        if messages and any(m not in messages for m in prompt_messages):  # UltraFeedback repeats it in both sides
+            raise ValueError(f'"chosen" begins with messages that are not the "{field}"')
+        if not messages and all(repeats(text, prompt_messages[-1]["content"]) for text in (chosen, rejected)):
+            raise ValueError(f'"chosen" and "rejected" begin with the "{field}"; only what follows it is the answer')
+        messages = messages or prompt_messages
     if not messages:
         raise ValueError("there is no prompt: neither a field of that name nor messages before the answers")
-    chosen, rejected = chosen[-1]["content"].strip(), rejected[-1]["content"].strip()
-    if chosen == rejected:
+    check_repeated(row, MATERIAL, messages)
+    if not is_empty(row.get("margin")) and row["margin"] != 0:
+        raise Unread("margin")
+    if chosen.strip() == rejected.strip():
         raise ValueError('"chosen" and "rejected" are the same text')
     probability = row.get("probability", 1.0)
     if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
         raise ValueError(f'"probability" is {probability!r}; a number from 0 to 1 was expected')
-    return Pair(messages, chosen, rejected, float(probability), row)
+    return Pair(in_context(row, messages), chosen, rejected, float(probability), raw)
 
 
 def judged(row):
@@ -232,13 +625,14 @@ def judged(row):
 
     A preference gives two of them.
     """
-    if "label" not in row:
+    labelled = normalise(row)
+    if "label" not in labelled:
         pair = preference(row)
         return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
-    if not isinstance(row["label"], bool):
-        raise ValueError(f'"label" is {row["label"]!r}; true or false was expected')
-    messages = conversation(row)
-    return [(messages[:-1], messages[-1]["content"].strip(), row["label"])]
+    if not isinstance(labelled["label"], bool):
+        raise ValueError(f'"label" is {labelled["label"]!r}; true or false was expected')
+    messages = read_conversation(labelled)
+    return [(without_train(messages[:-1]), trained_reply(messages, "messages"), labelled["label"])]
 
 
 def gold_margin(row):
@@ -252,9 +646,17 @@ def gold_margin(row):
 # Files
 
 
+def unknown_fields(row):
+    """The fields of the messages in a row that are neither read nor refused, and not empty."""
+    lists = [value for value in row.values() if isinstance(value, list)]
+    messages = [m for messages in lists for m in messages if isinstance(m, dict) and role_of(m)]
+    return {name for m in messages for name in m if name not in MESSAGE_READ and not is_empty(m[name])}
+
+
 def read_source(name, parse, skip_bad):
     """(rows, SHA-256 of the file's rows) of one source, each row through `parse`."""
     rows, bad, digest = [], 0, hashlib.sha256()
+    unread, unknown = Counter(), Counter()  # fields for which rows were left out, and that nobody knows
     for line, row in read_rows(name, skip_bad):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         if row is None:
@@ -262,14 +664,20 @@ def read_source(name, parse, skip_bad):
             continue
         try:
             rows.append(parse(row))
-        except ValueError as e:
+            unknown.update(unknown_fields(row))
+        except (ValueError, RecursionError) as e:
             if not skip_bad:
-                raise UserError(
-                    f"{name}:{line}: {e}; correct the line, or leave bad lines out with --skip_bad=True"
-                ) from None
+                raise bad_row(f"{name}:{line}", reason(e)) from None
             bad += 1
+            if isinstance(e, Unread):
+                unread[e.field] += 1
     if bad:
-        print0(f"{name}: {bad} bad lines left out, {len(rows)} read")
+        fields = ", ".join(f'{n} for "{field}"' for field, n in unread.most_common())
+        fields = f"; {fields}, which is not read" if unread else ""
+        print0(f"{name}: {bad} bad lines left out, {len(rows)} read{fields}")
+    if unknown:
+        fields = ", ".join(f'"{field}"' for field in sorted(unknown))
+        print0(f"{name}: fields of messages that are not read: {fields}")
     if not rows:
         raise UserError(f"{name}: there is nothing in it" + (f" but {bad} bad lines" if bad else ""))
     return rows, digest.hexdigest()
@@ -278,7 +686,7 @@ def read_source(name, parse, skip_bad):
 def read(sources, parse, skip_bad=False, seed=0):
     """The rows of --data, each through `parse` -> (list, {source: SHA-256 of its rows}).
 
-    sources: a.jsonl,b.parquet,hf:NAME[configuration,split,rows]. Weights, as in
+    sources: a.jsonl,b.parquet,hf:NAME[configuration,split,rows] (data/read.py). Weights, as in
     a.jsonl:0.7,b.jsonl:0.3, are shares of the rows: every row is used of the source that is
     shortest of its share, a random choice of the others. Raises UserError naming the file, the
     line, the field and what is wrong.

@@ -41,8 +41,7 @@ def final_number(prompt, completion, row):
 def one_final_number(prompt, completion, row):
     """1.0 if a finished completion has one "####" and then one number only: the form is right."""
     _, _, rest = completion.partition("####")
-    match = NUMBER.match(rest.strip()[:200])
-    return float(bool(match) and match[0] == rest.strip() and row.get("finished", True))
+    return float(bool(NUMBER.fullmatch(rest.strip()[:200])) and row.get("finished", True))
 
 
 def thinks_first(prompt, completion, row):

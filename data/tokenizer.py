@@ -31,7 +31,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from data.read import parse_mixture, read_json, read_lines, read_texts
+from data.read import file_kind, good_texts, inside, parse_mixture, read_json, read_lines
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
@@ -41,8 +41,8 @@ from runtime.files import write_json
 @dataclass
 class Config:
     # -- What you will set --
-    # comma-separated: .jsonl or hf:NAME[configuration,split,rows] with a string "text" in each row,
-    # anything else as plain text
+    # comma-separated: .jsonl, .parquet or hf:NAME[configuration,split,rows] with a string "text" in
+    # each row (formats: data/read.py), anything else as plain text
     data: str
     # folder that gets tokenizer.json and tokenizer_config.json
     out: str
@@ -54,6 +54,8 @@ class Config:
     kind: str = "bpe"
     # processes that count pieces (bpe only) [>= 1]
     workers: int = 1
+    # leave bad lines out and count them
+    skip_bad: bool = False
     # replace the tokenizer.json in --out
     overwrite: bool = False
 
@@ -83,6 +85,7 @@ BATCH = 2**20  # characters that a worker counts at once
 # A longer piece (base64, a rule of dashes) is counted in stretches of 100 characters, so that one
 # line cannot stall training.
 LONG_PIECE = 100
+SAMPLE = 2**16  # characters of a document that are shown in tokens
 LONG_SPACE = 500_000  # a run of a million spaces overflows the stack of tiktoken's regex engine
 # An imported vocabulary beyond these is damaged; it would cost too much time and memory.
 LONG_TOKEN, MAX_ID = 512, 2**20
@@ -150,11 +153,8 @@ class Tokenizer(tiktoken.Encoding):
         """Raises UserError if a vocabulary without all bytes lacks a character of the text."""
         for char in set(text):
             raw = char.encode("utf-8", "surrogatepass")
-            if self._pat_str == CHARACTER:
-                known = raw in self._mergeable_ranks
-            else:
-                known = self.missing_bytes.isdisjoint(raw)
-            if not known:
+            whole = self._pat_str == CHARACTER and raw in self._mergeable_ranks
+            if not whole and not self.missing_bytes.isdisjoint(raw):
                 raise UserError(
                     f"{char!r} (U+{ord(char):04X}) is not in the vocabulary; "
                     "take it out of the text, or use a byte-level tokenizer"
@@ -192,9 +192,9 @@ def train(documents, vocab_size, workers=1):
     twice are merged. Raises UserError naming the vocabulary that a small corpus supports, for
     nobody would notice fewer ids.
     """
-    n = vocab_size - 256 - len(SPECIALS)
+    least = 256 + len(SPECIALS)
+    n = vocab_size - least
     if n < 0:
-        least = 256 + len(SPECIALS)
         raise UserError(f"--vocab_size={vocab_size}: at least {least} is needed, for the bytes and the special tokens")
     counts = Counter()
     for part in in_order(count_pieces, (), batches(documents, BATCH), workers):
@@ -205,10 +205,9 @@ def train(documents, vocab_size, workers=1):
             pieces[piece[i : i + LONG_PIECE].encode("utf-8", "surrogatepass")] += count
     merged = learn_merges(pieces, n)
     if len(merged) < n:
-        supported = vocab_size - n + len(merged)
         raise UserError(
             f"--vocab_size={vocab_size}: the corpus has only {len(merged)} pairs to merge; "
-            f"give more text, or --vocab_size={supported}"
+            f"give more text, or --vocab_size={least + len(merged)}"
         )
     tokens = [bytes([b]) for b in range(256)] + merged
     return with_specials("bpe", PATTERN, {token: i for i, token in enumerate(tokens)}, {})
@@ -276,8 +275,7 @@ def byte_level():
 def with_specials(name, pattern, ranks, specials):
     """A Tokenizer that appends those of the SPECIALS that `specials` lacks, after all other ids."""
     end = max([*ranks.values(), *specials.values()]) + 1
-    missing = [s for s in SPECIALS if s not in specials]
-    return Tokenizer(name, pattern, ranks, specials | {s: end + i for i, s in enumerate(missing)})
+    return Tokenizer(name, pattern, ranks, append_missing(specials, SPECIALS, end))
 
 
 def with_turns(tok):
@@ -285,10 +283,13 @@ def with_turns(tok):
 
     What ends its documents and what pads stays.
     """
-    specials, end = tok._special_tokens, tok.n_vocab
-    missing = [s for s in SPECIALS[2:] if s not in specials]
-    specials = specials | {s: end + i for i, s in enumerate(missing)}
+    specials = append_missing(tok._special_tokens, SPECIALS[2:], tok.n_vocab)
     return Tokenizer(**tok.__getstate__() | {"special_tokens": specials})
+
+
+def append_missing(specials, wanted, end):
+    """{special token: id}, with those of `wanted` that it lacks given the ids from `end` on."""
+    return specials | {s: end + i for i, s in enumerate(s for s in wanted if s not in specials)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -303,6 +304,8 @@ def load(where):
     tiktoken.
     """
     path = Path(where)
+    if path.name in ("latest", "best") and path.is_file():  # a link that a copy made a file of
+        path = inside(path, path.read_text(encoding="utf-8", errors="replace").strip())
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
@@ -415,21 +418,23 @@ def split_pattern(path, steps):
 
     Raises UserError if they are unknown, or tiktoken would make other pieces.
     """
-    kinds = " + ".join(step["type"] for step in steps)
-    first, last = (steps[0], steps[-1]) if steps else ({}, {})
-    own_regex, pattern = last.get("use_regex", True), None
-    if kinds == "ByteLevel" and own_regex:
-        pattern = GPT2_PATTERN
-    elif kinds == "Digits + ByteLevel" and own_regex and first["individual_digits"]:
-        pattern = DIGITS_PATTERN
-    elif kinds == "Split + ByteLevel" and not own_regex and "Regex" in first["pattern"]:
-        if (first.get("behavior"), first.get("invert")) in (("Isolated", False), ("Removed", True)):
-            pattern = checked_pattern(path, first["pattern"]["Regex"])
-    if pattern is None:
-        raise UserError(
-            f"{path}: pre_tokenizer {kinds or 'none'} with these settings is not supported: {json.dumps(steps)[:300]}"
-        )
-    if last.get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
+    own_regex = bool(steps) and steps[-1].get("use_regex", True)
+    match steps:
+        case [{"type": "ByteLevel"}] if own_regex:
+            pattern = GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}] if own_regex:
+            pattern = DIGITS_PATTERN
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
+            {"type": "ByteLevel"},
+        ] if not own_regex and (behavior, invert) in (("Isolated", False), ("Removed", True)):
+            check_pattern(path, pattern)
+        case _:
+            kinds = " + ".join(step["type"] for step in steps) or "none"
+            raise UserError(
+                f"{path}: pre_tokenizer {kinds} with these settings is not supported: {json.dumps(steps)[:300]}"
+            )
+    if steps[-1].get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
         raise UserError(
             f"{path}: ByteLevel with add_prefix_space, which adds a space to every text, is not supported; "
             "train the tokenizer with ByteLevel(add_prefix_space=False)"
@@ -437,8 +442,8 @@ def split_pattern(path, steps):
     return pattern
 
 
-def checked_pattern(path, pattern):
-    """The pattern itself; raises UserError unless tiktoken makes the same pieces with it."""
+def check_pattern(path, pattern):
+    """Raises UserError unless tiktoken makes the same pieces with the pattern."""
     if len(pattern) > LONG_PATTERN:
         raise UserError(f"{path}: the pattern has {len(pattern)} characters, more than {LONG_PATTERN}: damaged")
     if re.search(r"\d,?\}\+|(?<![\\\[])[$^]", pattern):
@@ -446,8 +451,10 @@ def checked_pattern(path, pattern):
             f"{path}: in {pattern!r}, {{n,m}}+, ^ or $ means one thing to Hugging Face and another to tiktoken; "
             "rewrite it"
         )
-    one_of_each = "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639"
-    one_of_each += "\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+    one_of_each = (
+        "aZ15'_-.$\u20ac \t\n\r\v\0\xa0\u20dd\xe9\u200d\u2028\u3000\u4e2d\u0639"
+        "\u0967\xb2\u01c5\u02b0\U0001f600\U0010ffff"
+    )
     probe = "".join(a + b for a in one_of_each for b in one_of_each)
     try:
         pieces = [match[0] for match in regex.finditer(pattern, probe, flags=regex.V1, timeout=0.2)]
@@ -455,7 +462,6 @@ def checked_pattern(path, pattern):
         raise UserError(f"{path}: the pattern {pattern!r} takes too long even on short texts; rewrite it") from None
     if "" in pieces or "".join(pieces) != probe:
         raise UserError(f"{path}: the pattern {pattern!r} does not match all text; tiktoken would lose the rest")
-    return pattern
 
 
 def check_ids(path, vocab, specials):
@@ -515,7 +521,7 @@ def merge_of_each(ranks):
     Bytes and tokens that merging never reaches are left out.
     """
     found = {token: tuple(parts(token, ranks)) for token in sorted(ranks, key=ranks.get)}
-    return {token: pair for token, pair in found.items() if len(pair) == 2 and pair[0] in ranks and pair[1] in ranks}
+    return {token: pair for token, pair in found.items() if len(pair) == 2 and ranks.keys() >= set(pair)}
 
 
 def parts(token, ranks):
@@ -587,7 +593,6 @@ def save(tok, folder, chat_template=""):
     }
     if chat_template:
         config["chat_template"] = chat_template
-    Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / "tokenizer.json", spec)
     write_json(Path(folder) / "tokenizer_config.json", config)
 
@@ -614,16 +619,16 @@ def token_bytes(tok):
 # The script
 
 
-def read_documents(names):
-    """Yield the texts of .jsonl files and of hf:NAME[...], and of other files the lines.
+def read_documents(names, skip_bad=False):
+    """Yield the texts of files with rows and of hf:NAME[...], and of text files the lines.
 
     Lines come in stretches of a million characters, so that a large file is never held whole.
     """
     for name in names:
-        if name.endswith(".jsonl") or name.startswith("hf:"):
-            yield from read_texts(name)
-        else:
+        if file_kind(name) == "text":
             yield from map("".join, batches((line for _, line in read_lines(name)), BATCH))
+        else:
+            yield from good_texts(name, skip_bad)
 
 
 def main(config):
@@ -633,17 +638,14 @@ def main(config):
     if target.exists() and not config.overwrite:
         raise UserError(f"{target}: exists; --overwrite replaces it")
     if config.kind == "bpe":
-        tok = train(read_documents(names), config.vocab_size, config.workers)
+        tok = train(read_documents(names, config.skip_bad), config.vocab_size, config.workers)
     elif config.kind == "char":
-        tok = characters("".join(set().union(*read_documents(names))))
+        tok = characters("".join(set().union(*read_documents(names, config.skip_bad))))
     else:
         tok = byte_level()
-    try:
-        save(tok, config.out)
-    except OSError as e:
-        raise UserError(f"--out={config.out}: {e.strerror}") from None
+    save(tok, config.out)
     print(f"{target}: {tok.n_vocab} ids in {time.perf_counter() - begin:.1f} s")
-    sample = "".join(islice(read_documents(names), 10))
+    sample = "".join(text[:SAMPLE] for text in islice(read_documents(names, config.skip_bad), 10))
     ids = tok.encode_ordinary(sample)
     print(f"{len(sample.encode()) / max(1, len(ids)):.3f} bytes per token at the head of the data, which begins:")
     print("|".join(tok.decode([i]) for i in ids[:50]))

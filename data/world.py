@@ -31,13 +31,13 @@ import hashlib
 import json
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.judge import judge_prompt
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import replace_text
+from runtime.files import replace_text, write_json
 
 
 @dataclass
@@ -69,18 +69,8 @@ class Config:
 # The words. Every choice is uniform and no two choices read alike, so all stories are equally
 # likely and can be counted.
 
-PEOPLE = {
-    "Mia": "She",
-    "Tom": "He",
-    "Ana": "She",
-    "Leo": "He",
-    "Eva": "She",
-    "Max": "He",
-    "Lily": "She",
-    "Sam": "He",
-    "Nora": "She",
-    "Ben": "He",
-}
+PEOPLE = dict.fromkeys("Mia Tom Ana Leo Eva Max Lily Sam Nora Ben".split(), "She")
+PEOPLE |= dict.fromkeys("Tom Leo Max Sam Ben".split(), "He")
 PLACES = "market shop fair harbor station village square castle".split()
 # no adjective takes "an"
 ADJECTIVES = "red blue green gold tiny soft loud plain heavy pretty round wooden".split()
@@ -275,12 +265,12 @@ def rudeness(prompt, completion, row):
 # Preferences, by people and by principle
 
 
-def prefers(margin, k=4.0):
-    """Probability that people prefer a reply whose gold is higher by `margin`: sigmoid(k margin).
+def prefers(margin):
+    """Probability that people prefer a reply whose gold is higher by `margin`: sigmoid(4 margin).
 
     Written so that it cannot overflow.
     """
-    return (1 + math.tanh(k * margin / 2)) / 2
+    return (1 + math.tanh(2 * margin)) / 2
 
 
 def label(rng, row, first, second):
@@ -400,20 +390,17 @@ def main(config):
         for name, text in texts.items()
     }
     world = {
-        "config": {name: value for name, value in asdict(config).items() if name not in ("out", "overwrite")},
+        "config": {name: value for name, value in vars(config).items() if name not in ("out", "overwrite")},
         "story_entropy": story_floor(),
         "story_floor": story_floor(config.stories / (config.stories + config.notes)),
         "bayes_ceiling": {name: bayes_ceiling(rows[name]) for name in ("pairs.jsonl", "pairs_val.jsonl")},
         "files": files,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    if present:
         (out / "world.json").unlink(missing_ok=True)  # written last: if it is there, the world is whole
-        for name, text in texts.items():
-            replace_text(out / name, text)
-        replace_text(out / "world.json", json.dumps(world, indent=1) + "\n")
-    except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
+    for name, text in texts.items():
+        replace_text(out / name, text)
+    write_json(out / "world.json", world)
 
     for name, text in texts.items():
         print(f"{out / name}: {files[name]['rows']:,} rows, {len(text) / 1e6:.2f} MB")

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from kernels import _lib
+from runtime.errors import UserError
+from runtime.files import write_json
 
 PROOFS = {}  # {op: function(device) -> (f, inputs)}
 
@@ -110,9 +112,8 @@ def prove(device):
         verdicts = {op: prove_op(op, device) for op in PROOFS}
         seconds = time.perf_counter() - begin
         print(f"kernels: {len(PROOFS)} ops compared with their references in {seconds:.1f} s", file=sys.stderr)
-        with contextlib.suppress(OSError):  # not remembered: the next run proves them again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(verdicts, indent=1) + "\n")
+        with contextlib.suppress(UserError):  # not remembered: the next run proves them again
+            write_json(path, verdicts)
     wrong = {op: why for op, why in verdicts.items() if why}
     _lib.OFF.update(wrong)
     for op, why in wrong.items():

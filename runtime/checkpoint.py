@@ -246,7 +246,7 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False, models=None
         link(run, "latest", final.name)
         if best:
             link(run, "best", final.name)
-    except (OSError, safetensors.SafetensorError) as e:
+    except (OSError, UserError, safetensors.SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = ", ".join(p.name for p in steps_in(run)) or "none"
         raise UserError(

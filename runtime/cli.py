@@ -14,7 +14,6 @@ where the value has a range or may change when a run is resumed:
 
 import dataclasses
 import inspect
-import math
 import operator
 import os
 import re
@@ -39,6 +38,7 @@ RENAMED = {  # flags of earlier versions -> what to use instead; of several, the
     "loss": ["loss_aggregation"],
 }
 GROUPS = ["What you will set", "What you may set", "What you will rarely set", ""]
+TINY = 1e-30  # the smallest number but 0 that a flag takes: its reciprocal is finite in fp32
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -152,7 +152,8 @@ def convert(name, text, kind):
 def check_ranges(config):
     """Raises UserError naming the first flag whose value lies outside what its comment allows.
 
-    Numbers must be finite, counts must not be negative. A default is always allowed.
+    Numbers must be finite and, unless they are 0, have a reciprocal in fp32. Counts and seeds must
+    be 0 to 2^63 - 1. A default is always allowed.
     """
     flags = read_flags(type(config))
     for field in dataclasses.fields(config):
@@ -161,10 +162,10 @@ def check_ranges(config):
             continue
         if flag.choices and value not in flag.choices:
             raise UserError(f"--{name}={value}: expected one of {', '.join(map(repr, flag.choices))}")
-        if field.type is float and not math.isfinite(value):
-            raise UserError(f"--{name}={value}: a finite number was expected")
-        if field.type is int and value < 0:
-            raise UserError(f"--{name}={value}: a count was expected, not less than 0")
+        if field.type is float and value and not TINY <= abs(value) <= 1 / TINY:
+            raise UserError(f"--{name}={value}: a finite number was expected, 0 or {TINY:g} to {1 / TINY:g} in size")
+        if field.type is int and not 0 <= value < 2**63:
+            raise UserError(f"--{name}={value}: a count was expected, not less than 0 and less than 2^63")
         for sign, bound in flag.bounds:
             if not COMPARE[sign](value, bound):
                 raise UserError(f"--{name}={value}: must be {sign} {bound:,.12g}; --help says what it means")

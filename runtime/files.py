@@ -1,22 +1,37 @@
-"""Files that are either the old or the new one, whole, and locks that end with their process."""
+"""Every file that the product writes, and locks that end with their process.
 
+A file is replaced whole: if the process is killed, it is either the old one or the new one, and the
+disk holds it. Links are followed. What is there and is no regular file (/dev/null, a pipe) is
+written to, never replaced.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from runtime.errors import UserError
 
 LOCKS = []  # open while the process lives: closing a file gives its lock up
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # opened by name, a file they lead to would be emptied
 
 
 def lock_file(path, out):
-    """Hold `path` as the lock of `--out=out`; raises UserError if another process holds it."""
+    """Hold `path`, in a folder that is made if it is missing, as the lock of `--out=out`.
+
+    Raises UserError if another process holds it, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as e:
+        raise UserError(f"--out={out}: {e.strerror}") from None
     if os.name != "posix":
         return  # fcntl is POSIX; on Windows two runs in one directory are the user's to avoid
     import fcntl
 
-    file = open(path, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -26,16 +41,80 @@ def lock_file(path, out):
     LOCKS.append(file)
 
 
+def temporary_name(path):
+    """Where a file is written before it takes the place of `path`; None: `path` is no regular file.
+
+    A link names the file that it leads to.
+    """
+    if str(path) in STREAMS or os.path.exists(path) and not os.path.isfile(path):
+        return None
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.tmp")
+
+
+def check_writable(flag, path):
+    """Raises UserError if the file that --`flag` names cannot be written: before the work, not
+    after it."""
+    if os.path.isdir(path):
+        raise UserError(f"--{flag}={path}: is a directory; name a file")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if temporary := temporary_name(path):
+            temporary.touch()
+            temporary.unlink()
+    except OSError as e:
+        raise UserError(f"--{flag}={path}: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def replace_file(path):
+    """Open a binary file that takes the place of `path` when the block ends without an error.
+
+    Its folder is made if it is missing. Raises UserError naming the path if it cannot be written.
+    """
+    temporary = temporary_name(path)
+    target = temporary or path
+    if str(path) in STREAMS:
+        sys.stdout.flush()
+        target = os.dup(STREAMS[str(path)])
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "wb") as file:
+            yield file
+        if temporary:
+            flush(temporary)
+            os.replace(temporary, os.path.realpath(path))
+            flush(temporary.parent)
+    except OSError as e:
+        if temporary:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        raise UserError(f"{path}: {e.strerror}") from None
+
+
 def replace_text(path, text):
-    """Write a text file so that, if killed, `path` is either the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace a file by a text, as UTF-8; what is no character is written as an escape."""
+    with replace_file(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path, value):
-    """`replace_text` of a JSON value."""
-    replace_text(Path(path), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Replace a file by a value as indented JSON."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def append(path, data, size=None, sync=True):
+    """Add bytes to the end of a file, or from its byte `size` on -> its new size.
+
+    sync: have the disk hold them. Raises OSError.
+    """
+    with open(path, "ab") as file:
+        if size is not None:
+            file.truncate(size)  # a disk that filled up may have taken half of the last data
+        file.write(data)
+    if sync:
+        flush(path)
+    return os.path.getsize(path)
 
 
 def sha256(path):
@@ -48,9 +127,12 @@ def sha256(path):
 
 
 def flush(path):
-    """Have the disk, not just the operating system, hold this file or directory."""
-    if os.name == "nt" and Path(path).is_dir():
-        return  # Windows cannot open a directory
+    """Have the disk, not just the operating system, hold this file or directory.
+
+    Nothing else can be flushed: a device, a pipe, a directory on Windows.
+    """
+    if not os.path.isfile(path) and (os.name == "nt" or not os.path.isdir(path)):
+        return
     handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -9,14 +9,13 @@ values:
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import lock_file, replace_text
+from runtime.files import append, lock_file, replace_text
 
 
 def open_output(config, head):
@@ -30,9 +29,10 @@ def open_output(config, head):
     if config.resume and config.overwrite:
         raise UserError("--resume and --overwrite: choose one")
     out, log, records = Path(config.out), Path(config.out).with_suffix(".log.jsonl"), []
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out={out}: is no regular file, and an interrupted run continues from its file; name one")
     record = {"rows": 0, "bytes": 0, "seconds": 0.0, "counts": {}, "figures": {}}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         lock_file(out.with_name(f".{out.name}.lock"), config.out)
         if out.exists() and not (config.resume or config.overwrite):
             raise UserError(f"--out={out}: is here already; --resume continues it, --overwrite replaces it")
@@ -46,8 +46,7 @@ def open_output(config, head):
             if records:
                 record = records[-1]
                 check_record(record)
-        with open(out, "ab") as f:
-            f.truncate(record["bytes"])
+        append(out, b"", record["bytes"])
         replace_text(log, "".join(json.dumps(line) + "\n" for line in [head, *records]))
         return record
     except OSError as e:
@@ -69,23 +68,19 @@ def write_batch(out, record, rows, n, counts, values):
 
     rows: [dict] to write; counts: {name: number}; values: {figure: [number]}.
     """
-    record["bytes"] = append(out, [json.dumps(row, ensure_ascii=False, default=str) for row in rows])
+    record["bytes"] = append_lines(out, [json.dumps(row, ensure_ascii=False, default=str) for row in rows])
     record["rows"] += n
     for name, number in counts.items():
         record["counts"][name] = record["counts"].get(name, 0) + number
     for name, numbers in values.items():
         total, size = record["figures"].get(name, (0.0, 0))
         record["figures"][name] = total + float(np.sum(numbers)), size + len(numbers)
-    append(Path(out).with_suffix(".log.jsonl"), [json.dumps(record)])
+    append_lines(Path(out).with_suffix(".log.jsonl"), [json.dumps(record)])
 
 
-def append(path, lines):
+def append_lines(path, lines):
     """Add lines to the end of a file and have the disk hold them -> the size of the file."""
     try:
-        with open(path, "ab") as f:
-            f.write("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
-            f.flush()
-            os.fsync(f.fileno())
-            return f.tell()
+        return append(path, "".join(line + "\n" for line in lines).encode("utf-8", "replace"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; --resume continues after the last batch that was written") from None

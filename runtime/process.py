@@ -58,7 +58,7 @@ def setup(device, seed):
     """Prepare this process and return its torch.device: join torchrun's group if there is one,
     seed, make PyTorch deterministic, have the kernels prove themselves.
 
-    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    device: "auto" (CUDA, else CPU), "cpu", "cuda", "cuda:1", "mps".
     """
     device = choose_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -80,11 +80,7 @@ def choose_device(name):
     there."""
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cpu"
-        if is_there["cuda"]:
-            name = "cuda"
-        elif is_there["mps"] and "RANK" not in os.environ:  # gloo moves nothing from Apple's GPUs
-            name = "mps"
+        name = "cuda" if is_there["cuda"] else "cpu"  # MPS has not been measured: ask for it by name
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -16,7 +16,6 @@ The same for every stage, so that every stage resumes exactly:
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -32,7 +31,7 @@ from runtime import checkpoint, hub
 from runtime.checkpoint import ADVICE
 from runtime.cli import check_ranges, print0, read_flags
 from runtime.errors import UserError
-from runtime.files import lock_file, replace_text
+from runtime.files import append, flush, lock_file, replace_text
 from runtime.process import (
     Stop,
     describe,
@@ -73,7 +72,7 @@ class RunConfig:
     # more time, the same result [may change on resume]
     checkpoint_activations: bool = False
     # -- What you will rarely set --
-    # of everything random: the order of the data, what is held out, samples, fresh weights [< 2e18]
+    # of everything random: the order of the data, what is held out, samples, fresh weights
     seed: int = 0
     # auto, cpu, cuda, cuda:1, mps [may change on resume]
     device: str = "auto"
@@ -550,12 +549,8 @@ def open_run(out, resume, overwrite):
         raise UserError("--resume and --overwrite: choose one")
     path = Path(out)
     if rank() == 0:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock_file(path / ".lock", out)
-            found = [p for pattern in RUN_FILES for p in path.glob(pattern)]
-        except OSError as e:
-            raise UserError(f"--out={out}: {e.strerror}") from None
+        lock_file(path / ".lock", out)
+        found = [p for pattern in RUN_FILES for p in path.glob(pattern)]
         if found and not (resume or overwrite):
             raise UserError(
                 f"--out={out}: a run is here already ({found[0].name}); --resume continues it, --overwrite replaces it"
@@ -649,10 +644,7 @@ class Log:
         size, waiting = self.files.get(name) or (path.stat().st_size if path.exists() else 0, b"")
         waiting += text.encode("utf-8", "replace")
         try:
-            with open(path, "ab") as f:
-                f.truncate(size)  # a disk that filled up may have taken half of what waits
-                f.write(waiting)
-            size, waiting = size + len(waiting), b""
+            size, waiting = append(path, waiting, size, sync=False), b""
         except OSError as e:
             failure = e.strerror
             print0(f"warning: {path}: {failure}; {len(waiting)} bytes wait in memory", file=sys.stderr)
@@ -668,8 +660,7 @@ class Log:
         for name in self.files:
             failure, path = self.append(name, ""), self.path / name
             try:
-                with open(path, "rb+") as f:
-                    os.fsync(f.fileno())
+                flush(path)
             except OSError as e:
                 failure = failure or e.strerror
             if failure:

@@ -82,7 +82,7 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
         messages, marked = some_chat(draw), []
         for m in messages:
             begin, end = ("«", "»") if m["role"] == "assistant" else ("", "")
-            marked.append(f"<|im_start|>{m['role']}\n{begin}{m['content'].strip()}<|im_end|>{end}")
+            marked.append(f"<|im_start|>{m['role']}\n{begin}{m['content']}<|im_end|>{end}")
         found = chat.encode(TRAINED, messages)
         assert chat.marked(TRAINED, found) == "\n".join(marked)
         assert TRAINED.eot not in found.ids and found.ids[-1] == chat.end_of_turn(TRAINED)
@@ -92,12 +92,12 @@ def test_a_completion_is_read_back_without_special_tokens():
     draw = random.Random(5)
     for _ in range(50):
         text = "".join(draw.choices(TEXTS, k=3))
-        assert chat.decode_completion(TRAINED, chat.encode_completion(TRAINED, text)) == text.strip()
+        assert chat.decode_completion(TRAINED, chat.encode_completion(TRAINED, text)) == text
 
 
 def test_a_pair_is_its_prompt_and_two_trained_completions():
-    pair = rows.preference({"prompt": "q", "chosen": "yes ", "rejected": "no"})
-    for side, text in zip(chat.encode_pair(BYTES, pair), ("yes", "no")):
+    pair = rows.preference({"prompt": "q", "chosen": "    yes ", "rejected": "no"})
+    for side, text in zip(chat.encode_pair(BYTES, pair), ("    yes ", "no")):
         assert side.ids.tolist() == chat.encode(BYTES, turns("q", text)).ids.tolist()
         assert BYTES.decode(side.ids[side.loss_mask].tolist()) == text + "<|im_end|>"
 

@@ -85,7 +85,10 @@ def test_bad_flags_are_named(argv, message):
     "argv, message",
     [
         (["--steps", "-3"], "--steps=-3: a count was expected, not less than 0"),
+        (["--steps=9223372036854775808"], "a count was expected, not less than 0 and less than 2^63"),
         (["--lr=nan"], "--lr=nan: a finite number was expected"),
+        (["--warmup=1e-31"], "--warmup=1e-31: a finite number was expected, 0 or 1e-30 to 1e+30 in size"),
+        (["--warmup=-1e31"], "--warmup=-1e+31: a finite number was expected, 0 or 1e-30 to 1e+30 in size"),
         (["--lr=inf"], "--lr=inf: a finite number was expected"),
         (["--lr=0"], "--lr=0.0: must be > 0"),
         (["--lr=1"], "--lr=1.0: must be < 1"),
@@ -101,7 +104,12 @@ def test_values_out_of_range_are_named(argv, message):
 
 
 def test_the_ends_of_a_range_count_and_a_default_is_always_allowed():
-    for argv in ([], ["--warmup=0.5", "--lr=0.999", "--amount=4", "--name_of_it=long"], ["--warmup=0", "--amount=2"]):
+    for argv in (
+        [],
+        ["--steps=9223372036854775807", "--lr=1e-30"],
+        ["--warmup=0.5", "--lr=0.999", "--amount=4", "--name_of_it=long"],
+        ["--warmup=0", "--amount=2"],
+    ):
         check_ranges(parse_cli(Config, ["--out=a", *argv]))
 
 

@@ -243,7 +243,7 @@ def test_the_best_of_n_is_chosen_counted_and_read_by_sft(make_model, tmp_path):
     sampled = [json.loads(line) for line in best_file.read_text().splitlines()]
     assert all(row["finished"] and row[reward] == len(row["completion"]) for row in sampled)
     assert {row["prompt"]: len(row["completion"]) for row in sampled} == longest
-    kept = [row["completion"].strip() for row in sampled if row["completion"].strip()]
+    kept = [row["completion"] for row in sampled if row["completion"].strip()]
     assert [m[-1]["content"] for m in rows.read(str(best_file), rows.conversation, skip_bad=True)[0]] == kept
     assert [name for name in figures if "KL" in name] == [
         f"best of {k}: KL to one completion, at most, nats" for k in (1, 2, 4, 5)
@@ -367,6 +367,10 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"data": data, "temperature": -1}, "--temperature=-1"),
         ({"data": data, "max_new_tokens": 0}, "--max_new_tokens=0"),
         ({"data": data, "out": "/proc/no/out.json"}, "--out=/proc/no/out.json"),
+        ({"data": data, "out": tmp_path}, f"--out={tmp_path}: is a directory"),
+        ({"data": data, "samples": "/proc/no/s.jsonl"}, "--samples=/proc/no/s.jsonl"),
+        ({"data": data, "temperature": 1e-31}, "--temperature=1e-31: a finite number was expected"),
+        ({"data": data, "seed": 2**64}, "--seed=18446744073709551616: a count was expected"),
     ]:
         line = refused(start(fork, evaluate, **({"model": sft, "device": "cpu"} | flags)))
         assert message in line, (flags, line)

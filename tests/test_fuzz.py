@@ -21,7 +21,7 @@ import evaluate
 import figures
 import rlaif
 from data import chat, corpus, prepare, rows, shards, tokenizer
-from data.read import read_jsonl
+from data.read import read_jsonl, read_texts
 from runtime.checkpoint import find, load, load_state
 from runtime.cli import check_ranges, parse_cli, read_flags
 from runtime.errors import UserError
@@ -164,6 +164,13 @@ ROWS = [
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Ho", "rejected": "\n\nHuman: Hi\n\nAssistant: Ha"},
     {"prompt": "Hi", "completion": "Ho", "label": True},
     {"text": "Once upon a time."},
+    {"messages": [QUESTION, ANSWER | {"weight": 0, "name": "x"}, QUESTION, ANSWER], "tools": None, "history": []},
+    {"system": "Be brief.", "query": "Hi", "response": "Ho", "history": [["Yo", "No"]], "context": ""},
+    {"system_prompt": "", "question": "Hi", "chosen_response": "Ho", "rejected_response": "Ha"},
+    {"input": {"messages": [QUESTION]}, "preferred_output": [ANSWER], "non_preferred_output": [OTHER]},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": ANSWER, "rejected": OTHER},
+    {"conversation": [{"human": "Hi", "assistant": "Ho"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, "Ho"]}, ANSWER]},
     REPLIES,
     {"prompt": "2 + 2 =", "answer": "4"},
 ]
@@ -172,9 +179,9 @@ PARSERS = [rows.conversation, rows.problem, rows.prompt_only, rows.preference, r
 
 def check_messages(messages):
     """What a parser lets through can be made tokens, of which those of a completion are trained."""
-    assert messages and all(m.keys() == {"role", "content"} for m in messages)
+    assert messages and all(m.keys() - {"train"} == {"role", "content"} for m in messages)
     encoded = chat.encode(BYTES, messages)
-    assert encoded.loss_mask.any() == any(m["role"] == "assistant" for m in messages)
+    assert encoded.loss_mask.any() == any(m["role"] == "assistant" and "train" not in m for m in messages)
     assert json.loads(json.dumps(messages, ensure_ascii=False).encode()) == messages
 
 
@@ -240,7 +247,7 @@ def test_rows_of_text_and_of_measurements(folder, line):
     path = folder / "texts.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b"\n")
     names = [f"{path}:1", f"{path}:2", f"{path}:3", path]
-    for read in (corpus.read_documents, tokenizer.read_texts):
+    for read in (corpus.read_documents, read_texts):
         documents = allowed(names, lambda read=read: list(read(str(path))))
         if documents is not None:
             tokens = corpus.encode(BYTES, documents)

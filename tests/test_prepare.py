@@ -17,6 +17,7 @@ import pytest
 
 from data import clean, prepare, shards, tokenizer
 from data.read import read_jsonl, read_lines, read_text
+from runtime import files as runtime_files
 from runtime.errors import UserError
 from runtime.files import LOCKS, lock_file
 
@@ -557,7 +558,7 @@ def test_flag_errors(tmp_path, tok):
     for name, value in bad.items():
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}: ")):
             run(tok, tmp_path / "out", path, **{name: value})
-    with pytest.raises(UserError, match="x.csv: expected .txt or .jsonl"):
+    with pytest.raises(UserError, match="'x.csv': expected FILE.txt, FILE.jsonl"):
         run(tok, tmp_path / "out", path, decontaminate="x.csv")
     with pytest.raises(UserError, match="x.txt: No such file"):
         run(tok, tmp_path / "out", path, decontaminate="x.txt")
@@ -587,6 +588,11 @@ def test_rows_of_the_hub_are_copied_once(tmp_path, tok, monkeypatch):
     manifest = run(tok, tmp_path / "out", "hf:org/name[,train,20]", val_fraction=0.0)
     assert downloads == ["hf:org/name[,train,20]"] and stored(tmp_path / "out", "train", tok) == sentences(20)
     assert manifest["sources"][0]["path"] == "hf:org/name[,train,20]" and len(manifest["sources"][0]["sha256"]) == 64
+    monkeypatch.setattr("data.read.hub_rows", lambda name: [{"text": sentences(1)[0]}, {"txt": 1}])
+    with pytest.raises(UserError, match='hf:org/name:2: no string "text".*--skip_bad'):
+        run(tok, tmp_path / "two", "hf:org/name", val_fraction=0.0)
+    manifest = run(tok, tmp_path / "three", "hf:org/name", val_fraction=0.0, skip_bad=True)
+    assert (manifest["rules"]["bad_line"], manifest["documents_out"]) == (1, 1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -602,18 +608,18 @@ def test_a_killed_run_restarted_ends_in_the_same_bytes(tmp_path, tok, monkeypatc
     path = write_jsonl(tmp_path / "a.jsonl", sentences(200))
     flags = dict(shard_bytes=10_000, val_fraction=0.2)
     run(tok, tmp_path / "once", path, **flags)
-    flush = prepare.flush
+    flush = runtime_files.flush
 
     def dying(file):
         nonlocal left
-        left -= 1
+        left -= file.is_file()
         if left < 0:
-            data = Path(file).read_bytes()
-            Path(file).write_bytes(data[: len(data) // 2])
+            data = file.read_bytes()
+            file.write_bytes(data[: len(data) // 2])
             raise Crash
         flush(file)
 
-    monkeypatch.setattr(prepare, "flush", dying)
+    monkeypatch.setattr(runtime_files, "flush", dying)
     for survived in range(100):
         out, left = tmp_path / f"out{survived}", survived
         try:
@@ -629,15 +635,15 @@ def test_a_killed_run_restarted_ends_in_the_same_bytes(tmp_path, tok, monkeypatc
 
 def test_a_finished_pass_is_not_repeated(tmp_path, tok, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", sentences(50))
-    scan_sources, write_shard = prepare.scan_sources, prepare.write_shard
+    scan_sources, write_splits = prepare.scan_sources, prepare.write_splits
 
     def dying(*args):
         raise Crash
 
-    monkeypatch.setattr(prepare, "write_shard", dying)
+    monkeypatch.setattr(prepare, "write_splits", dying)
     with pytest.raises(Crash):
         run(tok, tmp_path / "out", path)
-    monkeypatch.setattr(prepare, "write_shard", write_shard)
+    monkeypatch.setattr(prepare, "write_splits", write_splits)
     monkeypatch.setattr(prepare, "scan_sources", dying)
     assert run(tok, tmp_path / "out", path)["documents_in"] == 50
     monkeypatch.setattr(prepare, "scan_sources", scan_sources)
@@ -650,7 +656,7 @@ def test_a_finished_pass_is_not_repeated(tmp_path, tok, monkeypatch):
 def test_kill_9_and_restart(tmp_path, tok, paragraphs, fork):
     rng = random.Random(0)
     path = write_jsonl(tmp_path / "a.jsonl", [p + f" {rng.random()} {rng.random()}" for p in paragraphs * 2])
-    out, scan = tmp_path / "out", tmp_path / "out/work/scan.bin.tmp"
+    out, scan = tmp_path / "out", tmp_path / "out/work/.scan.bin.tmp"
     flags = dict(dedup="exact", shard_bytes=100_000, workers=2)
     config = prepare.Config(data=str(path), tokenizer=str(tok), out=str(out), **flags)
     for reached in (
@@ -755,7 +761,7 @@ def prepared(tmp_path_factory, tok):
 def test_damage_is_noticed(tmp_path, prepared, damage, says):
     out = shutil.copytree(prepared, tmp_path / "out")
     tok = tokenizer.byte_level()
-    assert shards.read_prepared(out, tok)
+    assert len(shards.read_prepared(out, tok)[0]) > 1
     damage(out)
     with pytest.raises(UserError, match=says):
         shards.read_prepared(out, tok)

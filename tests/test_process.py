@@ -35,6 +35,13 @@ def test_a_single_gpu_is_named_by_its_index(name, monkeypatch):
     assert chosen == [0]
 
 
+def test_apples_gpus_are_used_by_name_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert process.choose_device("auto") == torch.device("cpu")
+    assert process.choose_device("mps") == torch.device("mps")
+
+
 def test_each_rank_has_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")

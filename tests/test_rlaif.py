@@ -389,6 +389,7 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
     plain = tokenizer.Tokenizer("plain", tokenizer.PATTERN, byte_ids, {"<|endoftext|>": 256}, pad="<|endoftext|>")
     save(make_model, files / "no_turns", "pretrain", tok=plain)
     (files / "empty.txt").write_text("# nothing\n")
+    (files / "null.jsonl").symlink_to("/dev/null")
     flags = flags_of(files)
     for changed, why in [
         ({"constitution": files / "empty.txt"}, "no principle in it"),
@@ -413,6 +414,8 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
         ({"min_margin": 0.5}, "--min_margin=0.5"),
         ({"out": files / "out.txt"}, "--out="),
         ({"out": "/proc/no/out.jsonl"}, "--out=/proc/no/out.jsonl"),
+        ({"out": files / "null.jsonl", "overwrite": True}, "null.jsonl: is no regular file"),
+        ({"seed": 2**63}, "--seed=9223372036854775808: a count was expected"),
         ({"out": files / "prompts.jsonl", "overwrite": True}, "is what is read"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite: choose one"),
     ]:

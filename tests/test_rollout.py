@@ -517,6 +517,20 @@ def test_tokens_of_others_in_a_sample_are_neither_trained_nor_compared(make_mode
     assert check_sampler(model, chats, samples, logp, None, 0.8, 30, True) < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.05, 30.0])
+def test_rounding_grows_as_the_temperature_falls(make_model, temperature):
+    model = make_model()
+    chats, samples, logp = sampled(model, temperature)
+    assert all(math.isfinite(x) for s in samples for x in s.logprobs)
+    wide = [Sample(s.prompt_index, s.tokens, [x + 5e-6 / temperature for x in s.logprobs], True) for s in samples]
+    if temperature < 1:
+        check_sampler_matches_trainer(model, chats, wide, logp, None, temperature, 30, True)
+    far = 2e-5 / min(temperature, 1)
+    wide = [Sample(s.prompt_index, s.tokens, [x + far for x in s.logprobs], True) for s in samples]
+    with pytest.raises(UserError, match="sampler and trainer disagree"):
+        check_sampler_matches_trainer(model, chats, wide, logp, None, temperature, 30, True)
+
+
 def test_distributions_that_differ_are_refused(make_model):
     model = make_model()
     chats, samples, logp = sampled(model)

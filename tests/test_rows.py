@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import rows
+from data import chat, rows, tokenizer
 from runtime.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PLAIN = [Q, A]
+BYTES = tokenizer.byte_level()
 
 
 def turns(*contents, system=""):
@@ -70,6 +71,75 @@ CONVERSATIONS = {
         turns("a", "48/2 = 24 clips\n#### 24"),
     ),
     "a problem": ({"prompt": "a", "answer": "b"}, turns("a", "b")),
+    "an indented answer": (
+        {"prompt": "def f():", "completion": "    return 1\n"},
+        turns("def f():", "    return 1\n"),
+    ),
+    "OpenOrca": ({"system_prompt": "s", "question": "a", "response": "b", "id": "x"}, turns("a", "b", system="s")),
+    "HelpSteer": ({"prompt": "a", "response": "b", "helpfulness": 4}, turns("a", "b")),
+    "Dolly": ({"instruction": "a", "context": "x", "response": "b", "category": "qa"}, turns("a\n\nx", "b")),
+    "a query": ({"query": "a", "response": "b"}, turns("a", "b")),
+    "an input": ({"input": "a", "output": "b"}, turns("a", "b")),
+    "Magpie": (
+        {"instruction": "a", "response": "b"}
+        | {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        turns("a", "b"),
+    ),
+    "a system column of ShareGPT": (
+        {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": ""},
+        turns("a", "b", system="s"),
+    ),
+    "a system column that repeats the message": (
+        {"system": "s", "messages": turns("a", "b", system="s")},
+        turns("a", "b", system="s"),
+    ),
+    "an empty system message": (
+        {"messages": [{"role": "system", "content": ""}, *turns("a", "b")]},
+        turns("a", "b"),
+    ),
+    "Alpaca with history": (
+        {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]], "system": "s"},
+        turns("a", "b", "c", "d", system="s"),
+    ),
+    "history as messages": ({"query": "c", "response": "d", "history": turns("a", "b")}, turns("a", "b", "c", "d")),
+    "messages of the prompt, a completion": ({"messages": turns("a"), "completion": "b"}, turns("a", "b")),
+    "text parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "c", "image_url": None}]},
+            ]
+        },
+        turns("a b", "c"),
+    ),
+    "a developer, and other names": (
+        {
+            "conversation": [
+                {"role": "developer", "content": "s"},
+                {"from": "Human", "content": "a"},
+                {"role": "ASSISTANT", "value": "b"},
+            ]
+        },
+        turns("a", "b", system="s"),
+    ),
+    "turns": (
+        {"conversation": [{"human": "a", "assistant": "b"}, {"input": "c", "output": "d"}]},
+        turns("a", "b", "c", "d"),
+    ),
+    "nulls at every depth": (
+        {
+            "messages": [m | {"tool_calls": None, "images": [None]} for m in turns("a", "b")],
+            "tools": None,
+            "prompt": None,
+        }
+        | {"system": None, "history": [], "functions": [{"name": None}], "images": []},
+        turns("a", "b"),
+    ),
+    "remarks": (
+        {"messages": turns("a", "b"), "reasoning_model": "x", "num_thoughts": 4, "image_id": "y", "has_tools": False}
+        | {"reasoning_tokens": 12, "source": "z", "tools": "[]"},
+        turns("a", "b"),
+    ),
 }
 
 
@@ -82,7 +152,7 @@ def test_conversations_in_every_format(tmp_path, name):
 
 
 PAIRS = {
-    "strings": ({"prompt": "a", "chosen": " b\n", "rejected": "c"}, turns("a")),
+    "strings": ({"prompt": "a", "chosen": "b", "rejected": "c"}, turns("a")),
     "prompt messages, strings": (
         {"prompt": turns("x", "y", "a", system="s"), "chosen": "b", "rejected": "c"},
         turns("x", "y", "a", system="s"),
@@ -112,7 +182,53 @@ PAIRS = {
             "chosen": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant: b",
             "rejected": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant: c",
         },
-        [{"role": m["role"], "content": " " + m["content"]} for m in turns("x", "y", "a")],
+        turns("x", "y", "a"),
+    ),
+    "HH with its prompt apart": (
+        {"prompt": "\n\nHuman: x\n\nAssistant: y\n\nHuman: a\n\nAssistant:", "chosen": "b", "rejected": "c"},
+        turns("x", "y", "a"),
+    ),
+    "HH twice": (
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "response": "b"}
+        | {side: f"\n\nHuman: a\n\nAssistant: {text}" for side, text in (("chosen", "b"), ("rejected", "c"))},
+        turns("a"),
+    ),
+    "Orca": ({"system": "", "question": "a", "chosen": "b", "rejected": "c"}, turns("a")),
+    "Orca with a system message": (
+        {"system": "s", "question": "a", "chosen": "b", "rejected": "c", "score": 1},
+        turns("a", system="s"),
+    ),
+    "Alpaca": (
+        {"instruction": "a", "input": "x", "chosen": "b", "rejected": "c", "system": None},
+        turns("a\n\nx"),
+    ),
+    "Argilla": ({"instruction": "a", "chosen_response": "b", "rejected_response": "c"}, turns("a")),
+    "LLaMA-Factory": (
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+            "system": "s",
+        },
+        turns("a", system="s"),
+    ),
+    "OpenAI": (
+        {
+            "input": {"messages": turns("a", system="s"), "tools": [], "parallel_tool_calls": True},
+            "preferred_output": reply("b"),
+            "non_preferred_output": reply("c"),
+        },
+        turns("a", system="s"),
+    ),
+    "ms-swift": (
+        {"query": "a", "response": "b", "rejected_response": "c", "history": [["x", "y"]], "system": "s"},
+        turns("x", "y", "a", system="s"),
+    ),
+    "ms-swift's messages": ({"messages": turns("x", "y", "a", "b"), "rejected_response": "c"}, turns("x", "y", "a")),
+    "nulls at every depth": (
+        {"prompt": None, "chosen": [m | {"tool_calls": None} for m in turns("a", "b")], "tools": [None]}
+        | {"rejected": [m | {"images": [{"url": None}], "name": None} for m in turns("a", "c")]},
+        turns("a"),
     ),
 }
 
@@ -130,7 +246,10 @@ def test_a_soft_label_is_kept():
 
 
 def test_judged_answers():
-    assert rows.judged({"prompt": "a", "completion": " b ", "label": False}) == [(turns("a"), "b", False)]
+    assert rows.judged({"prompt": "a", "completion": " b ", "label": False}) == [(turns("a"), " b ", False)]
+    assert rows.judged({"instruction": "a", "output": "b", "kto_tag": False}) == [(turns("a"), "b", False)]
+    weighted = [m | {"weight": 0} for m in turns("a", "b")] + turns("c", "d")
+    assert rows.judged({"messages": weighted, "label": True}) == [(turns("a", "b", "c"), "d", True)]
     assert rows.judged({"prompt": turns("a"), "completion": reply("b"), "label": True}) == [(turns("a"), "b", True)]
     assert rows.judged({"messages": turns("a", "b", "c", "d"), "label": True}) == [(turns("a", "b", "c"), "d", True)]
 
@@ -319,10 +438,12 @@ BAD_CONVERSATIONS = [
     ({"messages": [{"content": "q"}, A]}, '"messages"[0]'),
     ({"messages": [Q, {"role": "assistant"}]}, '"messages[1].content" is missing'),
     ({"messages": [Q, {"role": "assistant", "content": None}]}, '"messages[1].content" is missing'),
+    ({"messages": [Q, {"role": "assistant", "content": []}]}, '"messages[1].content" is list'),
     (
-        {"messages": [Q, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
-        '"messages[1].content" is list',
+        {"messages": [Q, {"role": "assistant", "content": [{"type": "text"}]}]},
+        "\"messages[1]\" has content of type 'text'",
     ),
+    ({"messages": [Q, A | {"value": "b"}]}, '"messages[1]" has a "content" and another "value"'),
     ({"messages": [Q, {"role": "assistant", "content": " \n"}]}, '"messages[1].content" is empty'),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "human", "value": "a"}]}, '"conversations"[1]'),
     ({"prompt": "q", "completion": ""}, '"completion" is empty'),
@@ -336,6 +457,26 @@ BAD_CONVERSATIONS = [
     ({"instruction": "q", "input": ["x"], "output": "a"}, '"input"'),
     ({"question": "q", "answer": 5}, '"answer" is int'),
     ({"prompt": "q"}, "no conversation in the fields prompt"),
+    ({"system": "x", "messages": turns("q", "a", system="y")}, '"system" is another system message'),
+    (
+        {"system": "x", "system_prompt": "y", "prompt": "q", "completion": "a"},
+        '"system_prompt" is another system message',
+    ),
+    ({"messages": [{"role": "system", "content": ""}]}, '"messages" has no message that is not empty'),
+    ({"prompt": turns(system="s"), "completion": "a"}, '"prompt" has no question of a user'),
+    (
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "completion": "\n\nHuman: q\n\nAssistant: a"},
+        '"completion" begins with the "prompt"',
+    ),
+    ({"messages": PLAIN, "extra": json.loads("[" * 700 + "]" * 700)}, "nested too deeply"),
+    ({"prompt": "q", "question": "z", "completion": "a"}, '"question" says something that is not read'),
+    ({"prompt": "q", "completion": "a", "output": "b"}, '"output" says something that is not read'),
+    ({"messages": PLAIN, "conversations": turns("q", "b")}, '"conversations" says something that is not read'),
+    ({"messages": PLAIN, "response": "b"}, '"response" says something that is not read'),
+    ({"messages": turns("a", "b", "c", "d"), "history": [["x", "y"]]}, '"history" says something that is not read'),
+    ({"query": "q", "response": "a", "history": [["x"]]}, '"history"[0] is not {"role", "content"}'),
+    ({"query": "q", "response": "a", "history": [["x", ""]]}, '"history[1].content" is empty'),
+    ({"prompt": "q" + " " * 500_001, "completion": "a"}, '"prompt" has more than 500000 white-space characters'),
     ({"text": "once upon a time"}, '"text" is what pretraining reads'),
     (
         {"prompt": "q", "chosen": "a", "rejected": "b"},
@@ -343,6 +484,205 @@ BAD_CONVERSATIONS = [
     ),
     ({}, "no conversation in the fields (none)"),
 ]
+UNREAD_MESSAGES = {  # of the assistant: a field, what it may hold; each with a field of the same kind that is empty
+    "tool_calls": [{"type": "function", "function": {"name": "f"}}],
+    "toolCalls": [{"name": "f"}],
+    "function_call": {"name": "f", "arguments": "{}"},
+    "tool_call_id": None,
+    "reasoning_content": "so",
+    "reasoning": "so",
+    "reasoning_details": [{"type": "text", "text": "so"}],
+    "thinking": "so",
+    "thought": "so",
+    "Complex_CoT": "so",
+    "analysis": "so",
+    "images": ["a.png"],
+    "image_url": {"url": "a.png"},
+    "audio": {"id": "a"},
+    "video": "a.mp4",
+    "documents": [{"text": "so"}],
+    "refusal": "no",
+    "prefix": True,
+    "mask": 1,
+    "train_detail": [{"begin_offset": 0}],
+}
+UNREAD_ROWS = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_list": '[{"name": "f"}]',
+    "functions": [{"name": "f"}],
+    "images": ["a.png"],
+    "image": "a.png",
+    "audios": [{"bytes": b"x"}],
+    "reasoning_content": "so",
+    "thinking_trajectories": ["so"],
+    "documents": ["so"],
+    "chat_template_kwargs": {"enable_thinking": False},
+    "history": "q a",
+    "context": "so",
+    "weight": 0.5,
+    "train": False,
+}
+
+
+def variants(content):
+    """A row of each kind whose last message has more in it."""
+    messages = [Q, A | content]
+    return [
+        (rows.conversation, {"messages": messages}),
+        (rows.conversation, {"conversations": messages}),
+        (rows.conversation, {"prompt": "q", "completion": messages[1:]}),
+        (rows.preference, {"chosen": messages, "rejected": turns("q", "b")}),
+        (rows.preference, {"prompt": [Q], "chosen": reply("b"), "rejected": messages[1:]}),
+        (rows.judged, {"messages": messages, "label": True}),
+        (rows.prompt, {"messages": [*messages, Q]}),
+    ]
+
+
+@pytest.mark.parametrize("field", UNREAD_MESSAGES)
+def test_no_field_of_a_message_that_says_something_is_ignored(field):
+    value = UNREAD_MESSAGES[field]
+    for parse, row in variants({field: value}):
+        if value is not None:
+            with pytest.raises(rows.Unread, match=f'"[a-z]+\\[[01]\\].{field}" says something that is not read'):
+                parse(row)
+    for empty in (None, "", [], {}, [None], [{"name": None}], False):
+        for parse, row in variants({field: empty}):
+            assert parse(row)
+
+
+@pytest.mark.parametrize("field", UNREAD_ROWS)
+def test_no_column_that_says_something_is_ignored(field):
+    value, pair = UNREAD_ROWS[field], {"chosen": "a", "rejected": "b"}
+    talks = [{"messages": PLAIN}, {"prompt": "q", "completion": "a"}, {"question": "q", "answer": "5"}]
+    cases = [(rows.conversation, row) for row in talks]
+    cases += [
+        (rows.judged, {"prompt": "q", "completion": "a", "label": True}),
+        (rows.preference, {"query": "q"} | pair),
+    ]
+    if field not in ("reasoning_content", "thinking_trajectories", "weight", "train"):  # these are of the answer
+        cases += [(rows.prompt, row) for row in talks] + [(rows.problem, {"question": "q", "answer": "5"})]
+    for parse, row in cases:
+        with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
+            parse(row | {field: value})
+        for empty in (None, "", [], {}):
+            assert parse(row | {field: empty})
+
+
+def test_what_is_left_out_is_counted_by_field_once_a_file(tmp_path, capsys):
+    called = {"messages": [Q, A | {"tool_calls": [{"name": "f"}]}]}
+    listed = {"messages": PLAIN, "tools": [{"name": "f"}]}
+    path = write(tmp_path / "a.jsonl", [called, {"messages": PLAIN}, listed, called, {"messages": []}])
+    with pytest.raises(UserError, match=r'a.jsonl:1: "messages\[1\].tool_calls" says something that is not read'):
+        rows.read(path, rows.conversation)
+    assert rows.read(path, rows.conversation, skip_bad=True)[0] == [PLAIN]
+    out = capsys.readouterr().out
+    assert out == f'{path}: 4 bad lines left out, 1 read; 2 for "tool_calls", 1 for "tools", which is not read\n'
+
+
+def test_fields_of_messages_that_nobody_knows_are_said_once_a_file(tmp_path, capsys):
+    row = {"messages": [Q | {"country": "x"}, A | {"header": {"a": "b"}, "toxic": False, "turn": None}]}
+    assert rows.read(write(tmp_path / "a.jsonl", [row] * 9), rows.conversation)[0] == [PLAIN] * 9
+    out = capsys.readouterr().out
+    assert out == f'{tmp_path}/a.jsonl: fields of messages that are not read: "country", "header", "toxic"\n'
+
+
+def test_a_name_counts_if_it_tells_speakers_apart():
+    named = [m | {"name": name} for m, name in zip(turns("a", "b", "c", "d"), ("x", "y", "x", "y"))]
+    assert rows.conversation({"messages": named}) == turns("a", "b", "c", "d")
+    named[2]["name"] = "z"
+    with pytest.raises(rows.Unread, match=r'"messages\[2\].name" says something'):
+        rows.conversation({"messages": named})
+
+
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
+)
+def test_a_message_may_be_read_and_not_trained(flag):
+    messages = [turns("a", "b")[0], turns("a", "b")[1] | flag, *turns("c", "d")]
+    untrained = turns("a", "b", "c", "d")
+    untrained[1]["train"] = False
+    assert rows.conversation({"messages": messages}) == untrained
+    assert rows.conversation({"messages": turns("a", "b", "c", "d")[:3], "completion": "d"}) == turns(
+        "a", "b", "c", "d"
+    )
+    marked = chat.marked(BYTES, chat.encode(BYTES, untrained))
+    assert marked.count("«") == 1 and marked.endswith(
+        "\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n«d<|im_end|>»"
+    )
+    assert rows.prompt({"messages": messages}) == turns("a", "b", "c")  # nothing of a prompt is trained
+    with pytest.raises(ValueError, match="no message of the assistant that is to be trained"):
+        rows.conversation({"messages": messages[:2]})
+    with pytest.raises(ValueError, match="ends with a message that is not to be trained"):
+        rows.preference({"chosen": messages[:2], "rejected": turns("a", "c")})
+    for wrong in ({"weight": 0.5}, {"train": "false"}, {"weight": 1, "train": False}):
+        with pytest.raises(ValueError, match='"messages\\[1\\]'):
+            rows.conversation({"messages": [Q, A | wrong]})
+    with pytest.raises(ValueError, match="only messages of the assistant are trained"):
+        rows.conversation({"messages": [Q | {"train": True}, A]})
+
+
+REPEATED = [
+    ("Name a colour.", " Red", True),
+    ("2+2?", " 4", True),
+    ("Hello", " there", False),
+    ("Good morning", "! How are you?", False),
+]
+
+
+@pytest.mark.parametrize("prompt, more, refused", REPEATED)
+def test_an_answer_that_repeats_its_prompt_is_refused(prompt, more, refused):
+    text = prompt.replace(" ", "\n") + more
+    cases = [
+        (rows.conversation, {"prompt": prompt, "completion": text}),
+        (rows.conversation, {"question": prompt, "response": text}),
+        (rows.judged, {"prompt": prompt, "completion": text, "label": True}),
+        (rows.preference, {"prompt": prompt, "chosen": text, "rejected": text + " no"}),
+        (rows.preference, {"instruction": prompt, "chosen": reply(text), "rejected": reply(text + " no")}),
+    ]
+    for parse, row in cases:
+        if refused:
+            with pytest.raises(ValueError, match="only what follows it is the answer"):
+                parse(row)
+        else:
+            assert parse(row)
+    assert rows.preference({"prompt": prompt, "chosen": text, "rejected": "no"}).chosen == text  # it may quote it
+    assert rows.conversation({"messages": turns(prompt, text)})
+
+
+def test_the_beginning_of_an_answer_in_a_prompt_is_refused():
+    begun = turns("a", "To be")
+    pair = {"chosen": "x", "rejected": "y"}
+    cases = [(rows.conversation, {name: begun, "completion": "x"}) for name in ("prompt", "question", "input")]
+    cases += [
+        (rows.conversation, {"prompt": begun, "completion": reply("x")}),
+        (rows.preference, {"prompt": begun} | pair),
+    ]
+    cases += [(rows.preference, {"conversations": begun, "chosen": reply("x")[0], "rejected": reply("y")[0]})]
+    cases += [(rows.prompt, {"prompt": begun, "answer": "5"}), (rows.problem, {"prompt": begun, "answer": "5"})]
+    cases += [(rows.judged, {"prompt": begun, "completion": "x", "label": True})]
+    cases += [(rows.preference, {"prompt": "\n\nHuman: a\n\nAssistant: To be"} | pair)]
+    for parse, row in cases:
+        with pytest.raises(ValueError, match="the beginning of an answer, which is not read"):
+            parse(row)
+
+
+def test_a_bad_answer_is_no_conversation():
+    row = {"prompt": "q", "completion": "a", "label": False}
+    with pytest.raises(ValueError, match="a bad answer, which dpo.py --loss=kto reads"):
+        rows.conversation(row)
+    assert rows.conversation(row | {"label": True}) == turns("q", "a")
+    assert rows.judged(row) == [(turns("q"), "a", False)] and rows.prompt(row) == turns("q")
+
+
+def test_the_system_message_of_a_conversation_goes_with_its_prompt():
+    row = {"prompt": "a", "messages": turns("a", "b", "c", "d", system="s")}
+    assert rows.prompt(row) == turns("a", system="s")
+    assert rows.prompt({"messages": turns("a", "b"), "system": "s"}) == turns("a", system="s")
+    assert rows.prompt({"question": "a", "history": [["x", "y"]], "system_prompt": "s"}) == turns(
+        "x", "y", "a", system="s"
+    )
+
+
 BAD_PAIRS = [
     ({"messages": PLAIN}, 'no "chosen"; this is a conversation, which sft.py reads'),
     ({"prompt": "q", "completion": "a"}, 'no "chosen" in the fields prompt, completion'),
@@ -351,7 +691,7 @@ BAD_PAIRS = [
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, '"chosen" and "rejected" are the same text'),
     ({"prompt": "q", "chosen": "a ", "rejected": "\na"}, '"chosen" and "rejected" are the same text'),
     ({"prompt": "q", "chosen": "", "rejected": "a"}, '"chosen" is empty'),
-    ({"prompt": "q", "chosen": "a", "rejected": None}, '"rejected" is missing'),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, 'no "rejected" in the fields prompt, chosen'),
     ({"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, '"chosen": one message of the assistant'),
     ({"prompt": " ", "chosen": "a", "rejected": "b"}, '"prompt" is empty'),
     ({"prompt": [A], "chosen": "a", "rejected": "b"}, '"prompt"[0]'),
@@ -364,6 +704,8 @@ BAD_PAIRS = [
         '"chosen" begins with messages that are not the "prompt"',
     ),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": 1.5}, '"probability" is 1.5'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2.5}, '"margin" says something that is not read'),
+    ({"prompt": "q", "chosen": "a", "chosen_response": "x", "rejected": "b"}, '"chosen_response" and "chosen" differ'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": True}, '"probability" is True'),
 ]
 BAD_JUDGED = [
@@ -420,13 +762,6 @@ def test_a_line_that_is_no_object_is_named_or_counted(tmp_path, capsys, line, re
     assert str(e.value).startswith(f"{path}:4: ")
     assert len(rows.read(str(path), rows.conversation, skip_bad=True)[0]) == 3
     assert "1 bad lines left out, 3 read" in capsys.readouterr().out
-
-
-def test_an_array_of_json_is_called_that(tmp_path):
-    """Alpaca and ShareGPT come as one array in one .json file."""
-    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "q", "output": "a"}], indent=1))
-    with pytest.raises(UserError, match="alpaca.json:1: .*one per line"):
-        rows.read(str(tmp_path / "alpaca.json"), rows.conversation)
 
 
 def test_what_is_no_data_file_is_called_what_it_is(tmp_path):

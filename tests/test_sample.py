@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -276,6 +277,19 @@ def test_save_appends_and_never_spoils_what_was_there(models, talk, tmp_path):
     first, second, third = saved(file)
     assert first == before and second == third and contents(second)[:2] == ["be brief", "hi"]
     assert talk(models / "polite", "hi", f"/save {other}", temperature=0.0).err == f"saved in {other}\n"
+
+
+def test_save_writes_through_links_and_into_pipes(models, talk, tmp_path):
+    (tmp_path / "link").symlink_to("real.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    lines = ["hi", f"/save {tmp_path}/link", f"/save {tmp_path}/pipe", "/save /dev/null"]
+    notices = talk(models / "polite", *lines, temperature=0.0).err
+    reader.join(10)
+    assert notices.count("saved in") == 3 and (tmp_path / "link").is_symlink()
+    assert found == [(tmp_path / "real.jsonl").read_bytes()] and saved(tmp_path / "real.jsonl")
 
 
 def test_an_empty_answer_is_not_saved(models, talk, tmp_path):

@@ -578,9 +578,10 @@ def smollm():
     )
     # special tokens first, and not every byte
     first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
-    tok = build(digits, first=first, alphabet=False)
+    spec = json.loads(build(digits, first=first, alphabet=False).to_str())
+    del spec["pre_tokenizer"]["pretokenizers"][1]["use_regex"]  # true unless it is there
     return (
-        json.loads(tok.to_str()),
+        spec,
         {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
         dict(eot="<|endoftext|>", pad="<|im_end|>", nfc=False),
     )

@@ -19,6 +19,7 @@ from hypothesis import example, given, settings, strategies as st
 from data import tokenizer, world
 from data.judge import judge_prompt
 from data.world import Config, final, gold
+from runtime import files as runtime_files
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -427,15 +428,13 @@ def test_the_command_writes_the_same_bytes_every_time_and_refuses_to_overwrite(f
 def test_a_world_that_was_killed_half_way_does_not_look_whole(tmp_path, monkeypatch):
     config = Config(out=str(tmp_path), overwrite=True, **SMALL | {"stories": 300})
     world.main(config)
-    write = world.replace_text
 
-    def full_disk(path, text):
-        if path.name == "prompts.jsonl":
+    def full_disk(path):
+        if "prompts.jsonl" in path.name:
             raise OSError(28, "No space left on device")
-        write(path, text)
 
-    monkeypatch.setattr(world, "replace_text", full_disk)
-    with pytest.raises(UserError, match="No space left"):
+    monkeypatch.setattr(runtime_files, "flush", full_disk)
+    with pytest.raises(UserError, match="prompts.jsonl: No space left"):
         world.main(config)
     assert not (tmp_path / "world.json").exists() and (tmp_path / "pairs.jsonl").exists()
 

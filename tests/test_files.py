@@ -1,0 +1,158 @@
+"""Every file is written by runtime/files.py: whole or not at all, through links, into devices and
+pipes, and nowhere else in the product."""
+
+import ast
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bench.house import product_files
+from runtime import files
+from runtime.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and devices of POSIX")
+
+
+def read_pipe(path):
+    """A thread that reads a named pipe to its end, and the list that gets what it read."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(path.read_bytes()), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"ü": 1})
+    assert path.read_text("utf-8") == '{\n "ü": 1\n}\n' and os.listdir(tmp_path) == ["a.json"]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "flush", killed)
+        with pytest.raises(Killed):
+            files.replace_text(path, "new")
+    assert path.read_text("utf-8").startswith("{")
+    files.replace_text(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(small_disk):
+    path = small_disk(64) / "a.txt"
+    files.replace_text(path, "old")
+    with pytest.raises(UserError, match="a.txt: No space left on device"):
+        files.replace_text(path, "x" * 2**17)
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["a.txt"]
+
+
+def test_the_disk_holds_the_file_before_it_takes_its_place(tmp_path, monkeypatch):
+    events, replace, flush = [], os.replace, files.flush
+    monkeypatch.setattr(files, "flush", lambda path: events.append(("flush", path.name)) or flush(path))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(("replace", a.name)) or replace(a, b))
+    files.replace_text(tmp_path / "a", "text")
+    assert events == [("flush", ".a.tmp"), ("replace", ".a.tmp"), ("flush", tmp_path.name)]
+    assert files.append(tmp_path / "a", b"+1") == 6 and events[-1] == ("flush", "a")
+    assert files.append(tmp_path / "a", b"!", size=4, sync=False) == 5 and len(events) == 4
+    assert (tmp_path / "a").read_bytes() == b"text!"
+
+
+@posix
+def test_links_lead_to_the_file(tmp_path):
+    (tmp_path / "real").mkdir()
+    for name, there in (("new", False), ("old", True)):
+        target, link, second = tmp_path / "real" / name, tmp_path / f"{name}.link", tmp_path / f"{name}.second"
+        if there:
+            target.write_text("old")
+        link.symlink_to(Path("real") / name)
+        second.symlink_to(link.name)
+        files.check_writable("out", second)
+        assert target.exists() == there
+        files.replace_text(second, "text")
+        assert second.is_symlink() and link.is_symlink() and target.read_text() == "text"
+        files.append(second, b" and more")
+        assert target.read_text() == "text and more"
+    assert sorted(os.listdir(tmp_path / "real")) == ["new", "old"]
+
+
+@posix
+def test_devices_and_pipes_are_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    files.check_writable("out", pipe)  # opening it would end its reader
+    for write in (lambda: files.replace_text(pipe, "text"), lambda: files.append(pipe, b"text")):
+        thread, found = read_pipe(pipe)
+        write()
+        thread.join(10)
+        assert found == [b"text"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in (tmp_path / "null", Path("/dev/null")):
+        files.check_writable("out", path)
+        files.replace_text(path, "text")
+        assert files.append(path, b"text") == 0
+        assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and path.is_symlink() == (path.parent == tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["null", "pipe"]
+
+
+@posix
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr"])
+def test_standard_output_goes_on(tmp_path, name):
+    """Also if it is a file: what was printed before stays, and what is printed after follows."""
+    code = "import sys; from runtime.files import *; out = sys.stdout if 'out' in sys.argv[1] else sys.stderr\n"
+    code += "check_writable('out', sys.argv[1]); print('before', file=out); replace_text(sys.argv[1], 'text\\n')\n"
+    code += "print('after', file=out)"
+    command = [sys.executable, "-c", code, name]
+    stream = name.removeprefix("/dev/")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert vars(done)[stream] == "before\ntext\nafter\n"
+    with open(tmp_path / "log", "wb") as log:
+        subprocess.run(command, cwd=ROOT, check=True, **{stream: log})
+    assert (tmp_path / "log").read_text() == "before\ntext\nafter\n"
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    files.check_writable("out", tmp_path / "new" / "folder" / "a")
+    files.check_writable("out", tmp_path / "file")
+    assert os.listdir(tmp_path / "new" / "folder") == [] and (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(UserError, match=r"--out=.*/new: is a directory"):
+        files.check_writable("out", tmp_path / "new")
+    for path in (tmp_path / "file" / "a", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="--samples=.*(Not a directory|File exists|too long)"):
+            files.check_writable("samples", path)
+        with pytest.raises(UserError, match="Not a directory|File exists|too long"):
+            files.replace_text(path, "text")
+    with pytest.raises(UserError, match="--out=run: (File exists|Not a directory)"):
+        files.lock_file(tmp_path / "file" / ".lock", "run")
+    files.write_json(tmp_path / "other" / "folder" / "a.json", {})
+    assert os.listdir(tmp_path / "other" / "folder") == ["a.json"]
+
+
+def writing_calls(text):
+    """The calls of a source that write a file, as "line: call"."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            strings = [a.value for a in node.args + [k.value for k in node.keywords] if isinstance(a, ast.Constant)]
+            opens = name in ("open", "fdopen") and any(isinstance(s, str) and set("wax+") & set(s) for s in strings)
+            if opens or name in ("write_text", "write_bytes", "tofile"):
+                yield f"{node.lineno}: {ast.unparse(node)}"
+
+
+def test_nothing_else_in_the_product_writes_files():
+    assert list(writing_calls("open(a, 'ab'); p.open(mode='w'); p.write_text(x); open(b); open(c, 'rb')")) == [
+        "1: open(a, 'ab')",
+        "1: p.open(mode='w')",
+        "1: p.write_text(x)",
+    ]
+    found = {name: list(writing_calls(text)) for name, text in product_files(ROOT).items()}
+    assert {name: calls for name, calls in found.items() if calls and name != "runtime/files.py"} == {}

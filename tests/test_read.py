@@ -1,0 +1,276 @@
+"""The one reader of data files: what a file is, its rows with their lines, paths with colons."""
+
+import gzip
+import itertools
+import json
+import os
+import pickle
+import re
+import threading
+
+import pytest
+from runs import here
+
+from data import corpus, prepare, rows, shards, tokenizer
+from data.read import Document, file_kind, parse_mixture, read_jsonl, read_rows, read_texts
+from runtime.errors import UserError
+
+TEXTS = ["the first text", "the second, ünd\nits end", "the third"]
+ROWS = [{"text": text} for text in TEXTS]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+FORMS = {
+    "an object a line": LINES,
+    "an object a line, under a mark": "\ufeff" + LINES,
+    "lines that end in CR LF": LINES.replace("\n", "\r\n"),
+    "one array": json.dumps(ROWS),
+    "one array over many lines": json.dumps(ROWS, indent=2),
+    "one array, a row a line": "[" + ",\n".join(map(json.dumps, ROWS)) + "]\n",
+    "objects over many lines": "\n".join(json.dumps(row, indent=1) for row in ROWS),
+    "an array a line": "".join(json.dumps([row]) + "\n" for row in ROWS),
+}
+NAMES = ["a.jsonl", "a.json", "a.ndjson", "A.JSONL", "a.Json", "a.jsonl.gz", "a.JSON.GZ", "a.txt", "a"]
+
+
+def write(path, text):
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
+    return str(path)
+
+
+def every_reader(path):
+    """What each script takes from a file of texts: pretrain.py, data.tokenizer, data.prepare."""
+    config = prepare.Config("", "", "")
+    return [corpus.read_documents(path), list(tokenizer.read_documents([path])), list(prepare.documents(path, config))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_script_reads_every_form_under_every_name(tmp_path, form):
+    for name in NAMES:
+        path = write(tmp_path / name, FORMS[form])
+        assert every_reader(path) == [TEXTS] * 3, name
+        assert [row for _, row in read_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.md", "a.TXT.gz", "a.txt.gz"])
+@pytest.mark.parametrize(
+    "text", ["once\n\n{}\n", "[1] a note\n", "[]\nx", "{not JSON}\n", '"a string"\n', "7\n", "{\n"]
+)
+def test_other_text_stays_text(tmp_path, name, text):
+    path = write(tmp_path / name, text)
+    assert every_reader(path) == [[text]] * 3
+    with pytest.raises(UserError, match="expected FILE.jsonl, FILE.parquet or hf:NAME, but this is text"):
+        rows.read(path, rows.conversation)
+
+
+def test_parquet_is_read_by_every_script_under_any_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("a.parquet", "a.PARQUET", "a.pq", "a"):
+        path = str(tmp_path / name)
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        assert every_reader(path) == [TEXTS] * 3
+
+
+def test_rows_have_the_numbers_of_their_lines(tmp_path):
+    lines = {
+        "an object a line": [1, 2, 3],
+        "one array": [1, 1, 1],
+        "one array over many lines": [2, 5, 8],
+        "one array, a row a line": [1, 2, 3],
+        "objects over many lines": [1, 4, 7],
+    }
+    for form, numbers in lines.items():
+        path = write(tmp_path / "a.json", FORMS[form])
+        assert [number for number, _ in read_jsonl(path)] == numbers
+        texts = list(read_texts(path))
+        assert [text.place for text in texts] == [f"{path}:{number}" for number in numbers]
+
+
+def test_a_conversation_may_be_an_array_of_messages(tmp_path):
+    """nanochat writes one a line; one file of one conversation is another."""
+    talks = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "x"}] for i in range(3)]
+    sharegpt = [[{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": "x"}] for i in range(3)]
+    for some in (talks, sharegpt):
+        for text in ("".join(json.dumps(talk) + "\n" for talk in some), json.dumps(some), json.dumps(some, indent=1)):
+            path = write(tmp_path / "a.jsonl", text)
+            assert rows.read(path, rows.conversation)[0] == talks
+        path = write(tmp_path / "a.json", json.dumps(some[0], indent=1))
+        assert rows.read(path, rows.conversation)[0] == talks[:1]
+
+
+def test_rows_of_an_array_may_have_a_role_or_a_sender(tmp_path):
+    mails = [{"from": "a", "to": "b", "text": "x"}, {"from": "b", "role": "c", "text": "y"}]
+    for text in (json.dumps(mails), json.dumps(mails, indent=1)):
+        assert [row for _, row in read_jsonl(write(tmp_path / "a.json", text))] == mails
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('[{"text": "a"},\n {"text": "b"},\n {"text": \n', ":4: Expecting value"),
+        ('[\n {"text": "a"}\n {"text": "b"}\n]', ":3: Expecting ',' delimiter"),
+        ('{\n "text": "a"\n}\n{\n "text" "b"\n}', ":5: Expecting ':' delimiter"),
+        ('[\n {"text": NaN}\n]', "NaN is not JSON"),
+        ('[\n {"text": "a"},\n {"text": "\\ud800"}\n]', ":3: .*surrogates"),
+        ("[\n" + "[\n" * 50_000, "nested too deeply"),
+    ],
+)
+def test_a_fault_in_values_that_span_lines_is_an_error_always(tmp_path, text, says):
+    path = write(tmp_path / "a.json", text)
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=re.escape(path) + f":.*{says[1:] if says[0] == ':' else says}") as e:
+            list(read_jsonl(path, skip_bad))
+        assert says[0] != ":" or f"{path}{says.split(' ')[0]}" in str(e.value)
+
+
+def test_a_row_of_an_array_that_is_none_can_be_left_out(tmp_path):
+    path = write(tmp_path / "a.json", '[\n {"text": "a"},\n 7,\n {"text": "b"}\n]')
+    with pytest.raises(UserError, match="a.json:3: a JSON object was expected, not int.*--skip_bad"):
+        list(read_jsonl(path))
+    assert list(read_jsonl(path, skip_bad=True)) == [(2, {"text": "a"}), (3, None), (4, {"text": "b"})]
+
+
+@pytest.mark.parametrize("bad", ["{broken", "[1, 2", "null", "[]", '["a"]', '{"text": "b"'])
+def test_a_bad_line_costs_itself_wherever_it_stands(tmp_path, bad):
+    good = json.dumps({"text": "a"})
+    for at in range(3):
+        lines = [good, good]
+        lines.insert(at, bad)
+        path = write(tmp_path / "a.jsonl", "\n".join(lines))
+        with pytest.raises(UserError, match=re.escape(f"{path}:{at + 1}: ") + ".*--skip_bad"):
+            list(read_jsonl(path))
+        assert [row for _, row in read_jsonl(path, skip_bad=True)].count({"text": "a"}) == 2
+        assert [text for text in read_texts(path, skip_bad=True)].count(None) == 1
+
+
+def test_bad_lines_are_left_out_and_counted(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", LINES + '{"txt": 1}\n{"text": null}\nx\n')
+    for read in (corpus.read_documents, lambda path, skip_bad: list(tokenizer.read_documents([path], skip_bad))):
+        with pytest.raises(UserError, match=r'a.jsonl:4: no string "text" in this row; its fields: txt.*--skip_bad'):
+            read(path, False)
+        assert read(path, True) == TEXTS
+        assert f"{path}: 3 bad lines left out" in capsys.readouterr().out
+    path = write(tmp_path / "chat.jsonl", '{"messages": []}\n')
+    with pytest.raises(UserError, match="its fields: messages; sft.py reads conversations"):
+        corpus.read_documents(path)
+
+
+@pytest.mark.parametrize(
+    "name, data, says",
+    [
+        ("a.csv", b"text\nx\n", "expected FILE.txt, FILE.jsonl"),
+        ("a.TSV.gz", b"text\nx\n", "expected FILE.txt, FILE.jsonl"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\0\0", "packed by zstd, which is not read; unpack it"),
+        ("a.jsonl", b"BZh91AY", "packed by bzip2"),
+        ("a.txt", b"PK\x03\x04\0", "packed by zip"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 10_000)[:-12], "damaged gzip data"),
+        ("a.txt", gzip.compress(os.urandom(9000).hex().encode())[:5000], "damaged gzip data"),
+        ("a.txt.gz", gzip.compress("ok\nü".encode("latin-1")), "a.txt.gz:2: byte 3 of the file is not UTF-8"),
+    ],
+)
+def test_what_is_no_data_file_is_named(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=says):
+        corpus.read_documents(str(tmp_path / name))
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    """Its first lines must not be lost to a look at what it is."""
+    for name, text in (("rows.jsonl", LINES), ("text", "one\ntwo\n")):
+        path = tmp_path / name
+        os.mkfifo(path)
+        writer = threading.Thread(target=path.write_text, args=(text,))
+        writer.start()
+        assert corpus.read_documents(str(path)) == (TEXTS if name == "rows.jsonl" else [text])
+        writer.join()
+
+
+def test_a_document_knows_its_place_wherever_it_goes(tmp_path):
+    text = Document("abc", "a.jsonl:3")
+    assert pickle.loads(pickle.dumps(text)).place == text.place == "a.jsonl:3"
+    assert text == "abc" and json.dumps([text]) == '["abc"]'
+    (head,), (tail,) = corpus.hold_out([text], 0.5)
+    assert (head + tail, head.place, tail.place) == ("abc", "a.jsonl:3", "a.jsonl:3")
+    (tmp_path / "book.txt").write_text("a\n\nb\n<|endoftext|>\nc\n")
+    assert [text.place[-2:] for text in prepare.text_documents(tmp_path / "book.txt", "", 99)] == [":1", ":5"]
+
+
+def test_a_document_that_cannot_be_tokenized_is_named_or_left_out(tmp_path, capsys):
+    letters = tokenizer.characters("the first cond,\n")
+    path = write(tmp_path / "a.jsonl", LINES)
+    documents = corpus.read_documents(path)
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: 'x' (U+0078) is not in the vocabulary")):
+        corpus.encode(letters, documents)
+    assert len(corpus.encode(letters, [documents[2]])) == 11
+    stream = corpus.encode(letters, documents, skip_bad=True)
+    assert letters.decode(stream[1:-1].tolist()) == "the third"
+    assert f"{path}:1: 'x' (U+0078) is not in the vocabulary" in capsys.readouterr().out
+
+
+def test_a_document_that_cannot_be_tokenized_costs_a_preparation_itself(tmp_path, capsys):
+    """It is named with its line, or left out and counted: in a split, and in a shard of its own."""
+    tokenizer.save(tokenizer.characters("abcdefgh "), tmp_path / "tok")
+    texts = [f"{a} {b} {c}" for a in "abcdefgh" for b in "abcdefgh" for c in "abc"]
+    bad = [3, 4, 5, 100, 191]
+    for i in bad:
+        texts[i] += " ünd"
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = prepare.Config(path, str(tmp_path / "tok"), str(tmp_path / "out"))
+    config.clean, config.dedup, config.val_fraction, config.shard_bytes = False, "none", 0.1, 16
+    with pytest.raises(UserError, match=r"a.jsonl:\d+: '.' .* is not in the vocabulary.*; --skip_bad=True leaves"):
+        here(prepare.main, config)
+    config.skip_bad = config.overwrite = True
+    for config.workers in (1, 2):
+        here(prepare.main, config)
+        lines = {int(line) for line in re.findall(rf"{path}:(\d+): .*; left out", capsys.readouterr().out)}
+        assert lines == {i + 1 for i in bad}
+        manifest = shards.load_manifest(config.out)
+        assert manifest["rules"]["bad_line"] == 5 and manifest["documents_out"] == len(texts) - 5
+        tok, found = tokenizer.load(config.out), []
+        for split in ("train", "val"):
+            for stream in shards.read_prepared(config.out, tok)[split == "val"]:
+                ends = (stream == tok.eot).nonzero()[0]
+                found += [tok.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+        assert sorted(found) == sorted(text for i, text in enumerate(texts) if i not in bad)
+    write(tmp_path / "a.jsonl", json.dumps({"text": "ü b c"}) + "\n")
+    config.val_fraction = 0.0
+    with pytest.raises(UserError, match="no document to train on could be tokenized"):
+        here(prepare.main, config)
+
+
+# -------------------------------------------------------------------------------------------------
+# Names and weights
+
+
+@pytest.mark.parametrize(
+    "text, sources",
+    [
+        ("a.jsonl", [("a.jsonl", 0)]),
+        ("a.jsonl:0.7,b.parquet:.3", [("a.jsonl", 0.7), ("b.parquet", 0.3)]),
+        ("a.jsonl:7e-1,b:3", [("a.jsonl", 0.7), ("b", 3)]),
+        (r"C:\data\chat.jsonl", [(r"C:\data\chat.jsonl", 0)]),
+        (r"C:\data\chat.jsonl:2,D:\b.txt:1", [(r"C:\data\chat.jsonl", 2), (r"D:\b.txt", 1)]),
+        ("C:/data/chat.jsonl", [("C:/data/chat.jsonl", 0)]),
+        ("out/12:30:05/a.jsonl", [("out/12:30:05/a.jsonl", 0)]),
+        ("out/12:30/a.jsonl:0.5", [("out/12:30/a.jsonl", 0.5)]),
+        ("v1.txt:2/a.jsonl", [("v1.txt:2/a.jsonl", 0)]),
+        ("hf:a/b", [("hf:a/b", 0)]),
+        ("hf:a/b:0.5", [("hf:a/b", 0.5)]),
+        ("hf:a/b[x,train,5]:0.5,c:1", [("hf:a/b[x,train,5]", 0.5), ("c", 1)]),
+    ],
+)
+def test_only_a_number_after_the_last_colon_is_a_weight(text, sources):
+    assert parse_mixture(text) == sources
+
+
+@pytest.mark.parametrize("weight", ["much", "0", "-1", "", "nan", "1e999", "٣"])
+@pytest.mark.parametrize("name", ["a.jsonl", r"C:\a.parquet", "A.JSONL.GZ", "hf:a/b[x]"])
+def test_what_follows_a_data_file_must_be_a_weight(name, weight):
+    with pytest.raises(UserError, match=re.escape(f"the weight {weight!r} is not a positive number")):
+        parse_mixture(f"{name}:{weight}")
+
+
+def test_a_file_with_a_number_at_its_end_is_that_file(tmp_path):
+    path = write(tmp_path / "a.jsonl:2", LINES)
+    assert parse_mixture(path) == [(path, 0)] and parse_mixture(f"{path}:0.5") == [(path, 0.5)]
+    assert file_kind(path) == "json"
