@@ -564,7 +564,7 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
         )
     gap /= max(1, tokens)
     # logits are divided by the temperature, and their rounding with them
-    bound = (1e-5 if model.compute_dtype == torch.float32 else 1e-2) / min(temperature, 1)
+    bound = (1e-5 if model.compute_dtype == torch.float32 else 1e-2) / min(config.temperature, 1)
     if gap > bound:
         raise UserError(
             f"sampler and trainer disagree: mean |log p difference| {gap:.2e}, at most {bound:.0e} is rounding; "
