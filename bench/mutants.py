@@ -70,8 +70,8 @@ MUTANTS = [
     (
         "end_not_scored",
         "scoring.py",
-        "chat.encode_completion(tok, text) if sample.finished",
-        "chat.encode_completion(tok, text)[:-1] if sample.finished",
+        "chat.encode_completion(tok, text, messages) if sample.finished",
+        "chat.encode_completion(tok, text, messages)[:-1] if sample.finished",
         f"{PPO} {SCORING}",
     ),
     (
@@ -92,8 +92,8 @@ MUTANTS = [
     (
         "top_k_in_rollouts",
         "rollout.py",
-        "stop={chat.end_of_turn(tok)}, **options",
-        "stop={chat.end_of_turn(tok)}, top_k=2, **options",
+        "stop=chat.stop_ids(tok), **options",
+        "stop=chat.stop_ids(tok), top_k=2, **options",
         PPO,
     ),
     ("sampled_at_another_temperature", "ppo.py", '"temperature": config.temperature', '"temperature": 1.0', PPO),
