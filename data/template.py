@@ -55,9 +55,15 @@ class Template(NamedTuple):
 
 
 def fix_time(text):
-    """Have `strftime_now` show this time, in ISO format, from now on; for a run that is resumed."""
+    """Have `strftime_now` show this time, in ISO format, from now on.
+
+    Raises UserError if it is none.
+    """
     global run_start
-    run_start = datetime.datetime.fromisoformat(text)
+    try:
+        run_start = datetime.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise UserError(f"started={text!r} in feinschliff.json is no time; take another checkpoint") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -77,6 +83,8 @@ def read_template(folder, config):
     """
     path = Path(folder) / "chat_template.jinja"
     if path.exists():
+        if not path.is_file() or path.stat().st_size > 4 * LONGEST_SOURCE:
+            raise UserError(f"{path}: no plain file of at most {4 * LONGEST_SOURCE} bytes, so it is not read")
         source = read_text(path)
     else:
         path, source = Path(folder) / "tokenizer_config.json", config.get("chat_template")
@@ -89,11 +97,14 @@ def read_template(folder, config):
         return None
     if not isinstance(source, str) or len(source) > LONGEST_SOURCE:
         raise UserError(f"{path}: the chat template is no text of at most {LONGEST_SOURCE} characters: damaged")
-    return Template(source, str(path), named_tokens(config))
+    return Template(source, str(path), named_tokens(folder, config))
 
 
-def named_tokens(config):
-    """((name, text), ...) of a tokenizer_config.json: what transformers passes to a template."""
+def named_tokens(folder, config):
+    """((name, text), ...): the tokens that transformers passes to a template by their names."""
+    older = Path(folder) / "special_tokens_map.json"
+    if older.is_file() and "added_tokens_decoder" not in config:
+        config = config | read_json(older)
     extra = config.get("extra_special_tokens")
     texts = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
     texts |= extra if isinstance(extra, dict) else {}
