@@ -53,6 +53,13 @@ class Template(NamedTuple):
         request = {"source": self.source, "now": run_start.isoformat(), "variables": variables}
         return ask(json.dumps(request), self.file)
 
+    def source_under(self, eos_token):
+        """The source for a directory with another eos_token: what the template writes stays."""
+        known = dict(self.tokens).get("eos_token")
+        if known in (None, eos_token) or "eos_token" not in self.source:
+            return self.source
+        return f"{{%- set eos_token = {json.dumps(known)} +%}}{self.source}"
+
 
 def fix_time(text):
     """Have `strftime_now` show this time, in ISO format, from now on.

@@ -131,7 +131,8 @@ class Tokenizer(tiktoken.Encoding):
         self.text_tokens = [row for row in added if not row.get("special", True) and row["id"] not in eos_ids]
         text_ids = {row["id"] for row in self.text_tokens}
         self.special_ids = frozenset(special_tokens.values()) - text_ids  # that no text yields
-        self.text_pattern = re.compile("|".join(map(added_pattern, longest_first(self.text_tokens))))
+        contents = sorted((row["content"] for row in self.text_tokens), key=len, reverse=True)
+        self.text_pattern = re.compile("|".join(map(re.escape, contents)))  # of several at one place the longest
         self.missing_bytes = {b for b in range(256) if bytes([b]) not in mergeable_ranks}
 
     def encode_ordinary(self, text):
@@ -142,11 +143,27 @@ class Tokenizer(tiktoken.Encoding):
         """
         if not self.text_tokens:
             return self.encode_plain(text)
-        rows, ids, begin = longest_first(self.text_tokens), [], 0
-        for match in self.text_pattern.finditer(text):
-            ids += [*self.encode_plain(text[begin : match.start()]), rows[match.lastindex - 1]["id"]]
-            begin = match.end()
+        ids, begin = [], 0
+        for start, end, i in self.find_text_tokens(text):
+            ids += [*self.encode_plain(text[begin:start]), i]
+            begin = end
         return ids + self.encode_plain(text[begin:])
+
+    def find_text_tokens(self, text):
+        """Yield (start, end, id) of the added tokens in a text, as Hugging Face's `tokenizers`
+        finds them: some only as whole words, some with the white space before or after them."""
+        rows, begin = {row["content"]: row for row in self.text_tokens}, 0
+        for match in self.text_pattern.finditer(text):
+            start, end, row = match.start(), match.end(), rows[match[0]]
+            beside = text[max(0, start - 1) : start] + text[end : end + 1]
+            if start < begin or row.get("single_word") and re.search(r"\w", beside):
+                continue
+            if row.get("lstrip"):
+                start = max(begin, len(text[:start].rstrip()))
+            if row.get("rstrip"):
+                end = len(text) - len(text[end:].lstrip())
+            yield start, end, row["id"]
+            begin = end
 
     def encode_plain(self, text):
         """The ids of a text in which no added token is looked for."""
@@ -202,23 +219,6 @@ class Tokenizer(tiktoken.Encoding):
         state = {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "added": self.added}
         state |= {"bos": None if self.bos == self.eot else self.bos, "eos_ids": self.eos_ids}
         return super().__getstate__() | state | {"template": self.template}
-
-
-def longest_first(rows):
-    """Added tokens in the order in which they are looked for at one place of a text."""
-    return sorted(rows, key=added_length, reverse=True)
-
-
-def added_length(row):
-    return len(row["content"])
-
-
-def added_pattern(row):
-    """The regex, with one group, by which `tokenizers` finds an added token in a text."""
-    before = r"\s*" if row.get("lstrip") else ""
-    after = r"\s*" if row.get("rstrip") else ""
-    word = (r"(?<!\w)", r"(?!\w)") if row.get("single_word") else ("", "")
-    return f"{before}{word[0]}({re.escape(row['content'])}){word[1]}{after}"
 
 
 # -------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def write_model(folder, model, tok, stage):
     eos_ids, source = [tok.eot], ""
     if stage != "pretrain":  # the end of a turn comes first
         eos_ids = sorted(chat.stop_ids(tok), key=[chat.end_of_turn(tok), *tok.eos_ids].index)
-        source = tok.template.source if tok.template else chat.TEMPLATE
+        source = tok.template.source_under(tok.decode(eos_ids[:1])) if tok.template else chat.TEMPLATE
     elif tok.template:  # of a downloaded model that reads more text
         eos_ids, source = list(tok.eos_ids or eos_ids), tok.template.source
     config = config_to_hf(model.config, bos=tok.bos, eos=eos_ids[0], pad=tok.pad)
