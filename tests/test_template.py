@@ -586,6 +586,13 @@ def test_which_template_a_directory_has(models, tmp_path):
         tokenizer.load(folder)
 
 
+def test_a_template_writes_the_same_under_another_eos_token():
+    theirs = Template("{{ eos_token }}\n{{ messages[0].content }}<|im_end|>", "f", (("eos_token", '<"x">'),))
+    kept = Template(theirs.source_under("<|im_end|>"), "f", (("eos_token", "<|im_end|>"),))
+    assert kept.render(exchange("a"), False) == theirs.render(exchange("a"), False) == '<"x">\na<|im_end|>'
+    assert theirs.source_under('<"x">') == theirs.source
+
+
 def test_a_template_without_an_end_is_refused_for_training(models):
     _, tok, _ = models["smollm"]
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
