@@ -356,7 +356,7 @@ MUTANTS = [
     (
         "text_spells_turns",
         "data/chat.py",
-        '[spelled.sub(lambda match: self.private[match[1]], m["content"]) for m in messages]',
+        '[self.disguise(m["content"]) for m in messages]',
         '[m["content"] for m in messages]',
         TEMPLATES,
     ),

@@ -165,6 +165,7 @@ class Structure(NamedTuple):
     stop_ids: frozenset  # at which sampling ends
     names: dict  # {special token: id}
     pattern: re.Pattern  # finds special tokens, of several at one place the longest
+    spelled: re.Pattern  # finds the first character of each
     edges: str  # the characters that special tokens begin or end with
 
 
@@ -177,14 +178,15 @@ def has_own_template(tok):
 def structure(tok):
     """The Structure of a tokenizer that `has_own_template`."""
     names = {tok.decode([i]): i for i in tok.special_ids}
-    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    spelled = re.compile(f"(?=(?:{pattern.pattern}))(.)", re.DOTALL)
     answer = "A fruit."
     text = tok.template.render([*PROBE, rows.message("assistant", answer)], False)
     after = pattern.search(text, text.rfind(answer) + len(answer))
     end = names[after[0]] if after and answer in text else None
     stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])
     edges = "".join({char for name in names for char in (name[0], name[-1])})
-    return Structure(end, stops, names, pattern, edges)
+    return Structure(end, stops, names, pattern, spelled, edges)
 
 
 class Rendering:
@@ -201,10 +203,13 @@ class Rendering:
         unused = (chr(i) for i in range(PRIVATE, PRIVATE + 2**16) if chr(i) not in found)
         self.private = dict(zip(self.structure.edges, unused))
         self.public = {ord(private): char for char, private in self.private.items()}
-        spelled = re.compile(f"(?=(?:{self.structure.pattern.pattern}))(.)", re.DOTALL)
         self.roles, self.trained = [m["role"] for m in messages], [is_trained(m) for m in messages]
-        self.contents = [spelled.sub(lambda match: self.private[match[1]], m["content"]) for m in messages]
+        self.contents = [self.disguise(m["content"]) for m in messages]
         self.neutral = [content.translate(str.maketrans(self.private)) for content in self.contents]
+
+    def disguise(self, content):
+        """The text with private characters where it spells special tokens."""
+        return self.structure.spelled.sub(lambda match: self.private[match[1]], content)
 
     def text(self, n, add_generation_prompt):
         """The first n messages rendered.

@@ -128,7 +128,8 @@ class Tokenizer(tiktoken.Encoding):
         self.eos_ids = eos_ids  # that end what its model writes, by config.json and generation_config.json
         self.template = template  # the data.template.Template of its model's chats, None if it has none
         self.added = added  # the rows of tokenizer.json's added_tokens, () for a tokenizer made here
-        self.text_tokens = [row for row in added if not row.get("special", True) and row["id"] not in eos_ids]
+        structural = {self.eot, self.bos, *eos_ids}  # these no text may yield
+        self.text_tokens = [row for row in added if not (row.get("special", True) or row["id"] in structural)]
         text_ids = {row["id"] for row in self.text_tokens}
         self.special_ids = frozenset(special_tokens.values()) - text_ids  # that no text yields
         contents = sorted((row["content"] for row in self.text_tokens), key=len, reverse=True)
