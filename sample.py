@@ -252,7 +252,7 @@ def main(config):
         stop = {tok.eot} | chat.stop_ids(tok)
     else:
         prompt = [tok.bos, *tok.encode_ordinary(config.prompt)]
-        stop = {tok.eot}
+        stop = {tok.eot, *tok.eos_ids}
         print(config.prompt, end="", flush=True)
     write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
 

@@ -418,8 +418,10 @@ def read_tokenizer_json(path):
     eot = end_of_document(path, specials, template.token_text(config.get(EOT_KEY) or config.get("eos_token")))
     pad = next(s for s in ("<|pad|>", template.token_text(config.get("pad_token")), eot) if s in specials)
     bos = begin_of_text(path, spec.get("post_processor"))
-    turns = template.read_eos_ids(path.parent), template.read_template(path.parent, config)
-    return Tokenizer(path.parent.name, pattern, ranks, specials, bool(normalizers), eot, pad, added, bos, *turns)
+    largest = max([*ranks.values(), *specials.values()])
+    eos_ids = tuple(i for i in template.read_eos_ids(path.parent) if i <= largest)  # no model writes another
+    own_template, nfc = template.read_template(path.parent, config), bool(normalizers)
+    return Tokenizer(path.parent.name, pattern, ranks, specials, nfc, eot, pad, added, bos, eos_ids, own_template)
 
 
 def begin_of_text(path, processor):
