@@ -96,9 +96,9 @@ def read_template(folder, config):
     else:
         path, source = Path(folder) / "tokenizer_config.json", config.get("chat_template")
     if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         if "default" not in named:
-            raise UserError(f"{path}: of the chat templates {', '.join(named)} none is named default")
+            raise UserError(f"{path}: of the chat templates {', '.join(map(str, named))[:200]} none is named default")
         source = named["default"]
     if source is None:
         return None
