@@ -17,16 +17,18 @@ import pytest
 import tokenizers
 import torch
 from conftest import ROOT, random_model
-from runs import SMALL, succeeds, write_rows
+from runs import SMALL, here, succeeds, write_rows
 
 import evaluate
 import sample
 import sft
+from bench.child import run_script
 from data import chat, corpus, template, tokenizer
+from data.pack import pack
 from data.rows import message
 from data.template import Template
 from rollout import sample_completions
-from runtime import checkpoint, hub
+from runtime import checkpoint, hub, run
 from runtime.errors import UserError
 
 AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
@@ -396,15 +398,9 @@ def test_sampling_ends_at_every_eos_id(models):
             model.untied_head.zero_()
             model.norm.fill_(1.0)
             model.untied_head[stop] = 9.0
-            model.untied_head[stop] *= model(pack_of(chat.encode_prompt(tok, exchange("a"))))[-1].sign()
+            model.untied_head[stop] *= model(pack([chat.encode_prompt(tok, exchange("a"))]))[-1].sign()
         _, (sampled,), texts = sample_completions(model, tok, [exchange("a")], max_new_tokens=5, temperature=0)
         assert sampled.tokens == [stop] and sampled.finished and texts == [""]
-
-
-def pack_of(ids):
-    from data.pack import pack
-
-    return pack([ids])
 
 
 def test_a_base_model_is_no_chat_model_though_it_has_a_template(models, tmp_path):
@@ -458,36 +454,33 @@ def test_a_downloaded_chat_model_is_talked_to(models, capsys):
     assert answer == texts[0] != ""
 
 
-def test_a_downloaded_model_is_tuned_with_its_template_and_its_date(models, fork, tmp_path):
+def test_a_downloaded_model_is_tuned_with_its_template_and_its_date(models, fork, tmp_path, monkeypatch):
     """A resumed run states the date of its start, or it would continue on other ids."""
     conversations = [{"messages": exchange(f"What is {i}?", "five", "b", "c")} for i in range(4)]
-    data = write_rows(tmp_path / "data.jsonl", conversations)
-    shown = []
-    for steps in (1, 2):
-        flags = {"init": models["llama3"][0], "data": data, "val": data, "out": tmp_path / "run", "device": "cpu"}
-        flags |= {"steps": 2, "save_every": 1, "max_new_tokens": 2, "batch_tokens": 64, "resume": steps == 2}
-        if steps == 1:
-            shown.append(succeeds(fork(run_on, "2020-02-02T12:00:00", sft_flags(flags))))
-            shutil.rmtree(tmp_path / "run" / "step_000002")
-        else:
-            shown.append(succeeds(fork(run_on, "2031-03-03T12:00:00", sft_flags(flags))))
-    for output in shown:
-        assert "Today Date: 02 Feb 2020" in output and "«five<|eot_id|>»" in output and "«c<|eot_id|>»" in output
+    data = str(write_rows(tmp_path / "data.jsonl", conversations))
+    flags = {"init": str(models["llama3"][0]), "data": data, "val": data, "out": str(tmp_path / "run"), "device": "cpu"}
+    flags |= {"steps": 1, "max_new_tokens": 2, "batch_tokens": 64}
+    output = succeeds(fork(run_on, "2020-02-02T12:00:00", [f"--{name}={value}" for name, value in flags.items()]))
+    assert "Today Date: 02 Feb 2020" in output and "«five<|eot_id|>»" in output and "«c<|eot_id|>»" in output
     saved = checkpoint.find(tmp_path / "run")
-    assert json.loads((saved / "feinschliff.json").read_text())["started"] == "2020-02-02T12:00:00"
     assert tokenizer.load(saved).template.source == LLAMA3
 
+    def date_of(config):
+        assert run.Run("sft", config).started == template.run_start.isoformat()
 
-def sft_flags(flags):
-    return [f"--{name}={value}" for name, value in flags.items()]
+    monkeypatch.setattr(template, "run_start", template.run_start)  # given back at the end
+    here(date_of, sft.Config(**flags, resume=True))
+    assert template.run_start.isoformat() == "2020-02-02T12:00:00"
+    assert "02 Feb 2020" in models["llama3"][1].decode(chat.encode_prompt(models["llama3"][1], exchange("a")))
+    here(date_of, sft.Config(**flags | {"out": str(tmp_path / "other")}))
+    assert template.run_start.year > 2020
+    with pytest.raises(UserError, match="started='7' in feinschliff.json is no time"):
+        template.fix_time("7")
 
 
 def run_on(day, argv):
     """In a child: sft.py on another day."""
-    from bench.child import run_script
-    from runtime import run
-
-    run.agreed_time = lambda: day
+    run.agreed_time = day.__str__
     run_script(sft, argv)
 
 
@@ -519,6 +512,7 @@ HOSTILE = {
 @pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_template_ends_in_one_line(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    template.ask.cache_clear()
     Template("{{ 1 }}", "m/chat_template.jinja", ()).render([], False)  # the child is there
     child = template.children[os.getpid()]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
