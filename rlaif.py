@@ -251,10 +251,10 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
             ids = chat.encode_prompt(tok, messages)
         else:
             text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
-            ids = [tok.eot, *tok.encode_ordinary(text + "Assistant:")]
+            ids = [tok.bos, *tok.encode_ordinary(text + "Assistant:")]
         if len(ids) < model.config.context:
             prompts[i] = ids
-    stop = {chat.end_of_turn(tok) if as_chat else tok.eot}
+    stop = chat.stop_ids(tok) if as_chat else {tok.eot}
     samples = rollout(model, list(prompts.values()), stop=stop, first=first, **sampling(config, seed))
     replies = {}
     for i, sample in zip(prompts, samples, strict=True):
@@ -282,7 +282,7 @@ def revise_batch(config, policy, judge, principles, batch, first):
     Returns (rows to write, counts, {figure: its values}).
     """
     (model, tok, _), (critic, critic_tok, info) = policy, judge
-    as_chat = config.ask == "chat" or (config.ask == "auto" and info.get("stage", "pretrain") != "pretrain")
+    as_chat = config.ask == "chat" or (config.ask == "auto" and chat.is_chat_model(critic_tok, info))
     drawn = [principles[j] for j in random_principles(len(batch), len(principles), config.seed, first)]
 
     # 1. Answer, 2. criticise (what was cut still says something), 3. revise

@@ -34,6 +34,7 @@ FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files",
 PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
 REPORT = "tests/test_report.py"
 ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.py"
+TEMPLATES = "tests/test_template.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -75,8 +76,8 @@ MUTANTS = [
     (
         "end_not_scored",
         "scoring.py",
-        "chat.encode_completion(tok, text) if sample.finished",
-        "chat.encode_completion(tok, text)[:-1] if sample.finished",
+        "chat.encode_completion(tok, text, messages) if sample.finished",
+        "chat.encode_completion(tok, text, messages)[:-1] if sample.finished",
         f"{PPO} {SCORING}",
     ),
     (
@@ -97,8 +98,8 @@ MUTANTS = [
     (
         "top_k_in_rollouts",
         "rollout.py",
-        "stop={chat.end_of_turn(tok)}, **options",
-        "stop={chat.end_of_turn(tok)}, top_k=2, **options",
+        "stop=chat.stop_ids(tok), **options",
+        "stop=chat.stop_ids(tok), top_k=2, **options",
         PPO,
     ),
     (
@@ -514,7 +515,7 @@ MUTANTS = [
     ("any_float", "runtime/cli.py", "value and not TINY <= abs(value) <= 1 / TINY:", "value != value:", CLI),
     ("seeds_unchecked_in_a_script", "data/world.py", "    check_ranges(config)\n", "", PORTABLE),
     ("apples_gpu_by_default", "runtime/process.py", 'else "cpu"  # MPS', 'else "mps"  # MPS', PROCESS),
-    ("bound_of_every_temperature", "rollout.py", "else 1e-2) / min(temperature, 1)", "else 1e-2)", ROLLOUT),
+    ("bound_of_every_temperature", "rollout.py", "else 1e-2) / min(config.temperature, 1)", "else 1e-2)", ROLLOUT),
     ("needs_triton", "optim.py", "import torch\n", "import torch\nimport triton\n", PORTABLE),
     ("one_bad_file_and_no_report", "report.py", "except (ArithmeticError, ", "except (", REPORT),
     ("cut_log_and_no_report", "report.py", "read_jsonl(log, skip_bad=True)", "read_jsonl(log)", REPORT),
@@ -597,6 +598,107 @@ MUTANTS = [
         "not in tok._special_tokens.values()])",
         "not in tok._special_tokens.values()]).strip()",
         CHAT,
+    ),
+    # Chat templates and conventions of downloaded models
+    (
+        "text_spells_turns",
+        "data/chat.py",
+        '[self.disguise(m["content"]) for m in messages]',
+        '[m["content"] for m in messages]',
+        TEMPLATES,
+    ),
+    (
+        "joined_special",
+        "data/chat.py",
+        "if self.structure.pattern.findall(text) != self.structure.pattern.findall(neutral):",
+        "if False:",
+        TEMPLATES,
+    ),
+    ("rewritten_in_the_mask", "data/chat.py", "if whole[:end] == ids[:end]:", "if True:", TEMPLATES),
+    ("prompt_not_continued", "data/chat.py", "if not text.startswith(prompt):", "if False:", TEMPLATES),
+    (
+        "one_stop_id",
+        "data/chat.py",
+        "stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])",
+        "stops = frozenset([] if end is None else [end])",
+        TEMPLATES,
+    ),
+    ("train_false_trained", "data/chat.py", ' and message.get("train", True)', "", TEMPLATES),
+    (
+        "base_chats",
+        "data/chat.py",
+        "return tok.template is not None and end_of_turn(tok) in tok.eos_ids",
+        "return tok.template is not None",
+        TEMPLATES,
+    ),
+    ("think_is_spelled", "data/tokenizer.py", "if not self.text_tokens:", "if True:", TEMPLATES),
+    (
+        "think_hidden",
+        "data/tokenizer.py",
+        "self.special_ids = frozenset(special_tokens.values()) - text_ids",
+        "self.special_ids = frozenset(special_tokens.values())",
+        TEMPLATES,
+    ),
+    ("white_space_stays", "data/tokenizer.py", 'if row.get("lstrip"):', "if False:", TEMPLATES),
+    (
+        "bos_is_eot",
+        "data/tokenizer.py",
+        "self.bos = self.eot if bos is None else bos",
+        "self.bos = self.eot",
+        TEMPLATES,
+    ),
+    (
+        "bos_not_kept",
+        "data/tokenizer.py",
+        '"post_processor": None if tok.bos == tok.eot else',
+        '"post_processor": None if True else',
+        TEMPLATES,
+    ),
+    ("template_takes_time", "data/template.py", "signal.setitimer(signal.ITIMER_PROF, SECONDS)", "pass", TEMPLATES),
+    (
+        "template_takes_memory",
+        "data/template.py",
+        "resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))",
+        "pass",
+        TEMPLATES,
+    ),
+    (
+        "no_sandbox",
+        "data/template.py",
+        "jinja2.sandbox.ImmutableSandboxedEnvironment(",
+        "jinja2.Environment(",
+        TEMPLATES,
+    ),
+    ("jinjas_own_tojson", "data/template.py", 'environment.filters["tojson"] = to_json', "pass", TEMPLATES),
+    (
+        "child_shared_by_a_fork",
+        "data/template.py",
+        "child = children.get(os.getpid())",
+        "child = next(iter(children.values()), None)",
+        TEMPLATES,
+    ),
+    ("eos_token_changes", "data/template.py", "if known in (None, eos_token) or", "if True or", TEMPLATES),
+    ("date_of_today", "runtime/run.py", "template.fix_time(self.started)", "pass", TEMPLATES),
+    (
+        "date_not_kept",
+        "runtime/run.py",
+        'self.started = (self.resumed and self.info.get("started")) or agreed_time()',
+        "self.started = agreed_time()",
+        TEMPLATES,
+    ),
+    (
+        "template_lost",
+        "runtime/checkpoint.py",
+        "source = tok.template.source_under(tok.decode(eos_ids[:1])) if tok.template else chat.TEMPLATE",
+        "source = chat.TEMPLATE",
+        TEMPLATES,
+    ),
+    (
+        "eos_of_documents",
+        "runtime/checkpoint.py",
+        "tokenizer.save(tok, folder, source, eos_ids[0])",
+        "tokenizer.save(tok, folder, source)",
+        TEMPLATES,
     ),
 ]
 

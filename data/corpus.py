@@ -1,10 +1,10 @@
 """What pretraining reads: documents, laid end to end as token streams and cut into pieces.
 
-A stream is `eot document eot document ... eot`. Piece [a, b) is trained on as tokens [a, b) that
-predict tokens [a+1, b+1): a document begins with the eot before it, and the last thing it predicts
-is the eot after it. A document longer than the context is cut into windows. Every token is
-predicted once per epoch; nothing is dropped and nothing padded.
-"""
+A stream is `eot document eot document ... eot`; of a tokenizer that begins documents with a token
+of their own, as Llama 3's, `bos document eot bos document eot`. Piece [a, b) is trained on as
+tokens [a, b) that predict tokens [a+1, b+1): a document begins with its bos or the eot before it,
+and the last thing it predicts is the eot after it. A document longer than the context is cut into
+windows. Every token is predicted once per epoch; nothing is dropped and nothing padded."""
 
 import numpy as np
 import torch
@@ -46,15 +46,17 @@ def encode(tok, documents, skip_bad=False):
     Raises UserError naming the file and the line of one that cannot be tokenized; with `skip_bad`,
     it is left out with a line that says so.
     """
-    parts = []
+    parts, own_bos = [], tok.bos != tok.eot
     for document in documents:
         try:
-            parts.append(np.array([tok.eot, *tok.encode_ordinary(document)], dtype=np.int32))
+            ids = tok.encode_ordinary(document)
         except UserError as e:
             if not skip_bad:
                 raise UserError(named(document, e)) from None
             print0(f"{named(document, e)}; left out")
-    return np.concatenate([*parts, np.array([tok.eot], dtype=np.int32)])
+            continue
+        parts.append(np.array([tok.bos, *ids, *[tok.eot] * own_bos], dtype=np.int32))
+    return np.concatenate([*parts, np.array([tok.eot] * (not own_bos), dtype=np.int32)])
 
 
 def pieces(streams, eot, context, first=0):
@@ -67,7 +69,10 @@ def pieces(streams, eot, context, first=0):
     found = []
     for s, stream in enumerate(streams):
         ends = np.flatnonzero(stream == eot)
-        begin, end = ends[:-1], ends[1:]  # [documents]
+        if stream[0] == eot:
+            begin, end = ends[:-1], ends[1:]  # [documents]
+        else:  # each begins with a bos of its own
+            begin, end = np.append(0, ends[:-1] + 1), ends
         # a shorter first window is a whole one that begins before its document
         origin = np.where((end - begin > context) & (first > 0), begin + first - context, begin)
         windows = -(-(end - origin) // context)  # [documents], rounded up

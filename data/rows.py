@@ -475,8 +475,6 @@ def completion(row):
 def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
-    if row.get("finished") is False:  # as evaluate.py --samples writes it
-        raise ValueError('"finished" is false: the answer was cut, and a model trained on it would learn to end there')
     if row.get("label") is False:
         raise ValueError('"label" is false: a bad answer, which dpo.py --loss=kto reads; here it would be trained')
     return read_conversation(row)
@@ -484,6 +482,8 @@ def conversation(row):
 
 def read_conversation(row):
     """`conversation` of a normalised row; its label is not looked at."""
+    if row.get("finished") is False:  # as evaluate.py --samples writes it
+        raise ValueError('"finished" is false: the answer was cut, and a model trained on it would learn to end there')
     if "chosen" in row and "rejected" in row:
         raise ValueError("this is a preference (chosen, rejected), not a conversation; reward.py and dpo.py read it")
     field = first_stated(row, CONVERSATIONS)

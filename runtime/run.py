@@ -14,6 +14,7 @@ The same for every stage, so that every stage resumes exactly:
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import re
@@ -26,6 +27,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from data import template
 from data.pack import pack_chats
 from runtime import checkpoint, hub
 from runtime.checkpoint import ADVICE
@@ -173,6 +175,8 @@ class Run:
                     f"continued; start a new run with --init={self.resumed} and another --out"
                 )
             checkpoint.check_same_run(self.info, stage, config)
+        self.started = (self.resumed and self.info.get("started")) or agreed_time()
+        template.fix_time(self.started)
         self.start, self.best, self.metrics = 0, math.inf, {}
         self.asked_at = 0  # the last step at which the ranks agreed whether to stop
         self.warnings = []  # names of those that were printed
@@ -463,7 +467,7 @@ class Run:
         model = unsharded(model, "cpu", keep=rank() == 0)
         failure = ""
         if rank() == 0:
-            info = {"format": FORMAT, "stage": self.stage, "step": step, **info}
+            info = {"format": FORMAT, "stage": self.stage, "step": step, "started": self.started, **info}
             info |= {"config": dataclasses.asdict(self.config), "data": self.data, "metrics": self.metrics}
             info |= {"lineage": self.lineage, "code": checkpoint.code_hash(), **describe(self.device)}
             try:
@@ -523,6 +527,12 @@ def mean_updates(updates, names):
     none}."""
     means = {name: sum(stats[name] for stats in updates) / max(1, len(updates)) for name in names}
     return means | {"updates": len(updates)}
+
+
+def agreed_time():
+    """When the run began by the clock of rank 0, in ISO format."""
+    (seconds,) = reduce_sum(time.time() if rank() == 0 else 0.0)
+    return datetime.datetime.fromtimestamp(seconds).isoformat()
 
 
 def refuse_nonfinite_weights(step, models):
