@@ -14,6 +14,7 @@ import json
 import random
 import subprocess
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def main(config):
     stops = export.stop_ids(folder, tok)
     prompts = prompts_of(config, model, tok, bool(template))
     strings = fuzzed(config.strings, config.seed)
+    if tok.nfc:  # export.py says so: llama.cpp does not normalise
+        strings = [unicodedata.normalize("NFC", s) for s in strings]
     ours = rollout(model, prompts, max_new_tokens=config.max_new_tokens, temperature=0, stop=set(stops))
     with tempfile.TemporaryDirectory() as where:
         gguf, job, result = (str(Path(where) / name) for name in ("model.gguf", "job.json", "result.json"))

@@ -337,7 +337,8 @@ def check_tensors(folder, where, c):
                 "without it the model would be another one: correct config.json, or take the tensor out"
             )
     if left_over:
-        print0(f"{folder}: {len(left_over)} tensors are not used: {reprlib.repr(', '.join(left_over))}")
+        more = ", ..." if len(left_over) > 5 else ""
+        print0(f"{folder}: {len(left_over)} tensors are not used: {', '.join(left_over[:5])}{more}")
 
 
 def elsewhere(name, where):

@@ -256,7 +256,7 @@ def windows(*layer_types, sliding_window=8):
         ({"num_key_value_heads": 3}, "heads"),
         ({"head_dim": 7}, "head_dim"),
         # Two keys that contradict each other, of which tools read different ones
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, r"rope_scaling.rope_type is 'linear'.*'default'"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, r"rope_scaling.type is 'linear'.*'default'"),
         ({"rope_scaling": {"factor": 8.0}}, "factor=8.0"),
         ({"rope_theta": 500.0}, r"rope_theta is 500.0.*10000.0"),
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}, "rope_scaling.rope_theta"),
