@@ -29,6 +29,7 @@ PRETRAIN, SFT, FAULTS = "tests/test_pretrain.py", "tests/test_sft.py", "tests/te
 SHARD, MEMORY, SECURITY = "tests/test_shard.py", "tests/test_memory.py", "tests/test_security.py"
 MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hub", "optim", "cli", "run"))
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
+EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -351,6 +352,153 @@ MUTANTS = [
     ("plan_proposes_too_much", "runtime/memory.py", "1 << (count - 1)", "1 << count", MEMORY),
     ("sizes_believed", "runtime/hub.py", "if claimed > held or c.layers > len(where):", "if False:", SECURITY),
     ("names_lead_outside", "data/read.py", ' or ".." in path.parts', "", SECURITY),
+    # Checkpoints that contradict themselves, a padded vocabulary, GGUF, choices and pass@k
+    (
+        "own_head_ignored",
+        "runtime/hub.py",
+        "    if c.tied and not c.scalar_head:\n        check_tied(where)\n",
+        "",
+        HUB,
+    ),
+    (
+        "own_head_of_any_shape",
+        "runtime/hub.py",
+        "embedding.shape != head.shape or not torch.equal(",
+        "len(embedding) == len(head) and not torch.equal(",
+        HUB,
+    ),
+    (
+        "rope_scaling_loses",
+        "runtime/hub.py",
+        "    if found.setdefault(name, value) != value:\n",
+        "    if found.setdefault(name, value) is None:\n",
+        HUB,
+    ),
+    ("rope_factor_without_a_type", "runtime/hub.py", "if name not in read and value != 1:", "if False:", HUB),
+    ("adapter_left_in", "runtime/hub.py", "        if ADAPTER.search(name):\n", "        if False:\n", HUB),
+    (
+        "further_layers_left_in",
+        "runtime/hub.py",
+        'if name.startswith("model.") or name.endswith(".bias"):',
+        'if name.endswith(".bias"):',
+        HUB,
+    ),
+    (
+        "head_bias_left_in",
+        "runtime/hub.py",
+        'if name.startswith("model.") or name.endswith(".bias"):',
+        'if name.startswith("model."):',
+        HUB,
+    ),
+    ("leftovers_not_said", "runtime/hub.py", "    if left_over:\n", "    if False:\n", HUB),
+    (
+        "index_before_the_file",
+        "runtime/hub.py",
+        "if (folder / WEIGHTS).exists() or not index.exists():",
+        "if not index.exists():",
+        HUB,
+    ),
+    (
+        "tensor_in_two_shards",
+        "runtime/hub.py",
+        "                if name in where:\n",
+        "                if False:\n",
+        HUB,
+    ),
+    (
+        "index_not_believed",
+        "runtime/hub.py",
+        "        if where.get(name) != inside(index, file):\n",
+        "        if name not in where:\n",
+        HUB,
+    ),
+    ("scales_not_quantised", "runtime/hub.py", "        if QUANTISED.search(name):\n", "        if False:\n", HUB),
+    (
+        "padding_is_drawn",
+        "model.py",
+        "return matrix[: -self.config.padding] if self.config.padding else matrix",
+        "return matrix",
+        HUB,
+    ),
+    (
+        "padding_forgotten",
+        "runtime/checkpoint.py",
+        "    model.config.padding = model.config.vocab_size - tok.n_vocab\n",
+        "",
+        HUB,
+    ),
+    (
+        "gguf_halves_not_interleaved",
+        "export.py",
+        "    return halves.transpose(1, 2).reshape(weight.shape)",
+        "    return halves.reshape(weight.shape)",
+        EXPORT,
+    ),
+    (
+        "gguf_keys_as_queries",
+        "export.py",
+        "weight = interleaved(weight, c.kv_heads)",
+        "weight = interleaved(weight, c.heads)",
+        EXPORT,
+    ),
+    (
+        "gguf_bos_twice",
+        "export.py",
+        '        if "bos_token" in template or text in template:\n            return False\n',
+        "        pass\n",
+        EXPORT,
+    ),
+    ("gguf_base_without_bos", "export.py", "    elif checkpoint.read_info(folder):\n        return True\n", "", EXPORT),
+    (
+        "gguf_ends_with_the_document",
+        "export.py",
+        "    writer.add_eos_token_id(stops[0])\n",
+        "    writer.add_eos_token_id(tok.eot)\n",
+        EXPORT,
+    ),
+    (
+        "gguf_added_text_is_control",
+        "export.py",
+        "TokenType.USER_DEFINED if text in tok.visible else TokenType.CONTROL",
+        "TokenType.CONTROL",
+        EXPORT,
+    ),
+    (
+        "gguf_any_split",
+        "export.py",
+        "LLAMA_CPP_NAMES.get(tok._pat_str)",
+        'LLAMA_CPP_NAMES.get(tok._pat_str, "default")',
+        EXPORT,
+    ),
+    ("gguf_scaling_upside_down", "export.py", "return angles[0] / angles[1]", "return angles[1] / angles[0]", EXPORT),
+    (
+        "gguf_over_a_device",
+        "export.py",
+        "if target.exists() and not (config.overwrite and target.is_file()):",
+        "if target.exists() and not config.overwrite:",
+        EXPORT,
+    ),
+    (
+        "pass_at_k_with_replacement",
+        "figures.py",
+        "return 1 - math.comb(n - right, k) / math.comb(n, k)",
+        "return 1 - (1 - right / n) ** k",
+        EVALUATE,
+    ),
+    (
+        "choices_per_token",
+        "evaluate.py",
+        'sizes = np.array([len(choice.encode()) for choice in row["choices"]])',
+        'sizes = np.ones(len(row["choices"]))',
+        EVALUATE,
+    ),
+    (
+        "choice_at_the_prefix_end",
+        "evaluate.py",
+        "shared = min(len(os.path.commonprefix([alone, ids])) for ids in whole)",
+        "shared = len(alone)",
+        EVALUATE,
+    ),
 ]
 
 
