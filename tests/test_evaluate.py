@@ -293,8 +293,8 @@ def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_sample(make_model, t
 
 
 def test_problems_are_sampled_for_pass_at_k(make_model, tmp_path):
-    """A model that says "#", then a digit of 5 or 7, then ends, each independently of the rest."""
-    logits = {ord("#"): 6.0, ord("5"): 5.0, ord("7"): 5.0, END: 6.0}
+    """A model that says "#" mostly, and sometimes 5, or ends, independently of what it said."""
+    logits = {ord("#"): 7.0, ord("5"): 6.0, END: 5.5}
     folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, logits), TOK, SFT)
     problems = [{"prompt": f"q{i}", "answer": "#### 5"} for i in range(60)]
     flags = {"model": folder, "problems": write_rows(tmp_path / "problems.jsonl", problems), "max_new_tokens": 24}
@@ -325,22 +325,23 @@ def test_the_right_choice_is_the_likeliest_raw_or_per_byte(make_model, tmp_path)
         {"prefix": "it is ", "choices": ["b", "a"], "answer": 1},
         {"prefix": "", "choices": ["bb", "aaa"], "answer": "aaa"},  # a minimal pair; raw the shorter one leads
         {"prefix": "it", "choices": ["xy", "b"], "answer": 0},
-        {"question": "which?", "choices": ["ab", "ba", "x"], "answer": "x"},
+        {"question": "which?", "choices": ["ab", "bb", "x"], "answer": "x"},
+        {"prefix": "", "choices": ["b", "aaaa"], "answer": 1},
     ]
     figures = measure(tmp_path, model=folder, choices=write_rows(tmp_path / "c.jsonl", examples))
-    assert figures["choices right"]["value"] == 1 / 4
-    assert figures["choices right, per byte"]["value"] == 2 / 4
+    assert figures["choices right"]["value"] == 2 / 5
+    assert figures["choices right, per byte"]["value"] == 3 / 5
     log_z = math.log(258 + math.exp(3) + math.exp(2))
     raw = [[2 - log_z, 3 - log_z], [2 * (2 - log_z), 3 * (3 - log_z)], [-2 * log_z, 2 - log_z]]
-    raw.append([5 - 2 * log_z, 5 - 2 * log_z, -log_z])
-    share = [np.exp(z[i]) / np.exp(z).sum() for z, i in zip(raw, (1, 1, 0, 2), strict=True)]
+    raw += [[5 - 2 * log_z, 4 - 2 * log_z, -log_z], [2 - log_z, 4 * (3 - log_z)]]
+    share = [np.exp(z[i]) / np.exp(z).sum() for z, i in zip(raw, (1, 1, 0, 2, 1), strict=True)]
     name = "probability of the right one among the choices"
     assert figures[name]["value"] == pytest.approx(np.mean(share), rel=1e-4)
     assert measure(tmp_path, model=folder, choices=tmp_path / "c.jsonl", limit=1)["choices right"]["value"] == 1
 
 
 def test_a_token_may_span_the_prefix_and_a_choice(make_model):
-    tok = tokenizer.train(["the map, the red map " * 9], 256 + 4 + 12)
+    tok = tokenizer.train(["the map, the red map " * 9], 256 + 4 + 9)
     row = {"prefix": "the ", "choices": ["map", "xy"]}
     chats = evaluate.choice_chats(tok, row)
     assert [c.ids.tolist() for c in chats] == [[tok.eot, *tok.encode_ordinary(f"the {x}")] for x in row["choices"]]
