@@ -69,18 +69,32 @@ class Config:
 # A directory of it
 
 
+def from_gguf(path):
+    """The model of transformers in a GGUF file, in fp32: from_pretrained(gguf_file=...) without the
+    package accelerate."""
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    path = Path(path)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unknown = model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    if unknown or [name for name in missing if name not in tied]:
+        raise UserError(f"{path}: transformers lacks {missing} and has no place for {unknown}")
+    return model.eval()
+
+
 def dequantise(gguf_file, folder):
     """Write the model of a GGUF file as a Hugging Face directory, its tokenizer with the split that
     the file names (of which transformers makes GPT-2's)."""
     import gguf
-    import transformers
 
     fields = {name: field.contents() for name, field in gguf.GGUFReader(gguf_file).fields.items()}
     if fields["tokenizer.ggml.pre"] != "smollm":
         raise UserError(f"--gguf={gguf_file}: SmolLM2 was expected, whose split is named smollm")
-    where, name = str(Path(gguf_file).parent), Path(gguf_file).name
-    model = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
-    model.save_pretrained(folder)
+    from_gguf(gguf_file).save_pretrained(folder)
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     digits = {"type": "Digits", "individual_digits": True}
