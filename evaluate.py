@@ -120,7 +120,7 @@ def document_nats(model, tok, documents, micro_batch_tokens):
     device, sizes = model.embed.device, tokenizer.token_bytes(tok)
     stream = corpus.encode(tok, documents)
     cut = corpus.pieces([stream], tok.eot, model.config.context)  # [P, 3]: stream, begin, end
-    document = np.cumsum(stream == tok.eot)[cut[:, 1]] - 1  # [P], of each piece
+    document = np.cumsum(stream == tok.eot)[cut[:, 1]] - (tok.bos == tok.eot)  # [P], of each piece
     totals = np.zeros((len(documents), 3))
     for part in token_slices((cut[:, 2] - cut[:, 1]).tolist(), micro_batch_tokens):
         pack, targets = corpus.pack_pieces([stream], cut[part])
@@ -158,7 +158,7 @@ def completions_right(model, tok, examples):
 
     It must not continue within the same word or number.
     """
-    prompts = [[tok.eot, *tok.encode_ordinary(row["prompt"])] for row in examples]
+    prompts = [[tok.bos, *tok.encode_ordinary(row["prompt"])] for row in examples]
     answers = [row["answer"].strip() for row in examples]
     longest = max(len(tok.encode_ordinary(f" {answer}")) for answer in answers)
     samples = rollout(model, prompts, max_new_tokens=longest + 1, temperature=0, stop={tok.eot})
@@ -199,8 +199,8 @@ def choice_chats(tok, row):
     if "question" in row:
         ids = chat.encode_prompt(tok, [rows.message("user", row["question"])])
         return [make_completion(ids, tok.encode_ordinary(choice)) for choice in row["choices"]]
-    alone = [tok.eot, *tok.encode_ordinary(row["prefix"])]
-    whole = [[tok.eot, *tok.encode_ordinary(row["prefix"] + choice)] for choice in row["choices"]]
+    alone = [tok.bos, *tok.encode_ordinary(row["prefix"])]
+    whole = [[tok.bos, *tok.encode_ordinary(row["prefix"] + choice)] for choice in row["choices"]]
     shared = min(len(os.path.commonprefix([alone, ids])) for ids in whole)
     return [make_completion(ids[:shared], ids[shared:]) for ids in whole]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.read import read_json, read_text
+from data import chat
 from data.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, PATTERN, merge_of_each, printable
 from model import rotary_tables
 from runtime import checkpoint
@@ -95,59 +95,34 @@ def vocabulary(tok, size):
     for token, i in tok._mergeable_ranks.items():
         texts[i], types[i] = printable(token), TokenType.NORMAL
     for text, i in tok._special_tokens.items():
-        texts[i], types[i] = text, TokenType.USER_DEFINED if text in tok.visible else TokenType.CONTROL
+        texts[i], types[i] = text, TokenType.CONTROL if i in tok.special_ids else TokenType.USER_DEFINED
     if len(set(texts)) < size:
         twice = next(text for text in texts if texts.count(text) > 1)
         raise UserError(f"--model: two tokens are written {twice!r}, and llama.cpp could not tell them apart")
     return texts, types
 
 
-def chat_template(folder):
-    """The Jinja source of a directory's chat template, "" if it has none."""
-    if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja")
-    source = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(source, list):  # several, by name
-        source = next((entry["template"] for entry in source if entry["name"] == "default"), "")
-    return source
+def stop_ids(tok, info):
+    """The ids that end what the model writes, the end of a chat model's turn first."""
+    ends = [*tok.eos_ids, tok.eot]
+    if chat.is_chat_model(tok, info):
+        ends.insert(0, chat.end_of_turn(tok))
+    return list(dict.fromkeys(ends))
 
 
-def stop_ids(folder, tok):
-    """The ids that end a text, the tokenizer's eos_token first if it is one of them."""
-    found = []
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).exists():
-            eos = read_json(folder / name).get("eos_token_id")
-            found += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    own = token_id(read_json(folder / "tokenizer_config.json").get("eos_token"), tok)
-    return [i for i in dict.fromkeys([own] * (own in found) + found + [tok.eot]) if i in tok._special_tokens.values()]
+def adds_bos(tok, info):
+    """Whether llama.cpp should put bos before a text: as the model's tokenizer does, and before
+    that of a base model of ours, where documents began with it; but not if the template writes it.
+    """
+    if tok.template:
+        writes_it = "bos_token" in tok.template.source or tok.decode([tok.bos]) in tok.template.source
+        return tok.bos != tok.eot and not writes_it
+    return tok.bos != tok.eot or bool(info)
 
 
-def token_id(token, tok):
-    """The id of a token as tokenizer_config.json has it (a text, a dict or nothing), else None."""
-    return tok._special_tokens.get(token.get("content") if isinstance(token, dict) else token)
-
-
-def adds_bos(folder, tok, template):
-    """Whether a text begins with bos: where the directory's tokenizer puts it, and in a base model
-    of ours, which has read it before every document; never where the template writes it itself."""
-    config = read_json(folder / "tokenizer_config.json")
-    bos = config.get("bos_token")
-    text = (bos.get("content") if isinstance(bos, dict) else bos) or "<|no bos|>"
-    if template:
-        if "bos_token" in template or text in template:
-            return False
-    elif checkpoint.read_info(folder):
-        return True
-    processor = read_json(folder / "tokenizer.json").get("post_processor") or {}
-    steps = [step for step in processor.get("processors", [processor]) if step.get("type") == "TemplateProcessing"]
-    first = [step["single"][0].get("SpecialToken", {}).get("id") for step in steps if step.get("single")]
-    return text in first or config.get("add_bos_token") is True
-
-
-def add_tokenizer(writer, folder, tok, size):
+def add_tokenizer(writer, tok, info, size):
     """Write all that makes ids of a text, and what a turn looks like."""
-    template, stops = chat_template(folder), stop_ids(folder, tok)
+    stops = stop_ids(tok, info)
     texts, types = vocabulary(tok, size)
     merges = merge_of_each(tok._mergeable_ranks).values()
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
@@ -156,17 +131,16 @@ def add_tokenizer(writer, folder, tok, size):
     writer.add_token_types(types)
     # llama.cpp asks for at least one merge; this one never comes up, for a text has no such parts.
     writer.add_token_merges([f"{printable(a)} {printable(b)}" for a, b in merges] or [f"{texts[tok.eot]} {texts[0]}"])
-    bos = token_id(read_json(folder / "tokenizer_config.json").get("bos_token"), tok)
-    writer.add_bos_token_id(tok.eot if bos is None else bos)
+    writer.add_bos_token_id(tok.bos)
     writer.add_eos_token_id(stops[0])
     if len(stops) > 1:
         writer.add_eot_token_id(stops[1])
     if len(stops) > 2:
-        print(f"note: llama.cpp stops at {texts[stops[0]]} and {texts[stops[1]]}; not known to it are the other stops")
+        print(f"note: GGUF has two stops, {texts[stops[0]]} and {texts[stops[1]]}; this model has {len(stops)}")
     writer.add_pad_token_id(tok.pad)
-    writer.add_add_bos_token(adds_bos(folder, tok, template))
-    if template:
-        writer.add_chat_template(template)
+    writer.add_add_bos_token(adds_bos(tok, info))
+    if tok.template:
+        writer.add_chat_template(tok.template.source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,7 +239,7 @@ def main(config):
         writer.add_name(info.get("stage") or folder.resolve().name)
         writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(config.dtype, f"MOSTLY_{config.dtype.upper()}")])
         add_shape(writer, model.config)
-        add_tokenizer(writer, folder, tok, model.config.vocab_size)
+        add_tokenizer(writer, tok, info, model.config.vocab_size)
         add_tensors(writer, model, family, config.dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -283,7 +283,7 @@ def main(config):
     optimizer = make_optimizer(config, model)
     order = text_order(train, tok.eot, context, config.seed)
     val_pieces, sizes = corpus.some_pieces(val, tok.eot, context, config.eval_tokens), tokenizer.token_bytes(tok)
-    prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
+    prompt = [tok.bos, *tok.encode_ordinary(config.prompt)]
     check_memory(run, model, optimizer, train, order, batch_tokens, len(prompt))
 
     # bookkeeping: what is compiled, printed, saved and resumed
@@ -329,7 +329,7 @@ def write_sample(run, step, model, tok, prompt):
     model = unsharded(model, run.device, keep=rank() == 0)
     if rank() == 0:
         ids = stream(model, prompt, max_new_tokens=run.config.max_new_tokens, stop={tok.eot}, seed=run.config.seed)
-        run.sample(step, tok.decode([i for i in [*prompt, *ids] if i != tok.eot]))
+        run.sample(step, tok.decode([i for i in [*prompt, *ids] if i not in (tok.bos, tok.eot)]))
 
 
 def check_memory(run, model, optimizer, streams, order, batch_tokens, prompt_length):

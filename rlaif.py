@@ -252,12 +252,18 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
             ids = chat.encode_prompt(tok, messages)
         else:
             text = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
-            ids = [tok.eot, *tok.encode_ordinary(text + "Assistant:")]
+            ids = [tok.bos, *tok.encode_ordinary(text + "Assistant:")]
         if len(ids) < model.config.context:
             prompts[i] = ids
+<<<<<<< HEAD
     stop = {chat.end_of_turn(tok) if as_chat else tok.eot}
     samples = rollout(model, list(prompts.values()), stop=stop, first=first, **sampling(config, seed))
     replies = {}
+=======
+    stop = chat.stop_ids(tok) if as_chat else {tok.eot}
+    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
+    replies, samples = {}, rollout(model, list(prompts.values()), stop=stop, first=first, **sampling)
+>>>>>>> h-templates
     for i, sample in zip(prompts, samples, strict=True):
         text, empty_line = chat.decode_completion(tok, sample.tokens), ""
         if not as_chat:
@@ -282,7 +288,7 @@ def revise_batch(config, policy, judge, principles, batch, first):
     Returns (rows to write, counts, {figure: its values}).
     """
     (model, tok, _), (critic, critic_tok, info) = policy, judge
-    as_chat = config.ask == "chat" or (config.ask == "auto" and info.get("stage", "pretrain") != "pretrain")
+    as_chat = config.ask == "chat" or (config.ask == "auto" and chat.is_chat_model(critic_tok, info))
     drawn = [principles[j] for j in random_principles(len(batch), len(principles), config.seed, first)]
 
     # 1. Answer, 2. criticise (what was cut still says something), 3. revise

@@ -444,7 +444,7 @@ def sample_completions(model, tok, conversations, **options):
     prompts: token ids, one per conversation; texts: what the samples say; options: of `rollout`.
     """
     prompts = [chat.encode_prompt(tok, messages) for messages in conversations]
-    samples = rollout(model, prompts, stop={chat.end_of_turn(tok)}, **options)
+    samples = rollout(model, prompts, stop=chat.stop_ids(tok), **options)
     return prompts, samples, [chat.decode_completion(tok, s.tokens) for s in samples]
 
 

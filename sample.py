@@ -1,4 +1,4 @@
-r"""Talk to any checkpoint: continue a prompt, or chat with a model that sft.py trained to.
+r"""Talk to any checkpoint: continue a prompt, or chat with a model that was trained to.
 
     p(token) ~ exp(logit / temperature), cut to the likeliest tokens that hold top_p in all
 
@@ -80,7 +80,7 @@ def load(name, device):
     model, tok, info = checkpoint.load(os.path.expanduser(name), device)
     if model.config.scalar_head:
         raise UserError(f"{name}: a reward model, which writes nothing; evaluate.py measures it")
-    return Speaker(name, model, tok, info.get("stage", "pretrain") != "pretrain")
+    return Speaker(name, model, tok, chat.is_chat_model(tok, info))
 
 
 def notice(text):
@@ -145,10 +145,10 @@ def answer(config, speakers, system, exchanges, seed):
         if left_out and not speaker.context_was_full:
             speaker.context_was_full = True
             notice(f"(the context of {speaker.name} holds {context} tokens: the oldest exchanges are left out now)")
-        stop, room = {tok.eot, chat.end_of_turn(tok)}, context - len(prompt)
+        stop, room = {tok.eot} | chat.stop_ids(tok), context - len(prompt)
         try:
             print(f"[{speaker.name}] " if len(speakers) > 1 else "", end="", flush=True)
-            write(config, speaker, prompt, tokens, min(limit, room), stop, tok._special_tokens.values(), seed)
+            write(config, speaker, prompt, tokens, min(limit, room), stop, tok.special_ids, seed)
             if tokens[-1] not in stop:
                 reason = "the context is full" if room < limit else "--max_new_tokens allows no more"
                 notice(f"(cut after {len(tokens)} tokens: {reason})")
@@ -249,10 +249,10 @@ def main(config):
         return converse(config, speaker, device)
     if speaker.is_chat_model:
         prompt = chat.encode_prompt(tok, conversation(config.system, [(config.prompt, [])]))
-        stop = {tok.eot, chat.end_of_turn(tok)}
+        stop = {tok.eot} | chat.stop_ids(tok)
     else:
-        prompt = [tok.eot, *tok.encode_ordinary(config.prompt)]
-        stop = {tok.eot}
+        prompt = [tok.bos, *tok.encode_ordinary(config.prompt)]
+        stop = {tok.eot, *tok.eos_ids}
         print(config.prompt, end="", flush=True)
     write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
 

@@ -228,7 +228,7 @@ def model_reward(name, device, micro_batch_tokens):
         documents = []
         for messages, text, sample in zip(conversations, texts, samples, strict=True):
             # An unfinished completion is scored as it stands, without an end of turn
-            ids = chat.encode_completion(tok, text) if sample.finished else tok.encode_ordinary(text)
+            ids = chat.encode_completion(tok, text, messages) if sample.finished else tok.encode_ordinary(text)
             documents.append(chat.encode_prompt(tok, messages) + ids)
         long = sum(len(d) > context for d in documents)
         if long:
@@ -349,7 +349,7 @@ def prefer_first(model, tok, prompts, micro_batch_tokens):
     labels = [tok.encode_ordinary(label) for label in (" A", " B")]
     if any(len(ids) != 1 for ids in labels):
         raise UserError('" A" and " B" are not single tokens of this tokenizer, so it cannot be a judge')
-    documents = [[tok.eot, *tok.encode_ordinary(prompt)] for prompt in prompts]
+    documents = [[tok.bos, *tok.encode_ordinary(prompt)] for prompt in prompts]
     packs = packs_within_context(model, documents, micro_batch_tokens, "judge prompt")
     hidden = torch.cat([model(p)[p.cu_seqlens[1:].long() - 1] for p in packs])  # [n, C]
     logits = hidden.float() @ model.head[[ids[0] for ids in labels]].float().T  # [n, 2]

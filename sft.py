@@ -111,10 +111,10 @@ def read_chats(config, tok, context):
     train_rows, val_rows, hashes = rows.read_split(config, rows.conversation)
     end, kept = chat.end_of_turn(tok), []
     for some_rows, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
-        chats = [chat.encode(tok, messages) for messages in some_rows]
+        chats = [item for messages in some_rows for item in chat.encode_turns(tok, messages)]
         kept.append(chat.drop_too_long(chats, context, end, what))
     chat.audit(tok, kept[0], config.data)
-    shown = next(messages for messages in val_rows if chat.whole_turns(chat.encode(tok, messages), context, end))
+    shown = next(m for m in val_rows if any(chat.whole_turns(c, context, end) for c in chat.encode_turns(tok, m)))
     first_answer = [message["role"] for message in shown].index("assistant")
     return *kept, shown[:first_answer], hashes
 

@@ -90,14 +90,14 @@ def fuzzed(n, seed):
     return strings
 
 
-def prompts_of(config, model, tok, has_turns):
+def prompts_of(config, tok, has_turns):
     """Ids of prompts: questions to a chat model, beginnings of texts to a base model."""
     draw = random.Random(config.seed)
     words = "the a of and old map red door what is how many two plus three tell me about why stone river 5 7".split()
     texts = [" ".join(draw.choices(words, k=draw.randrange(2, 9))) for _ in range(config.prompts)]
     if has_turns:
         return [chat.encode_prompt(tok, [{"role": "user", "content": text}]) for text in texts]
-    return [[tok.eot, *tok.encode_ordinary(text)] for text in texts]
+    return [[tok.bos, *tok.encode_ordinary(text)] for text in texts]
 
 
 def gap_where_they_part(model, prompt, ours, theirs):
@@ -112,11 +112,10 @@ def gap_where_they_part(model, prompt, ours, theirs):
 
 def main(config):
     folder = checkpoint.find(config.model)
-    model, tok, _ = checkpoint.read(folder)
+    model, tok, info = checkpoint.read(folder)
     model.eval()
-    template = export.chat_template(folder)
-    stops = export.stop_ids(folder, tok)
-    prompts = prompts_of(config, model, tok, bool(template))
+    stops = export.stop_ids(tok, info)
+    prompts = prompts_of(config, tok, chat.is_chat_model(tok, info))
     strings = fuzzed(config.strings, config.seed)
     if tok.nfc:  # export.py says so: llama.cpp does not normalise
         strings = [unicodedata.normalize("NFC", s) for s in strings]

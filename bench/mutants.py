@@ -30,6 +30,7 @@ SHARD, MEMORY, SECURITY = "tests/test_shard.py", "tests/test_memory.py", "tests/
 MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hub", "optim", "cli", "run"))
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
 EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
+TEMPLATES = "tests/test_template.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -71,8 +72,8 @@ MUTANTS = [
     (
         "end_not_scored",
         "scoring.py",
-        "chat.encode_completion(tok, text) if sample.finished",
-        "chat.encode_completion(tok, text)[:-1] if sample.finished",
+        "chat.encode_completion(tok, text, messages) if sample.finished",
+        "chat.encode_completion(tok, text, messages)[:-1] if sample.finished",
         f"{PPO} {SCORING}",
     ),
     (
@@ -93,8 +94,8 @@ MUTANTS = [
     (
         "top_k_in_rollouts",
         "rollout.py",
-        "stop={chat.end_of_turn(tok)}, **options",
-        "stop={chat.end_of_turn(tok)}, top_k=2, **options",
+        "stop=chat.stop_ids(tok), **options",
+        "stop=chat.stop_ids(tok), top_k=2, **options",
         PPO,
     ),
     ("sampled_at_another_temperature", "ppo.py", '"temperature": config.temperature', '"temperature": 1.0', PPO),
@@ -444,11 +445,17 @@ MUTANTS = [
     (
         "gguf_bos_twice",
         "export.py",
-        '        if "bos_token" in template or text in template:\n            return False\n',
-        "        pass\n",
+        "        return tok.bos != tok.eot and not writes_it\n",
+        "        return tok.bos != tok.eot\n",
         EXPORT,
     ),
-    ("gguf_base_without_bos", "export.py", "    elif checkpoint.read_info(folder):\n        return True\n", "", EXPORT),
+    (
+        "gguf_base_without_bos",
+        "export.py",
+        "    return tok.bos != tok.eot or bool(info)\n",
+        "    return tok.bos != tok.eot\n",
+        EXPORT,
+    ),
     (
         "gguf_ends_with_the_document",
         "export.py",
@@ -459,7 +466,7 @@ MUTANTS = [
     (
         "gguf_added_text_is_control",
         "export.py",
-        "TokenType.USER_DEFINED if text in tok.visible else TokenType.CONTROL",
+        "TokenType.CONTROL if i in tok.special_ids else TokenType.USER_DEFINED",
         "TokenType.CONTROL",
         EXPORT,
     ),
@@ -498,6 +505,107 @@ MUTANTS = [
         "shared = min(len(os.path.commonprefix([alone, ids])) for ids in whole)",
         "shared = len(alone)",
         EVALUATE,
+    ),
+    # Chat templates and conventions of downloaded models
+    (
+        "text_spells_turns",
+        "data/chat.py",
+        '[self.disguise(m["content"]) for m in messages]',
+        '[m["content"] for m in messages]',
+        TEMPLATES,
+    ),
+    (
+        "joined_special",
+        "data/chat.py",
+        "if self.structure.pattern.findall(text) != self.structure.pattern.findall(neutral):",
+        "if False:",
+        TEMPLATES,
+    ),
+    ("rewritten_in_the_mask", "data/chat.py", "if whole[:end] == ids[:end]:", "if True:", TEMPLATES),
+    ("prompt_not_continued", "data/chat.py", "if not text.startswith(prompt):", "if False:", TEMPLATES),
+    (
+        "one_stop_id",
+        "data/chat.py",
+        "stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])",
+        "stops = frozenset([] if end is None else [end])",
+        TEMPLATES,
+    ),
+    ("train_false_trained", "data/chat.py", ' and message.get("train", True)', "", TEMPLATES),
+    (
+        "base_chats",
+        "data/chat.py",
+        "return tok.template is not None and end_of_turn(tok) in tok.eos_ids",
+        "return tok.template is not None",
+        TEMPLATES,
+    ),
+    ("think_is_spelled", "data/tokenizer.py", "if not self.text_tokens:", "if True:", TEMPLATES),
+    (
+        "think_hidden",
+        "data/tokenizer.py",
+        "self.special_ids = frozenset(special_tokens.values()) - text_ids",
+        "self.special_ids = frozenset(special_tokens.values())",
+        TEMPLATES,
+    ),
+    ("white_space_stays", "data/tokenizer.py", 'if row.get("lstrip"):', "if False:", TEMPLATES),
+    (
+        "bos_is_eot",
+        "data/tokenizer.py",
+        "self.bos = self.eot if bos is None else bos",
+        "self.bos = self.eot",
+        TEMPLATES,
+    ),
+    (
+        "bos_not_kept",
+        "data/tokenizer.py",
+        '"post_processor": None if tok.bos == tok.eot else',
+        '"post_processor": None if True else',
+        TEMPLATES,
+    ),
+    ("template_takes_time", "data/template.py", "signal.setitimer(signal.ITIMER_PROF, SECONDS)", "pass", TEMPLATES),
+    (
+        "template_takes_memory",
+        "data/template.py",
+        "resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))",
+        "pass",
+        TEMPLATES,
+    ),
+    (
+        "no_sandbox",
+        "data/template.py",
+        "jinja2.sandbox.ImmutableSandboxedEnvironment(",
+        "jinja2.Environment(",
+        TEMPLATES,
+    ),
+    ("jinjas_own_tojson", "data/template.py", 'environment.filters["tojson"] = to_json', "pass", TEMPLATES),
+    (
+        "child_shared_by_a_fork",
+        "data/template.py",
+        "child = children.get(os.getpid())",
+        "child = next(iter(children.values()), None)",
+        TEMPLATES,
+    ),
+    ("eos_token_changes", "data/template.py", "if known in (None, eos_token) or", "if True or", TEMPLATES),
+    ("date_of_today", "runtime/run.py", "template.fix_time(self.started)", "pass", TEMPLATES),
+    (
+        "date_not_kept",
+        "runtime/run.py",
+        'self.started = (self.resumed and self.info.get("started")) or agreed_time()',
+        "self.started = agreed_time()",
+        TEMPLATES,
+    ),
+    (
+        "template_lost",
+        "runtime/checkpoint.py",
+        "source = tok.template.source_under(tok.decode(eos_ids[:1])) if tok.template else chat.TEMPLATE",
+        "source = chat.TEMPLATE",
+        TEMPLATES,
+    ),
+    (
+        "eos_of_documents",
+        "runtime/checkpoint.py",
+        "tokenizer.save(tok, folder, source, eos_ids[0])",
+        "tokenizer.save(tok, folder, source)",
+        TEMPLATES,
     ),
 ]
 

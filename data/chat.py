@@ -9,9 +9,16 @@ That is ChatML, which Qwen uses. The assistant's words and the <|im_end|> after 
 nothing else. A conversation is one document of a pack and ends at its last <|im_end|>: there a
 reward model reads its score, and there a sampler stops. Text never yields a special token, so no
 content can end a turn or begin one. White space around a message is dropped, as in Llama 3.
+
+A downloaded model keeps its own template (data/template.py), and the ids are those of
+transformers' apply_chat_template. What such a template writes after a prompt, up to the first of
+the model's stop ids, is an answer.
 """
 
+import functools
+import re
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,8 +50,33 @@ def special(tok, name):
 
 
 def end_of_turn(tok):
-    """The id that ends every message."""
-    return special(tok, "<|im_end|>")
+    """The id that ends an answer; raises UserError if nothing does."""
+    if not has_own_template(tok):
+        return special(tok, "<|im_end|>")
+    end = structure(tok).end
+    if end is None:
+        raise UserError(
+            f"{tok.template.file}: the chat template ends no answer with a special token, so that a model trained "
+            "on it would never stop; add one to it"
+        )
+    return end
+
+
+def stop_ids(tok):
+    """The set of ids at which an answer ends: of a downloaded model, all its eos ids as well."""
+    if not has_own_template(tok):
+        return {end_of_turn(tok)}
+    return {*structure(tok).stop_ids}
+
+
+def is_chat_model(tok, info):
+    """Whether a model of this tokenizer and feinschliff.json ends its turns.
+
+    Base models are published with a chat template, too, but with an eos that ends documents.
+    """
+    if info.get("stage", "pretrain") != "pretrain":
+        return True
+    return tok.template is not None and end_of_turn(tok) in tok.eos_ids
 
 
 def encode_header(tok, role, first):
@@ -53,40 +85,208 @@ def encode_header(tok, role, first):
     return [*line_end, special(tok, "<|im_start|>"), *tok.encode_ordinary(role + "\n")]
 
 
-def encode_completion(tok, text):
-    """The ids of an assistant's message and its end: what follows `encode_prompt`."""
+def encode_completion(tok, text, prompt=()):
+    """The ids of an assistant's message and its end: what follows `encode_prompt(tok, prompt)`.
+
+    Our template writes the same after every prompt.
+    """
+    if has_own_template(tok):
+        return Rendering(tok, [*(prompt or PROBE), rows.message("assistant", text)]).completion()
     return [*tok.encode_ordinary(text.strip()), end_of_turn(tok)]
+
+
+def is_trained(message):
+    """Whether a message is in the loss: an assistant's, unless the data say "train": false."""
+    return message["role"] == "assistant" and message.get("train", True)
 
 
 def encode(tok, messages):
     """The Chat of a finished conversation, whose assistant's messages are trained.
 
-    messages: [{"role", "content"}, ...], checked by `rows.check_messages`.
+    messages: [{"role", "content"}, ...], checked by `rows.check_messages`; one with "train": False
+    is not trained. Nor is one that a downloaded template writes otherwise once others follow: see
+    `encode_turns`.
     """
+    if has_own_template(tok):
+        return Rendering(tok, messages).chats()[0]
     ids, loss_mask = [], []
     for i, message in enumerate(messages):
         header = encode_header(tok, message["role"], first=i == 0)
-        body = encode_completion(tok, message["content"])
+        body = [*tok.encode_ordinary(message["content"].strip()), end_of_turn(tok)]
         ids += header + body
-        loss_mask += [False] * len(header) + [message["role"] == "assistant"] * len(body)
+        loss_mask += [False] * len(header) + [is_trained(message)] * len(body)
     return Chat(np.array(ids, dtype=np.int32), np.array(loss_mask, dtype=bool))
+
+
+def encode_turns(tok, messages):
+    """[Chat]: a finished conversation such that each trained message is once in a loss mask.
+
+    One Chat, unless the template writes earlier answers otherwise (Qwen3's drops their thinking):
+    such an answer is trained as the end of a Chat of its own, for there it is as the model is to
+    write it.
+    """
+    if not has_own_template(tok):
+        return [encode(tok, messages)]
+    whole, *rewritten = Rendering(tok, messages).chats()
+    return [whole, *rewritten] if whole.loss_mask.any() or not rewritten else rewritten
 
 
 def encode_prompt(tok, messages):
     """The ids of a conversation that the assistant is to continue."""
+    if has_own_template(tok):
+        rendering = Rendering(tok, messages)
+        return rendering.ids(rendering.text(len(messages), True))
     return [*encode(tok, messages).ids.tolist(), *encode_header(tok, "assistant", first=False)]
 
 
 def encode_pair(tok, pair):
     """(chosen Chat, rejected Chat) of a rows.Pair, whose completions are trained."""
     prompt = encode_prompt(tok, pair.prompt)
-    chosen, rejected = (make_completion(prompt, encode_completion(tok, text)) for text in (pair.chosen, pair.rejected))
-    return chosen, rejected
+    chosen = make_completion(prompt, encode_completion(tok, pair.chosen, pair.prompt))
+    return chosen, make_completion(prompt, encode_completion(tok, pair.rejected, pair.prompt))
 
 
 def decode_completion(tok, ids):
     """The text of a sampled completion, without special tokens."""
-    return tok.decode([i for i in ids if i not in tok._special_tokens.values()]).strip()
+    return tok.decode([i for i in ids if i not in tok.special_ids]).strip()
+
+
+# -------------------------------------------------------------------------------------------------
+# A downloaded model's template
+
+PROBE = (rows.message("user", "What is a kiwi?"),)  # a conversation that every template can render
+PRIVATE = 0xF0000  # the first of the characters that Unicode gives no meaning
+
+
+class Structure(NamedTuple):
+    """What the template and the files of a downloaded model say of its turns."""
+
+    end: int | None  # the id that ends an answer
+    stop_ids: frozenset  # at which sampling ends
+    names: dict  # {special token: id}
+    pattern: re.Pattern  # finds special tokens, of several at one place the longest
+    spelled: re.Pattern  # finds the first character of each
+    edges: str  # the characters that special tokens begin or end with
+
+
+def has_own_template(tok):
+    """Whether the chats of this tokenizer's model have another template than ours."""
+    return tok.template is not None and tok.template.source != TEMPLATE
+
+
+@functools.lru_cache(maxsize=8)
+def structure(tok):
+    """The Structure of a tokenizer that `has_own_template`."""
+    names = {tok.decode([i]): i for i in tok.special_ids}
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    spelled = re.compile(f"(?=(?:{pattern.pattern}))(.)", re.DOTALL)
+    answer = "A fruit."
+    text = tok.template.render([*PROBE, rows.message("assistant", answer)], False)
+    after = pattern.search(text, text.rfind(answer) + len(answer))
+    end = names[after[0]] if after and answer in text else None
+    stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])
+    edges = "".join({char for name in names for char in (name[0], name[-1])})
+    return Structure(end, stops, names, pattern, spelled, edges)
+
+
+class Rendering:
+    """A conversation under a downloaded model's template, which may not let text become a token.
+
+    transformers would find special tokens in what people wrote. Here the first character of one
+    that is spelled in a message is a private one until the special tokens of the rendered text are
+    found.
+    """
+
+    def __init__(self, tok, messages):
+        self.tok, self.structure = tok, structure(tok)
+        found = "".join(m["content"] for m in messages)
+        unused = (chr(i) for i in range(PRIVATE, PRIVATE + 2**16) if chr(i) not in found)
+        self.private = dict(zip(self.structure.edges, unused))
+        self.public = {ord(private): char for char, private in self.private.items()}
+        self.roles, self.trained = [m["role"] for m in messages], [is_trained(m) for m in messages]
+        self.contents = [self.disguise(m["content"]) for m in messages]
+        self.neutral = [content.translate(str.maketrans(self.private)) for content in self.contents]
+
+    def disguise(self, content):
+        """The text with private characters where it spells special tokens."""
+        return self.structure.spelled.sub(lambda match: self.private[match[1]], content)
+
+    def text(self, n, add_generation_prompt):
+        """The first n messages rendered.
+
+        Raises UserError if the template makes a special token of what messages say, as one that
+        joins two of them may.
+        """
+        text = self.render(self.contents[:n], add_generation_prompt)
+        if self.neutral[:n] != self.contents[:n]:
+            neutral = self.render(self.neutral[:n], add_generation_prompt)
+            if self.structure.pattern.findall(text) != self.structure.pattern.findall(neutral):
+                raise UserError(
+                    f"{self.tok.template.file}: the chat template makes a special token of what the message "
+                    f"{self.contents[n - 1][:80]!r} or one before it says; leave that conversation out"
+                )
+        return text
+
+    def render(self, contents, add_generation_prompt):
+        messages = [rows.message(*message) for message in zip(self.roles, contents)]
+        return self.tok.template.render(messages, add_generation_prompt)
+
+    def ids(self, text):
+        """The ids of a rendered text."""
+        ids, begin = [], 0
+        for match in self.structure.pattern.finditer(text):
+            ids += self.tok.encode_ordinary(text[begin : match.start()].translate(self.public))
+            ids.append(self.structure.names[match[0]])
+            begin = match.end()
+        return ids + self.tok.encode_ordinary(text[begin:].translate(self.public))
+
+    def answer(self, i):
+        """(prompt, answer): what is rendered before message i, and what it adds.
+
+        Raises UserError if the template does not render the answer as the prompt's continuation.
+        """
+        prompt, text = self.text(i, True), self.text(i + 1, False)
+        if not text.startswith(prompt):
+            raise UserError(
+                f"{self.tok.template.file}: under this chat template the answer {self.contents[i][:80]!r} does not "
+                f"continue the prompt, which ends in {prompt[-40:]!r}; it cannot be trained on: give answers that do, "
+                "or take another template"
+            )
+        return prompt, text[len(prompt) :]
+
+    def end(self, ids, begin=0):
+        """Where the answer that begins at ids[begin] ends: after the first stop id."""
+        ends = (i + 1 for i in range(begin, len(ids)) if ids[i] in self.structure.stop_ids)
+        return next(ends, len(ids))
+
+    def completion(self):
+        """The ids of the last message, an answer, and its end."""
+        ids = self.ids(self.answer(len(self.roles) - 1)[1])
+        return ids[: self.end(ids)]
+
+    def chats(self):
+        """[the Chat of the whole, and one for each trained answer that is otherwise there]."""
+        whole = self.ids(self.text(len(self.roles), False))
+        mask, others = np.zeros(len(whole), dtype=bool), []
+        for i in np.flatnonzero(self.trained):
+            prompt, answer = self.answer(i)
+            ids = self.ids(prompt + answer)
+            # a token that joins the prompt's end and the answer's beginning belongs to the answer
+            begin = common_length(ids, self.ids(prompt))
+            end = self.end(ids, begin)
+            if whole[:end] == ids[:end]:
+                mask[begin:end] = True
+            else:
+                others.append(Chat(np.array(ids[:end], dtype=np.int32), np.arange(end) >= begin))
+        return [Chat(np.array(whole, dtype=np.int32), mask), *others]
+
+
+def common_length(a, b):
+    """How many items two lists begin with alike."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """What pretraining reads: documents, laid end to end as token streams and cut into pieces.
 
-A stream is `eot document eot document ... eot`. Piece [a, b) is trained on as tokens [a, b) that
-predict tokens [a+1, b+1): a document begins with the eot before it, and the last thing it predicts
-is the eot after it. A document longer than the context is cut into windows. Every token is
-predicted once per epoch; nothing is dropped and nothing padded.
-"""
+A stream is `eot document eot document ... eot`; of a tokenizer that begins documents with a token
+of their own, as Llama 3's, `bos document eot bos document eot`. Piece [a, b) is trained on as
+tokens [a, b) that predict tokens [a+1, b+1): a document begins with its bos or the eot before it,
+and the last thing it predicts is the eot after it. A document longer than the context is cut into
+windows. Every token is predicted once per epoch; nothing is dropped and nothing padded."""
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ def hold_out(documents, fraction):
 
 def encode(tok, documents):
     """The stream of some documents, int32 [T]."""
-    parts = [np.array([tok.eot, *tok.encode_ordinary(document)], dtype=np.int32) for document in documents]
-    return np.concatenate([*parts, np.array([tok.eot], dtype=np.int32)])
+    ids, own_bos = [], tok.bos != tok.eot
+    for document in documents:
+        ids.append(np.array([tok.bos, *tok.encode_ordinary(document), *[tok.eot] * own_bos], dtype=np.int32))
+    return np.concatenate([*ids, np.array([tok.eot] * (not own_bos), dtype=np.int32)])
 
 
 def pieces(streams, eot, context, first=0):
@@ -50,7 +52,10 @@ def pieces(streams, eot, context, first=0):
     found = []
     for s, stream in enumerate(streams):
         ends = np.flatnonzero(stream == eot)
-        begin, end = ends[:-1], ends[1:]  # [documents]
+        if stream[0] == eot:
+            begin, end = ends[:-1], ends[1:]  # [documents]
+        else:  # each begins with a bos of its own
+            begin, end = np.append(0, ends[:-1] + 1), ends
         head = np.where((end - begin > context) & (first > 0), first, 0)  # an extra, short window
         windows = (head > 0) + -(-(end - begin - head) // context)  # [documents], rounded up
         document = np.repeat(np.arange(len(begin)), windows)  # [windows]

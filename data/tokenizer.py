@@ -6,7 +6,8 @@ Training begins with the 256 bytes as tokens and repeats: count the pairs of nei
 inside the pieces, make the commonest pair a new token. Encoding repeats the same merges, earliest
 first, so a token's id is its priority; `parts` spells that out for one token. Any byte is a token,
 so no text is out of vocabulary. The last ids are the SPECIALS, which mark structure: text never
-yields them, not even text that spells them.
+yields them, not even text that spells them. A downloaded tokenizer may have added tokens that are
+not special, as Qwen3's <think>: these are text, and text yields them.
 
 Stored as Hugging Face's tokenizer.json. Read as well: any byte-level-BPE tokenizer.json (Llama 3,
 Qwen, GPT-4o, ...), GPT-2's files, tiktoken's own names. Left out: sentencepiece, WordPiece and
@@ -31,6 +32,7 @@ import numpy as np
 import regex
 import tiktoken
 
+from data import template
 from data.read import parse_mixture, read_json, read_lines, read_texts
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
@@ -58,6 +60,7 @@ class Config:
     overwrite: bool = False
 
 
+EOT_KEY = "end_of_document_token"  # of our tokenizer_config.json, where eos_token ends a turn
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 # GPT-4's pattern with three changes: single digits (numbers are spelled alike, so sums generalize),
@@ -112,13 +115,25 @@ class Tokenizer(tiktoken.Encoding):
         nfc=False,
         eot="<|endoftext|>",
         pad="<|pad|>",
-        visible=(),
+        added=(),
+        bos=None,
+        eos_ids=(),
+        template=None,
     ):
         super().__init__(name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
         self.nfc = nfc  # NFC-normalize a text first (Qwen)
         self.eot = special_tokens[eot]  # id that begins and ends a document
         self.pad = special_tokens[pad]  # id for other people's padding; may be eot's
-        self.visible = visible  # specials that HF's decode(skip_special_tokens=True) shows (<think>)
+        self.bos = self.eot if bos is None else bos  # id that begins a document; eot unless the model has its own
+        self.eos_ids = eos_ids  # that end what its model writes, by config.json and generation_config.json
+        self.template = template  # the data.template.Template of its model's chats, None if it has none
+        self.added = added  # the rows of tokenizer.json's added_tokens, () for a tokenizer made here
+        structural = {self.eot, self.bos, *eos_ids}  # these no text may yield
+        self.text_tokens = [row for row in added if not (row.get("special", True) or row["id"] in structural)]
+        text_ids = {row["id"] for row in self.text_tokens}
+        self.special_ids = frozenset(special_tokens.values()) - text_ids  # that no text yields
+        contents = sorted((row["content"] for row in self.text_tokens), key=len, reverse=True)
+        self.text_pattern = re.compile("|".join(map(re.escape, contents)))  # of several at one place the longest
         self.missing_bytes = {b for b in range(256) if bytes([b]) not in mergeable_ranks}
 
     def encode_ordinary(self, text):
@@ -127,6 +142,32 @@ class Tokenizer(tiktoken.Encoding):
         Raises UserError for a character that the vocabulary lacks, and for a text that tiktoken
         cannot cut into pieces.
         """
+        if not self.text_tokens:
+            return self.encode_plain(text)
+        ids, begin = [], 0
+        for start, end, i in self.find_text_tokens(text):
+            ids += [*self.encode_plain(text[begin:start]), i]
+            begin = end
+        return ids + self.encode_plain(text[begin:])
+
+    def find_text_tokens(self, text):
+        """Yield (start, end, id) of the added tokens in a text, as Hugging Face's `tokenizers`
+        finds them: some only as whole words, some with the white space before or after them."""
+        rows, begin = {row["content"]: row for row in self.text_tokens}, 0
+        for match in self.text_pattern.finditer(text):
+            start, end, row = match.start(), match.end(), rows[match[0]]
+            beside = text[max(0, start - 1) : start] + text[end : end + 1]
+            if start < begin or row.get("single_word") and re.search(r"\w", beside):
+                continue
+            if row.get("lstrip"):
+                start = max(begin, len(text[:start].rstrip()))
+            if row.get("rstrip"):
+                end = len(text) - len(text[end:].lstrip())
+            yield start, end, row["id"]
+            begin = end
+
+    def encode_plain(self, text):
+        """The ids of a text in which no added token is looked for."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         if self.missing_bytes:
@@ -176,8 +217,9 @@ class Tokenizer(tiktoken.Encoding):
 
     def __getstate__(self):
         """The arguments of __init__: tiktoken pickles an encoding by them, for worker processes."""
-        eot, pad = self.decode([self.eot]), self.decode([self.pad])
-        return super().__getstate__() | {"nfc": self.nfc, "eot": eot, "pad": pad, "visible": self.visible}
+        state = {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "added": self.added}
+        state |= {"bos": None if self.bos == self.eot else self.bos, "eos_ids": self.eos_ids}
+        return super().__getstate__() | state | {"template": self.template}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -283,8 +325,11 @@ def with_specials(name, pattern, ranks, specials):
 def with_turns(tok):
     """The same tokenizer, with <|im_start|> and <|im_end|> appended if it lacks them.
 
-    What ends its documents and what pads stays.
+    What ends its documents and what pads stays. A tokenizer whose model has a chat template of its
+    own has what it needs.
     """
+    if tok.template:
+        return tok
     specials, end = tok._special_tokens, tok.n_vocab
     missing = [s for s in SPECIALS[2:] if s not in specials]
     specials = specials | {s: end + i for i, s in enumerate(missing)}
@@ -370,15 +415,33 @@ def read_tokenizer_json(path):
     specials = {token["content"]: token["id"] for token in added}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ranks = checked_ranks(path, model["vocab"], merges, specials, model.get("ignore_merges", False))
-    eot = end_of_document(path, specials, token_text(config.get("eos_token")))
-    pad = next(s for s in ("<|pad|>", token_text(config.get("pad_token")), eot) if s in specials)
-    visible = [token["content"] for token in added if not token.get("special", True)]
-    return Tokenizer(path.parent.name, pattern, ranks, specials, bool(normalizers), eot, pad, visible)
+    eot = end_of_document(path, specials, template.token_text(config.get(EOT_KEY) or config.get("eos_token")))
+    pad = next(s for s in ("<|pad|>", template.token_text(config.get("pad_token")), eot) if s in specials)
+    bos = begin_of_text(path, spec.get("post_processor"))
+    largest = max([*ranks.values(), *specials.values()])
+    eos_ids = tuple(i for i in template.read_eos_ids(path.parent) if i <= largest)  # no model writes another
+    own_template, nfc = template.read_template(path.parent, config), bool(normalizers)
+    return Tokenizer(path.parent.name, pattern, ranks, specials, nfc, eot, pad, added, bos, eos_ids, own_template)
 
 
-def token_text(token):
-    """The text of a token in tokenizer_config.json, which may be a dict; None if there is none."""
-    return token["content"] if isinstance(token, dict) else token
+def begin_of_text(path, processor):
+    """The id that a tokenizer.json puts before every text, None if it puts none.
+
+    transformers 5 goes by the post-processor alone, not by add_bos_token. Raises UserError if there
+    are several ids.
+    """
+    steps = single_steps(processor, "processors")
+    templates = [step for step in steps if step["type"] == "TemplateProcessing"]
+    if not templates:
+        return None
+    begin = []
+    for part in templates[-1]["single"]:
+        if "SpecialToken" not in part:
+            break
+        begin += templates[-1]["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    if len(begin) > 1:
+        raise UserError(f"{path}: the post_processor puts {len(begin)} tokens before a text; one at most is supported")
+    return begin[0] if begin else None
 
 
 def end_of_document(path, specials, eos):
@@ -542,10 +605,11 @@ def printable(token):
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
-def save(tok, folder, chat_template=""):
+def save(tok, folder, chat_template="", eos=None):
     """Write tokenizer.json and tokenizer_config.json.
 
-    AutoTokenizer.from_pretrained(folder) then gives the same ids as `encode_ordinary`.
+    AutoTokenizer.from_pretrained(folder) then gives the same ids as `encode_ordinary`. eos: the id
+    that ends what its model writes; by default the one that ends documents.
     """
     ranks, specials = tok._mergeable_ranks, tok._special_tokens
     vocab = {printable(token): ranks[token] for token in sorted(ranks, key=ranks.get)}
@@ -562,8 +626,9 @@ def save(tok, folder, chat_template=""):
         "merges": [[printable(left), printable(right)] for left, right in merge_of_each(ranks).values()],
     }
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    known = {row["content"]: row for row in tok.added}
     added = [
-        {"id": specials[s], "content": s, "special": s not in tok.visible} | plain
+        plain | known.get(s, {}) | {"id": specials[s], "content": s, "special": specials[s] in tok.special_ids}
         for s in sorted(specials, key=specials.get)
     ]
     split = {"type": "Split", "pattern": {"Regex": tok._pat_str}, "behavior": "Isolated", "invert": False}
@@ -575,21 +640,38 @@ def save(tok, folder, chat_template=""):
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if tok.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
-        "post_processor": None,
+        "post_processor": None if tok.bos == tok.eot else before_every_text(tok.decode([tok.bos]), tok.bos),
         "decoder": to_bytes,
         "model": model,
     }
-    config = {
+    config = dict(tok.template.tokens) if tok.template else {}
+    config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "eos_token": tok.decode([tok.eot]),
+        "eos_token": tok.decode([tok.eot if eos is None else eos]),
         "pad_token": tok.decode([tok.pad]),
     }
+    if eos not in (None, tok.eot):
+        config[EOT_KEY] = tok.decode([tok.eot])
+    if tok.bos != tok.eot:
+        config["bos_token"] = tok.decode([tok.bos])
     if chat_template:
         config["chat_template"] = chat_template
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / "tokenizer.json", spec)
     write_json(Path(folder) / "tokenizer_config.json", config)
+
+
+def before_every_text(content, i):
+    """The post_processor that puts the token `content` before a text."""
+    begin = {"SpecialToken": {"id": content, "type_id": 0}}
+    single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {content: {"id": content, "ids": [i], "tokens": [content]}},
+    }
 
 
 def fingerprint(tok):
@@ -599,12 +681,16 @@ def fingerprint(tok):
     """
     ranks = sorted((i, token.hex()) for token, i in tok._mergeable_ranks.items())
     decisive = [tok._pat_str, tok.nfc, tok.eot, sorted(tok._special_tokens.items()), ranks]
+    if tok.bos != tok.eot or tok.text_tokens:
+        decisive += [tok.bos, sorted(row["content"] for row in tok.text_tokens)]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def token_bytes(tok):
     """int64 [n_vocab]: how many bytes of text each id stands for, 0 for special and unused ids."""
     sizes = np.zeros(tok.n_vocab, dtype=np.int64)
+    for row in tok.text_tokens:
+        sizes[row["id"]] = len(row["content"].encode())
     for token, i in tok._mergeable_ranks.items():
         sizes[i] = len(token)
     return sizes

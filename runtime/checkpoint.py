@@ -288,10 +288,18 @@ def write_model(folder, model, tok, stage):
     """Write weights, config.json and tokenizer. From fine-tuning on a checkpoint knows turns, and
     ends them."""
     safetensors.torch.save_file(to_hf(model), folder / WEIGHTS, metadata={"format": "pt"})
-    has_turns = stage != "pretrain"
-    eos = chat.end_of_turn(tok) if has_turns else tok.eot
-    write_json(folder / "config.json", config_to_hf(model.config, bos=tok.eot, eos=eos, pad=tok.pad))
-    tokenizer.save(tok, folder, chat.TEMPLATE if has_turns else "")
+    eos_ids, source = [tok.eot], ""
+    if stage != "pretrain":  # the end of a turn comes first
+        eos_ids = sorted(chat.stop_ids(tok), key=[chat.end_of_turn(tok), *tok.eos_ids].index)
+        source = tok.template.source_under(tok.decode(eos_ids[:1])) if tok.template else chat.TEMPLATE
+    elif tok.template:  # of a downloaded model that reads more text
+        eos_ids, source = list(tok.eos_ids or eos_ids), tok.template.source
+    config = config_to_hf(model.config, bos=tok.bos, eos=eos_ids[0], pad=tok.pad)
+    generation = {name: config[name] for name in ("bos_token_id", "pad_token_id")}
+    generation["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+    tokenizer.save(tok, folder, source, eos_ids[0])
 
 
 def delete_old(run, step, keep_last, temporary):

@@ -14,6 +14,7 @@ The same for every stage, so that every stage resumes exactly:
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from data import template
 from data.pack import pack_chats
 from runtime import checkpoint, hub
 from runtime.checkpoint import ADVICE
@@ -165,6 +167,8 @@ class Run:
                     f"continued; start a new run with --init={self.resumed} and another --out"
                 )
             checkpoint.check_same_run(self.info, stage, config)
+        self.started = (self.resumed and self.info.get("started")) or agreed_time()
+        template.fix_time(self.started)
         self.start, self.best, self.metrics = 0, math.inf, {}
         self.asked_at = 0  # the last step at which the ranks agreed whether to stop
         self.warnings = []  # names of those that were printed
@@ -390,7 +394,7 @@ class Run:
         model = unsharded(model, "cpu", keep=rank() == 0)
         failure = ""
         if rank() == 0:
-            info = {"format": FORMAT, "stage": self.stage, "step": step, **info}
+            info = {"format": FORMAT, "stage": self.stage, "step": step, "started": self.started, **info}
             info |= {"config": dataclasses.asdict(self.config), "data": self.data, "metrics": self.metrics}
             info |= {"lineage": self.lineage, "code": checkpoint.code_hash(), **describe(self.device)}
             try:
@@ -421,6 +425,12 @@ class Run:
                 else:
                     counters.setdefault(name, {})[key] = value
         return tensors, counters
+
+
+def agreed_time():
+    """When the run began by the clock of rank 0, in ISO format."""
+    (seconds,) = reduce_sum(time.time() if rank() == 0 else 0.0)
+    return datetime.datetime.fromtimestamp(seconds).isoformat()
 
 
 def refuse_nonfinite_weights(step, models):

@@ -178,7 +178,8 @@ def test_state_comes_back_bit_for_bit(make_model, tmp_path):
     found, counters = load_state(folder)
     assert counters == {"order": {"epoch": 0, "index": 7}} and found.keys() == tensors(7).keys()
     assert all(torch.equal(t, found[k]) and t.dtype == found[k].dtype for k, t in tensors(7).items())
-    model_files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    model_files = {"config.json", "generation_config.json", "model.safetensors"}
+    model_files |= {"tokenizer.json", "tokenizer_config.json"}
     run_files = {"feinschliff.json", "train_state.safetensors", "train_state.json"}
     assert {p.name for p in folder.iterdir()} == model_files | run_files | {"manifest.json", "critic"}
     assert {p.name for p in (folder / "critic").iterdir()} == model_files

@@ -68,12 +68,18 @@ def test_the_tokenizer_the_end_of_a_turn_and_the_template_are_in_the_file(make_m
         assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges] and len(merges) == 30
 
 
-def theirs(make_model, folder, config=None, template="", spec=None, **extra):
+def theirs(make_model, folder, config=None, template="", spec=None):
     """A directory of someone else's, with visible tokens, a padded vocabulary, and what `config`
     and `spec` say in tokenizer_config.json and tokenizer.json."""
     ranks, specials = TRAINED._mergeable_ranks, {"<|bos|>": 300, "<|endoftext|>": 301, "<|eot|>": 302, "<think>": 303}
+    added = ({"content": "<think>", "id": 303, "special": False},)
     tok = tokenizer.Tokenizer(
-        "theirs", export_pattern("llama-bpe"), ranks, specials, pad="<|eot|>", visible=("<think>",)
+        "theirs",
+        export_pattern("llama-bpe"),
+        ranks,
+        specials,
+        pad="<|eot|>",
+        added=({"content": "<think>", "id": 303, "special": False},),
     )
     folder = save(make_model, folder, "pretrain", tok=tok, vocab_size=320, qk_norm=False)
     for name in ("manifest.json", "feinschliff.json"):
@@ -94,38 +100,32 @@ def edit(path, **changes):
 
 
 def test_a_downloaded_models_conventions_are_kept(make_model, tmp_path):
-    begins = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|bos|>"}}, {"Sequence": {"id": "A"}}]}
-    turn = "{% for m in messages %}{{ m['content'] + '<|eot|>' }}{% endfor %}"
+    begins = tokenizer.before_every_text("<|bos|>", 300)
+    turn = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|eot|>' }}{% endfor %}"
+    turn += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     named = {"bos_token": "<|bos|>", "eos_token": "<|eot|>"}
-    for i, (config, template, processor, adds) in enumerate(
+    for i, (template, processor, adds) in enumerate(
         (
-            (named, turn, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, begins]}, True),
-            (named, "{{ bos_token }}" + turn, begins, False),  # the template writes it
-            (named, "<|bos|>" + turn, begins, False),
-            (named, turn, None, False),
-            (named | {"add_bos_token": True}, turn, None, True),
-            (named, "", begins, True),
-            ({"eos_token": {"content": "<|eot|>"}}, turn, None, False),
+            (turn, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, begins]}, True),
+            ("{{ bos_token }}" + turn, begins, False),  # the template writes it
+            ("<|bos|>" + turn, begins, False),
+            (turn, None, False),
+            ("", begins, True),
+            ("", None, False),
         )
     ):
-        folder = theirs(make_model, tmp_path / str(i), config, template, {"post_processor": processor})
-        edit(folder / "config.json", eos_token_id=[301, 302])
+        folder = theirs(make_model, tmp_path / str(i), named, template, {"post_processor": processor})
+        edit(folder / "config.json", eos_token_id=302)
         (folder / "generation_config.json").write_text('{"eos_token_id": [302, 301]}')
         fields, _ = exported(folder, tmp_path)
         assert fields["tokenizer.ggml.add_bos_token"] is adds, i
         assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (302, 301)
-        assert fields["tokenizer.ggml.bos_token_id"] == (300 if "bos_token" in config else 301)
+        assert not adds or fields["tokenizer.ggml.bos_token_id"] == 300
         assert fields.get("tokenizer.chat_template", "") == template
         assert fields["tokenizer.ggml.pre"] == "llama-bpe"
         texts, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         assert texts[303:306] == ["<think>", "[PAD304]", "[PAD305]"] and len(texts) == 320
         assert types[302:305] == [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED]
-    edit(
-        folder / "tokenizer_config.json",
-        chat_template=[{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}],
-    )
-    (folder / "chat_template.jinja").unlink()
-    assert exported(folder, tmp_path)[0]["tokenizer.chat_template"] == "y"
 
 
 def test_weights_are_stored_in_the_dtype_asked_for(make_model, tmp_path):

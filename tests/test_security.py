@@ -75,6 +75,8 @@ def test_nothing_that_is_read_is_run_but_the_users_own_reward_functions():
         "kernels/proof.py": [("prove", "__import__")],  # six modules of that folder, by names written there
         "report.py": [("", "jinja2")],  # a template of its own, which escapes what it shows
         "sample.py": [("converse", "importlib.import_module")],  # the standard library's readline
+        # chat templates, in jinja2's sandbox and a process with limits (test_template.py)
+        "data/template.py": [("compiled", "jinja2.ext"), ("compiled", "jinja2.sandbox"), ("raise_exception", "jinja2")],
     }
     sources = [path for where in ("", "data", "kernels", "runtime") for path in sorted((ROOT / where).glob("*.py"))]
     found = {str(path.relative_to(ROOT)): offences(path.read_text()) for path in sources}
@@ -628,21 +630,32 @@ def test_added_tokens_that_collide_are_refused(untrusted, added):
     [
         "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}",
         "{% for i in range(10**12) %}x{% endfor %}",
+        "{{ 'a' * 300000000 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{",
         7,
         NESTED,
     ],
     ids=lambda template: str(template)[:9],
 )
-def test_a_chat_template_is_never_run(untrusted, template, monkeypatch):
+def test_a_hostile_chat_template_is_refused(untrusted, template, monkeypatch):
     monkeypatch.chdir(untrusted)
     raw(untrusted / "tokenizer_config.json", chat_template=template if template is NESTED else json.dumps(template))
-    prompt = [{"role": "user", "content": "{{ 7 * 7 }}"}]
-    with sparingly():
+
+    def read():
         _, tok, _ = load(untrusted)
-        chat.encode(tok, [*prompt, {"role": "assistant", "content": "{% raw %}"}])
+        chat.encode_prompt(tok, [{"role": "user", "content": "hi"}])
+
+    refuses(untrusted / "tokenizer_config.json", read)
     assert not (untrusted / "PWNED").exists()
-    assert chat.decode_completion(tok, chat.encode_prompt(tok, prompt)).startswith("user\n{{ 7 * 7 }}")
+
+
+def test_what_people_write_is_no_template(untrusted):
+    tok, source = load(untrusted)[1], "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    raw(untrusted / "tokenizer_config.json", chat_template=json.dumps(source))
+    for known in (tok, load(untrusted)[1]):
+        found = chat.encode(known, [{"role": "user", "content": "{{ 7 * 7 }}{% raw %}"}])
+        assert "{{ 7 * 7 }}{% raw %}" in known.decode(found.ids.tolist())
 
 
 # --------------------------------------------------------------------------------------------------
