@@ -2,8 +2,11 @@
 
     text        nats per token, bits per byte and nats per document of held-out documents
     complete    greedy continuations that begin with the right answer
+    choices     the choice of the highest log-probability is the right one, raw and per byte; two
+                choices are a minimal pair
     judge       verdicts " A" or " B" between two replies that agree with the label, in both orders
-    problems    greedy answers whose final number is right
+    problems    greedy answers whose final number is right; with --samples_per_problem=n also
+                pass@k: the probability that one of k samples is
     data        completions sampled to prompts: length, share that ended, variety, rewards. With a
                 --reference also the win rate on the same prompts (a tie counts half) and
                 KL(model || reference): the mean over completions of sum log p - log p_ref
@@ -23,6 +26,7 @@ sft.py: rejection-sampling fine-tuning (Llama 2, arXiv 2307.09288, section 3.2.3
 
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +35,13 @@ import torch
 from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
+from data.rules import final_number
 from figures import (
     agreement,
     distinct,
     interval,
     mean_interval,
+    pass_at_k,
     point_estimate,
     position_bias,
     preference_figures,
@@ -61,6 +67,9 @@ class Config:
     text: str = ""
     # .jsonl {"prompt", "answer"}: text, and how it must continue
     complete: str = ""
+    # .jsonl {"prefix" (text) or "question" (to a chat model), "choices": [text, ...], "answer": the
+    # right one or its index from 0}
+    choices: str = ""
     # .jsonl {"prompt", "reply_a", "reply_b", "principle", "better"}, as data/world.py writes it
     judge: str = ""
     # {"prompt" or "question", "answer"}: the number after the answer's last "####" is compared
@@ -82,13 +91,15 @@ class Config:
     constitution: str = ""
     # completions to each prompt of --data, of which the best by the first --reward is kept [>= 1]
     best_of: int = 1
-    # at which --data is completed [>= 0]
+    # answers drawn to each of --problems, for pass@k; 0: only the greedy one [>= 0]
+    samples_per_problem: int = 0
+    # at which --data is completed and --samples_per_problem are drawn [>= 0]
     temperature: float = 1.0
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
     # leave bad lines out and count them
     skip_bad: bool = False
-    # rows of --data, --problems and --pairs, at most; 0: all
+    # rows of --data, --choices, --problems and --pairs, at most; 0: all
     limit: int = 0
     # .jsonl file for the completions to --data, with their rewards; "": none
     samples: str = ""
@@ -161,6 +172,90 @@ def completions_right(model, tok, examples):
         following = text[len(answer) : len(answer) + 1]
         right.append(text.startswith(answer) and not following.isalnum())
     return right
+
+
+def multiple_choice(row):
+    """{"prefix" or "question", "choices", "answer"} -> (row, index of the right choice).
+
+    Raises ValueError saying what is wrong with it.
+    """
+    starts = [name for name in ("prefix", "question") if isinstance(row.get(name), str)]
+    if len(starts) != 1:
+        raise ValueError('one string was expected, "prefix" (a text) or "question" (to a chat model)')
+    choices, answer = row.get("choices"), row.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError('"choices" must be a list of two or more strings, none of them empty')
+    if len(set(choices)) < len(choices):
+        raise ValueError('two of the "choices" are the same')
+    if isinstance(answer, str) and answer in choices:
+        return row, choices.index(answer)
+    if type(answer) is int and 0 <= answer < len(choices):
+        return row, answer
+    raise ValueError(f'"answer" is {answer!r}; one of the "choices" or its index from 0 was expected')
+
+
+def choice_chats(tok, row):
+    """[Chat]: each choice after the row's beginning, its own tokens marked as trained.
+
+    A choice's tokens are those of the whole text after the first place where the tokens of some
+    choice part from those of the beginning alone: a token may span the two ("A: " + "yes").
+    """
+    if "question" in row:
+        ids = chat.encode_prompt(tok, [rows.message("user", row["question"])])
+        return [make_completion(ids, tok.encode_ordinary(choice)) for choice in row["choices"]]
+    alone = [tok.bos, *tok.encode_ordinary(row["prefix"])]
+    whole = [[tok.bos, *tok.encode_ordinary(row["prefix"] + choice)] for choice in row["choices"]]
+    shared = min(len(os.path.commonprefix([alone, ids])) for ids in whole)
+    return [make_completion(ids[:shared], ids[shared:]) for ids in whole]
+
+
+def choice_figures(config, model, tok, examples):
+    """How often the right choice has the highest log-probability, raw and per byte of its text."""
+    chats = [choice for row, _ in examples for choice in choice_chats(tok, row)]
+    longest = max(len(choice.ids) for choice in chats)
+    if longest > model.config.context:
+        raise UserError(
+            f"--choices={config.choices}: a choice and what comes before it have {longest} tokens, the model's context "
+            f"{model.config.context}; shorten it"
+        )
+    logp = logprobs_no_grad(model, chats, 1.0, config.micro_batch_tokens).cpu().double()  # [M]
+    sums = [part.sum().item() for part in logp.split([int(choice.loss_mask.sum()) for choice in chats])]
+    raw, per_byte, share = [], [], []
+    for row, answer in examples:
+        scores, sums = np.array(sums[: len(row["choices"])]), sums[len(row["choices"]) :]
+        sizes = np.array([len(choice.encode()) for choice in row["choices"]])
+        raw.append(scores.argmax() == answer)
+        per_byte.append((scores / sizes).argmax() == answer)
+        share.append(np.exp(scores[answer] - np.logaddexp.reduce(scores)))
+    return {
+        "choices right": mean_interval(raw, config.seed),
+        "choices right, per byte": mean_interval(per_byte, config.seed),
+        "probability of the right one among the choices": mean_interval(share, config.seed),
+    }
+
+
+def problem_figures(config, model, tok, problems):
+    """Greedy answers that are right, and pass@k of --samples_per_problem for k = 1, 2, 4, ..."""
+    right = exact_match(model, tok, problems, config.max_new_tokens)
+    figures = {"problems right, greedy": mean_interval(right, config.seed)}
+    n = config.samples_per_problem
+    if not n:
+        return figures
+    conversations = [messages for messages, _ in problems]
+    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
+    _, samples, texts = sample_completions(model, tok, conversations, n=n, **sampling)
+    counts = np.zeros(len(problems), dtype=int)
+    for sample, text in zip(samples, texts, strict=True):
+        messages, row = problems[sample.prompt_index]
+        counts[sample.prompt_index] += (
+            final_number(messages[-1]["content"], text, row | {"finished": sample.finished}) == 1
+        )
+    k = 1
+    while k <= n:
+        passes = [pass_at_k(n, int(count), k) for count in counts]
+        figures[f"problems right, pass@{k} of {n} samples"] = mean_interval(passes, config.seed)
+        k *= 2
+    return figures
 
 
 def judge_figures(config, model, tok, examples):
@@ -289,6 +384,8 @@ def main(config):
     for flag in ("reward", "reference", "samples"):
         if vars(config)[flag] and not config.data:
             raise UserError(f"--{flag}: needs --data, the prompts to complete")
+    if config.samples_per_problem and not config.problems:
+        raise UserError("--samples_per_problem: needs --problems")
     if config.best_of > 1 and not config.reward:
         raise UserError("--best_of: more than 1 needs a --reward to choose by")
     for name, weight in reward_names(config.reward):
@@ -300,7 +397,7 @@ def main(config):
     model, tok, info = checkpoint.load(config.model, device)
     model.eval()
     writes = not model.config.scalar_head
-    if not writes and any((config.text, config.complete, config.judge, config.problems, config.data)):
+    if not writes and any((config.text, config.complete, config.choices, config.judge, config.problems, config.data)):
         raise UserError(f"--model={config.model}: a reward model writes nothing; it is measured with --pairs")
     if config.pairs and writes:
         raise UserError(f"--pairs: {config.model} is not a reward model; reward.py trains one")
@@ -316,14 +413,16 @@ def main(config):
     if config.complete:
         examples = read_strings(config.complete, ("prompt", "answer"), config.skip_bad)
         figures["completions right"] = mean_interval(completions_right(model, tok, examples), seed)
+    if config.choices:
+        examples = rows.read(config.choices, multiple_choice)[0][:limit]
+        figures |= choice_figures(config, model, tok, examples)
     if config.judge:
         fields = ("prompt", "reply_a", "reply_b", "principle", "better")
         examples = read_strings(config.judge, fields, config.skip_bad)
         figures |= judge_figures(config, model, tok, examples)
     if config.problems:
         problems = rows.read(config.problems, rows.problem, config.skip_bad)[0][:limit]
-        right = exact_match(model, tok, problems, config.max_new_tokens)
-        figures["problems right, greedy"] = mean_interval(right, seed)
+        figures |= problem_figures(config, model, tok, problems)
     if config.data:
         examples = rows.read(config.data, rows.prompt_only, config.skip_bad)[0][:limit]
         found, sampled = completion_figures(config, model, tok, examples, device)
@@ -332,7 +431,9 @@ def main(config):
         pairs = rows.read(config.pairs, rows.preference, config.skip_bad)[0][:limit]
         figures |= pair_figures(config, model, tok, pairs)
     if not figures:
-        raise UserError("nothing to measure: give --text, --complete, --judge, --problems, --data or --pairs")
+        raise UserError(
+            "nothing to measure: give --text, --complete, --choices, --judge, --problems, --data or --pairs"
+        )
 
     # 3. Show and write
     print(show(figures))

@@ -49,6 +49,15 @@ def distinct(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 
+def pass_at_k(n, right, k):
+    """The unbiased estimate of the probability that one of k samples is right, when `right` of n
+    were: 1 - C(n - right, k) / C(n, k).
+
+    Chen et al. 2021, arXiv 2107.03374, eq. 1. 1 <= k <= n.
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
 def show(figures):
     """The figures as lines of text."""
     lines = []

@@ -55,6 +55,7 @@ class GPTConfig:
     qk_norm: bool = True
     qkv_bias: bool = False  # Qwen2
     scalar_head: bool = False  # a reward model or critic: one number per token instead of logits
+    padding: int = 0  # ids at the vocabulary's end without a token: never drawn, of probability 0
 
     @property
     def qkv_rows(self):
@@ -261,8 +262,9 @@ class GPT(nn.Module):
 
     @property
     def head(self):
-        """The output matrix [V, C]."""
-        return self.embed if self.config.tied else self.untied_head
+        """The output matrix [V, C], without the rows of ids that stand for no token."""
+        matrix = self.embed if self.config.tied else self.untied_head
+        return matrix[: -self.config.padding] if self.config.padding else matrix
 
     @property
     def compute_dtype(self):

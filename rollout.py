@@ -213,7 +213,7 @@ class Sampler:
             self.tokens = torch.zeros(slots, length + 1, dtype=torch.int64)
             self.logprobs = torch.zeros(slots, length + 1)
             self.settings = torch.zeros(slots, 3, dtype=wide_dtype(device))
-            self.is_stop = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool)
+            self.is_stop = torch.zeros(slots, len(self.model.head), dtype=torch.bool)
             self.drawn = torch.zeros(slots, dtype=torch.int64)  # tokens so far
             self.left = torch.zeros(slots, dtype=torch.int64)  # tokens that may follow; none: dead
 

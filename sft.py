@@ -93,6 +93,7 @@ def add_chat_tokens(model, tok):
     another source gets rows for them, each the mean of all rows."""
     tok = tokenizer.with_turns(tok)
     missing = tok.n_vocab - model.config.vocab_size
+    model.config.padding = max(0, -missing)
     if missing > 0:
         for name, matrix in list(model.named_parameters(recurse=False)):
             if name in ("embed", "untied_head"):

@@ -26,7 +26,16 @@ from data.read import inside, read_json
 from runtime.cli import print0, read_flags
 from runtime.errors import UserError
 from runtime.files import flush, sha256, write_json
-from runtime.hub import WEIGHTS, config_from_hf, config_to_hf, model_from_hf, open_tensors, to_hf, weight_files
+from runtime.hub import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    config_from_hf,
+    config_to_hf,
+    model_from_hf,
+    open_tensors,
+    to_hf,
+    weight_files,
+)
 
 INFO, MANIFEST = "feinschliff.json", "manifest.json"
 STATE, COUNTERS = "train_state.safetensors", "train_state.json"
@@ -56,7 +65,7 @@ def find(where):
         if not (wrong := damage(folder)):
             return folder
         print0(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
-    but = ", but a file" if where.is_file() else ""
+    but = ", but a file" if where.is_file() else ", but an adapter" if (where / ADAPTER_CONFIG).exists() else ""
     raise UserError(
         f"{where}: no checkpoint here{but} (expected a directory with config.json and {WEIGHTS}, or a run's directory "
         "with an undamaged step_*)"
@@ -100,6 +109,7 @@ def read(folder, device="cpu"):
     tok = tokenizer.load(folder)
     if tok.n_vocab > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tok.n_vocab} ids, the model {model.config.vocab_size}")
+    model.config.padding = model.config.vocab_size - tok.n_vocab
     return model.to(device), tok, read_info(folder)
 
 

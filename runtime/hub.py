@@ -6,6 +6,7 @@ Reads Llama, Qwen2 and Qwen3; writes whichever of them the model is.
 
 import contextlib
 import dataclasses
+import re
 import reprlib
 
 import safetensors
@@ -13,12 +14,24 @@ import torch
 
 from data.read import inside, read_json
 from model import GPT, GPTConfig, parameter_table, rotary_tables
+from runtime.cli import print0
 from runtime.errors import UserError
 
 WEIGHTS = "model.safetensors"
 # What an untrusted file may claim. Beyond these, a few bytes would cost gigabytes or minutes.
 LARGEST_HEADER = 2**23  # bytes of a safetensors header: some hundred thousand tensors
 LARGEST_TABLE = 2**25  # numbers of the rotary tables: 262,144 positions with heads of 128, Qwen3's largest
+
+# How the tensors end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors write beside or
+# instead of a weight
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|weight_format|absmax|quant_map|nested_\w+|quant_state\.\S+|"
+    r"(weight|input|output|k|v)_(scale(_\w+)?|zero_point|packed|shape|g_idx))$"
+)
+ADAPTER = re.compile(r"lora_|lokr_|hada_|\.base_layer\.|modules_to_save")  # PEFT's names
+ADAPTER_CONFIG = "adapter_config.json"
+DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llamas keep a table that config.json gives as well
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def to_hf(model):
@@ -49,6 +62,7 @@ def check_parameters(model):
     if missing:
         raise UserError(f"model.parameter_table has a row for {sorted(missing)[0]}, which this model has not")
     again = parse_config(config_to_hf(model.config), "config.json")
+    again.padding = model.config.padding  # this one the tokenizer tells
     for field in dataclasses.fields(GPTConfig):
         written, read = vars(model.config)[field.name], vars(again)[field.name]
         if written != read:
@@ -116,28 +130,27 @@ def parse_config(h, path):
         raise UserError(
             f"{path}: model_type {reprlib.repr(family)} is not one this GPT can be; it reads llama, qwen2 and qwen3"
         )
-    rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters or rope_scaling is not a JSON object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refuse_unsupported(h, path, family, rope_type)
+    rope = rope_settings(h, path)
+    rope_type = rope.get("rope_type", "default")
+    refuse_unsupported(h, path, family)
     heads, width = number(h, "num_attention_heads", int, path), number(h, "hidden_size", int, path)
-    rope_theta = number(h, "rope_theta", float, path, default=10000.0)
+    # What an absent key means is what transformers takes it to mean.
+    qwen = family != "llama"
     c = GPTConfig(
         vocab_size=number(h, "vocab_size", int, path),
         layers=number(h, "num_hidden_layers", int, path),
         width=width,
         heads=heads,
         kv_heads=number(h, "num_key_value_heads", int, path, default=heads),
-        head_dim=number(h, "head_dim", int, path, default=width // heads),
+        head_dim=number(h, "head_dim", int, path, default=128 if family == "qwen3" else width // heads),
         ffn=number(h, "intermediate_size", int, path),
-        context=number(h, "max_position_embeddings", int, path, default=2048),
+        context=number(h, "max_position_embeddings", int, path, default=32768 if qwen else 2048),
         norm_eps=number(h, "rms_norm_eps", float, path, default=1e-6),
         tied=bool(h.get("tie_word_embeddings", False)),
-        rope_theta=number(rope, "rope_theta", float, path, default=rope_theta),
+        rope_theta=number(rope, "rope_theta", float, path, default=10000.0),
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
-        scalar_head=any(isinstance(a, str) and "ForSequenceClassification" in a for a in listed(h, "architectures")),
+        scalar_head=f"{family.capitalize()}ForSequenceClassification" in listed(h, "architectures"),
     )
     if rope_type == "llama3":
         c.rope_scaling = llama3_scaling(rope, path)
@@ -168,28 +181,74 @@ def listed(h, key):
     return h[key] if isinstance(h.get(key), list) else []
 
 
-def refuse_unsupported(h, path, family, rope_type):
-    """Raises UserError naming the first setting that this GPT does not have."""
+def rope_settings(h, path):
+    """{"rope_type", "rope_theta", ...} of a config.json, which may say them in three places:
+    rope_parameters (transformers 5), rope_scaling and rope_theta (4).
+
+    Raises UserError if two places contradict each other, since tools differ in which they read, or
+    if there is a setting that this GPT has not."""
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        section = {} if h.get(key) is None else h[key]
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {key} is not a JSON object")
+        for name, value in section.items():
+            if value is not None:
+                merge_setting(found, "rope_type" if name == "type" else name, value, f"{key}.{name}", path)
+    if h.get("rope_theta") is not None:
+        merge_setting(found, "rope_theta", h["rope_theta"], "rope_theta", path)
+    rope_type = found.get("rope_type", "default")
+    if rope_type not in ("default", "llama3"):
+        raise UserError(f"{path}: rope_type={reprlib.repr(rope_type)} is not supported by this GPT")
+    read = {"rope_type", "rope_theta", *(LLAMA3_ROPE if rope_type == "llama3" else ())}
+    for name, value in found.items():
+        if name not in read and value != 1:  # a factor of 1 changes nothing
+            raise UserError(
+                f"{path}: the rotary setting {name}={reprlib.repr(value)} means nothing with rope_type={rope_type!r}, "
+                "the only one this GPT has beside llama3's; take it out, or take another model"
+            )
+    return found
+
+
+def merge_setting(found, name, value, where, path):
+    """Set found[name]; raises UserError if another place in the file gave it another value."""
+    if found.setdefault(name, value) != value:
+        raise UserError(
+            f"{path}: {where} is {reprlib.repr(value)}, but elsewhere in the file it is {reprlib.repr(found[name])}; "
+            "tools differ in which they read: keep the one that this model was trained with"
+        )
+
+
+def refuse_unsupported(h, path, family):
+    """Raises UserError naming the first setting that this GPT does not have, or that another
+    contradicts."""
+    name = family.capitalize()
+    known = ([], [f"{name}ForCausalLM"], [f"{name}ForSequenceClassification"])
+    types, windows = listed(h, "layer_types"), h.get("use_sliding_window", False)
     refused = {
+        "quantization_config": h.get("quantization_config"),
+        "compression_config": h.get("compression_config"),
         "hidden_act": h.get("hidden_act", "silu") != "silu",
         "mlp_bias": h.get("mlp_bias", False),
-        "use_sliding_window": h.get("use_sliding_window", False) and family == "llama",
+        "use_sliding_window": windows and family == "llama",
+        "sliding_window": h.get("sliding_window") is not None and family == "llama",
         "attention_bias": h.get("attention_bias", False) and family != "qwen2",
-        "layer_types": not h.get("use_sliding_window")
-        and any(kind != "full_attention" for kind in listed(h, "layer_types")),
+        "layer_types": not windows and h.get("layer_types") not in (None, ["full_attention"] * len(types)),
         "tie_word_embeddings": h.get("tie_word_embeddings") not in (None, True, False),
+        "partial_rotary_factor": h.get("partial_rotary_factor") not in (None, 1),
+        "architectures": (h.get("architectures") or []) not in known,
     }
     for key, found in refused.items():
         if found:
-            raise UserError(f"{path}: {key}={reprlib.repr(h[key])} is not supported by this GPT")
-    if rope_type not in ("default", "llama3"):
-        raise UserError(f"{path}: rope_type={reprlib.repr(rope_type)} is not supported by this GPT")
+            quantised = "; quantised weights are not read: take the model without it" if "_config" in key else ""
+            raise UserError(f"{path}: {key}={reprlib.repr(h[key])} is not supported by this GPT{quantised}")
+    if len(types) not in (0, h.get("num_hidden_layers")):
+        raise UserError(f"{path}: layer_types has {len(types)} entries, num_hidden_layers says otherwise")
 
 
 def llama3_scaling(rope, path):
     """GPTConfig.rope_scaling of Llama 3's rope parameters."""
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, original = (number(rope, name, float, path) for name in names)
+    factor, low, high, original = (number(rope, name, float, path) for name in LLAMA3_ROPE)
     if low >= high:
         raise UserError(f"{path}: low_freq_factor is {low}, not less than the high_freq_factor of {high}")
     return factor, low, high, original
@@ -215,17 +274,93 @@ def window_pattern(h, layers, path):
 
 
 def weight_files(folder):
-    """{tensor name: file that holds it} of a directory with model.safetensors or its sharded
-    form."""
+    """{tensor name: file that holds it} of model.safetensors, or else of the shards that
+    model.safetensors.index.json names. transformers looks in this order too.
+
+    Raises UserError if a tensor is in two shards, or not where the index says."""
     index = folder / (WEIGHTS + ".index.json")
-    names = read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
-    if not isinstance(names, dict):
-        raise UserError(f"{index}: no weight_map, which says what file holds a tensor; download it again")
+    if (folder / WEIGHTS).exists() or not index.exists():
+        names, files = {}, [folder / WEIGHTS]
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        if pickles and not files[0].exists():
+            raise UserError(
+                f"{folder / pickles[0]}: a pickle, which is not read, for it could run any code; write safetensors "
+                "of it with save_pretrained of transformers"
+            )
+    else:
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index}: no weight_map, which says what file holds a tensor; download it again")
+        files = sorted({inside(index, name) for name in names.values()})
     where = {}
-    for file in sorted({inside(index, name) for name in names.values()}):
+    for file in files:
         with open_tensors(file) as f:
-            where.update({name: file for name in f.keys()})
+            for name in f.keys():
+                if name in where:
+                    raise UserError(f"{file}: tensor {name} is in {where[name].name} as well; download both again")
+                where[name] = file
+    for name, file in names.items():
+        if where.get(name) != inside(index, file):
+            raise UserError(f"{index}: tensor {reprlib.repr(name)} is not in {file}; download both again")
     return where
+
+
+def check_tensors(folder, where, c):
+    """Account for every tensor of a checkpoint before any is read.
+
+    Raises UserError if one is missing, or if one is left over with which the model would compute
+    something else: quantised, of an adapter, of a further layer, a bias. Names the others, which
+    belong to heads and towers beside this GPT."""
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: an adapter lies beside the weights, and is not read; merge it "
+            "(merge_and_unload of PEFT) and save the model again"
+        )
+    for name, file in where.items():
+        if QUANTISED.search(name):
+            raise UserError(f"{file}: tensor {name}: quantised weights are not read; take the model without it")
+        if ADAPTER.search(name):
+            raise UserError(
+                f"{file}: tensor {name} is of an adapter (LoRA) that nobody merged; without it the model would be "
+                "another one: merge it (merge_and_unload of PEFT) and save the model again"
+            )
+    expected = [name for row in parameter_table(c).values() for name in row.hf_names]
+    for name in expected:
+        if name not in where:
+            raise UserError(f"{folder}: tensor {name} is missing{elsewhere(name, where)}")
+    used = {*expected, "lm_head.weight"} if c.tied and not c.scalar_head else set(expected)
+    left_over = [name for name in where if name not in used and not DERIVED.search(name)]
+    for name in left_over:
+        if name.startswith("model.") or name.endswith(".bias"):
+            raise UserError(
+                f"{where[name]}: tensor {name} is not used by a model with this config.json ({c.layers} layers); "
+                "without it the model would be another one: correct config.json, or take the tensor out"
+            )
+    if left_over:
+        more = ", ..." if len(left_over) > 5 else ""
+        print0(f"{folder}: {len(left_over)} tensors are not used: {', '.join(left_over[:5])}{more}")
+
+
+def elsewhere(name, where):
+    """What may help if a tensor is missing: a prefix under which it is there, or tying the head."""
+    for other in where:
+        if other.endswith(f".{name}"):
+            return f", but {other} is there; take {other.removesuffix(name)} off the names"
+    tied = "; if embedding and head are one matrix, config.json must say tie_word_embeddings: true"
+    return tied if name == "lm_head.weight" else ""
+
+
+def check_tied(where):
+    """Raises UserError if a head of its own differs from the embedding that config.json ties it
+    to."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if names[1] in where:
+        embedding, head = (read_tensor(where[name], name) for name in names)
+        if embedding.shape != head.shape or not torch.equal(embedding.float(), head.float()):
+            raise UserError(
+                f"{where[names[1]]}: tensor lm_head.weight is not the embedding, yet config.json says "
+                "tie_word_embeddings: true; if the head was trained by itself, it must say false, else take it out"
+            )
 
 
 @contextlib.contextmanager
@@ -259,6 +394,9 @@ def model_from_hf(c, folder):
             f"{folder}: config.json says {c.layers} layers and at least {claimed} weights; {len(where)} tensors in "
             f"{held} bytes cannot hold them"
         )
+    check_tensors(folder, where, c)
+    if c.tied and not c.scalar_head:
+        check_tied(where)
     with torch.device("meta"):
         model = GPT(c)
     weights = {}
@@ -266,8 +404,6 @@ def model_from_hf(c, folder):
         targets = model.get_parameter(name).split(row.rows)
         parts = []
         for hf_name, target in zip(row.hf_names, targets, strict=True):
-            if hf_name not in where:
-                raise UserError(f"{folder}: tensor {hf_name} is missing")
             parts.append(read_tensor(where[hf_name], hf_name, list(target.shape)))
         weights[name] = torch.cat(parts).float()  # a copy: what safetensors gives may lie in the file
     model.load_state_dict(weights, assign=True)
@@ -275,18 +411,18 @@ def model_from_hf(c, folder):
     return model
 
 
-def read_tensor(file, name, shape):
-    """A tensor of a safetensors file; raises UserError if its shape or type is wrong or it is not
-    finite."""
+def read_tensor(file, name, shape=None):
+    """A tensor of a safetensors file; raises UserError if its type or its shape (by default any) is
+    wrong or it is not finite."""
     with open_tensors(file) as f:
         found, dtype = f.get_slice(name).get_shape(), f.get_slice(name).get_dtype()
-        if found != shape:
-            raise UserError(f"{file}: tensor {name} is {found}, config.json says {shape}")
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
                 f"{file}: tensor {name} is of {dtype}, where F32, F16 or BF16 was expected; quantised weights are "
                 "not read"
             )
+        if shape is not None and found != shape:
+            raise UserError(f"{file}: tensor {name} is {found}, config.json says {shape}")
         tensor = f.get_tensor(name)
     if not tensor.isfinite().all():
         raise UserError(

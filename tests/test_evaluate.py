@@ -1,6 +1,7 @@
 """evaluate.py's figures against what they claim: sums of log-probabilities, verdicts in both
 orders, rewards, the KL of exact enumeration, the best of n; and what it refuses."""
 
+import itertools
 import json
 import math
 
@@ -10,8 +11,9 @@ import torch
 from runs import SMALL, here, refused, save, start, write_rows
 
 import evaluate
-from data import chat, rows, tokenizer
+from data import chat, rows, rules, tokenizer
 from data.pack import pack
+from figures import pass_at_k
 from model import completion_logprobs, logprobs, score
 from optim import Optimizer
 from rollout import sample_completions
@@ -281,6 +283,97 @@ def test_a_greedy_answer_is_right_if_it_ends_by_itself_with_the_right_number(mak
         assert figures["problems right, greedy"]["value"] == right
 
 
+def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_sample(make_model, tmp_path):
+    for n in (1, 3, 6):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations(range(n), k))
+                share = sum(min(subset) < right for subset in subsets) / len(subsets)
+                assert pass_at_k(n, right, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_problems_are_sampled_for_pass_at_k(make_model, tmp_path):
+    """A model that says "#" mostly, and sometimes 5, or ends, independently of what it said."""
+    logits = {ord("#"): 7.0, ord("5"): 6.0, END: 5.5}
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, logits), TOK, SFT)
+    problems = [{"prompt": f"q{i}", "answer": "#### 5"} for i in range(60)]
+    flags = {"model": folder, "problems": write_rows(tmp_path / "problems.jsonl", problems), "max_new_tokens": 24}
+    figures = measure(tmp_path, **flags, samples_per_problem=6, temperature=0.9, seed=4)
+    names = [f"problems right, pass@{k} of 6 samples" for k in (1, 2, 4)]
+    assert [name for name in figures if "pass" in name] == names and "problems right, greedy" in figures
+    model = checkpoint.load(folder)[0]
+    conversations = [rows.prompt(row) for row in problems]
+    options = {"max_new_tokens": 24, "n": 6, "temperature": 0.9, "seed": 4}
+    _, samples, texts = sample_completions(model, TOK, conversations, **options)
+    right = np.zeros((60, 6))
+    for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+        right[i // 6, i % 6] = sample.finished and rules.number_after(text) == 5
+    assert figures[names[0]]["value"] == pytest.approx(right.mean())
+    pairs = [right[:, list(pair)].any(1).mean() for pair in itertools.combinations(range(6), 2)]
+    assert figures[names[1]]["value"] == pytest.approx(np.mean(pairs)) and 0 < right.mean() < np.mean(pairs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Choices
+
+
+def test_the_right_choice_is_the_likeliest_raw_or_per_byte(make_model, tmp_path):
+    """A model whose next byte depends on nothing: a has the logit 3, b 2, all others 0."""
+    model = constant_model(make_model, TOK, {ord("a"): 3.0, ord("b"): 2.0})
+    folder = checkpoint.save(tmp_path / "run", model, TOK, SFT)
+    examples = [
+        {"prefix": "it is ", "choices": ["b", "a"], "answer": 1},
+        {"prefix": "", "choices": ["bb", "aaa"], "answer": "aaa"},  # a minimal pair; raw the shorter one leads
+        {"prefix": "it", "choices": ["xy", "b"], "answer": 0},
+        {"question": "which?", "choices": ["ab", "bb", "x"], "answer": "x"},
+        {"prefix": "", "choices": ["b", "aaaa"], "answer": 1},
+    ]
+    figures = measure(tmp_path, model=folder, choices=write_rows(tmp_path / "c.jsonl", examples))
+    assert figures["choices right"]["value"] == 2 / 5
+    assert figures["choices right, per byte"]["value"] == 3 / 5
+    log_z = math.log(258 + math.exp(3) + math.exp(2))
+    raw = [[2 - log_z, 3 - log_z], [2 * (2 - log_z), 3 * (3 - log_z)], [-2 * log_z, 2 - log_z]]
+    raw += [[5 - 2 * log_z, 4 - 2 * log_z, -log_z], [2 - log_z, 4 * (3 - log_z)]]
+    share = [np.exp(z[i]) / np.exp(z).sum() for z, i in zip(raw, (1, 1, 0, 2, 1), strict=True)]
+    name = "probability of the right one among the choices"
+    assert figures[name]["value"] == pytest.approx(np.mean(share), rel=1e-4)
+    assert measure(tmp_path, model=folder, choices=tmp_path / "c.jsonl", limit=1)["choices right"]["value"] == 1
+
+
+def test_a_token_may_span_the_prefix_and_a_choice(make_model):
+    tok = tokenizer.train(["the map, the red map " * 9], 256 + 4 + 9)
+    row = {"prefix": "the ", "choices": ["map", "xy"]}
+    chats = evaluate.choice_chats(tok, row)
+    assert [c.ids.tolist() for c in chats] == [[tok.eot, *tok.encode_ordinary(f"the {x}")] for x in row["choices"]]
+    assert tok.decode(chats[0].ids[chats[0].loss_mask].tolist()) == " map"
+    assert tok.decode(chats[1].ids[chats[1].loss_mask].tolist()) == " xy"
+    chats = evaluate.choice_chats(tok, {"question": "which?", "choices": ["map", "xy"]})
+    prompt = chat.encode_prompt(tok, [rows.message("user", "which?")])
+    assert chats[1].ids.tolist() == [*prompt, *tok.encode_ordinary("xy")] and chats[1].loss_mask.sum() == 2
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"prefix": None}, "one string was expected"),
+        ({"question": "too?"}, "one string was expected"),
+        ({"choices": ["a"]}, "two or more strings"),
+        ({"choices": ["a", ""]}, "two or more strings"),
+        ({"choices": "ab"}, "two or more strings"),
+        ({"choices": ["a", "a"]}, "are the same"),
+        ({"answer": "c"}, "'c'; one of the"),
+        ({"answer": 2}, "2; one of the"),
+        ({"answer": -1}, "-1; one of the"),
+        ({"answer": True}, "True; one of the"),
+        ({"answer": None}, "None; one of the"),
+    ],
+)
+def test_rows_that_are_no_choices_are_named(tmp_path, change, named):
+    path = write_rows(tmp_path / "c.jsonl", [{"prefix": "x", "choices": ["a", "b"], "answer": 0} | change])
+    with pytest.raises(UserError, match=f"c.jsonl:1: .*{named}"):
+        rows.read(str(path), evaluate.multiple_choice)
+
+
 # --------------------------------------------------------------------------------------------------
 # Preferences
 
@@ -323,7 +416,7 @@ def test_rows_without_their_fields_are_named(tmp_path, text, message):
 
 def test_nothing_to_measure_is_said(make_model, tmp_path):
     run = save(make_model, tmp_path / "run", "pretrain")
-    with pytest.raises(UserError, match="give --text, --complete, --judge, --problems, --data or --pairs"):
+    with pytest.raises(UserError, match="give --text, --complete, --choices, --judge, --problems, --data or --pairs"):
         measure(tmp_path, model=run)
 
 
@@ -337,6 +430,7 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a question", "answer": "5"}])
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "x" * 99, "answer": "5"}])
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2)
+    choices = write_rows(tmp_path / "c.jsonl", [{"prefix": "x" * 98, "choices": ["a", "bb"], "answer": 0}])
     (tmp_path / "broken.py").write_text("def reward(:\n")
     (tmp_path / "fine.py").write_text("def reward(prompt, completion, row):\n    return 1\n")
     for flags, message in [
@@ -359,6 +453,9 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"data": data, "reward": f"{tmp_path}/absent.py:reward"}, "absent.py does not exist"),
         ({"data": data, "reward": f"{tmp_path}/broken.py:reward"}, "broken.py cannot be imported (SyntaxError"),
         ({"data": data, "reward": f"{tmp_path}/fine.py:other"}, "fine.py has no function other"),
+        ({"choices": choices}, "have 101 tokens, the model's context 96"),
+        ({"model": rm, "choices": choices}, "a reward model writes nothing"),
+        ({"samples_per_problem": 4}, "--samples_per_problem: needs --problems"),
         ({"reward": rm}, "--reward: needs --data"),
         ({"reference": sft}, "--reference: needs --data"),
         ({"samples": tmp_path / "s.jsonl"}, "--samples: needs --data"),

@@ -5,14 +5,17 @@ import json
 import random
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import random_model
 
 from data import chat, tokenizer
-from data.pack import pack
-from model import score
+from data.pack import make_completion, pack
+from model import completion_logprobs, logprobs_no_grad, score
+from rollout import Sampler, rollout
 from runtime.checkpoint import load, save
 from runtime.errors import UserError
+from runtime.hub import check_parameters
 
 BYTES = tokenizer.byte_level()
 SHAPES = {
@@ -252,6 +255,27 @@ def windows(*layer_types, sliding_window=8):
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
         ({"num_key_value_heads": 3}, "heads"),
         ({"head_dim": 7}, "head_dim"),
+        # Two keys that contradict each other, of which tools read different ones
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, r"rope_scaling.type is 'linear'.*'default'"),
+        ({"rope_scaling": {"factor": 8.0}}, "factor=8.0"),
+        ({"rope_theta": 500.0}, r"rope_theta is 500.0.*10000.0"),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}, "rope_scaling.rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, "yarn"),
+        ({"rope_parameters": {FULL: {"rope_type": "default"}, SLIDING: {"rope_type": "default"}}}, FULL),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
+        ({"layer_types": [FULL]}, "layer_types has 1 entries"),
+        ({"layer_types": [FULL] * 3}, "layer_types has 3 entries"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "architectures"),
+        ({"architectures": ["Qwen3ForTokenClassification"]}, "architectures"),
+        ({"model_type": "llama"}, "architectures"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": 8}, "sliding_window"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq.*quantised"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8.*quantised"),
+        ({"compression_config": {"format": "pack-quantized"}}, "pack-quantized.*quantised"),
     ],
 )
 def test_configs_this_gpt_cannot_be_are_named(untrusted, change, named):
@@ -291,6 +315,207 @@ def test_weights_that_do_not_fit_are_named(untrusted, make_model, tmp_path):
         load(smaller)
 
 
+def rewrite(folder, change):
+    """Let `change` edit the tensors of an untrusted directory, a dict."""
+    edit(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+Q, EMBED, HEAD = "model.layers.1.self_attn.q_proj", "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    "name, dtype, named",
+    [
+        # An adapter that nobody merged
+        (f"{Q}.lora_A.weight", torch.float32, "LoRA.*merge"),
+        (f"base_model.model.{Q}.lora_B.default.weight", torch.bfloat16, "LoRA.*merge"),
+        (f"{Q}.base_layer.weight", torch.float32, "LoRA.*merge"),
+        ("base_model.model.lm_head.modules_to_save.weight", torch.float32, "LoRA.*merge"),
+        # GPTQ and AWQ, bitsandbytes (8 and 4 bits), fp8, compressed-tensors
+        (f"{Q}.qweight", torch.int32, "quantised"),
+        (f"{Q}.scales", torch.float16, "quantised"),
+        (f"{Q}.g_idx", torch.int32, "quantised"),
+        (f"{Q}.SCB", torch.float32, "quantised"),
+        (f"{Q}.weight.absmax", torch.uint8, "quantised"),
+        (f"{Q}.weight.quant_state.bitsandbytes__nf4", torch.uint8, "quantised"),
+        (f"{Q}.weight_scale_inv", torch.float32, "quantised"),
+        (f"{Q}.weight_packed", torch.int32, "quantised"),
+        (f"{Q}.k_scale", torch.float32, "quantised"),
+        # What the trunk has no place for
+        ("model.layers.2.self_attn.q_proj.weight", torch.float32, r"layers\.2.*2 layers"),
+        ("model.layers.7.mlp.up_proj.weight", torch.float32, r"layers\.7.*2 layers"),
+        (f"{Q}.bias", torch.float32, "q_proj.bias"),
+        ("model.layers.0.self_attn.o_proj.bias", torch.float32, "o_proj.bias"),
+        ("model.layers.0.mlp.experts.0.up_proj.weight", torch.float32, "experts"),
+        ("lm_head.bias", torch.float32, "lm_head.bias"),
+    ],
+)
+def test_a_tensor_left_over_that_would_make_another_model_is_named(untrusted, name, dtype, named):
+    rewrite(untrusted, lambda tensors: tensors.update({name: torch.ones(2, 3).to(dtype)}))
+    with pytest.raises(UserError, match=named) as e:
+        load(untrusted)
+    assert str(untrusted / "model.safetensors") in str(e.value) and name in str(e.value)
+
+
+def test_other_tensors_left_over_are_said_and_a_derived_table_is_not(untrusted, capsys):
+    def add(tensors):
+        tensors |= {"v_head.summary.weight": torch.ones(3), "mtp.fc.weight": torch.ones(3)}
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    expected = load(untrusted)[0]
+    rewrite(untrusted, add)
+    capsys.readouterr()
+    model, _, _ = load(untrusted)
+    said = capsys.readouterr().out
+    assert "2 tensors are not used: " in said and "v_head.summary.weight" in said and "inv_freq" not in said
+    assert torch.equal(model.embed, expected.embed)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32])
+def test_a_weight_of_a_quantised_type_is_named(untrusted, dtype):
+    """Before its shape, which packing changes as well."""
+    rewrite(untrusted, lambda tensors: tensors.update({f"{Q}.weight": torch.ones(16, 4).to(dtype)}))
+    with pytest.raises(UserError, match=r"q_proj.weight is of .*quantised"):
+        load(untrusted)
+
+
+def test_a_tensor_that_is_missing_says_where_it_may_be(untrusted):
+    def prefix(tensors):
+        for name in list(tensors):
+            tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+    rewrite(untrusted, prefix)
+    with pytest.raises(UserError, match=r"embed_tokens.weight is missing, but _orig_mod.*; take _orig_mod. off"):
+        load(untrusted)
+
+
+def test_a_head_of_its_own_contradicts_tied_embeddings(make_model, tmp_path, untrusted):
+    folder = write(tmp_path / "tied", make(make_model, tied=True))
+    ids = random_ids(20)
+    expected = logits_of(load(folder)[0], ids)
+
+    def copied(tensors):
+        tensors[HEAD] = tensors[EMBED].clone()
+
+    def tuned(tensors):
+        tensors[HEAD][7, 3] += 0.01
+
+    def shorter(tensors):
+        tensors[HEAD] = tensors[HEAD][:-1].clone()
+
+    rewrite(folder, copied)
+    torch.testing.assert_close(logits_of(load(folder)[0], ids), expected, rtol=0, atol=0)
+    rewrite(folder, tuned)
+    edit(folder, tie_word_embeddings=False)
+    assert (logits_of(load(folder)[0], ids) - expected).abs().max() > 1e-3
+    for change in (tuned, shorter):
+        rewrite(folder, change)
+        edit(folder, tie_word_embeddings=True)
+        with pytest.raises(UserError, match="lm_head.weight is not the embedding.*tie_word_embeddings"):
+            load(folder)
+    rewrite(untrusted, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(UserError, match="lm_head.weight is missing; if .* tie_word_embeddings: true"):
+        load(untrusted)
+
+
+def shard(folder, parts, weight_map=None):
+    """Replace model.safetensors by files {name: {tensor name: tensor}} and their index."""
+    edit(folder)
+    for file, tensors in parts.items():
+        safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = weight_map or {name: file for file, tensors in parts.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_the_single_file_comes_before_the_index_as_in_transformers(untrusted, make_model):
+    transformers = pytest.importorskip("transformers")
+    stale = safetensors.torch.load_file(untrusted / "model.safetensors")
+    stale[EMBED] = stale[EMBED] + 1
+    shard(untrusted, {"a.safetensors": stale})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(untrusted)
+    assert torch.equal(load(untrusted)[0].embed, theirs.model.embed_tokens.weight)
+    (untrusted / "model.safetensors").unlink()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(untrusted)
+    assert torch.equal(load(untrusted)[0].embed, theirs.model.embed_tokens.weight)
+    assert torch.equal(load(untrusted)[0].embed, stale[EMBED])
+
+
+def test_an_index_that_its_shards_contradict_is_named(untrusted):
+    tensors = safetensors.torch.load_file(untrusted / "model.safetensors")
+    (untrusted / "model.safetensors").unlink()
+    first, second = ({name: tensors[name] for name in sorted(tensors)[i::2]} for i in (0, 1))
+    moved, value = next(iter(first.items()))
+    where = {name: "a.safetensors" for name in first} | {name: "b.safetensors" for name in second}
+    for parts, weight_map, named in (
+        ({"a.safetensors": first, "b.safetensors": second | {moved: value + 1}}, where, "is in a.safetensors as well"),
+        ({"a.safetensors": first, "b.safetensors": second}, where | {moved: "b.safetensors"}, f"{moved}.*not in .*b.s"),
+        ({"a.safetensors": first, "b.safetensors": second}, where | {"x": "b.safetensors"}, "'x' is not in"),
+    ):
+        shard(untrusted, parts, weight_map)
+        with pytest.raises(UserError, match=named):
+            load(untrusted)
+    shard(untrusted, {"a.safetensors": first, "b.safetensors": second}, where)
+    load(untrusted)
+
+
+def test_adapters_and_pickles_are_named(untrusted, tmp_path):
+    edit(untrusted)
+    (untrusted / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapter_config.json: an adapter .* merge"):
+        load(untrusted)
+    (untrusted / "adapter_config.json").unlink()
+    (untrusted / "model.safetensors").rename(untrusted / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin: a pickle"):
+        load(untrusted)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint here, but an adapter"):
+        load(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# A vocabulary that is padded beyond the tokenizer's
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ids_without_a_token_are_never_drawn_and_have_no_probability(make_model, tmp_path, tied):
+    """By the sampler and by the trainer alike, or ratio == 1 would break."""
+    vocab = BYTES.n_vocab + 60
+    folder = write(tmp_path, make_model(vocab_size=vocab, tied=tied), "sft")
+    before = safetensors.torch.load_file(folder / "model.safetensors")
+    model, tok, _ = load(folder)
+    assert (model.config.vocab_size, model.config.padding, len(model.head)) == (vocab, 60, BYTES.n_vocab)
+    prompts = [[5, 6, 7], [8, 9]]
+    samples = []
+    for sampling in ({"n": 40}, {"n": 1, "temperature": 0}, {"n": 20, "top_k": vocab}, {"n": 4, "top_p": 0.99}):
+        found = rollout(model, prompts, max_new_tokens=12, **sampling)
+        assert max(token for s in found for token in s.tokens) < BYTES.n_vocab
+        samples += found if sampling == {"n": 40} else []
+    chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
+    logp = logprobs_no_grad(model, chats, 1.0, 4096)
+    sampled = torch.tensor([x for s in samples for x in s.logprobs])
+    torch.testing.assert_close(sampled, logp, rtol=0, atol=1e-5)
+    chat_ids = [*prompts[0], *samples[0].tokens]
+    full = logits_of(model, chat_ids)[2:-1, : BYTES.n_vocab].log_softmax(-1)  # over the ids with a token
+    expected = full.gather(1, torch.tensor(samples[0].tokens)[:, None])[:, 0]
+    torch.testing.assert_close(logp[: len(expected)], expected, rtol=0, atol=1e-5)
+    # A later token of mixed settings: top_k per request
+    sampler = Sampler(model, 4, 32)
+    sampler.add(prompts, max_new_tokens=6, top_k=vocab)
+    sampler.add(prompts, max_new_tokens=6, top_k=3)
+    while sampler.busy:
+        assert all(max(s.tokens) < BYTES.n_vocab for s in sampler.step())
+    # Training leaves the padding as it is, and a checkpoint keeps its size
+    completion_logprobs(model, chats[:4]).mean().neg().backward()
+    grad = (model.embed if tied else model.untied_head).grad
+    assert grad.abs().sum() > 0 and not grad[BYTES.n_vocab :].any()
+    again = safetensors.torch.load_file(write(tmp_path / "again", model, "sft") / "model.safetensors")
+    assert all(torch.equal(t, before[name]) for name, t in again.items()) and again.keys() == before.keys()
+    check_parameters(model)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -311,6 +536,8 @@ def cut(path):
 )
 def test_an_untrusted_directory_that_is_broken_is_named(untrusted, name, content):
     edit(untrusted)
+    if "index" in name:  # which is read only where there is no model.safetensors
+        (untrusted / "model.safetensors").unlink()
     if content is None:
         (untrusted / name).unlink()
     elif isinstance(content, bytes):
