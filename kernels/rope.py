@@ -8,15 +8,34 @@ Qwen (element i is paired with element i + Dh/2).
 import torch
 
 from kernels._lib import register, sm_count, tl, triton, use
+from kernels.norm import inverse_rms
 from kernels.proof import proof
 
 
 def rotate(x, cos, sin, out):
     """out = x rotated: x, out [N, heads, Dh]; cos, sin [N, 1, Dh/2]. -sin rotates back."""
-    a, b = x.chunk(2, dim=-1)
-    out_a, out_b = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    halves = *x.shape[:2], 2, x.shape[2] // 2
+    x, out = x.view(halves), out.view(halves)
+    torch.mul(x, cos[:, None], out=out)
+    out[:, :, 0].addcmul_(x[:, :, 1], sin, value=-1)
+    out[:, :, 1].addcmul_(x[:, :, 0], sin)
+
+
+def normalise_and_rotate(qkv, q_weight, k_weight, cos, sin, heads, eps):
+    """(qk_norm_rope(qkv), weights [H+K, Dh], 1 / rms [N, H+K, 1]); without a norm the last two are
+    None."""
+    rows, Dh = qkv.shape[1:]  # rows = H+2K: all query heads, then key heads, then value heads
+    rotated = (rows + heads) // 2
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    x, weight, rstd = qkv[:, :rotated].to(wide), None, None  # [N, H+K, Dh]
+    if q_weight is not None:
+        weight = torch.cat([q_weight.expand(heads, Dh), k_weight.expand(rotated - heads, Dh)])
+        rstd = inverse_rms(x, eps)
+        x = (x * rstd).mul_(weight)
+    out = torch.empty(qkv.shape, dtype=wide, device=qkv.device)
+    rotate(x, cos[:, None], sin[:, None], out[:, :rotated])
+    out[:, rotated:] = qkv[:, rotated:]
+    return out.to(qkv.dtype), weight, rstd
 
 
 class QKNormRopeReference(torch.autograd.Function):
@@ -24,24 +43,10 @@ class QKNormRopeReference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps):
-        N, rows, Dh = qkv.shape  # rows = H+2K: all query heads, then key heads, then value heads
-        kv_heads = (rows - heads) // 2
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        x = qkv[:, : heads + kv_heads].to(wide)  # [N, H+K, Dh]
-        if q_weight is None:
-            normed = x
-            ctx.save_for_backward(qkv, cos, sin)
-        else:
-            weight = torch.cat([q_weight.expand(heads, Dh), k_weight.expand(kv_heads, Dh)])  # [H+K, Dh]
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [N, H+K, 1]
-            rstd = norm.square_().div_(Dh).add_(eps).rsqrt_()
-            normed = (x * rstd).mul_(weight)
-            ctx.save_for_backward(qkv, cos, sin, weight, rstd)
-        ctx.heads, ctx.kv_heads = heads, kv_heads
-        out = torch.empty(qkv.shape, dtype=wide, device=qkv.device)
-        rotate(normed, cos[:, None], sin[:, None], out[:, : heads + kv_heads])
-        out[:, heads + kv_heads :] = qkv[:, heads + kv_heads :]
-        return out.to(qkv.dtype)
+        out, weight, rstd = normalise_and_rotate(qkv, q_weight, k_weight, cos, sin, heads, eps)
+        ctx.save_for_backward(qkv, cos, sin, *([] if weight is None else [weight, rstd]))
+        ctx.heads, ctx.kv_heads = heads, (qkv.shape[1] - heads) // 2
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -65,7 +70,8 @@ class QKNormRopeReference(torch.autograd.Function):
 
 def qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps):
     """See qk_norm_rope."""
-    return QKNormRopeReference.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    args = qkv, q_weight, k_weight, cos, sin, heads, eps
+    return QKNormRopeReference.apply(*args) if torch.is_grad_enabled() else normalise_and_rotate(*args)[0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -220,9 +220,8 @@ def reading(config, device, pack):
 def sampling(policy, device, slots, length, prompt, resident):
     """The parts of a rollout of `slots` slots of `length` tokens, prompts of up to `prompt` tokens
     among them."""
-    c, parts, item_size = policy.config, {}, 4
-    if device.type == "cuda":
-        item_size, parts["bf16 weights"] = 2, resident["parameters"] // 2
+    c, item_size = policy.config, 2 if device.type == "cuda" else 4
+    parts = {"sampling weights": resident["parameters"] * item_size // 4}  # see rollout.sampling_weights
     cache = 2 * item_size * c.layers * slots * length * c.kv_heads * c.head_dim
     if device.type == "cuda":  # rollout takes fewer slots if they would fill more than half of what is free
         half = (torch.cuda.mem_get_info(device)[0] - resident["optimizer"]) // 2

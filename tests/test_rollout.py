@@ -10,7 +10,7 @@ from conftest import random_model
 
 from data import chat, tokenizer
 from data.pack import make_completion, pack
-from model import KVCache, logprobs, logprobs_no_grad
+from model import GPT, KVCache, logprobs, logprobs_no_grad
 from rollout import (
     GRAPH_STEPS,
     Sample,
@@ -154,22 +154,16 @@ def test_greedy_rollouts_take_the_likeliest_token(make_model):
         assert s.logprobs == [0.0] * 6
 
 
-def reads(model):
-    """Have the model note the documents that its forward reads."""
-    read, forward = [], model.forward
+def test_a_prompt_is_read_once_for_all_its_samples(make_model, monkeypatch):
+    model, prompts = make_model(), some_prompts([3, 12, 6])
+    read, forward = [], GPT.forward
 
-    def noting(p, *rest):
+    def noting(model, p, *rest):
         ends = p.cu_seqlens.tolist()
         read.extend(tuple(p.tokens[a:b].tolist()) for a, b in zip(ends, ends[1:]))
-        return forward(p, *rest)
+        return forward(model, p, *rest)
 
-    model.forward = noting
-    return read
-
-
-def test_a_prompt_is_read_once_for_all_its_samples(make_model):
-    model, prompts = make_model(), some_prompts([3, 12, 6])
-    read = reads(model)
+    monkeypatch.setattr(GPT, "forward", noting)
     rollout(model, prompts, max_new_tokens=5, n=6, slots=128)
     assert sorted(read) == sorted(map(tuple, prompts))
     read.clear()
