@@ -267,8 +267,8 @@ def test_decode_attention(heads, kv_heads, head_dim, splits, window, dtype, smal
     monkeypatch.setattr(decode, "count_splits", lambda *_: splits)
     some = torch.randint(2, 120, (2,), generator=torch.Generator().manual_seed(splits)).tolist()
     lengths = torch.tensor([1, *some, window or 64, 120], device=kernels_run).clamp(max=120)
-    shapes = [(5, heads, head_dim), (5, 120, kv_heads, head_dim), (5, 120, kv_heads, head_dim)]
-    q, k, v = (normal(i, *shape).to(kernels_run, dtype) for i, shape in enumerate(shapes))
+    q = normal(0, 5, heads, head_dim).to(kernels_run, dtype)
+    k, v = normal(1, 2, 5, kv_heads, 120, head_dim).to(kernels_run, dtype).transpose(2, 3)  # as in a KVCache
     own = decode_attention_reference(q, k, v, lengths, window)
     truth = decode_formula(q.double(), k.double(), v.double(), lengths, window)
     key = torch.arange(120, device=kernels_run)
@@ -344,8 +344,8 @@ def to_double(x):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 32), (12, 2, 64), (3, 1, 128)])
 def test_append_rope(heads, kv_heads, head_dim, norm, dtype, kernels_run):
     B, S = 3, 9
-    shapes = [(B, heads + 2 * kv_heads, head_dim), (B, S, kv_heads, head_dim), (B, S, kv_heads, head_dim)]
-    qkv, *caches = (normal(i, *shape).to(kernels_run, dtype) for i, shape in enumerate(shapes))
+    qkv = normal(0, B, heads + 2 * kv_heads, head_dim).to(kernels_run, dtype)
+    caches = normal(1, 2, B, kv_heads, S, head_dim).to(kernels_run, dtype).transpose(2, 3)  # as in a KVCache
     weights = list(normal(5, 2, head_dim).to(kernels_run)) if norm else [None, None]
     angle = 6 * normal(6, B, head_dim // 2).to(kernels_run)
     rotation = [angle.cos(), angle.sin()]
