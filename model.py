@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from data.pack import IGNORE, next_tokens, pack_chats, share_prompts, token_slices
 from kernels.act import swiglu
 from kernels.attention import attention, layout
-from kernels.decode import append_rope, decode_attention
+from kernels.decode import append_rope, decode_attention, decode_bias
 from kernels.head import linear_logprob
 from kernels.linear import linear
 from kernels.norm import add_rms_norm
@@ -214,6 +214,9 @@ class StepView:
         self.held = cache.lengths.clone()  # int64 [B]: tokens of each slot before this one
         self.cos, self.sin = model.cos[self.held], model.sin[self.held]  # [B, Dh/2]
         cache.lengths += 1
+        config, x = model.config, cache.k
+        windows = set(config.windows)
+        self.biases = {window: decode_bias(x, config.head_dim, cache.lengths, window) for window in windows}
 
     def attend(self, attn, qkv):
         """qkv [B, H + 2K, Dh] of the module `attn` -> what each token saw [B, H, Dh]."""
@@ -221,7 +224,7 @@ class StepView:
         norms = attn.q_norm, attn.k_norm
         # q, normalised and rotated; k and v are appended to the cache
         q = append_rope(qkv, *norms, self.cos, self.sin, attn.heads, attn.norm_eps, k, v, self.held)
-        return decode_attention(q, k, v, self.cache.lengths, attn.window)
+        return decode_attention(q, k, v, self.cache.lengths, attn.window, self.biases[attn.window])
 
 
 class GPT(nn.Module):

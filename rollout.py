@@ -93,9 +93,9 @@ def wide_dtype(device):
 def running_sum(x):
     """cumsum over the last dimension, in fp64. By products on a GPU: CUDA's own may change its
     bits."""
-    x = x.to(wide_dtype(x.device))
     if x.device.type == "cpu":
-        return x.cumsum(-1)
+        return x.cumsum(-1, dtype=torch.float64)
+    x = x.to(wide_dtype(x.device))
     width = int(x.shape[-1] ** 0.5) + 1
     blocks = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
     inside = blocks @ x.new_ones(width, width).triu()
@@ -106,8 +106,11 @@ def running_sum(x):
 def invert(p, u):
     """The first token whose cumulative probability exceeds u: p fp32 [B, V], u [B] -> int64 [B].
 
-    In two levels, blocks and then tokens, so that p is read once.
+    On a GPU in two levels, blocks and then tokens, so that p is read once.
     """
+    if p.device.type == "cpu":
+        up_to = running_sum(p)
+        return torch.searchsorted(up_to, u[:, None] * up_to[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
     width = int(p.shape[-1] ** 0.5) + 1
     blocks = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width))  # [B, blocks, width]
     up_to = running_sum(blocks.sum(-1, dtype=wide_dtype(p.device)))  # [B, blocks]

@@ -268,7 +268,7 @@ MUTANTS = [
     (
         "window_not_in_decoding",
         "model.py",
-        "return decode_attention(q, k, v, self.cache.lengths, attn.window)",
+        "return decode_attention(q, k, v, self.cache.lengths, attn.window, self.biases[attn.window])",
         "return decode_attention(q, k, v, self.cache.lengths)",
         MODEL,
     ),

@@ -13,7 +13,7 @@ import torch
 from kernels._lib import LOG2E, register, sm_count, tl, triton, use
 from kernels.attention import WIDTHS, load_rows
 from kernels.proof import proof
-from kernels.rope import qk_norm_rope_reference
+from kernels.rope import normalise_and_rotate
 
 
 def append_rope(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache, lengths):
@@ -30,40 +30,56 @@ def append_rope(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache,
     return op(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache, lengths)
 
 
-def decode_attention(q, k_cache, v_cache, lengths, window=0):
+def decode_attention(q, k_cache, v_cache, lengths, window=0, bias=None):
     """q [B, H, Dh] of each sequence's last token -> [B, H, Dh].
 
     k_cache, v_cache: [B, S, K, Dh]; row b holds lengths[b] >= 1 tokens, that one included. lengths:
-    int64 [B]. window: how many tokens a token sees, itself included; 0: all of its sequence.
+    int64 [B]. window: how many tokens a token sees, itself included; 0: all of its sequence. bias:
+    from `decode_bias`, which layers can share; None: it is made here.
     """
-    kernels = use("decode_attention", q) and q.shape[2] in WIDTHS
-    op = decode_kernels if kernels else decode_attention_reference
-    return op(q, k_cache, v_cache, lengths, window)
+    if use("decode_attention", q) and q.shape[2] in WIDTHS:
+        return decode_kernels(q, k_cache, v_cache, lengths, window)
+    return decode_attention_reference(q, k_cache, v_cache, lengths, window, bias)
+
+
+def decode_bias(x, head_dim, lengths, window):
+    """What the reference adds to the scores: 0 where a last token sees a key, else -inf, [B, 1, T].
+
+    x: any tensor of the queries' dtype and device. None if the kernel runs: it compares lengths.
+    """
+    if use("decode_attention", x) and head_dim in WIDTHS:
+        return None
+    key = torch.arange(int(lengths.max()), device=x.device)
+    unseen = key >= lengths[:, None]  # [B, T]
+    if window:
+        unseen |= key < lengths[:, None] - window
+    bias = torch.zeros(unseen.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return bias.masked_fill_(unseen, -torch.inf)[:, None]
 
 
 def append_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache, lengths):
     """See append_rope."""
-    kv_heads = k_cache.shape[2]
-    qkv = qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    slots = torch.arange(len(q), device=q.device)
-    k_cache[slots, lengths], v_cache[slots, lengths] = k, v
-    return q
+    qk, v = qkv.split([heads + k_cache.shape[2], k_cache.shape[2]], dim=1)
+    qk = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    out = torch.empty_like(qk, memory_format=torch.contiguous_format)
+    normalise_and_rotate(qk, q_weight, k_weight, cos, sin, heads, eps, out)
+    out, slots = out.to(qkv.dtype), torch.arange(len(qkv), device=qkv.device)
+    k_cache[slots, lengths], v_cache[slots, lengths] = out[:, heads:], v
+    return out[:, :heads]
 
 
-def decode_attention_reference(q, k_cache, v_cache, lengths, window=0):
+def decode_attention_reference(q, k_cache, v_cache, lengths, window=0, bias=None):
     """See decode_attention."""
-    (B, H, Dh), K, longest = q.shape, k_cache.shape[2], int(lengths.max())
-    key = torch.arange(longest, device=q.device)
-    unseen = key >= lengths[:, None]  # [B, T]
-    if window:
-        unseen |= key < lengths[:, None] - window
+    (B, H, Dh), K = q.shape, k_cache.shape[2]
+    if bias is None:
+        bias = decode_bias(q, 0, lengths, window)
+    T = bias.shape[2]
     # Two batched products: PyTorch's attention takes 1.6 times as long for a single query
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x[:, :longest].transpose(1, 2).flatten(0, 1).to(wide) for x in (k_cache, v_cache))  # [B*K, T, Dh]
-    scores = torch.bmm(q.reshape(B * K, H // K, Dh).to(wide) * Dh**-0.5, k.mT)
-    p = scores.view(B, H, longest).masked_fill_(unseen[:, None], -torch.inf).softmax(-1)
-    return torch.bmm(p.view(B * K, H // K, longest), v).view(B, H, Dh).to(q.dtype)
+    k, v = (x[:, :T].transpose(1, 2).flatten(0, 1).to(bias.dtype) for x in (k_cache, v_cache))  # [B*K, T, Dh]
+    q_groups = q.reshape(B * K, H // K, Dh).to(bias.dtype)
+    bias = bias.expand(B, K, T).reshape(B * K, 1, T)
+    p = torch.baddbmm(bias, q_groups, k.mT, alpha=Dh**-0.5).softmax(-1)  # [B*K, H/K, T]
+    return torch.bmm(p, v).view(B, H, Dh).to(q.dtype)
 
 
 # --------------------------------------------------------------------------------------------------

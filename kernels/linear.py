@@ -4,7 +4,8 @@ There is no kernel of ours: cuBLAS multiplies on CUDA, one of PyTorch's two libr
 
 PyTorch gives fp32 products to MKL, and MKL runs its AVX2 code on AMD's processors even if they
 have AVX-512. oneDNN does not ask who made the processor: on a core of an EPYC it is up to 2.4 times
-as fast from about 16 rows on, and a third as fast for one row (python -m bench.products).
+as fast, but each call costs it as much as MKL needs for two million multiplications, so small
+products go to MKL (python -m bench.products).
 """
 
 import sys
@@ -21,7 +22,7 @@ def is_amd():
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()
-ROWS = 16  # oneDNN multiplies from here on
+WORK = 2_200_000  # multiplications per thread from which on oneDNN multiplies
 
 
 def product(a, b):
@@ -30,7 +31,8 @@ def product(a, b):
     The same shapes and threads give the same bits.
     """
     fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
-    if ONEDNN and fp32_on_cpu and len(a) >= ROWS and not torch.compiler.is_compiling():
+    large = ONEDNN and len(a) * b.numel() >= WORK * torch.get_num_threads()
+    if large and fp32_on_cpu and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 

@@ -21,21 +21,27 @@ def rotate(x, cos, sin, out):
     out[:, :, 1].addcmul_(x[:, :, 0], sin)
 
 
-def normalise_and_rotate(qkv, q_weight, k_weight, cos, sin, heads, eps):
-    """(qk_norm_rope(qkv), weights [H+K, Dh], 1 / rms [N, H+K, 1]); without a norm the last two are
-    None."""
-    rows, Dh = qkv.shape[1:]  # rows = H+2K: all query heads, then key heads, then value heads
-    rotated = (rows + heads) // 2
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    x, weight, rstd = qkv[:, :rotated].to(wide), None, None  # [N, H+K, Dh]
+def normalise_and_rotate(qk, q_weight, k_weight, cos, sin, heads, eps, out):
+    """out [N, H+K, Dh] = the queries and keys qk, normalised and rotated. Returns (weights [H+K,
+    Dh], 1 / rms [N, H+K, 1]), or () without a norm."""
+    norm = ()
     if q_weight is not None:
-        weight = torch.cat([q_weight.expand(heads, Dh), k_weight.expand(rotated - heads, Dh)])
-        rstd = inverse_rms(x, eps)
-        x = (x * rstd).mul_(weight)
+        kv_heads, Dh = qk.shape[1] - heads, qk.shape[2]
+        norm = torch.cat([q_weight.expand(heads, Dh), k_weight.expand(kv_heads, Dh)]), inverse_rms(qk, eps)
+        qk = (qk * norm[1]).mul_(norm[0])
+    rotate(qk, cos[:, None], sin[:, None], out)
+    return norm
+
+
+def forward_reference(qkv, q_weight, k_weight, cos, sin, heads, eps):
+    """(qk_norm_rope(qkv), what its backward needs of the norm)."""
+    rotated = (qkv.shape[1] + heads) // 2  # of H+2K heads the queries and the keys
+    wide = torch.promote_types(qkv.dtype, torch.float32)
     out = torch.empty(qkv.shape, dtype=wide, device=qkv.device)
-    rotate(x, cos[:, None], sin[:, None], out[:, :rotated])
+    qk, out_qk = qkv[:, :rotated].to(wide), out[:, :rotated]
+    norm = normalise_and_rotate(qk, q_weight, k_weight, cos, sin, heads, eps, out_qk)
     out[:, rotated:] = qkv[:, rotated:]
-    return out.to(qkv.dtype), weight, rstd
+    return out.to(qkv.dtype), norm
 
 
 class QKNormRopeReference(torch.autograd.Function):
@@ -43,8 +49,8 @@ class QKNormRopeReference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps):
-        out, weight, rstd = normalise_and_rotate(qkv, q_weight, k_weight, cos, sin, heads, eps)
-        ctx.save_for_backward(qkv, cos, sin, *([] if weight is None else [weight, rstd]))
+        out, norm = forward_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)
+        ctx.save_for_backward(qkv, cos, sin, *norm)
         ctx.heads, ctx.kv_heads = heads, (qkv.shape[1] - heads) // 2
         return out
 
@@ -71,7 +77,7 @@ class QKNormRopeReference(torch.autograd.Function):
 def qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps):
     """See qk_norm_rope."""
     args = qkv, q_weight, k_weight, cos, sin, heads, eps
-    return QKNormRopeReference.apply(*args) if torch.is_grad_enabled() else normalise_and_rotate(*args)[0]
+    return QKNormRopeReference.apply(*args) if torch.is_grad_enabled() else forward_reference(*args)[0]
 
 
 # --------------------------------------------------------------------------------------------------
