@@ -14,11 +14,10 @@ from kernels.proof import proof
 
 def rotate(x, cos, sin, out):
     """out = x rotated: x, out [N, heads, Dh]; cos, sin [N, 1, Dh/2]. -sin rotates back."""
-    halves = *x.shape[:2], 2, x.shape[2] // 2
-    x, out = x.view(halves), out.view(halves)
-    torch.mul(x, cos[:, None], out=out)
-    out[:, :, 0].addcmul_(x[:, :, 1], sin, value=-1)
-    out[:, :, 1].addcmul_(x[:, :, 0], sin)
+    a, b = x.chunk(2, dim=-1)
+    out_a, out_b = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
 
 
 def normalise_and_rotate(qk, q_weight, k_weight, cos, sin, heads, eps, out):
