@@ -351,6 +351,30 @@ MUTANTS = [
     ("plan_proposes_too_much", "runtime/memory.py", "1 << (count - 1)", "1 << count", MEMORY),
     ("sizes_believed", "runtime/hub.py", "if claimed > held or c.layers > len(where):", "if False:", SECURITY),
     ("names_lead_outside", "data/read.py", ' or ".." in path.parts', "", SECURITY),
+    # Sampling's cache, and prompts that completions share
+    (
+        "stream_caches_the_context",
+        "rollout.py",
+        "min(context + 1, len(prompt) + max_new_tokens)",
+        "context + 1",
+        "tests/test_rollout.py",
+    ),
+    ("sampler_shares_the_layout", "rollout.py", "p.T.contiguous().T", "p", "tests/test_rollout.py"),
+    (
+        "prompts_of_one_length",
+        "data/pack.py",
+        "setdefault(chat.ids[:n].tobytes(), begin)",
+        "setdefault(n, begin)",
+        MODEL,
+    ),
+    ("targets_of_the_whole_pack", "model.py", "        rows = pack.rows[rows]\n", "        pass\n", MODEL),
+    (
+        "another_copy_of_a_prompt",
+        "model.py",
+        "out.index_select(0, self.pack.first)",
+        "out[: len(self.pack.first)]",
+        MODEL,
+    ),
 ]
 
 
