@@ -279,7 +279,7 @@ class Sampler:
                 return self.tokens[slot, : request.drawn].tolist()
         return []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self):
         """Read waiting prompts, or else advance all live slots -> the Samples that are complete.
 
