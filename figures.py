@@ -5,7 +5,6 @@ Intervals are bootstrap percentiles over documents, problems, prompts or pairs (
 """
 
 import math
-from collections import Counter
 
 import numpy as np
 
@@ -17,16 +16,16 @@ def point_estimate(value):
     return {"value": float(value), "low": None, "high": None}
 
 
-def interval(statistic, rows, seed, draws=1000):
+def interval(statistic, rows, seed):
     """The figure of a statistic of rows, with its 95 % bootstrap interval.
 
-    rows: float64 [n, k], of which each draw takes n, with replacement. statistic: a function of the
-    sum of the rows [k] -> number. One row alone has no interval.
+    rows: float64 [n, k], of which each of 1000 draws takes n, with replacement. statistic: a
+    function of the sum of the rows [k] -> number. One row alone has no interval.
     """
     rows = np.asarray(rows, dtype=np.float64)
     if len(rows) == 1:
         return point_estimate(statistic(rows[0]))
-    picks = np.random.default_rng(seed).integers(0, len(rows), (draws, len(rows)))
+    picks = np.random.default_rng(seed).integers(0, len(rows), (1000, len(rows)))
     low, high = np.percentile([statistic(rows[pick].sum(0)) for pick in picks], [2.5, 97.5])
     return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
 
@@ -36,15 +35,18 @@ def mean_interval(values, seed):
     return interval(lambda sums: sums[0] / sums[1], [(value, 1) for value in values], seed)
 
 
+def mean_intervals(values, seed):
+    """{name: `mean_interval` of its values}, without those that have no value."""
+    return {name: mean_interval(some, seed) for name, some in values.items() if len(some)}
+
+
 def distinct(texts, n):
     """The share of different n-grams among all n-grams of words: 1 never repeats, 0 always does.
 
     Li et al. 2016, arXiv 1510.03055.
     """
-    grams = Counter()
-    for words in map(str.split, texts):
-        grams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    return len(grams) / max(1, sum(grams.values()))
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def show(figures):
@@ -73,13 +75,11 @@ def preference_figures(pairs, margins, lengths, seed):
     margins, lengths = np.asarray(margins, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
     labels = np.array([pair.probability for pair in pairs])
     figures = length_figures(margins, lengths, labels, seed) | calibration_figures(margins, labels, seed)
-    gold = np.array([gold_margin(pair.row) for pair in pairs])
+    gold = label_margins(pairs)["gold"]
     if np.isfinite(gold).all():
-        differ = gold != 0
-        if differ.any():
-            figures["order as gold's"] = mean_interval((margins > 0)[differ] == (gold > 0)[differ], seed)
         best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws labels
-        figures["accuracy that noise allows (Bayes)"] = mean_interval(best, seed)
+        right = ((margins > 0) == (gold > 0))[gold != 0]
+        figures |= mean_intervals({"order as gold's": right, "accuracy that noise allows (Bayes)": best}, seed)
     return figures
 
 
@@ -95,18 +95,15 @@ def length_figures(margins, lengths, labels, seed):
     """Accuracy, compared with that of preferring the longer completion."""
     gap = lengths[:, 0] - lengths[:, 1]
     right, longer = agreement(margins, labels), agreement(gap, labels)
-    figures = {
-        "accuracy": mean_interval(right, seed),
-        "accuracy of 'the longer wins'": mean_interval(longer, seed),
-        "accuracy less that of 'the longer wins'": mean_interval(right - longer, seed),
-    }
     similar = np.abs(gap) <= 0.1 * lengths.max(1)
-    if similar.any():
-        name = f"accuracy, {similar.sum()} pairs within 10 % in length"
-        figures[name] = mean_interval(right[similar], seed)
+    values = {
+        "accuracy": right,
+        "accuracy of 'the longer wins'": longer,
+        "accuracy less that of 'the longer wins'": right - longer,
+        f"accuracy, {similar.sum()} pairs within 10 % in length": right[similar],
+    }
     moments = np.stack([np.ones(len(gap)), margins, gap, margins**2, gap**2, margins * gap], axis=1)
-    figures["correlation of margin and length gap"] = interval(correlation, moments, seed)
-    return figures
+    return mean_intervals(values, seed) | {"correlation of margin and length gap": interval(correlation, moments, seed)}
 
 
 def correlation(sums):
@@ -118,24 +115,24 @@ def correlation(sums):
 
 def calibration_figures(margins, labels, seed):
     """How often the label agrees with the model, by how sure the model is: sigmoid(|margin|)."""
-    confidence = 1 / (1 + np.exp(-np.abs(margins).clip(max=700)))
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
     agrees = np.where(margins >= 0, labels, 1 - labels)
     figures = {"calibration error": point_estimate(calibration_error(confidence, agrees))}
     tenth = np.minimum((10 * confidence).astype(int), 9)
-    for inside in (tenth == n for n in range(5, 10)):
-        if inside.any():
-            name = f"right where it says {confidence[inside].mean():.2f} ({inside.sum()} pairs)"
-            figures[name] = mean_interval(agrees[inside], seed)
+    for n in np.unique(tenth):
+        inside = tenth == n
+        name = f"right where it says {confidence[inside].mean():.2f} ({inside.sum()} pairs)"
+        figures[name] = mean_interval(agrees[inside], seed)
     return figures
 
 
-def calibration_error(confidence, agrees, bins=10):
+def calibration_error(confidence, agrees):
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
-    That is the mean of |accuracy - confidence| over bins of confidence, weighted by their size.
+    That is the mean of |accuracy - confidence| over ten bins of confidence, weighted by their size.
     """
-    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return sum(abs((confidence - agrees)[bin_of == b].sum()) for b in range(bins)) / len(confidence)
+    bin_of = np.minimum((20 * (confidence - 0.5)).astype(int), 9)
+    return np.abs(np.bincount(bin_of, confidence - agrees)).sum() / len(confidence)
 
 
 # --------------------------------------------------------------------------------------------------

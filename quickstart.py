@@ -8,7 +8,6 @@ in out/quickstart/report.json and a table.
     python quickstart.py
 """
 
-import json
 import math
 import os
 import shlex
@@ -19,15 +18,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import report
 from data.read import read_json
+from figures import point_estimate
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import LOCKS, lock_file, replace_text
-from runtime.process import describe, launch
+from runtime.files import LOCKS, lock_file, write_json
+from runtime.process import choose_device, describe, launch
 from runtime.run import clock_time
 
 # For commands on a CPU. Threads that spin while they wait make training many times slower on a
@@ -48,66 +46,78 @@ class Config:
     report_only: bool = False
 
 
+SIZES = {  # {name: flags, and those of a fast run}
+    "few": ("", "--stories=600 --notes=200 --chats=200 --pairs=100 --problems=50 --tests=40"),
+    "steps": ("--steps=600 --batch_tokens=3072", "--steps=20 --batch_tokens=1024"),
+    "ppo_steps": ("--steps=24", "--steps=2"),
+    "grpo_steps": ("--steps=40", "--steps=2"),
+    "ai_steps": ("--steps=60", "--steps=2"),
+    # a model that has hardly been trained ends no completion and judges none
+    "judged": (
+        "--policy={out}/sft --data={out}/world/prompts.jsonl --group_size=3 --limit=1000 --min_margin=0.3 "
+        "--max_new_tokens=64",
+        "--data={out}/world/pairs.jsonl --min_margin=0",
+    ),
+    "best_of": ("--best_of=32 --limit=100", "--best_of=2 --limit=10"),
+    "min_accuracy": ("", "--min_accuracy=0"),
+}
+
+
 def command_lines(config):
     """{stage: its command}, in order."""
     out, seed = shlex.quote(config.out), f"--seed={config.seed}"
+    size = {name: flags[config.fast].format(out=out) for name, flags in SIZES.items()}
     world = f"{out}/world"
-    few = "--stories=600 --notes=200 --chats=200 --pairs=100 --problems=50 --tests=40" if config.fast else ""
-    steps = "--steps=20 --batch_tokens=1024" if config.fast else "--steps=600 --batch_tokens=3072"
     small = "--micro_batch_tokens=4096"  # a quick start must fit into 4 GB
     tuning = f"--epochs=1 --print_every=25 --eval_every=50 {small} {seed}"
     pairs = f"--data={world}/pairs.jsonl --val={world}/pairs_val.jsonl"
+    weak_pairs = f"--data={world}/pairs_few.jsonl --val={world}/pairs_val.jsonl"
     measure = f"--data={world}/prompts_test.jsonl --max_new_tokens=64 {seed}"
     gold = "data/world.py:gold"
     rewards = f"{gold},data/world.py:rudeness,data/rules.py:final_number,{out}/rm"
     against = f"--problems={world}/problems_test.jsonl {measure} --reward={rewards}"
     rl = f"--monitor={gold} --max_new_tokens=64 --print_every=10 {seed}"
-    weak_pairs = f"--data={world}/pairs_few.jsonl --val={world}/pairs_val.jsonl"
-    ppo_steps, grpo_steps, ai_steps = ("--steps=2",) * 3 if config.fast else ("--steps=24", "--steps=40", "--steps=60")
-    judged = f"--policy={out}/sft --data={world}/prompts.jsonl --group_size=3 --limit=1000 --min_margin=0.3"
-    judged += " --max_new_tokens=64"
-    best_of, min_accuracy = "--best_of=32 --limit=100", ""
-    if config.fast:  # a model that has hardly been trained ends no completion and judges none
-        judged = f"--data={world}/pairs.jsonl --min_margin=0"
-        best_of, min_accuracy = "--best_of=2 --limit=10", "--min_accuracy=0"
-    commands = {
-        "world": f"-m data.world --out={world} {seed} {few}",
-        "tokenizer": f"-m data.tokenizer --data={world}/pretrain.jsonl --vocab_size=672 --out={out}/tokenizer",
-        # Stories are short and differ in a few words: neither the rules for web text nor the
-        # removal of near-duplicates suit them.
-        "prepare": f"-m data.prepare --data={world}/pretrain.jsonl --tokenizer={out}/tokenizer --clean=False "
-        f"--dedup=exact --out={out}/data",
-        "pretrain": f"pretrain.py --data={out}/data --depth=4 --width=128 --context=512 {steps} {seed} "
-        f"--save_every=200 --print_every=50 --prompt='Mia went to the' --out={out}/base",
-        "sample": f"sample.py --model={out}/base --prompt='Mia went to the' --max_new_tokens=80 {seed}",
-        "evaluate base": f"evaluate.py --model={out}/base --text={world}/stories_val.jsonl "
-        f"--complete={world}/sums_test.jsonl --judge={world}/judge_test.jsonl {measure} --reward={gold} "
-        f"--samples={out}/base_answers.jsonl --out={out}/base.json",
-        "sft": f"sft.py --init={out}/base --data={world}/chat.jsonl --val={world}/chat_val.jsonl {tuning} "
-        f"--out={out}/sft",
-        "reward": f"reward.py --init={out}/sft {pairs} --lr=1.5e-3 --max_new_tokens=64 {tuning} --out={out}/rm",
-        "dpo": f"dpo.py --init={out}/sft {pairs} --nll=0.2 {tuning} --out={out}/dpo",
-        "ppo": f"ppo.py --init={out}/sft --reward={out}/rm --data={world}/prompts.jsonl {rl} {ppo_steps} "
-        f"{min_accuracy} --out={out}/ppo",
-        "grpo": f"grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --kl=k2 --beta=0.02 "
-        f"--data={world}/problems.jsonl {rl} {grpo_steps} --out={out}/grpo",
-        "rlaif": f"rlaif.py {judged} --judge={out}/base --constitution=data/constitution.txt --principles=vote "
-        f"--reward={gold} {seed} --out={out}/ai_pairs.jsonl",
-        "dpo of rlaif's": f"dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl --nll=0.4 --print_every=25 {small} "
-        f"{seed} {ai_steps} --out={out}/ai_dpo",
-        "weak reward": f"reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 --epochs=30 "
-        f"--print_every=25 {seed} --out={out}/weak_rm",
-    }
-    for name, model in {"best of n": "rm", "best of n, weak": "weak_rm"}.items():
-        file = "best" if model == "rm" else "best_weak"
-        commands[name] = (
-            f"evaluate.py --model={out}/sft {measure} --reward={out}/{model},{gold} {best_of} --out={out}/{file}.json"
-        )
-    for name in ("sft", "ppo", "grpo", "dpo", "ai_dpo"):
-        reference = "" if name == "sft" else f"--reference={out}/sft"
-        files = f"--samples={out}/{name}_answers.jsonl --out={out}/{name}.json"
-        commands[f"evaluate {name}"] = f"evaluate.py --model={out}/{name} {against} {reference} {files}"
-    return commands
+    # prepare: stories are short and differ in a few words, so neither the rules for web text nor
+    # the removal of near-duplicates suit them
+    text = f"""
+        world: -m data.world --out={world} {seed} {size["few"]}
+        tokenizer: -m data.tokenizer --data={world}/pretrain.jsonl --vocab_size=672 --out={out}/tokenizer
+        prepare: -m data.prepare --data={world}/pretrain.jsonl --tokenizer={out}/tokenizer --clean=False \
+            --dedup=exact --out={out}/data
+        pretrain: pretrain.py --data={out}/data --depth=4 --width=128 --context=512 {size["steps"]} {seed} \
+            --save_every=200 --print_every=50 --prompt='Mia went to the' --out={out}/base
+        sample: sample.py --model={out}/base --prompt='Mia went to the' --max_new_tokens=80 {seed}
+        evaluate base: evaluate.py --model={out}/base --text={world}/stories_val.jsonl \
+            --complete={world}/sums_test.jsonl --judge={world}/judge_test.jsonl {measure} --reward={gold} \
+            --samples={out}/base_answers.jsonl --out={out}/base.json
+        sft: sft.py --init={out}/base --data={world}/chat.jsonl --val={world}/chat_val.jsonl {tuning} --out={out}/sft
+        reward: reward.py --init={out}/sft {pairs} --lr=1.5e-3 --max_new_tokens=64 {tuning} --out={out}/rm
+        dpo: dpo.py --init={out}/sft {pairs} --nll=0.2 {tuning} --out={out}/dpo
+        ppo: ppo.py --init={out}/sft --reward={out}/rm --data={world}/prompts.jsonl {rl} {size["ppo_steps"]} \
+            {size["min_accuracy"]} --out={out}/ppo
+        grpo: grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --kl=k2 --beta=0.02 \
+            --data={world}/problems.jsonl {rl} {size["grpo_steps"]} --out={out}/grpo
+        rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt --principles=vote \
+            --reward={gold} {seed} --out={out}/ai_pairs.jsonl
+        dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl --nll=0.4 --print_every=25 {small} \
+            {seed} {size["ai_steps"]} --out={out}/ai_dpo
+        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 --epochs=30 \
+            --print_every=25 {seed} --out={out}/weak_rm
+        best of n: evaluate.py --model={out}/sft {measure} --reward={out}/rm,{gold} {size["best_of"]} \
+            --out={out}/best.json
+        best of n, weak: evaluate.py --model={out}/sft {measure} --reward={out}/weak_rm,{gold} {size["best_of"]} \
+            --out={out}/best_weak.json
+        evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
+        evaluate ppo: evaluate.py --model={out}/ppo {against} --reference={out}/sft \
+            --samples={out}/ppo_answers.jsonl --out={out}/ppo.json
+        evaluate grpo: evaluate.py --model={out}/grpo {against} --reference={out}/sft \
+            --samples={out}/grpo_answers.jsonl --out={out}/grpo.json
+        evaluate dpo: evaluate.py --model={out}/dpo {against} --reference={out}/sft \
+            --samples={out}/dpo_answers.jsonl --out={out}/dpo.json
+        evaluate ai_dpo: evaluate.py --model={out}/ai_dpo {against} --reference={out}/sft \
+            --samples={out}/ai_dpo_answers.jsonl --out={out}/ai_dpo.json
+    """
+    return dict(line.strip().split(": ", 1) for line in text.strip().splitlines())
 
 
 def continue_flags(words):
@@ -154,82 +164,98 @@ def run(stage, words):
 # What came of it
 
 
-def exact(value):
-    """A figure without an interval."""
-    return {"value": value, "low": None, "high": None}
+# What each stage must do: stage, what is measured, before, after, bound, how it must change. "sft:
+# accuracy" is a figure of DIR/sft.json; "rm" are those of the reward model, "text" of the data.
+TABLE = """
+tokenizer | bytes per token | 1 | text: bytes per token | |
+pretrain | story loss, nats per token | text: uniform loss | base: nats/token | {entropy:.4f}, the entropy | falls
+pretrain | held-out sums right | 0 | base: completions right | 1 | rises
+{judged}
+sft | completions finished | base: completions finished | sft: completions finished | 1 | rises
+sft | gold reward | base: {gold} | sft: {gold} | 1.9 | rises
+reward | held-out pairs ordered as labelled | 0.5 | rm: accuracy | {noise:.3f}, the labels' noise | rises
+reward | held-out pairs ordered as gold's | 0.5 | rm: order as gold's | 1 | rises
+ppo | gold reward, SFT's before | sft: {gold} | ppo: {gold} | 1.9 | rises
+ppo | sampled sums right | sft: {sums} | ppo: {sums} | 1 |
+ppo | rude phrases per completion | sft: {rude} | ppo: {rude} | 0 |
+ppo | win rate against SFT, by gold | 0.5 | ppo: {wins} | 1 |
+ppo | KL to SFT, nats per completion | 0 | ppo: {kl} | |
+grpo, after ppo | gold reward, PPO's before | ppo: {gold} | grpo: {gold} | 1.9 | rises
+grpo, after ppo | sampled sums right | ppo: {sums} | grpo: {sums} | 1 | rises
+grpo, after ppo | rude phrases per completion | ppo: {rude} | grpo: {rude} | 0 |
+grpo, after ppo | win rate against SFT, by gold | ppo: {wins} | grpo: {wins} | 1 |
+grpo, after ppo | KL to SFT, nats per completion | ppo: {kl} | grpo: {kl} | |
+dpo | gold reward, SFT's before | sft: {gold} | dpo: {gold} | 1.9 | rises
+dpo | sampled sums right | sft: {sums} | dpo: {sums} | 1 |
+dpo | rude phrases per completion | sft: {rude} | dpo: {rude} | 0 |
+dpo | win rate against SFT, by gold | 0.5 | dpo: {wins} | 1 |
+dpo | KL to SFT, nats per completion | 0 | dpo: {kl} | |
+rlaif + dpo | gold reward, SFT's before | sft: {gold} | ai_dpo: {gold} | 1.9 |
+rlaif + dpo | sampled sums right | sft: {sums} | ai_dpo: {sums} | 1 |
+rlaif + dpo | rude phrases per completion | sft: {rude} | ai_dpo: {rude} | 0 | falls
+rlaif + dpo | win rate against SFT, by gold | 0.5 | ai_dpo: {wins} | 1 |
+rlaif + dpo | KL to SFT, nats per completion | 0 | ai_dpo: {kl} | |
+"""
 
-
-def row(stage, figure, before, after, bound="", direction=0):
-    """{"stage", "figure", "before", "after", "bound", "improved"} of the table.
-
-    direction: 1 if it must rise, -1 if it must fall, 0 if nothing is asked. improved: whether the
-    change is sure, its 95 % interval excluding none; None if nothing is asked."""
-    improved = None
-    if direction:
-        worst, edge = ("low", "high") if direction > 0 else ("high", "low")
-        start = before["value"] if before[edge] is None else before[edge]
-        improved = direction * (after[worst] - start) > 0
-    found = {"stage": stage, "figure": figure, "before": before, "after": after}
-    return found | {"bound": bound, "improved": improved}
+NAMES = {  # of figures that the table asks for often
+    "gold": "reward data/world.py:gold",
+    "sums": "reward data/rules.py:final_number",
+    "rude": "reward data/world.py:rudeness",
+    "wins": "win rate by data/world.py:gold",
+    "kl": "KL to the reference, nats per completion",
+}
 
 
 def figures(out):
     """The rows of the table: what the stages reached on text that training never saw."""
-    evaluations = {
-        name: read_json(out / f"{name}.json")["figures"] for name in ("base", "sft", "dpo", "ppo", "grpo", "ai_dpo")
+    found = {name: read_json(out / f"{name}.json")["figures"] for name in "base sft dpo ppo grpo ai_dpo".split()}
+    found["rm"] = checkpoint.read_info(checkpoint.find(out / "rm"))["metrics"]["figures"]
+    world, manifest = read_json(out / "world/world.json"), read_json(out / "data/manifest.json")
+    shards = manifest["splits"]["train"] + manifest["splits"]["val"]
+    bytes_per_token = sum(shard["bytes"] for shard in shards) / sum(shard["tokens"] for shard in shards)
+    found["text"] = {
+        "bytes per token": point_estimate(bytes_per_token),
+        "uniform loss": point_estimate(math.log(manifest["n_vocab"])),
     }
-    base, sft = evaluations["base"], evaluations["sft"]
-    rm = checkpoint.read_info(checkpoint.find(out / "rm"))["metrics"]["figures"]
-    gold, chance = "reward data/world.py:gold", exact(0.5)
-    rows = pretraining_rows(out, base)
-    rows += [
-        row("sft", "completions finished", base["completions finished"], sft["completions finished"], "1", 1),
-        row("sft", "gold reward", base[gold], sft[gold], "1.9", 1),
-    ]
-    noise = f"{rm['accuracy that noise allows (Bayes)']['value']:.3f}, the labels' noise"
-    rows += [
-        row("reward", "held-out pairs ordered as labelled", chance, rm["accuracy"], noise, 1),
-        row("reward", "held-out pairs ordered as gold's", chance, rm["order as gold's"], "1", 1),
-    ]
-    for stage, name, parent in (
-        ("ppo", "ppo", "sft"),
-        ("grpo, after ppo", "grpo", "ppo"),
-        ("dpo", "dpo", "sft"),
-        ("rlaif + dpo", "ai_dpo", "sft"),
-    ):
-        rows += policy_rows(stage, name, evaluations[parent], evaluations[name], parent)
+    judges = [name for name in found["base"] if name.startswith("judge") and name.endswith("both orders")]
+    text = TABLE.format(
+        judged="\n".join(f"pretrain | {name} | 0.5 | base: {name} | 1 |" for name in judges),
+        entropy=world["story_floor"] / found["base"]["tokens/document"]["value"],
+        noise=found["rm"]["accuracy that noise allows (Bayes)"]["value"],
+        **NAMES,
+    )
+    rows = []
+    for line in text.split("\n"):
+        if line:
+            stage, figure, before, after, bound, change = (cell.strip() for cell in line.split("|"))
+            rows.append(row(stage, figure, look_up(before, found), look_up(after, found), bound, change))
     return rows
 
 
-def pretraining_rows(out, base):
-    """The rows of tokenizer and pretraining."""
-    world, manifest = read_json(out / "world/world.json"), read_json(out / "data/manifest.json")
-    shards = [shard for shards in manifest["splits"].values() for shard in shards]
-    bytes_per_token = sum(shard["bytes"] for shard in shards) / sum(shard["tokens"] for shard in shards)
-    floor = f"{world['story_floor'] / base['tokens/document']['value']:.4f}, the entropy"
-    uniform = exact(math.log(manifest["n_vocab"]))
-    rows = [
-        row("tokenizer", "bytes per token", exact(1.0), exact(bytes_per_token)),
-        row("pretrain", "story loss, nats per token", uniform, base["nats/token"], floor, -1),
-        row("pretrain", "held-out sums right", exact(0.0), base["completions right"], "1", 1),
-    ]
-    judged = [name for name in base if name.startswith("judge") and name.endswith("both orders")]
-    return rows + [row("pretrain", name, exact(0.5), base[name], "1") for name in judged]
+def look_up(cell, found):
+    """The figure that a cell of the table names, or the number in it as one."""
+    name, colon, figure = cell.partition(": ")
+    return found[name][figure] if colon else point_estimate(cell)
 
 
-def policy_rows(stage, name, start, end, parent):
-    """The rows of a stage that sharpens the model with the figures `start` into that with `end`."""
-    gold, right = "reward data/world.py:gold", "reward data/rules.py:final_number"
-    rude, wins = "reward data/world.py:rudeness", "win rate by data/world.py:gold"
-    kl = "KL to the reference, nats per completion"
-    must = {gold: name != "ai_dpo", right: name == "grpo", rude: -(name == "ai_dpo")}
-    return [
-        row(stage, f"gold reward, {parent.upper()}'s before", start[gold], end[gold], "1.9", must[gold]),
-        row(stage, "sampled sums right", start[right], end[right], "1", must[right]),
-        row(stage, "rude phrases per completion", start[rude], end[rude], "0", must[rude]),
-        row(stage, "win rate against SFT, by gold", start.get(wins, exact(0.5)), end[wins], "1"),
-        row(stage, "KL to SFT, nats per completion", start.get(kl, exact(0.0)), end[kl]),
-    ]
+def row(stage, figure, before, after, bound="", change=""):
+    """{"stage", "figure", "before", "after", "bound", "improved"} of the table.
+
+    change: "rises" or "falls" if it must. improved: whether that is sure, the 95 % intervals of
+    before and after lying apart; None if nothing is asked."""
+    improved = None
+    if change == "rises":
+        improved = after["low"] > (before["value"] if before["high"] is None else before["high"])
+    elif change == "falls":
+        improved = after["high"] < (before["value"] if before["low"] is None else before["low"])
+    return {
+        "stage": stage,
+        "figure": figure,
+        "before": before,
+        "after": after,
+        "bound": bound,
+        "improved": improved,
+    }
 
 
 def table(lines):
@@ -239,10 +265,13 @@ def table(lines):
     return "\n".join(line.rstrip() for line in aligned)
 
 
-def table_line(f):
-    """A row of `figures` as text."""
-    better = {True: "sure", False: "NOT sure", None: ""}[f["improved"]]
-    return f["stage"], f["figure"], report.show(f["before"]), report.show(f["after"]), f["bound"], better
+def table_lines(rows):
+    """The rows of `figures` as text, below a head."""
+    lines = [("stage", "figure", "before", "after [95 %]", "bound", "better")]
+    for f in rows:
+        better = {True: "sure", False: "NOT sure", None: ""}[f["improved"]]
+        lines.append((f["stage"], f["figure"], report.show(f["before"]), report.show(f["after"]), f["bound"], better))
+    return lines
 
 
 def main(config):
@@ -257,10 +286,7 @@ def main(config):
         return
 
     # 1. Run what has not run yet
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
+    out.mkdir(parents=True, exist_ok=True)
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
     for stage, line in command_lines(config).items():
@@ -273,15 +299,13 @@ def main(config):
         if stage in done:
             raise UserError(f"{file}: {stage} was run by another command there; remove that directory or name another")
         record["stages"].append(run(stage, words))
-        replace_text(file, json.dumps(record, indent=1) + "\n")
+        write_json(file, record)
 
     # 2. Measure, and write the report
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record |= {"figures": figures(out), "code": checkpoint.code_hash(), **describe(device)}
-    replace_text(file, json.dumps(record, indent=1) + "\n")
+    record |= {"figures": figures(out), "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
+    write_json(file, record)
     page = report.make(out, record)
-    head = ("stage", "figure", "before", "after [95 %]", "bound", "better")
-    print("\n" + table([head, *map(table_line, record["figures"])]))
+    print("\n" + table(table_lines(record["figures"])))
     seconds = sum(s["seconds"] for s in record["stages"])
     print(f"\n{clock_time(seconds)} in all; report: {page}; talk to it: python sample.py --model={out}/grpo")
     failed = [f"{f['stage']}: {f['figure']}" for f in record["figures"] if f["improved"] is False]

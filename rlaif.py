@@ -128,20 +128,26 @@ def sampled_pairs(config, model, tok, batch, first):
 
     batch: [(messages, row)]. Returns ([(index in the batch, Pair)], counts).
     """
-    lengths = [len(chat.encode_prompt(tok, messages)) for messages, _ in batch]
-    fitting = [i for i, length in enumerate(lengths) if length < model.config.context]
-    n, pairs, counts = config.group_size, [], Counter({"prompts too long": len(batch) - len(fitting)})
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
+    n, context = config.group_size, model.config.context
+    fitting = [i for i, (messages, _) in enumerate(batch) if len(chat.encode_prompt(tok, messages)) < context]
     prompts = [batch[i][0] for i in fitting]
-    _, samples, texts = sample_completions(model, tok, prompts, n=n, first=first * n, **sampling)
-    for k, i in enumerate(fitting):
-        group = range(k * n, (k + 1) * n)
-        finished = [texts[j] for j in group if samples[j].finished and texts[j]]
-        different = list(combinations(dict.fromkeys(finished), 2))
-        pairs += [(i, rows.Pair(batch[i][0], a, b, math.nan, batch[i][1])) for a, b in different]
-        counts["completions cut or empty"] += n - len(finished)
-        counts["ties (twice the same text)"] += math.comb(len(finished), 2) - len(different)
+    _, samples, texts = sample_completions(model, tok, prompts, n=n, first=first * n, **sampling(config, config.seed))
+    finished = [[] for _ in fitting]
+    for sample, text in zip(samples, texts, strict=True):
+        if sample.finished and text:
+            finished[sample.prompt_index].append(text)
+    pairs, counts = [], Counter({"prompts too long": len(batch) - len(fitting)})
+    for i, group in zip(fitting, finished, strict=True):
+        messages, row = batch[i]
+        different = list(combinations(dict.fromkeys(group), 2))
+        pairs += [(i, rows.Pair(messages, a, b, math.nan, row)) for a, b in different]
+        counts["completions cut or empty"] += n - len(group)
+        counts["ties (twice the same text)"] += math.comb(len(group), 2) - len(different)
     return pairs, counts
+
+
+def sampling(config, seed):
+    return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
 
 
 def verdicts(model, tok, triples, principles, asked, micro_batch_tokens):
@@ -216,9 +222,13 @@ def preferences(config, pairs, p, principles, known):
         if probability[i] < 0.5:
             pair = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
             verdict, row = 1 - verdict[:, ::-1], swap_sides(row)
-        preference = {"prompt": question(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
-        preference["probability"] = round(0.5 + certainty[i], 6)
-        preference["verdicts"] = np.round(verdict, 4).tolist()  # that chosen is better: as first, as second
+        preference = {
+            "prompt": question(pair.prompt),
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "probability": round(0.5 + certainty[i], 6),
+            "verdicts": np.round(verdict, 4).tolist(),  # that chosen is better: as first, as second
+        }
         if len(by) == 1:
             preference["principle"] = principles[by[0]]
         written.append(preference | row)
@@ -246,8 +256,8 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
         if len(ids) < model.config.context:
             prompts[i] = ids
     stop = {chat.end_of_turn(tok) if as_chat else tok.eot}
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
-    replies, samples = {}, rollout(model, list(prompts.values()), stop=stop, first=first, **sampling)
+    samples = rollout(model, list(prompts.values()), stop=stop, first=first, **sampling(config, seed))
+    replies = {}
     for i, sample in zip(prompts, samples, strict=True):
         text, empty_line = chat.decode_completion(tok, sample.tokens), ""
         if not as_chat:
@@ -257,9 +267,13 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
     return replies
 
 
-def next_turn(messages, text, request):
-    """A conversation with the model's reply and the next request."""
-    return [*messages, rows.message("assistant", text), rows.message("user", request)]
+def ask(talks, replies, request, drawn):
+    """The conversations that have a reply, {i: messages}, each with that and a request by the
+    principle drawn for it."""
+    return {
+        i: [*talks[i], rows.message("assistant", text), rows.message("user", request.format(principle=drawn[i]))]
+        for i, text in replies.items()
+    }
 
 
 def revise_batch(config, policy, judge, principles, batch, first):
@@ -274,18 +288,26 @@ def revise_batch(config, policy, judge, principles, batch, first):
     # 1. Answer, 2. criticise (what was cut still says something), 3. revise
     talks = {i: messages for i, (messages, _) in enumerate(batch)}
     answers = reply(config, model, tok, True, talks, config.seed, first)
-    talks = {i: next_turn(talks[i], text, CRITIQUE.format(principle=drawn[i])) for i, text in answers.items()}
+    talks = ask(talks, answers, CRITIQUE, drawn)
     critiques = reply(config, critic, critic_tok, as_chat, talks, config.seed + 1, first, keep_cut=True)
-    talks = {i: next_turn(talks[i], text, REVISION.format(principle=drawn[i])) for i, text in critiques.items()}
+    talks = ask(talks, critiques, REVISION, drawn)
     revisions = reply(config, critic, critic_tok, as_chat, talks, config.seed + 2, first)
 
     written = []
     for i, text in revisions.items():
         messages, row = batch[i]
-        revised = {"messages": [*messages, rows.message("assistant", text)], "original": answers[i]}
-        written.append(revised | {"critique": critiques[i], "principle": drawn[i]} | other_fields(row))
-    counts = {"prompts": len(batch), "answers revised": len(written)}
-    counts["left out: an answer, critique or revision was cut or empty"] = len(batch) - len(written)
+        revised = {
+            "messages": [*messages, rows.message("assistant", text)],
+            "original": answers[i],
+            "critique": critiques[i],
+            "principle": drawn[i],
+        }
+        written.append(revised | other_fields(row))
+    counts = {
+        "prompts": len(batch),
+        "answers revised": len(written),
+        "left out: an answer, critique or revision was cut or empty": len(batch) - len(written),
+    }
     return written, counts, {"revisions that change nothing": [text == answers[i] for i, text in revisions.items()]}
 
 

@@ -345,10 +345,10 @@ MUTANTS = [
         "plan_of_another_loss",
         "runtime/memory.py",
         "value = loss(model, batch)",
-        "value = model(fake_pack([8], 64, device)).float().sum()",
+        "value = model(pack([[0] * 8] * 8)).float().sum()",
         MEMORY,
     ),
-    ("plan_proposes_too_much", "runtime/memory.py", "1 << (count - 1)", "1 << count", MEMORY),
+    ("plan_proposes_too_much", "runtime/memory.py", "sizes[first]}", "sizes[first - 1]}", MEMORY),
     ("sizes_believed", "runtime/hub.py", "if claimed > held or c.layers > len(where):", "if False:", SECURITY),
     ("names_lead_outside", "data/read.py", ' or ".." in path.parts', "", SECURITY),
     # Sampling's cache, and prompts that completions share

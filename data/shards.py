@@ -29,7 +29,7 @@ def load_manifest(folder):
             raise UserError(f"{path}: format {reprlib.repr(manifest['format'])}, not 1; {AGAIN}")
         if manifest["dtype"] not in ("uint16", "uint32") or not manifest["splits"]["train"]:
             raise ValueError("dtype is neither uint16 nor uint32, or there is nothing to train on")
-        for entry in entries(manifest):
+        for entry in manifest["splits"]["train"] + manifest["splits"]["val"]:
             shard = inside(path, entry["file"])
             size = entry["tokens"] * np.dtype(manifest["dtype"]).itemsize
             if not shard.exists():
@@ -42,13 +42,9 @@ def load_manifest(folder):
     return manifest
 
 
-def entries(manifest):
-    """The manifest's entries of all shards, training first."""
-    return manifest["splits"]["train"] + manifest["splits"]["val"]
-
-
-def check(folder, tok):
-    """`load_manifest`, and reads every shard once.
+def read_prepared(folder, tok):
+    """[train streams, val streams] of a folder that data/prepare.py wrote, as memory maps. Reads
+    every shard once.
 
     Raises UserError if another tokenizer made the data, or a shard lacks its hash or is no stream
     of the tokenizer's ids.
@@ -56,27 +52,19 @@ def check(folder, tok):
     manifest = load_manifest(folder)
     if manifest.get("tokenizer") != tokenizer.fingerprint(tok):
         raise UserError(f"{folder}: prepared with another tokenizer; use the one in this folder, or {AGAIN}")
-    for entry in entries(manifest):
-        path = Path(folder) / entry["file"]
-        if sha256(path) != entry.get("sha256"):
-            raise UserError(f"{path}: its contents are not what was written; {AGAIN}")
-        tokens = np.memmap(path, manifest["dtype"], "r")
-        if tokens.max() >= tok.n_vocab or not tokens[0] == tokens[-1] == tok.eot or len(tokens) < 2:
-            raise UserError(
-                f"{path}: has ids that the tokenizer lacks, or does not begin and end with the end of a document; "
-                + AGAIN
-            )
-    return manifest
-
-
-def read_prepared(folder, tok):
-    """(train streams, val streams) of a folder that data/prepare.py wrote, as memory maps.
-
-    Raises UserError if it is damaged or tokenized otherwise.
-    """
-    manifest = check(folder, tok)
-    train, val = (
-        [np.memmap(Path(folder) / entry["file"], manifest["dtype"], "r") for entry in manifest["splits"][split]]
+    return [
+        [read_shard(Path(folder), entry, manifest["dtype"], tok) for entry in manifest["splits"][split]]
         for split in ("train", "val")
-    )
-    return train, val
+    ]
+
+
+def read_shard(folder, entry, dtype, tok):
+    path = folder / entry["file"]
+    if sha256(path) != entry.get("sha256"):
+        raise UserError(f"{path}: its contents are not what was written; {AGAIN}")
+    tokens = np.memmap(path, dtype, "r")
+    if tokens.max() >= tok.n_vocab or not tokens[0] == tokens[-1] == tok.eot or len(tokens) < 2:
+        raise UserError(
+            f"{path}: has ids that the tokenizer lacks, or does not begin and end with the end of a document; {AGAIN}"
+        )
+    return tokens

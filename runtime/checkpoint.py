@@ -11,7 +11,6 @@ resume needs.
 A checkpoint is written under a temporary name, flushed to the disk, then renamed: if a run is
 killed, a directory called step_* is still complete. No pickle anywhere."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -49,14 +48,12 @@ def find(where):
     """
     where = Path(where)
     if (where / "config.json").is_file():
-        ours = (where / MANIFEST).exists() or (where / INFO).exists()
-        wrong = damage(where) if ours else ""
-        if wrong:
+        is_ours = (where / MANIFEST).exists() or (where / INFO).exists()
+        if is_ours and (wrong := damage(where)):
             raise UserError(f"{where}: {wrong}; take another checkpoint of the run ({where.resolve().parent})")
         return where
     for folder in reversed(steps_in(where)):
-        wrong = damage(folder)
-        if not wrong:
+        if not (wrong := damage(folder)):
             return folder
         print0(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
     but = ", but a file" if where.is_file() else ""
@@ -115,18 +112,21 @@ def read_info(folder):
     if not path.exists():
         return {}
     info = {"config": {}, "data": {}, "lineage": []} | read_json(path)
-    kinds = {"stage": str, "step": int, "config": dict, "data": dict, "lineage": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind)]
-    for name in ("center", "critic_center"):
-        center = info.get(name, 0.0)
-        if not isinstance(center, (int, float)) or not abs(center) < 1e30:
-            wrong.append(name)
-    for parent in info["lineage"] if "lineage" not in wrong else []:
-        if not isinstance(parent, dict) or not all(isinstance(parent.get(key), str) for key in ("path", "weights")):
-            wrong.append("lineage")
-    if wrong:
-        raise UserError(f"{path}: damaged: {wrong[0]} is not what it should be; take another checkpoint")
-    return info
+    centers = [info.get("center", 0.0), info.get("critic_center", 0.0)]
+    match info:
+        case {"stage": str(), "step": int(), "config": dict(), "data": dict(), "lineage": list(parents)} if all(
+            is_parent(parent) for parent in parents
+        ) and all(isinstance(center, int | float) and abs(center) < 1e30 for center in centers):
+            return info
+    raise UserError(f"{path}: damaged: a field is missing or not what it should be; take another checkpoint")
+
+
+def is_parent(value):
+    """Whether a value of a lineage names a checkpoint, as `parent_record` does."""
+    match value:
+        case {"path": str(), "weights": str()}:
+            return True
+    return False
 
 
 def load_matching(where, model, tok, flag, scalar_head=False):
@@ -135,10 +135,9 @@ def load_matching(where, model, tok, flag, scalar_head=False):
     Raises UserError naming `flag` if its tokenizer differs, its context is shorter, or it is a
     reward model where one that writes is wanted, or (with `scalar_head`) the reverse."""
     other, other_tok, _ = load(where, model.embed.device)
-    if scalar_head and not other.config.scalar_head:
-        raise UserError(f"{flag}: not a reward model (it has no scalar head)")
-    if other.config.scalar_head and not scalar_head:
-        raise UserError(f"{flag}: a reward model, which gives no probabilities")
+    if other.config.scalar_head != scalar_head:
+        wrong = "not a reward model (it has no scalar head)"
+        raise UserError(f"{flag}: {wrong if scalar_head else 'a reward model, which gives no probabilities'}")
     if tokenizer.fingerprint(other_tok) != tokenizer.fingerprint(tok):
         raise UserError(f"{flag}: it has another tokenizer, so what the two say of the same tokens cannot be compared")
     if other.config.context < model.config.context:
@@ -203,7 +202,7 @@ def check_same_run(info, stage, config):
             f"--out={config.out}: the run there is one of {info['stage']}.py, not of {stage}.py; choose another --out"
         )
     flags = read_flags(type(config))
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in vars(config).items():
         before = info["config"].get(name, value)
         if before != value and not flags[name].may_change_on_resume:
             raise UserError(
@@ -260,11 +259,9 @@ def save(run, model, tok, info, state=None, keep_last=2, best=False, models=None
 
 def write_checkpoint(folder, model, tok, info, state, models):
     """Write all files of a checkpoint into a new directory, and have the disk hold them."""
-    folder.mkdir(parents=True)
-    write_model(folder, model, tok, info["stage"])
-    for name, other in models.items():
-        (folder / name).mkdir()
-        write_model(folder / name, other, tok, info["stage"])
+    for name, each in {"": model, **models}.items():
+        (folder / name).mkdir(parents=True)
+        write_model(folder / name, each, tok, info["stage"])
     write_json(folder / INFO, info)
     if state:
         tensors, counters = state
@@ -292,9 +289,8 @@ def delete_old(run, step, keep_last, temporary):
 
     One with a higher number is damaged, or this run would have continued from there: it must not
     push out a good one."""
-    keep = {p.name for p in [p for p in steps_in(run) if int(p.name[5:]) <= step][-keep_last:]}
-    if (run / "best").is_symlink():
-        keep.add(os.readlink(run / "best"))
+    keep = [p.name for p in steps_in(run) if int(p.name[5:]) <= step][-keep_last:]
+    keep.append((run / "best").resolve().name)  # "best" itself if there is none
     for old in steps_in(run):
         if old.name not in keep:
             os.replace(old, temporary)  # first the name, so that a step_* is never half there

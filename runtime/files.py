@@ -34,7 +34,8 @@ def replace_text(path, text):
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """`replace_text` of a JSON value."""
+    replace_text(Path(path), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sha256(path):

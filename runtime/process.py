@@ -27,8 +27,8 @@ def launch(main, Config):
                 f"{str(e).splitlines()[0]} A smaller --micro_batch_tokens or --checkpoint_activations needs less"
             ) from None
         except RuntimeError as e:
-            if not lost_peer(e):
-                raise
+            if not (isinstance(e, dist.DistError) or re.search(r"[/\\]gloo[/\\]", str(e))):
+                raise  # gloo's errors are plain RuntimeErrors that name its sources
             raise UserError(
                 f"another process of this run has ended or cannot be reached ({str(e).splitlines()[0]}); it says why "
                 "itself. What was saved is complete: fix that, then rerun with --resume"
@@ -44,11 +44,6 @@ def launch(main, Config):
         os._exit(status)  # gloo's threads abort the process now and then while Python shuts down
     if status:
         sys.exit(status)
-
-
-def lost_peer(error):
-    """Whether a RuntimeError says that another rank is gone. Gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or bool(re.search(r"[/\\]gloo[/\\]", str(error)))
 
 
 def rank():
@@ -83,20 +78,19 @@ def setup(device, seed):
 def choose_device(name):
     """The torch.device of --device; a CUDA device has its index. Raises UserError if it is not
     there."""
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cpu"
-        if torch.cuda.is_available():
+        if is_there["cuda"]:
             name = "cuda"
-        elif torch.backends.mps.is_available() and "RANK" not in os.environ:  # gloo moves nothing from Apple's GPUs
+        elif is_there["mps"] and "RANK" not in os.environ:  # gloo moves nothing from Apple's GPUs
             name = "mps"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device={name}: no CUDA GPU is visible here; use --device=cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device=mps: no Apple GPU is visible here; use --device=cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device={name}: not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if not is_there.get(device.type, True):
+        raise UserError(f"--device={name}: no such GPU is visible here; use --device=cpu")
     if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants an index
         index = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
         device = torch.device("cuda", index)
@@ -105,12 +99,11 @@ def choose_device(name):
 
 def reduce_sum(*numbers):
     """Each number summed over all ranks, as floats."""
-    if world_size() == 1:
-        return [float(x) for x in numbers]
     total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        total = total.cuda()
-    dist.all_reduce(total)
+    if world_size() > 1:
+        if dist.get_backend() == "nccl":
+            total = total.cuda()
+        dist.all_reduce(total)
     return total.tolist()
 
 
@@ -120,12 +113,11 @@ def random_state(device):
     state = {"random/cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["random/cuda"] = torch.cuda.get_rng_state(device)
-    if world_size() == 1:
-        return {name: mine[None] for name, mine in state.items()}
     for name, mine in state.items():
         mine = mine.to(device)  # NCCL moves only what lies on a GPU
-        every = [torch.empty_like(mine) for _ in range(world_size())]
-        dist.all_gather(every, mine)
+        every = [mine.clone() for _ in range(world_size())]
+        if world_size() > 1:
+            dist.all_gather(every, mine)
         state[name] = torch.stack(every).cpu()
     return state
 

@@ -46,7 +46,6 @@ def make_items(lengths):
 def make_plan(model, lengths, step_tokens, config=None, matrix_lr=0.0, **options):
     """memory.plan of one model that is trained on items of these lengths."""
     config = config or Config()
-    options = {"read_tokens": 0, "frozen": {}, "prompt_lengths": (), "completions": 0} | options
     return memory.plan(
         SimpleNamespace(device=CPU, config=config),
         [(model, Optimizer(model, 0.1, matrix_lr=matrix_lr), loss)],
@@ -88,7 +87,7 @@ def check_activations(model, lengths, checkpointed, loss_of_pack):
     if checkpointed:  # cosines and sines, which are kept for the blocks that are computed again
         expected += 4 * len(p.tokens) * model.config.head_dim
     trained = [(model, Optimizer(model, 0.1), lambda model, items: loss_of_pack(model, p))]
-    passes, _ = memory.training(CPU, trained, [], False, checkpointed, False)
+    passes = memory.training(CPU, trained, [], False, checkpointed, False)["training"]
     assert value.isfinite() and abs(passes["activations"] - expected) < 0.02 * expected, (passes, expected)
     return passes["activations"]
 
@@ -147,7 +146,8 @@ def test_cache_reference_and_critic_are_counted_by_hand(make_model):
     trained = [(m, Optimizer(m, 0.1), function) for m, function in ((model, loss), (critic, value_loss))]
     run = SimpleNamespace(device=CPU, config=Config())
     items = make_items([20, 30])
-    phases = memory.plan(run, trained, items, [20, 30], 256, 2048, {"reference": c}, [2, 20], 7, 512, False)
+    options = {"read_tokens": 2048, "frozen": {"reference": c}, "prompt_lengths": [2, 20], "completions": 7}
+    phases = memory.plan(run, trained, items, [20, 30], 256, 512, False, **options)
     assert set(phases) == {"training", "the optimizer", "reading", "sampling"} == set(alone) | {"sampling"}
     # 7 slots of the longest prompt and 48 new tokens
     assert phases["sampling"]["KV cache"] == 2 * 4 * c.layers * 7 * (20 + 48) * c.kv_heads * c.head_dim
@@ -166,7 +166,7 @@ def test_shards_divide_what_stays(make_model):
     model = make_model(layers=8)
     phases = make_plan(model, [20, 30], 4096)
     phases["sampling"] = {"parameters": 8, "KV cache": 100}
-    sharded = memory.over_shards(phases, model, CPU, 4)
+    sharded = memory.over_shards(phases, model, 4)
     for part in ("parameters", "optimizer", "gradients"):
         assert sharded["training"][part] == -(-phases["training"][part] // 4)
     assert sharded["training"]["activations"] == phases["training"]["activations"]
@@ -280,14 +280,14 @@ def test_a_loss_whose_shapes_depend_on_its_data_is_not_planned_and_the_run_conti
 
 def test_what_a_container_leaves(tmp_path):
     """Its limit, less what is used, and files that were only cached make way."""
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    assert memory.cgroup_free(limit, used, "inactive_file") == []
-    limit.write_text("max\n")
-    used.write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 300\n")
-    assert memory.cgroup_free(limit, used, "inactive_file") == []
-    limit.write_text("1000\n")
-    assert memory.cgroup_free(limit, used, "inactive_file") == [600]
+    names = tmp_path, "memory.max", "memory.current", "inactive_file"
+    assert memory.cgroup_free(*names) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ntotal_inactive_file 7\ninactive_file 300\n")
+    assert memory.cgroup_free(*names) == []
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.cgroup_free(*names) == [600]
 
 
 # --------------------------------------------------------------------------------------------------

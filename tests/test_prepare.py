@@ -755,7 +755,7 @@ def prepared(tmp_path_factory, tok):
 def test_damage_is_noticed(tmp_path, prepared, damage, says):
     out = shutil.copytree(prepared, tmp_path / "out")
     tok = tokenizer.byte_level()
-    assert shards.check(out, tok) == shards.load_manifest(out)
+    assert shards.read_prepared(out, tok)
     damage(out)
     with pytest.raises(UserError, match=says):
         shards.read_prepared(out, tok)
@@ -786,4 +786,4 @@ def edit(out, **values):
 
 def test_another_tokenizer_is_refused(prepared):
     with pytest.raises(UserError, match="prepared with another tokenizer"):
-        shards.check(prepared, tokenizer.characters("abc"))
+        shards.read_prepared(prepared, tokenizer.characters("abc"))
