@@ -365,7 +365,7 @@ MUTANTS = [
         "data/pack.py",
         "setdefault(chat.ids[:n].tobytes(), begin)",
         "setdefault(n, begin)",
-        MODEL,
+        "tests/test_pack.py",
     ),
     ("targets_of_the_whole_pack", "model.py", "        rows = pack.rows[rows]\n", "        pass\n", MODEL),
     (
