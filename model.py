@@ -25,10 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.pack import IGNORE, next_tokens, pack_chats, token_slices
+from data.pack import IGNORE, next_tokens, pack_chats, share_prompts, token_slices
 from kernels.act import swiglu
 from kernels.attention import attention, layout
-from kernels.decode import append_rope, decode_attention
+from kernels.decode import append_rope, decode_attention, decode_bias
 from kernels.head import linear_logprob
 from kernels.linear import linear
 from kernels.norm import add_rms_norm
@@ -184,31 +184,40 @@ class PackView:
     StepView."""
 
     def __init__(self, model, pack, x, cache, slots):
-        self.positions, self.cache = pack.positions, cache
+        self.pack, self.cache = pack, cache
+        if pack.rows is not None:
+            x = x[:1].expand(len(pack.rows), -1)  # as many as the documents have tokens
         self.layout = layout(pack.cu_seqlens, x, model.config.head_dim)
         self.cos, self.sin = model.cos[pack.positions], model.sin[pack.positions]  # [N, Dh/2]
         if cache is not None:
             lengths = pack.cu_seqlens.diff().long()
-            self.rows = slots.repeat_interleave(lengths, output_size=len(x))  # [N] the slot of each token
+            self.slots = slots.repeat_interleave(lengths, output_size=len(x))  # [N] of each token
             cache.lengths[slots] = lengths
 
     def attend(self, attn, qkv):
         """qkv [N, H + 2K, Dh] of the module `attn` -> what each token saw [N, H, Dh]."""
         qkv = qk_norm_rope(qkv, attn.q_norm, attn.k_norm, self.cos, self.sin, attn.heads, attn.norm_eps)
+        if self.pack.rows is not None:
+            qkv = qkv.index_select(0, self.pack.rows)  # a shared prompt for each of its documents
         q, k, v = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
         if self.cache is not None:
-            self.cache.k[attn.layer, self.rows, self.positions] = k
-            self.cache.v[attn.layer, self.rows, self.positions] = v
-        return attention(q, k, v, self.layout, attn.window)
+            self.cache.k[attn.layer, self.slots, self.pack.positions] = k
+            self.cache.v[attn.layer, self.slots, self.pack.positions] = v
+        out = attention(q, k, v, self.layout, attn.window)
+        return out if self.pack.rows is None else out.index_select(0, self.pack.first)
 
 
 class StepView:
     """A token appended to each slot of a KVCache sees what its slot holds, itself included."""
 
     def __init__(self, model, cache):
-        self.cos, self.sin, self.cache = model.cos, model.sin, cache
+        self.cache = cache
         self.held = cache.lengths.clone()  # int64 [B]: tokens of each slot before this one
+        self.cos, self.sin = model.cos[self.held], model.sin[self.held]  # [B, Dh/2]
         cache.lengths += 1
+        config, x = model.config, cache.k
+        windows = set(config.windows)
+        self.biases = {window: decode_bias(x, config.head_dim, cache.lengths, window) for window in windows}
 
     def attend(self, attn, qkv):
         """qkv [B, H + 2K, Dh] of the module `attn` -> what each token saw [B, H, Dh]."""
@@ -216,7 +225,7 @@ class StepView:
         norms = attn.q_norm, attn.k_norm
         # q, normalised and rotated; k and v are appended to the cache
         q = append_rope(qkv, *norms, self.cos, self.sin, attn.heads, attn.norm_eps, k, v, self.held)
-        return decode_attention(q, k, v, self.cache.lengths, attn.window)
+        return decode_attention(q, k, v, self.cache.lengths, attn.window, self.biases[attn.window])
 
 
 class GPT(nn.Module):
@@ -307,12 +316,16 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of B slots of up to T tokens, and how many tokens each slot holds."""
+    """Keys and values of B slots of up to T tokens, k and v [L, B, T, K, Dh], and how many tokens
+    each slot holds.
+
+    In memory a head's tokens lie one behind the other, so that a step's attention is a batched
+    product without copies."""
 
     def __init__(self, model, slots, length):
         c, device = model.config, model.embed.device
-        shape = 2, c.layers, slots, length, c.kv_heads, c.head_dim
-        self.k, self.v = torch.zeros(shape, dtype=model.compute_dtype, device=device)
+        shape = 2, c.layers, slots, c.kv_heads, length, c.head_dim
+        self.k, self.v = torch.zeros(shape, dtype=model.compute_dtype, device=device).transpose(3, 4)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def first(self, n):
@@ -359,11 +372,15 @@ def hidden_before_targets(model, chats):
 
     The hidden state at index t - 1 predicts token t: a prompt's last token predicts the first of
     the completion. Only these rows reach the head; including prompts would make a DPO step 8 %
-    slower if they were a quarter of the tokens."""
+    slower if they were a quarter of the tokens. A prompt that several chats begin with is computed
+    once, but for attention."""
     pack, targets = pack_chats(chats)
     rows = (targets != IGNORE).nonzero()[:, 0]  # found before they go to the device, which need not be waited for
+    targets, pack = targets[rows], share_prompts(pack, chats)
+    if pack.rows is not None:
+        rows = pack.rows[rows]
     device = model.embed.device
-    return model(pack.to(device)).index_select(0, rows.to(device)), targets[rows].to(device)
+    return model(pack.to(device)).index_select(0, rows.to(device)), targets.to(device)
 
 
 def completion_logprobs(model, chats, temperature=1.0):

@@ -69,7 +69,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         return torch.where(greedy, logits.argmax(-1), tokens), logp.masked_fill(greedy, 0.0)
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if isinstance(top_k, torch.Tensor):
         threshold = logits.sort(descending=True).values.gather(1, top_k.long() - 1)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -80,9 +80,9 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         likelier = running_sum(ordered) - ordered  # probability of all likelier tokens
         cut = (likelier >= top_p) & (likelier > 0)
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -torch.inf)
-    lse = logits.logsumexp(-1, keepdim=True)
-    tokens = invert((logits - lse).exp_(), u)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - lse[:, 0]
+    p = logits.softmax(-1)
+    tokens = invert(p, u)
+    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
 
 
 def wide_dtype(device):
@@ -91,7 +91,10 @@ def wide_dtype(device):
 
 
 def running_sum(x):
-    """cumsum over the last dimension, in fp64, by products: CUDA's cumsum may change its bits."""
+    """cumsum over the last dimension, in fp64. By products on a GPU: CUDA's own may change its
+    bits."""
+    if x.device.type == "cpu":
+        return x.cumsum(-1, dtype=torch.float64)
     x = x.to(wide_dtype(x.device))
     width = int(x.shape[-1] ** 0.5) + 1
     blocks = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
@@ -103,8 +106,11 @@ def running_sum(x):
 def invert(p, u):
     """The first token whose cumulative probability exceeds u: p fp32 [B, V], u [B] -> int64 [B].
 
-    In two levels, blocks and then tokens, so that p is read once.
+    On a GPU in two levels, blocks and then tokens, so that p is read once.
     """
+    if p.device.type == "cpu":
+        up_to = running_sum(p)
+        return torch.searchsorted(up_to, u[:, None] * up_to[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
     width = int(p.shape[-1] ** 0.5) + 1
     blocks = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width))  # [B, blocks, width]
     up_to = running_sum(blocks.sum(-1, dtype=wide_dtype(p.device)))  # [B, blocks]
@@ -130,16 +136,20 @@ def logits_of(model, hidden):
 
 
 def sampling_weights(model):
-    """The model with its matrices in the dtype it computes in.
+    """The model with its matrices as a step reads them fastest: on CUDA in the dtype it computes
+    in, on a CPU transposed in memory, because a product of few rows would transpose them each time.
 
-    `linear` makes the same numbers at every use; here they are made once, because a step is as fast
-    as the weights are read.
+    A step is as fast as the weights are read. The model's own matrices stay as they are.
     """
-    if model.compute_dtype == model.embed.dtype:
+    device, dtype = model.embed.device, model.compute_dtype
+    if device.type not in ("cpu", "cuda"):
         return model
     with torch.device("meta"):
         copy = GPT(model.config)
-    weights = {name: p.to(model.compute_dtype) if p.dim() > 1 else p for name, p in model.state_dict().items()}
+    weights = {name: p.to(dtype) if p.dim() > 1 else p for name, p in model.state_dict().items()}
+    if device.type == "cpu":
+        # Rows of the embedding are looked up one by one
+        weights |= {name: p.T.contiguous().T for name, p in weights.items() if p.dim() > 1 and name != "embed"}
     copy.load_state_dict(weights, assign=True)
     copy.cos, copy.sin = model.cos, model.sin
     return copy.eval()
@@ -269,7 +279,7 @@ class Sampler:
                 return self.tokens[slot, : request.drawn].tolist()
         return []
 
-    @torch.no_grad()
+    @torch.inference_mode()  # under no_grad small ops take half as long again
     def step(self):
         """Read waiting prompts, or else advance all live slots -> the Samples that are complete.
 
@@ -422,7 +432,8 @@ def stream(model, prompt, *, max_new_tokens, **options):
     continues from the last half of it, with new random numbers.
     """
     context = model.config.context
-    sampler = Sampler(model, 1, context + 1)  # after a full context one more token is drawn, and not read
+    # After a full context one more token is drawn, and not read
+    sampler = Sampler(model, 1, min(context + 1, len(prompt) + max_new_tokens))
     text, part = list(prompt)[-context:], 0
     while max_new_tokens > 0:
         if len(text) >= context:

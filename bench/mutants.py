@@ -293,7 +293,7 @@ MUTANTS = [
     (
         "window_not_in_decoding",
         "model.py",
-        "return decode_attention(q, k, v, self.cache.lengths, attn.window)",
+        "return decode_attention(q, k, v, self.cache.lengths, attn.window, self.biases[attn.window])",
         "return decode_attention(q, k, v, self.cache.lengths)",
         MODEL,
     ),
@@ -853,6 +853,30 @@ MUTANTS = [
         "tokenizer.save(tok, folder, source, eos_ids[0])",
         "tokenizer.save(tok, folder, source)",
         TEMPLATES,
+    ),
+    # Sampling's cache, and prompts that completions share
+    (
+        "stream_caches_the_context",
+        "rollout.py",
+        "min(context + 1, len(prompt) + max_new_tokens)",
+        "context + 1",
+        "tests/test_rollout.py",
+    ),
+    ("sampler_shares_the_layout", "rollout.py", "p.T.contiguous().T", "p", "tests/test_rollout.py"),
+    (
+        "prompts_of_one_length",
+        "data/pack.py",
+        "setdefault(chat.ids[:n].tobytes(), begin)",
+        "setdefault(n, begin)",
+        "tests/test_pack.py",
+    ),
+    ("targets_of_the_whole_pack", "model.py", "        rows = pack.rows[rows]\n", "        pass\n", MODEL),
+    (
+        "another_copy_of_a_prompt",
+        "model.py",
+        "out.index_select(0, self.pack.first)",
+        "out[: len(self.pack.first)]",
+        MODEL,
     ),
 ]
 

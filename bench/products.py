@@ -1,8 +1,9 @@
 """The two libraries that multiply on a CPU, on the three products of a layer: what
 kernels/linear.py chooses between. GFLOP/s, the fastest of several turns.
 
-Forward y = x W^T, and the gradients dx = g W and dW = g^T x, in fp32, by MKL (or what `@` uses
-here) and by oneDNN. The last line of the output is JSON.
+Forward y = x W^T, also of a W that lies transposed in memory (yt: the sampler's, see
+rollout.sampling_weights), and the gradients dx = g W and dW = g^T x, in fp32, by MKL (or what `@`
+uses here) and by oneDNN. The last line of the output is JSON.
 
     python -m bench.products
 """
@@ -22,9 +23,9 @@ from runtime.process import describe
 @dataclass
 class Config:
     # tokens at once
-    rows: str = "1,8,32,200,3000"
+    rows: str = "1,8,32,64,200,3000"
     # shapes of W, outputs by inputs
-    shapes: str = "384x128,1360x256,4096x256"
+    shapes: str = "384x128,256x256,1360x256,4096x256"
     # turns of each product, of which the fastest counts
     turns: int = 7
 
@@ -56,13 +57,13 @@ def main(config):
             outputs, inputs = map(int, shape.split("x"))
             x, w, g = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
             gflop = 2e-9 * rows * outputs * inputs
-            for name, a, b in (("y", x, w), ("dx", g, w.T), ("dW", g.T, x.T)):
+            for name, a, b in (("y", x, w), ("yt", x, w.T.contiguous().T), ("dx", g, w.T), ("dW", g.T, x.T)):
                 p, o = (gflop / seconds(multiply, a, b, config.turns) for multiply in (plain, onednn))
                 row = {"rows": rows, "W": shape, "product": name, "plain": round(p, 1), "onednn": round(o, 1)}
                 found.append(row)
                 lines.append((str(rows), shape, name, f"{p:.0f}", f"{o:.0f}", f"{o / p:.2f}"))
     print(describe(torch.device("cpu")), end="; ")
-    print(f"kernels/linear.py uses oneDNN here from {linear.ROWS} rows on: {linear.ONEDNN}\n")
+    print(f"kernels/linear.py uses oneDNN here from {linear.WORK:,} multiplications per thread on: {linear.ONEDNN}\n")
     print(table(lines))
     print(json.dumps(found))
 

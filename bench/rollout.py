@@ -11,18 +11,22 @@ All draw from the same weights, at temperature 1 without cuts, the same number o
 third of --new on average, and none is longer than --new. Greedy completions are compared first.
 Contenders take turns after one that warms up (on CUDA: that compiles), and the fastest counts. Only
 tokens up to a completion's end count. The floor is the time that reading the weights once per step,
-and the keys and values of each live sequence, takes at the GPU's bandwidth. Last line of output:
-JSON.
+and the keys and values of each live sequence, takes at the GPU's bandwidth. On a CPU it prints
+first where the time of one step goes. Last line of output: JSON.
 
     python -m bench.rollout
     python -m bench.rollout --depth=12 --width=768 --vocab=50304 --slots=16,128,512 --news=256
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import pkgutil
 import tempfile
+import time
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ from bench.preference import clock, fresh
 from data import tokenizer
 from kernels.proof import prove
 from model import config_for
-from rollout import rollout, sampling_weights
+from rollout import Sampler, rollout, sampling_weights
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
@@ -218,6 +222,45 @@ def check_same(contenders, prompts, new):
 
 
 # -------------------------------------------------------------------------------------------------
+# Where a step's time goes, on a CPU
+
+PARTS = {  # what a step calls; the rest of its time is Python, and tables of slots
+    "products": ["model:linear", "rollout:linear"],
+    "attention": ["model:decode_attention"],
+    "small ops": ["model:add_rms_norm", "model:append_rope", "model:swiglu"],
+    "drawing": ["rollout:draw"],
+}
+
+
+def step_parts(model, slots, prompts, steps):
+    """{part: milliseconds} of one step of all slots, the mean of so many."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(part, function):
+        def run(*args):
+            begin = time.perf_counter()
+            found = function(*args)
+            seconds[part] += time.perf_counter() - begin
+            return found
+
+        return run
+
+    sampler = Sampler(model, slots, max(map(len, prompts)) + steps + 2)
+    sampler.add(prompts, max_new_tokens=steps + 2)
+    sampler.step(), sampler.step()  # reads the prompts, and warms up
+    with contextlib.ExitStack() as stack:
+        for part, functions in PARTS.items():
+            for name in functions:
+                stack.enter_context(mock.patch(name.replace(":", "."), timed(part, pkgutil.resolve_name(name))))
+        begin = time.perf_counter()
+        for _ in range(steps):
+            sampler.step()
+        total = time.perf_counter() - begin
+    seconds["Python"] = total - sum(seconds.values())
+    return {part: 1e3 * s / steps for part, s in seconds.items()}
+
+
+# -------------------------------------------------------------------------------------------------
 # The contest
 
 
@@ -300,7 +343,13 @@ def main(config):
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {config.waves} completions per slot; "
         f"{torch.get_num_threads()} threads on the CPU"
     )
-    _, prompt, new = cases(config)[0]
+    slots, prompt, new = cases(config)[0]
+    parts = {}
+    if device.type == "cpu":
+        prompts = np.random.default_rng(config.seed).integers(0, config.vocab, (slots, prompt)).tolist()
+        parts = step_parts(model, slots, prompts, new - 2)
+        shares = ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items())
+        print(f"a step of {slots} slots takes {sum(parts.values()):.2f} ms: {shares}")
     check_same(contenders, np.random.default_rng(config.seed).integers(0, config.vocab, (8, prompt)).tolist(), new)
     print(HEADER, flush=True)
     rows = []
@@ -315,7 +364,7 @@ def main(config):
             against.setdefault(row["contender"], []).append(row["speed"])
     for name, speeds in against.items():
         print(f"if lengths vary: {min(speeds):.2f} to {max(speeds):.2f} times {name}")
-    print(json.dumps({"rows": rows, "asked": ASKED, "reached": min(against["plain"]) >= ASKED}))
+    print(json.dumps({"rows": rows, "step_ms": parts, "asked": ASKED, "reached": min(against["plain"]) >= ASKED}))
 
 
 if __name__ == "__main__":

@@ -292,19 +292,20 @@ def decode_cases():
     # same code: it is an argument.
     shapes = [("bf16", dh, group, B) for dh in (64, 128) for group, B in [(1, 4), (4, 4), (8, 4), (4, 64)]]
     for dtype, dh, group, B in [*shapes, ("fp16", 64, 4, 4), ("fp32", 64, 4, 4)]:
-        q, cache = zeros(dtype, B, 2 * group, dh), zeros(dtype, B, 1024, 2, dh)
+        q, cache = zeros(dtype, B, 2 * group, dh), zeros(dtype, B, 2, 1024, dh).transpose(1, 2)
 
         def attend(q, k, v):
             return decode_attention(q, k, v, torch.full((len(q),), 1000))
 
         yield f"decode Dh={dh} G={group} B={B}", dtype, torch.no_grad()(attend), [q, cache, cache]
     for dtype, dh in [("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)]:
-        inputs = [zeros(dtype, 4, 12 + 2 * 4, dh), zeros(dtype, 4, 1024, 4, dh), zeros(dtype, 4, 1024, 4, dh)]
-        weight, table = zeros("fp32", dh), zeros("fp32", 1024, dh // 2)
+        caches = zeros(dtype, 2, 4, 4, 1024, dh).transpose(2, 3)
+        inputs = [zeros(dtype, 4, 12 + 2 * 4, dh), *caches]
+        weight, angle = zeros("fp32", dh), zeros("fp32", 4, dh // 2)
         for name, w in [("append_norm_rope", weight), ("append_rope", None)]:
 
-            def append(qkv, k, v, w=w, table=table):
-                return append_rope(qkv, w, w, table, table, 12, 1e-6, k, v, torch.full((4,), 1000))
+            def append(qkv, k, v, w=w, angle=angle):
+                return append_rope(qkv, w, w, angle, angle, 12, 1e-6, k, v, torch.full((4,), 1000))
 
             yield f"{name} Dh={dh}", dtype, torch.no_grad()(append), inputs
 

@@ -24,10 +24,16 @@ class Pack:
     positions: torch.Tensor  # int64 [N], from 0 in every document
     cu_seqlens: torch.Tensor  # int32 [D+1]
     max_len: int  # length of the longest document
+    # If documents share prompts (share_prompts), their N tokens are tokens[rows], U <= N of them
+    # lie in `tokens`, and the i-th of these is the documents' at first[i].
+    rows: torch.Tensor = None  # int64 [N]
+    first: torch.Tensor = None  # int64 [U]
 
     def to(self, device):
         """The same pack on another device."""
-        return Pack(self.tokens.to(device), self.positions.to(device), self.cu_seqlens.to(device), self.max_len)
+        tensors = self.tokens, self.positions, self.cu_seqlens, self.rows, self.first
+        tokens, positions, cu_seqlens, *shared = (None if x is None else x.to(device) for x in tensors)
+        return Pack(tokens, positions, cu_seqlens, self.max_len, *shared)
 
 
 class Chat(NamedTuple):
@@ -62,6 +68,23 @@ def pack_chats(chats):
     p = pack([c.ids for c in chats])
     loss_mask = torch.from_numpy(np.concatenate([c.loss_mask for c in chats]))  # [N]
     return p, next_tokens(p, IGNORE).masked_fill(~loss_mask.roll(-1), IGNORE)
+
+
+def share_prompts(p, chats):
+    """The pack of these chats with each prompt once, however many of them it begins: U <= N tokens.
+
+    A prompt is what comes before the first token that is trained. All that a layer does to a single
+    token is done once for the tokens of a prompt; attention sees the documents whole.
+    """
+    rows, holder = np.arange(len(p.tokens)), {}
+    for chat, begin in zip(chats, p.cu_seqlens.tolist()):
+        n = int(chat.loss_mask.argmax())
+        source = holder.setdefault(chat.ids[:n].tobytes(), begin)
+        rows[begin : begin + n] = np.arange(source, source + n)
+    first, rows = (torch.from_numpy(x) for x in np.unique(rows, return_inverse=True))
+    if len(first) == len(rows):
+        return p
+    return Pack(p.tokens[first], p.positions[first], p.cu_seqlens, p.max_len, rows, first)
 
 
 def make_completion(prompt_ids, completion_ids, loss_mask=None):

@@ -7,14 +7,18 @@ from kernels._lib import register, tl, triton, use
 from kernels.proof import proof
 
 
+def gated(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 class SwiGLUReference(torch.autograd.Function):
     """Keeps its input only and computes silu again in the backward: half of autograd's memory."""
 
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return gated(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
@@ -29,7 +33,7 @@ class SwiGLUReference(torch.autograd.Function):
 
 def swiglu_reference(gate_up):
     """See swiglu."""
-    return SwiGLUReference.apply(gate_up)
+    return SwiGLUReference.apply(gate_up) if torch.is_grad_enabled() else gated(gate_up)
 
 
 # --------------------------------------------------------------------------------------------------

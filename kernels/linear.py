@@ -4,7 +4,8 @@ There is no kernel of ours: cuBLAS multiplies on CUDA, one of PyTorch's two libr
 
 PyTorch gives fp32 products to MKL, and MKL runs its AVX2 code on AMD's processors even if they
 have AVX-512. oneDNN does not ask who made the processor: on a core of an EPYC it is up to 2.4 times
-as fast from about 16 rows on, and a third as fast for one row (python -m bench.products).
+as fast, but each call costs it as much as MKL needs for two million multiplications, so small
+products go to MKL (python -m bench.products).
 """
 
 import sys
@@ -20,18 +21,21 @@ def is_amd():
         return "AuthenticAMD" in f.read(2000)
 
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()
-ROWS = 16  # oneDNN multiplies from here on
+AMD = torch.backends.mkldnn.is_available() and is_amd()
+ONEDNN = AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
+WORK = 2_200_000  # multiplications per thread from which on oneDNN multiplies
 
 
-def product(a, b):
+def product(a, b, onednn=ONEDNN):
     """a [n, k] times b^T [k, m] -> [n, m], without a gradient.
 
-    The same shapes and threads give the same bits.
+    onednn: whether oneDNN may multiply, if the product is large enough. The same shapes and threads
+    give the same bits.
     """
     fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
-    if ONEDNN and fp32_on_cpu and len(a) >= ROWS and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if onednn and fp32_on_cpu and not torch.compiler.is_compiling():
+        if len(a) * b.numel() >= WORK * torch.get_num_threads():
+            return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
 
@@ -50,7 +54,10 @@ class OneDNNLinear(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """x [N, in] W^T (+ b) -> [N, out], in x's dtype: parameters of another dtype are cast to it."""
-    if not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    y = OneDNNLinear.apply(x, weight.to(x.dtype))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    # Of transposed weights (rollout.sampling_weights) oneDNN is faster without AVX-512 too
+    onednn = ONEDNN or (AMD and weight.stride(0) == 1 and not torch.is_grad_enabled())
+    if not onednn or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = OneDNNLinear.apply(x, weight) if torch.is_grad_enabled() else product(x, weight, onednn)
     return y if bias is None else y + bias

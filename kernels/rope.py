@@ -8,6 +8,7 @@ Qwen (element i is paired with element i + Dh/2).
 import torch
 
 from kernels._lib import register, sm_count, tl, triton, use
+from kernels.norm import inverse_rms
 from kernels.proof import proof
 
 
@@ -19,29 +20,38 @@ def rotate(x, cos, sin, out):
     torch.mul(b, cos, out=out_b).addcmul_(a, sin)
 
 
+def normalise_and_rotate(qk, q_weight, k_weight, cos, sin, heads, eps, out):
+    """out [N, H+K, Dh] = the queries and keys qk, normalised and rotated. Returns (weights [H+K,
+    Dh], 1 / rms [N, H+K, 1]), or () without a norm."""
+    norm = ()
+    if q_weight is not None:
+        kv_heads, Dh = qk.shape[1] - heads, qk.shape[2]
+        norm = torch.cat([q_weight.expand(heads, Dh), k_weight.expand(kv_heads, Dh)]), inverse_rms(qk, eps)
+        qk = (qk * norm[1]).mul_(norm[0])
+    rotate(qk, cos[:, None], sin[:, None], out)
+    return norm
+
+
+def forward_reference(qkv, q_weight, k_weight, cos, sin, heads, eps):
+    """(qk_norm_rope(qkv), what its backward needs of the norm)."""
+    rotated = (qkv.shape[1] + heads) // 2  # of H+2K heads the queries and the keys
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    out = torch.empty(qkv.shape, dtype=wide, device=qkv.device)
+    qk, out_qk = qkv[:, :rotated].to(wide), out[:, :rotated]
+    norm = normalise_and_rotate(qk, q_weight, k_weight, cos, sin, heads, eps, out_qk)
+    out[:, rotated:] = qkv[:, rotated:]
+    return out.to(qkv.dtype), norm
+
+
 class QKNormRopeReference(torch.autograd.Function):
     """Its own backward, for the reason of RMSNormReference: a third of the time of autograd's."""
 
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps):
-        N, rows, Dh = qkv.shape  # rows = H+2K: all query heads, then key heads, then value heads
-        kv_heads = (rows - heads) // 2
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        x = qkv[:, : heads + kv_heads].to(wide)  # [N, H+K, Dh]
-        if q_weight is None:
-            normed = x
-            ctx.save_for_backward(qkv, cos, sin)
-        else:
-            weight = torch.cat([q_weight.expand(heads, Dh), k_weight.expand(kv_heads, Dh)])  # [H+K, Dh]
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [N, H+K, 1]
-            rstd = norm.square_().div_(Dh).add_(eps).rsqrt_()
-            normed = (x * rstd).mul_(weight)
-            ctx.save_for_backward(qkv, cos, sin, weight, rstd)
-        ctx.heads, ctx.kv_heads = heads, kv_heads
-        out = torch.empty(qkv.shape, dtype=wide, device=qkv.device)
-        rotate(normed, cos[:, None], sin[:, None], out[:, : heads + kv_heads])
-        out[:, heads + kv_heads :] = qkv[:, heads + kv_heads :]
-        return out.to(qkv.dtype)
+        out, norm = forward_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)
+        ctx.save_for_backward(qkv, cos, sin, *norm)
+        ctx.heads, ctx.kv_heads = heads, (qkv.shape[1] - heads) // 2
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -65,7 +75,8 @@ class QKNormRopeReference(torch.autograd.Function):
 
 def qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps):
     """See qk_norm_rope."""
-    return QKNormRopeReference.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    args = qkv, q_weight, k_weight, cos, sin, heads, eps
+    return QKNormRopeReference.apply(*args) if torch.is_grad_enabled() else forward_reference(*args)[0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -145,7 +145,8 @@ def plan(
         prompts = [prompt] * max(1, min(slots, 16384 // prompt))
         read = reading(policy.config, device, prompts, head=False)
         phases["sampling"] = resident | {
-            "bf16 weights": resident["parameters"] // 2 if device.type == "cuda" else 0,
+            # see rollout.sampling_weights
+            "sampling weights": resident["parameters"] // (2 if device.type == "cuda" else 1),
             "KV cache": cache,
             "prompts and draws": max(read, 16 * slots * policy.config.vocab_size),
         }

@@ -267,8 +267,8 @@ def test_decode_attention(heads, kv_heads, head_dim, splits, window, dtype, smal
     monkeypatch.setattr(decode, "count_splits", lambda *_: splits)
     some = torch.randint(2, 120, (2,), generator=torch.Generator().manual_seed(splits)).tolist()
     lengths = torch.tensor([1, *some, window or 64, 120], device=kernels_run).clamp(max=120)
-    shapes = [(5, heads, head_dim), (5, 120, kv_heads, head_dim), (5, 120, kv_heads, head_dim)]
-    q, k, v = (normal(i, *shape).to(kernels_run, dtype) for i, shape in enumerate(shapes))
+    q = normal(0, 5, heads, head_dim).to(kernels_run, dtype)
+    k, v = normal(1, 2, 5, kv_heads, 120, head_dim).to(kernels_run, dtype).transpose(2, 3)  # as in a KVCache
     own = decode_attention_reference(q, k, v, lengths, window)
     truth = decode_formula(q.double(), k.double(), v.double(), lengths, window)
     key = torch.arange(120, device=kernels_run)
@@ -321,7 +321,7 @@ def test_the_count_of_splits():
 def append_formula(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache, lengths):
     """What append_rope leaves, as (q, k_cache, v_cache), the rotation by complex numbers."""
     k_cache, v_cache, kv_heads = k_cache.clone(), v_cache.clone(), k_cache.shape[2]
-    rotation = torch.complex(cos, sin)[lengths][:, None]
+    rotation = torch.complex(cos, sin)[:, None]
 
     def make(x, weight):
         if weight is not None:
@@ -344,18 +344,18 @@ def to_double(x):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 32), (12, 2, 64), (3, 1, 128)])
 def test_append_rope(heads, kv_heads, head_dim, norm, dtype, kernels_run):
     B, S = 3, 9
-    shapes = [(B, heads + 2 * kv_heads, head_dim), (B, S, kv_heads, head_dim), (B, S, kv_heads, head_dim)]
-    qkv, *caches = (normal(i, *shape).to(kernels_run, dtype) for i, shape in enumerate(shapes))
+    qkv = normal(0, B, heads + 2 * kv_heads, head_dim).to(kernels_run, dtype)
+    caches = normal(1, 2, B, kv_heads, S, head_dim).to(kernels_run, dtype).transpose(2, 3)  # as in a KVCache
     weights = list(normal(5, 2, head_dim).to(kernels_run)) if norm else [None, None]
-    angle = 6 * normal(6, S, head_dim // 2).to(kernels_run)
-    tables = [angle.cos(), angle.sin()]
+    angle = 6 * normal(6, B, head_dim // 2).to(kernels_run)
+    rotation = [angle.cos(), angle.sin()]
     lengths = torch.tensor([0, S - 1, 4], device=kernels_run)
-    double = map(to_double, [qkv, *weights, *tables])
+    double = map(to_double, [qkv, *weights, *rotation])
     truth = append_formula(*double, heads, 1e-6, *map(to_double, caches), lengths)
     results = []
     for op in (append_rope, append_rope_reference):
         k_cache, v_cache = (x.clone() for x in caches)
-        results.append((op(qkv, *weights, *tables, heads, 1e-6, k_cache, v_cache, lengths), k_cache, v_cache))
+        results.append((op(qkv, *weights, *rotation, heads, 1e-6, k_cache, v_cache, lengths), k_cache, v_cache))
     judge(*results, truth, dtype, ["q", "k_cache", "v_cache"])
     for new, old in zip(results[0][1:], caches, strict=True):  # no other row
         changed = (new != old).flatten(2).any(-1)
@@ -364,7 +364,7 @@ def test_append_rope(heads, kv_heads, head_dim, norm, dtype, kernels_run):
 
 def test_a_full_slot_is_left_alone(kernels_run):
     caches = [normal(i, 2, 4, 1, 32).to(kernels_run) for i in range(2)]
-    before, angle = [x.clone() for x in caches], normal(2, 4, 16).to(kernels_run)
+    before, angle = [x.clone() for x in caches], normal(2, 2, 16).to(kernels_run)
     qkv, lengths = normal(3, 2, 4, 32).to(kernels_run), torch.tensor([4, 1], device=kernels_run)
     append_rope(qkv, None, None, angle, angle, 2, 1e-6, *caches, lengths)
     for new, old in zip(caches, before, strict=True):
@@ -383,7 +383,7 @@ def test_opcheck(small, kernels_run):
     out, lse = ops.attention(q, k, v, table.queries, 3)
     torch.library.opcheck(ops.attention_backward.default, (q, q, k, v, out, lse, *table, 3))
     caches = [normal(i, 5, 4, 1, 32).to(kernels_run) for i in range(2)]
-    lengths, angle = torch.full((5,), 2, device=kernels_run), normal(2, 4, 16).to(kernels_run)
+    lengths, angle = torch.full((5,), 2, device=kernels_run), normal(2, 5, 16).to(kernels_run)
     torch.library.opcheck(ops.decode_attention.default, (q, *caches, lengths, 2))
     for weight in (normal(3, 32).to(kernels_run), None):
         qkv = normal(4, 5, 4, 32).to(kernels_run)

@@ -241,5 +241,5 @@ def test_both_libraries_multiply_and_are_timed(capsys):
     products.main(products.Config(rows="1,20", shapes="256x256", turns=1))
     found = last_line(capsys)
     assert {(row["rows"], row["product"]) for row in found} == {
-        (rows, name) for rows in (1, 20) for name in ("y", "dx", "dW")
+        (rows, name) for rows in (1, 20) for name in ("y", "yt", "dx", "dW")
     } and all(row["plain"] > 0 < row["onednn"] for row in found)

@@ -156,6 +156,23 @@ def test_the_hidden_state_before_a_token_predicts_it(make_model):
     torch.testing.assert_close(hidden, model(pack([[7, 8, 9, 3]]))[1:3])
 
 
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1, **WINDOWED}])
+def test_completions_of_one_prompt_are_what_each_is_alone(make_model, shape, checkpoint_activations):
+    model = make_model(**shape).double()
+    long, short, *completions = documents()
+    prompts = long, short, long, long, short
+    chats = [make_completion(prompt, ids) for prompt, ids in zip(prompts, [*completions, [3]])]
+    together = completion_logprobs(model, chats, 0.7)
+    weight = torch.rand(len(together), generator=torch.Generator().manual_seed(1))
+    model.checkpoint_activations = checkpoint_activations
+    grads = torch.autograd.grad((completion_logprobs(model, chats, 0.7) * weight).sum(), list(model.parameters()))
+    alone = torch.cat([completion_logprobs(model, [chat], 0.7) for chat in chats])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    expected = torch.autograd.grad((alone * weight).sum(), list(model.parameters()))
+    torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_scalar_heads(make_model):
     critic, p = make_model(scalar_head=True), pack(documents())
     v, s = values(critic, p), score(critic, p)

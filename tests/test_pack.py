@@ -14,6 +14,7 @@ from data.pack import (
     pack,
     pack_chats,
     rank_span,
+    share_prompts,
     token_slices,
 )
 
@@ -97,3 +98,22 @@ def test_filler_comes_last_and_is_no_target():
     assert torch.equal(filled.tokens[:8], p.tokens) and not filled.tokens[8:].any()
     assert next_tokens(filled, IGNORE).tolist() == [*next_tokens(p, IGNORE).tolist(), *[IGNORE] * 12]
     assert fill(p, 8, 2).cu_seqlens.tolist() == p.cu_seqlens.tolist()
+
+
+def test_chats_of_one_prompt_share_its_tokens():
+    prompts, lengths = ([7, 8, 9], [7, 8], [7, 8, 9], [7, 8, 9]), (2, 4, 1, 3)
+    chats = [make_completion(prompt, range(n)) for prompt, n in zip(prompts, lengths)]
+    whole, _ = pack_chats(chats)
+    shared = share_prompts(whole, chats)
+    assert shared.tokens.tolist() == [7, 8, 9, 0, 1, 7, 8, 0, 1, 2, 3, 0, 0, 1, 2]
+    assert torch.equal(shared.tokens[shared.rows], whole.tokens)
+    assert torch.equal(shared.positions[shared.rows], whole.positions)
+    assert torch.equal(shared.rows[shared.first], torch.arange(15))
+    assert torch.equal(shared.cu_seqlens, whole.cu_seqlens) and shared.max_len == whole.max_len
+
+
+def test_chats_that_share_no_prompt_are_packed_as_they_are():
+    untrained = Chat(np.array([1, 2], dtype=np.int32), np.zeros(2, dtype=bool))
+    for chats in ([make_completion([1, 2], [3]), make_completion([1, 3], [3])], [untrained, untrained]):
+        p, _ = pack_chats(chats)
+        assert share_prompts(p, chats) is p

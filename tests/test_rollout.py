@@ -11,7 +11,7 @@ from runs import check_sampler
 
 from data import chat, tokenizer
 from data.pack import make_completion, pack
-from model import KVCache, logprobs, logprobs_no_grad
+from model import GPT, KVCache, logprobs, logprobs_no_grad
 from rollout import (
     GRAPH_STEPS,
     Sample,
@@ -22,6 +22,7 @@ from rollout import (
     rollout,
     running_sum,
     sample_completions,
+    sampling_weights,
     stream,
     token_budgets,
 )
@@ -154,22 +155,16 @@ def test_greedy_rollouts_take_the_likeliest_token(make_model):
         assert s.logprobs == [0.0] * 6
 
 
-def reads(model):
-    """Have the model note the documents that its forward reads."""
-    read, forward = [], model.forward
+def test_a_prompt_is_read_once_for_all_its_samples(make_model, monkeypatch):
+    model, prompts = make_model(), some_prompts([3, 12, 6])
+    read, forward = [], GPT.forward
 
-    def noting(p, *rest):
+    def noting(model, p, *rest):
         ends = p.cu_seqlens.tolist()
         read.extend(tuple(p.tokens[a:b].tolist()) for a, b in zip(ends, ends[1:]))
-        return forward(p, *rest)
+        return forward(model, p, *rest)
 
-    model.forward = noting
-    return read
-
-
-def test_a_prompt_is_read_once_for_all_its_samples(make_model):
-    model, prompts = make_model(), some_prompts([3, 12, 6])
-    read = reads(model)
+    monkeypatch.setattr(GPT, "forward", noting)
     rollout(model, prompts, max_new_tokens=5, n=6, slots=128)
     assert sorted(read) == sorted(map(tuple, prompts))
     read.clear()
@@ -323,6 +318,21 @@ def test_a_stream_is_the_rollout_of_the_same_seed(make_model):
     assert list(stream(model, prompt, **options)) != sample.tokens[:5]
 
 
+def test_a_stream_has_a_cache_for_what_it_may_write(make_model, monkeypatch):
+    lengths = []
+
+    class Noting(KVCache):
+        def __init__(self, model, slots, length):
+            super().__init__(model, slots, length)
+            lengths.append(length)
+
+    monkeypatch.setattr("rollout.KVCache", Noting)
+    model = make_model(context=64)
+    for prompt, new in ((3, 5), (3, 61), (3, 62), (60, 9), (80, 1)):
+        assert len(list(stream(model, [1] * prompt, max_new_tokens=new))) == new
+    assert lengths == [8, 64, 65, 65, 65]
+
+
 def test_a_stream_continues_past_the_context(make_model):
     model = make_model(context=16)
     (prompt,) = some_prompts([5])
@@ -457,6 +467,14 @@ def test_rows_of_a_draw_may_have_their_own_settings():
     alone = [draw(logits[i : i + 1], u[i : i + 1], *settings[i]) for i in range(B)]
     assert tokens.tolist() == [int(token) for token, _ in alone]
     assert logp.tolist() == [float(logp) for _, logp in alone]
+
+
+def test_sampling_weights_are_the_models_own_transposed_in_memory(make_model):
+    model = make_model()
+    copy = sampling_weights(model)
+    for (name, p), own in zip(copy.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, own) and own.is_contiguous(), name
+        assert p.is_contiguous() if p.dim() == 1 or name == "embed" else p.T.is_contiguous(), name
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 300, 50_000])
