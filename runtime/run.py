@@ -390,7 +390,7 @@ class Run:
         model = unsharded(model, "cpu", keep=rank() == 0)
         failure = ""
         if rank() == 0:
-            info = {"format": FORMAT, "stage": self.stage, "step": step, **info}
+            info = {"format": FORMAT, "stage": self.stage, "step": step, "total_steps": self.total_steps, **info}
             info |= {"config": dataclasses.asdict(self.config), "data": self.data, "metrics": self.metrics}
             info |= {"lineage": self.lineage, "code": checkpoint.code_hash(), **describe(self.device)}
             try:
