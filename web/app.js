@@ -56,9 +56,9 @@ async function loadModels() {
 // A vote is kept here until the server has it on its disk
 async function judge(entry) {
   store.set('unsent', [...store.get('unsent', []), { ...entry, by: $('by').value || visitor }])
-  await sendJudgements()
+  await sendUnsent()
 }
-async function sendJudgements() {
+async function sendUnsent() {
   while (store.get('unsent', []).length) {
     const [first, ...rest] = store.get('unsent', [])
     try {
@@ -96,7 +96,7 @@ async function answer(n, two) {
   turn.answers = names.map((model, i) => ({ text: '', model, seed: seed + i }))
   delete turn.vote
   running = new AbortController()
-  draw_thread()
+  drawThread()
   say('')
   const settings = { temperature: Number($('temperature').value), top_p: Number($('top_p').value), max_tokens: Number($('max_tokens').value) }
   try {
@@ -116,7 +116,7 @@ async function answer(n, two) {
     running.abort()
   }
   running = null
-  draw_thread()
+  drawThread()
   if (two) document.querySelector('.votes button')?.focus()
   loadModels().catch(() => {})
 }
@@ -125,10 +125,10 @@ function vote(n, choice) {
   const turn = turns[n]
   turn.vote = choice
   if (keepsFeedback) {
-    const [answers, models_, seeds] = ['text', 'model', 'seed'].map(name => turn.answers.map(a => a[name]))
-    judge({ vote: choice, prompt: messagesBefore(n), answers, models: models_, seeds })
+    const both = name => turn.answers.map(a => a[name])
+    judge({ vote: choice, prompt: messagesBefore(n), answers: both('text'), models: both('model'), seeds: both('seed') })
   }
-  draw_thread()
+  drawThread()
   $('message').focus()
 }
 
@@ -136,21 +136,21 @@ function rate(n, label) {
   const a = turns[n].answers[0]
   a.label = label
   judge({ label, prompt: messagesBefore(n), answer: a.text, model: a.model, seed: a.seed })
-  draw_thread()
+  drawThread()
 }
 
 function correct(n, text) {
   const a = chosenAnswer(turns[n])
   a.corrected = text
   judge({ correction: text, prompt: messagesBefore(n), answer: a.text, model: a.model, seed: a.seed })
-  draw_thread()
+  drawThread()
 }
 
 // ---- drawing
 
 const button = (label, onclick, more = {}) => el('button', { type: 'button', textContent: label, onclick, ...more })
 
-function draw_answer(turn, n, i) {
+function drawAnswer(turn, n, i) {
   const a = turn.answers[i], two = turn.answers.length > 1, shown = !two || turn.vote
   const won = two && turn.vote === ['left', 'right'][i]
   const text = el('p', { className: 'text', textContent: a.text || (running ? '' : '(no answer)') })
@@ -161,18 +161,18 @@ function draw_answer(turn, n, i) {
   return box
 }
 
-function draw_correction(n, item) {
+function drawCorrection(n, item) {
   const area = el('textarea', { rows: 3, value: chosenAnswer(turns[n]).text, ariaLabel: 'The answer you wanted' })
-  const form = el('form', {}, area, el('div', { className: 'row' }, el('button', { textContent: 'Store the correction', className: 'main' }), button('Cancel', () => draw_thread())))
+  const form = el('form', {}, area, el('div', { className: 'row' }, el('button', { textContent: 'Store the correction', className: 'main' }), button('Cancel', () => drawThread())))
   form.onsubmit = e => { e.preventDefault(); if (area.value.trim()) correct(n, area.value.trim()) }
   item.append(form)
   area.focus()
 }
 
-function draw_turn(turn, n) {
+function drawTurn(turn, n) {
   const last = n === turns.length - 1, two = turn.answers.length > 1, ready = !running && turn.answers.every(a => a.text.trim())
   const item = el('li', {}, el('p', { className: 'question text', textContent: turn.question }))
-  item.append(el('div', { className: two ? 'two' : 'one' }, ...turn.answers.map((_, i) => draw_answer(turn, n, i))))
+  item.append(el('div', { className: two ? 'two' : 'one' }, ...turn.answers.map((_, i) => drawAnswer(turn, n, i))))
   if (running) return item
   const tools = el('div', { className: 'row tools' })
   if (two && ready && !turn.vote) {
@@ -181,19 +181,19 @@ function draw_turn(turn, n) {
       button(`${i + 1} ${label}`, () => vote(n, choice), { disabled: same && i < 2 }))))
   }
   if (!two && ready && keepsFeedback) tools.append(
-    button('👍', () => rate(n, true), { ariaLabel: 'Good answer', ariaPressed: a_is(turn, true), disabled: 'label' in turn.answers[0] }),
-    button('👎', () => rate(n, false), { ariaLabel: 'Bad answer', ariaPressed: a_is(turn, false), disabled: 'label' in turn.answers[0] }))
-  if (ready && keepsFeedback && (!two || turn.vote)) tools.append(button('Correct', () => draw_correction(n, item)))
+    button('👍', () => rate(n, true), { ariaLabel: 'Good answer', ariaPressed: pressed(turn, true), disabled: 'label' in turn.answers[0] }),
+    button('👎', () => rate(n, false), { ariaLabel: 'Bad answer', ariaPressed: pressed(turn, false), disabled: 'label' in turn.answers[0] }))
+  if (ready && keepsFeedback && (!two || turn.vote)) tools.append(button('Correct', () => drawCorrection(n, item)))
   if (last) tools.append(button('Retry', () => answer(n, two)))
-  tools.append(button('Edit', () => { $('message').value = turn.question; turns = turns.slice(0, n); draw_thread(); $('message').focus() }))
+  tools.append(button('Edit', () => { $('message').value = turn.question; turns = turns.slice(0, n); drawThread(); $('message').focus() }))
   item.append(tools)
   return item
 }
-const a_is = (turn, label) => String(turn.answers[0].label === label)
+const pressed = (turn, label) => String(turn.answers[0].label === label)
 
-function draw_thread() {
+function drawThread() {
   store.set('turns', turns)
-  $('thread').replaceChildren(...turns.map(draw_turn))
+  $('thread').replaceChildren(...turns.map(drawTurn))
   $('send').hidden = Boolean(running)
   $('stop').hidden = !running
 }
@@ -209,7 +209,7 @@ async function send(event) {
 
 // ---- the feedback page
 
-async function show_report() {
+async function showReport() {
   const r = await (await api('/v1/feedback')).json()
   const names = { pairs: 'One was better', tie: 'Ties', both_bad: 'Both bad', ratings: 'Thumbs', corrections: 'Corrections' }
   $('counts').replaceChildren(...Object.entries(names).map(([kind, label]) => el('div', {}, el('dt', { textContent: label }), el('dd', { textContent: r.counts[kind] ?? 0 }))))
@@ -242,7 +242,7 @@ async function show_report() {
 
 // ---- what begins it
 
-function show_page() {
+function showPage() {
   const page = location.pathname === '/feedback' ? 'feedback' : comparing() ? 'compare' : 'chat'
   for (const name of ['chat', 'compare', 'feedback']) $(`to-${name}`).ariaCurrent = name === page ? 'page' : null
   $('talk').hidden = page === 'feedback'
@@ -252,12 +252,12 @@ function show_page() {
 }
 
 async function begin() {
-  show_page()
+  showPage()
   try {
     await loadModels()
     $('login').hidden = true
-    if (location.pathname === '/feedback') await show_report()
-    else { draw_thread(); await sendJudgements(); $('message').focus() }
+    if (location.pathname === '/feedback') await showReport()
+    else { drawThread(); await sendUnsent(); $('message').focus() }
   } catch (e) { say(e.status === 401 ? '' : `The server cannot be used: ${e.message}`) }
 }
 
@@ -265,17 +265,17 @@ $('login').onsubmit = e => { e.preventDefault(); sessionStorage.setItem('key', $
 $('composer').onsubmit = send
 $('message').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) send(e) }
 $('stop').onclick = () => running?.abort()
-$('clear').onclick = () => { running?.abort(); turns = []; draw_thread(); say(''); $('message').focus() }
+$('clear').onclick = () => { running?.abort(); turns = []; drawThread(); say(''); $('message').focus() }
 for (const name of SETTINGS) {
   $(name).value = store.get(`set-${name}`, $(name).value)
   $(name).onchange = () => store.set(`set-${name}`, $(name).value)
 }
 $('model').onchange = () => loadModels().catch(() => {})
-onhashchange = () => { show_page(); loadModels().catch(() => {}) }
+onhashchange = () => { showPage(); loadModels().catch(() => {}) }
 document.addEventListener('keydown', e => {
   if (e.key === 'Escape') running?.abort()
   if (e.target.closest('textarea, input, select') || e.ctrlKey || e.metaKey || e.altKey) return
   document.querySelectorAll('.votes')[0]?.children[Number(e.key) - 1]?.click()
 })
-setInterval(() => { if (!document.hidden && !running) loadModels().then(sendJudgements).catch(() => {}) }, 10000)
+setInterval(() => { if (!document.hidden && !running) loadModels().then(sendUnsent).catch(() => {}) }, 10000)
 begin()
