@@ -162,7 +162,7 @@ def check_votes(page, feedback):
     page.keyboard.press("1")
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     (row,) = rows_of(feedback / "pairs.jsonl")
-    expect(row["chosen"] == left and len(set(row["models"])) == 2, "the vote is not what was chosen")
+    expect(row["chosen"] == left and len(set(row["models"])) == 2, f"the vote is not what was chosen: {row}, {left!r}")
     expect("step_" in page.inner_text("#thread"), "the models stay hidden after the vote")
     # the disk is full for a while
     page.route("**/v1/feedback", lambda route: route.fulfill(status=507, body='{"error": {"message": "full"}}'))

@@ -50,7 +50,7 @@ class Config:
     feedback: str = ""
     # what to freeze [one of pairs, ratings, corrections]
     kind: str = "pairs"
-    # leave out the rows of this file, frozen before: each round then learns from new votes
+    # leave out the rows of these files, comma-separated: a round then learns from new votes alone
     after: str = ""
     # Open WebUI's export, to be read instead of --feedback
     open_webui: str = ""
@@ -354,7 +354,7 @@ def main(config):
         return
     found = freeze(Path(config.feedback) / f"{config.kind}.jsonl", config.kind)
     if config.after:
-        known = {json.dumps(row) for row in freeze(config.after, config.kind)}
+        known = {json.dumps(row) for path in config.after.split(",") for row in freeze(path, config.kind)}
         found = [row for row in found if json.dumps(row) not in known]
     if not found:
         raise UserError(f"--feedback={config.feedback}: no {config.kind} to freeze; collect some first")

@@ -135,6 +135,22 @@ def test_a_torn_last_line_is_cut_off(journal, tmp_path, torn):
     assert journal().counts == {} and file.read_bytes() == b""
 
 
+def test_a_vote_is_acknowledged_only_when_the_disk_has_it(journal, tmp_path, monkeypatch):
+    one = journal()
+    store(one, TWO | {"vote": "left"})
+    whole = (tmp_path / "feedback/pairs.jsonl").read_bytes()
+
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            store(one, TWO | {"vote": "left", "by": "Bob"})
+    assert (tmp_path / "feedback/pairs.jsonl").read_bytes() == whole and one.counts == {"pairs": 1}
+    assert store(one, TWO | {"vote": "left", "by": "Bob"}) is True
+
+
 def test_what_no_server_wrote_and_a_second_server_are_refused(journal, tmp_path):
     (tmp_path / "feedback").mkdir()
     (tmp_path / "feedback/pairs.jsonl").write_text('{"text": "a story"}\n')
@@ -187,7 +203,7 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, fork):
 
 
 def webui_item(rating=1, siblings=("llama",), **data):
-    """A rating of message c, whose question b follows a and its answer; d and e are other answers."""
+    """A rating of c, an answer to b; d and e are other answers to it."""
     messages = {
         "q": {"id": "q", "parentId": None, "childrenIds": ["a"], "role": "user", "content": "hi"},
         "a": {"id": "a", "parentId": "q", "childrenIds": ["b"], "role": "assistant", "content": "hello"},

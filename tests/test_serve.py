@@ -1,5 +1,5 @@
 """serve.py over real HTTP: OpenAI's API by its own client, what is refused, who may ask, clients
-that leave or dawdle, votes that a kill does not lose, new checkpoints, and the page in a browser."""
+that leave or dawdle, votes that a kill does not lose, new checkpoints, the page in a browser."""
 
 import asyncio
 import json
@@ -66,7 +66,7 @@ class Served:
         return kind(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=http_client)
 
     def raw(self, data, seconds=10):
-        """All that the server answers to these bytes until it closes the connection or falls silent."""
+        """What the server answers to these bytes until it closes or falls silent."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as s:
             s.sendall(data)
             answer = b""
