@@ -374,7 +374,13 @@ MUTANTS = [
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
     ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, going))", "pass", SERVE),
-    ("any_key", "runtime/http.py", "if not hmac.compare_digest(given.encode(), key.encode()):", "if False:", SERVE),
+    (
+        "any_key",
+        "runtime/http.py",
+        'if not hmac.compare_digest(given.encode("latin-1"), key.encode()):',
+        "if False:",
+        SERVE,
+    ),
     ("any_host", "runtime/http.py", "if not self.is_ours(host):", "if False:", SERVE),
     ("any_origin", "runtime/http.py", "if origin is not None and origin not in", "if False and origin not in", SERVE),
     (

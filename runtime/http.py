@@ -96,7 +96,7 @@ class Guard:
             return Refusal(403, f"origin {origin!r} may not use this server; --origin adds it")
         if self.config.api_key and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
             given, key = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
-            if not hmac.compare_digest(given.encode(), key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
                 return Refusal(401, "the API key is wrong or missing", code="invalid_api_key")
         return None
 
