@@ -63,7 +63,7 @@ class ModelThread(threading.Thread):
                 method(*arguments)
             for served in self.busy:
                 self.step(served)
-            self.busy = [served for served in self.busy if served.sampler.busy]
+            self.busy = [served for served in self.busy if served.sampler and served.sampler.busy]
             if time.monotonic() > self.last_told + PIECE_SECONDS:
                 self.tell_progress()
             if self.events:
@@ -95,8 +95,8 @@ class ModelThread(threading.Thread):
         except Exception as e:  # what this model was writing is lost, and its clients are told
             print0(f"error: {served.name}: {e!r}")
             self.events += [(job, (i, [], [], e)) for job, i in served.writing.values()]
-            served.writing = {}
-            return served.start(self.device, self.slots)
+            served.writing, served.sampler = {}, None
+            return
         for drawn in samples:
             job, i = served.writing.pop(drawn.request)
             new, reason = slice(job.told[drawn.request], None), "stop" if drawn.finished else "length"

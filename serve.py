@@ -29,7 +29,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import sample
@@ -51,7 +51,7 @@ from runtime import checkpoint
 from runtime.checkpoint import newest_finished
 from runtime.cli import check_ranges, print0
 from runtime.errors import UserError
-from runtime.http import PATIENCE, Guard, Impatient, body_of, error_response, finish_or_leave
+from runtime.http import PATIENCE, EventStream, Guard, Impatient, body_of, error_response, finish_or_leave
 from runtime.process import launch, setup
 
 WEB = Path(__file__).parent / "web"
@@ -131,8 +131,7 @@ class Server:
         job = Job(served, prompts, options, asked.stream or bool(asked.stop))
         completions = [Completion(served.tok, hidden, asked.stop) for _ in range(n)]
         if asked.stream:
-            pieces = self.stream(asked, job, completions)
-            return StreamingResponse(pieces, media_type="text/event-stream")
+            return EventStream(self.stream(asked, job, completions))
         await finish_or_leave(request, self.collect(job, completions))
         return JSONResponse(whole_answer(asked, served.name, completions, usage_of(prompts, completions)))
 
@@ -234,7 +233,7 @@ def follow(server, folder):
             try:
                 server.models = [load(newest), *server.models[1:]]
                 print0(f"{newest} answers from now on")
-            except (UserError, OSError) as e:
+            except Exception as e:  # damaged, say: what is served goes on
                 print0(f"warning: {newest} is not served: {e}")
         time.sleep(FOLLOW_SECONDS)
 

@@ -76,7 +76,8 @@ def main(config):
         print(f"\n$ {shlex.join(['python', *words])}", flush=True)
         status = subprocess.run([sys.executable, *words]).returncode
         if status:
-            raise UserError(f"{words[0]} ended with status {status}; the same call continues from here")
+            what = words[1] if words[0] == "-m" else words[0]
+            raise UserError(f"{what} ended with status {status}; the same call continues from here")
     print(f"\nround {folder.name} is finished: serve.py --follow={config.rounds} answers with it from now on")
 
 

@@ -12,7 +12,7 @@ import ipaddress
 from urllib.parse import urlsplit
 
 import h11
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data.openai import Refusal
@@ -56,6 +56,18 @@ async def finish_or_leave(request, work):
     finally:
         for task in (work, gone):
             task.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from an asynchronous generator, which is closed however this ends."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()
 
 
 class Guard:

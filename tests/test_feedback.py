@@ -5,14 +5,17 @@ import json
 import time
 
 import pytest
-from runs import refused, start, write_rows
+from conftest import ROOT, random_model
+from runs import refused, save, start, succeeds, write_rows
 
+import sharpen
 from data import feedback, rows
 from data.feedback import Journal, read_entry
 from data.rows import message
 from figures import bradley_terry
+from runtime.checkpoint import newest_finished
 from runtime.errors import UserError
-from runtime.files import LOCKS
+from runtime.files import LOCKS, write_json
 
 PROMPT = [message("system", "be brief"), message("user", "hi")]
 TWO = {"prompt": PROMPT, "answers": ["yes ", "no"], "models": ["a", "b"], "seeds": [1, 2]}
@@ -196,6 +199,49 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, fork):
     assert "--kind=ties" in refused(start(fork, feedback, kind="ties", **flags))
     assert "one of --feedback and --open_webui" in refused(start(fork, feedback, open_webui="x.json", **flags))
     assert not (tmp_path / "out.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounds
+
+
+def test_a_round_trains_on_the_new_votes_from_the_newest_model(tmp_path, fork, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    save(random_model, tmp_path / "sft", "sft")
+    votes = [read_entry(TWO | {"prompt": [message("user", str(i))], "vote": "left"})[1] for i in range(9)]
+    (tmp_path / "feedback").mkdir()
+    write_rows(tmp_path / "feedback/pairs.jsonl", votes[:5])
+    rounds = tmp_path / "rounds"
+    flags = {"init": tmp_path / "sft", "feedback": tmp_path / "feedback", "rounds": rounds}
+    succeeds(start(fork, sharpen, dpo="--steps=2 --device=cpu", **flags))
+    first = newest_finished(rounds)
+    assert first == rounds / "1/dpo/step_000002"
+    assert "data.feedback ended with status 1" in refused(start(fork, sharpen, **flags))  # no vote is new
+    # the next round begins from the first one's model, with the votes that came since
+    config = sharpen.Config(**{name: str(value) for name, value in flags.items()})
+    freeze, train = sharpen.commands(config, rounds / "2", first, [rounds / "1/pairs.jsonl"])
+    assert f"--after={rounds}/1/pairs.jsonl" in freeze and f"--init={first}" in train
+    (rounds / "2").mkdir()
+    write_rows(rounds / "2/pairs.jsonl", votes[5:])  # an interrupted round is resumed, not frozen again
+    reward, ppo = sharpen.commands(sharpen.Config(init="x", method="ppo"), rounds / "2", first, [])
+    assert reward[0] == "reward.py" and reward[-1] == ppo[-1] == "--resume" and f"--reward={rounds}/2/rm" in ppo
+
+
+def test_the_newest_finished_run_is_found(tmp_path):
+    assert newest_finished(tmp_path / "nothing") is None
+
+    def run(name, stage="dpo", **info):
+        return save(random_model, tmp_path / name, stage, **info)
+
+    run("1/dpo")  # of before runs told their total
+    assert newest_finished(tmp_path) is None
+    info = json.loads((tmp_path / "1/dpo/step_000001/feinschliff.json").read_text())
+    write_json(tmp_path / "1/dpo/step_000001/feinschliff.json", info | {"total_steps": 2})
+    assert newest_finished(tmp_path) is None
+    write_json(tmp_path / "1/dpo/step_000001/feinschliff.json", info | {"total_steps": 1})
+    assert newest_finished(tmp_path) == tmp_path / "1/dpo/step_000001"
+    (tmp_path / "1/dpo/step_000001/feinschliff.json").write_text("{")
+    assert newest_finished(tmp_path) is None
 
 
 # --------------------------------------------------------------------------------------------------
