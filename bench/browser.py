@@ -210,7 +210,7 @@ def check_report(page, address):
     page.goto(f"{address}/feedback")
     page.wait_for_selector("#counts dd")
     found = dict(re.findall(r"(.+)\n+(\d+)", page.inner_text("#counts")))
-    expected = {"One was better": "1", "Ties": "0", "Both bad": "1", "Thumbs": "1", "Corrections": "1"}
+    expected = {"Preferred": "1", "Ties": "0", "Both bad": "1", "Thumbs": "1", "Corrected": "1"}
     expect(found == expected, f"the counts are {found}")
     expect(page.locator("#rates .bar").count() == 2, "no win rates")
     with page.expect_download() as download:
