@@ -104,12 +104,11 @@ class Server:
             if name in (served.name, flag):
                 return served
         if name != "latest":
-            raise Refusal(
-                404, f"model {name!r} is not served here; /v1/models lists what is", "model", "model_not_found"
-            )
+            message = f"model {name!r} is not served here; /v1/models lists what is"
+            raise Refusal(404, message, "model", "model_not_found")
         return self.models[0]
 
-    def list_models(self, request):
+    async def list_models(self, request):
         listed = [
             {"id": served.name, "object": "model", "created": 0, "owned_by": "feinschliff"}
             | {"context": served.model.config.context, "chat": served.is_chat_model}
@@ -204,7 +203,7 @@ class Server:
             raise Refusal(404, "nothing is kept here; start serve.py with --feedback=DIRECTORY")
         journal, config = self.journal, self.config
         newest = [row for kind in KINDS for row in list(journal.newest[kind])]
-        newest.sort(key=lambda row: row["time"] or 0, reverse=True)
+        newest.sort(key=lambda row: row.get("time") or 0, reverse=True)
         rates = await asyncio.to_thread(bradley_terry, dict(journal.matches), seed=0)
         sharpen = f"python sharpen.py --init={config.model} --feedback={config.feedback}"
         sharpen += f" --rounds={config.follow or 'out/rounds'}"

@@ -44,6 +44,8 @@ class Config:
     chromium: str = ""
     # axe.min.js of axe-core; "": accessibility is not checked
     axe: str = ""
+    # a run of sft.py in the quick start's world; with it the picture of docs/story.md is drawn
+    model: str = ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def check_chat(page, address):
     wait(page, "document.getElementById('status').textContent == 'Stopped.'")
     text = page.locator(".answer .text").last.inner_text()
     expect(set(text) == {"x"} and len(text) < 3000, "a stopped answer is not what had come")
-    page.fill("#max_tokens", "30")
+    page.fill("#max_tokens", "60")
     page.click("summary")
 
 
@@ -162,7 +164,7 @@ def check_votes(page, feedback):
     page.keyboard.press("1")
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     (row,) = rows_of(feedback / "pairs.jsonl")
-    expect(row["chosen"] == left and len(set(row["models"])) == 2, f"the vote is not what was chosen: {row}, {left!r}")
+    expect(row["chosen"] == left and len(set(row["models"])) == 2, "the vote is not what was chosen")
     expect("step_" in page.inner_text("#thread"), "the models stay hidden after the vote")
     # the disk is full for a while
     page.route("**/v1/feedback", lambda route: route.fulfill(status=507, body='{"error": {"message": "full"}}'))
@@ -184,7 +186,7 @@ def check_rating_and_correction(page, address, feedback):
     page.click("summary")
     page.select_option("#model", "0")
     ask(page, "hi")
-    page.click("[aria-label='Good answer']")
+    page.click("text=Good")
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     page.click("text=Correct")
     page.fill("[aria-label='The answer you wanted']", "Hello!")
@@ -246,7 +248,7 @@ def screenshots(browser, address, out, axe):
                     page.wait_for_selector("#counts dd")
                 else:
                     wait(page, "document.activeElement.id == 'message'")
-                    page.evaluate("document.getElementById('max_tokens').value = 30")
+                    page.evaluate("document.getElementById('max_tokens').value = 60")
                     ask(
                         page, "hi" if name else "What does the page do with a longer question, of two lines on a phone?"
                     )
@@ -260,7 +262,25 @@ def screenshots(browser, address, out, axe):
             context.close()
 
 
-def check(folder, out, chromium="", axe="", pictures=True):
+def picture(browser, model, folder, file):
+    """The compare view after one vote and one question more, with a model of the embedded world."""
+    server, address = start_server(model=Path(model).resolve(), feedback=folder / "picture", device="cpu")
+    try:
+        page = browser.new_page(viewport={"width": 1000, "height": 720}, device_scale_factor=1.5)
+        page.goto(f"{address}/#compare")
+        wait(page, "document.activeElement.id == 'message'")
+        page.evaluate("document.getElementById('seed').value = 4")
+        ask(page, "What do the red kite for 25 and the soft coat for 49 cost together?")
+        page.keyboard.press("1")
+        wait(page, "document.getElementById('status').textContent.includes('stored')")
+        ask(page, "Please add up the gold ring for 31 and the loud drum for 17.")
+        page.screenshot(path=file)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def check(folder, out, chromium="", axe="", pictures=True, model=""):
     """Everything, with models and votes in `folder`; raises UserError naming what is wrong.
 
     pictures: whether the pages are looked at in all sizes and colours.
@@ -287,6 +307,8 @@ def check(folder, out, chromium="", axe="", pictures=True):
             expect(not problems, f"errors in the browser: {problems}")
             if pictures:
                 screenshots(browser, address, out, axe)
+            if model:
+                picture(browser, model, folder, out / "compare.png")
             browser.close()
     finally:
         server.terminate()
@@ -295,7 +317,7 @@ def check(folder, out, chromium="", axe="", pictures=True):
 
 def main(config):
     with tempfile.TemporaryDirectory() as folder:
-        check(Path(folder), Path(config.out), config.chromium, config.axe)
+        check(Path(folder), Path(config.out), config.chromium, config.axe, model=config.model)
     print(f"the page works; screenshots in {config.out}")
 
 

@@ -149,11 +149,11 @@ def test_the_same_seed_gives_the_same_text_alone_and_under_load(server, models):
             pieces = await client.chat.completions.create(**request, stream=True)
             return "".join([p.choices[0].delta.content or "" async for p in pieces])
 
-        return await asyncio.gather(*map(one, range(40)))
+        return await asyncio.gather(*map(one, range(24)))
 
     answers = asyncio.run(crowd())
-    assert len(set(answers)) > 30
-    for seed in (0, 1, 17, 39):
+    assert len(set(answers)) > 20
+    for seed in (0, 1, 17, 22):
         assert answers[seed] == text_of(expected(models / "wild", HI, 20 + seed % 7, seed=seed))
 
 
@@ -265,7 +265,7 @@ likely = st.sampled_from([HI, "hi", ["hi"], 0, 1, 0.5, 1e-300, True, False, None
 fields = sorted(READ_CHAT | READ_TEXT | set(INERT))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/feedback"]),
     body=st.dictionaries(st.sampled_from([*fields, "vote", "answers", "models", "seeds", "by"]), likely | anything),
@@ -525,7 +525,8 @@ def server_events(served, **fields):
 def test_a_damaged_model_fails_its_requests_and_the_server_goes_on(serving, models, tmp_path):
     model, tok, _ = checkpoint.load(models / "wild")
     with torch.no_grad():
-        model.norm.fill_(1e38)
+        model.norm.fill_(1e30)  # finite, but logits overflow
+        model.untied_head.mul_(1e15)
     broken = checkpoint.save(tmp_path / "broken", model, tok, {"stage": "sft", "step": 1})
     served = serving(model=broken, compare=models / "wild")
     for streamed in (False, True):

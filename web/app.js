@@ -126,7 +126,8 @@ async function answer(n, two) {
   }
   running = null
   draw()
-  if (two) document.querySelector('.votes button:enabled')?.focus()
+  scrollTo(0, document.body.scrollHeight)
+  if (two) document.querySelector('.votes button:enabled')?.focus({ preventScroll: true })
   loadModels().catch(() => {})
 }
 
@@ -229,8 +230,8 @@ function drawVotes(turn, n) {
 
 function drawThumb(turn, n, label) {
   const { label: given } = turn.answers[0]
-  const more = { ariaLabel: label ? 'Good answer' : 'Bad answer', ariaPressed: String(given === label) }
-  return button(label ? '👍' : '👎', () => rate(n, label), { ...more, disabled: given !== undefined })
+  const more = { ariaPressed: String(given === label), disabled: given !== undefined }
+  return button(label ? 'Good' : 'Bad', () => rate(n, label), more)
 }
 
 function drawCorrection(n, item) {
@@ -276,7 +277,7 @@ function drawRate([model, { value, low, high }]) {
 }
 
 function drawRow(row) {
-  const judged = { pairs: 'preferred', ratings: row.label ? '👍' : '👎', corrections: 'corrected' }
+  const judged = { pairs: 'preferred', ratings: row.label ? 'good' : 'bad', corrections: 'corrected' }
   const prompt = row.prompt ?? row.messages.slice(0, -1)
   const text = row.chosen ?? row.completion ?? row.messages?.at(-1).content ?? row.answers.join('\n\n')
   const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], [row.models ?? row.model].flat().join(' over ')]
