@@ -394,8 +394,8 @@ MUTANTS = [
     (
         "markup_runs",
         "web/app.js",
-        'document.querySelector(`[data-answer="${n}.${i}"]`).textContent = a.text',
-        'document.querySelector(`[data-answer="${n}.${i}"]`).innerHTML = a.text',
+        'document.querySelector(`[data-answer="${n}.${i}"]`).textContent = one.text',
+        'document.querySelector(`[data-answer="${n}.${i}"]`).innerHTML = one.text',
         SERVE,
     ),
 ]
