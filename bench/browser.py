@@ -6,7 +6,7 @@ loses the server's disk for a while, reloads, and meets a new checkpoint. Nothin
 an error, and axe-core, if --axe names it, may find no serious fault. Screenshots at 1280 and 390
 pixels, light and dark, lie in --out, to be looked at.
 
-    pip install playwright; apt-get install chromium; npm install axe-core
+    pip install -e '.[browser]'; apt-get install chromium; npm install axe-core
     python -m bench.browser --axe=node_modules/axe-core/axe.min.js
 """
 

@@ -21,6 +21,7 @@ Done parts are kept in --out: the same command continues. Last line of output: J
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -256,6 +257,7 @@ def win_rate(new, old):
 
 def main(config):
     check_ranges(config)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers end as well
     ways = config.ways.split(",")
     if wrong := [way for way in ways if way not in WAYS]:
         raise UserError(f"--ways={config.ways}: {wrong[0]} is not one of {', '.join(WAYS)}")
