@@ -36,6 +36,7 @@ from data import world
 from data.feedback import freeze
 from data.read import read_json
 from figures import mean_interval
+from runtime.checkpoint import newest_finished
 from runtime.cli import check_ranges
 from runtime.errors import UserError
 from runtime.files import write_json
@@ -108,12 +109,12 @@ def answers(address, row, seed, n):
 class Crowd:
     """Visitors who vote at a server until so many votes prefer one answer."""
 
-    def __init__(self, config, seed, server):
+    def __init__(self, config, seed, server, asked):
         self.config, self.server, self.seed = config, server, seed
+        self.asked = asked  # questions so far
         self.rng = random.Random(f"{seed} crowd")
         self.questions = rows_of(Path(config.start) / "world/prompts.jsonl")
         self.rng.shuffle(self.questions)
-        self.asked = 0  # questions so far
 
     def vote(self, votes):
         """Have so many votes cast; kills the server once. Returns the acknowledged ones."""
@@ -178,6 +179,9 @@ class Server:
     def pairs(self):
         return self.folder / "feedback/pairs.jsonl"
 
+    def votes(self):
+        return len(freeze(self.pairs, "pairs"))
+
     def wait_for(self, name):
         """Wait until the newest checkpoint below `name` answers."""
         for _ in range(600):
@@ -221,31 +225,39 @@ def sharpen(config, folder, seed, method="dpo"):
 
 
 def learn(config, way, seed, folder):
-    """{"curve": [[votes, gold of each answer], ...], "kills": n} of a way; the first is SFT's."""
-    start = Path(config.start).resolve()
-    if way == "ppo":
-        shutil.copytree(folder.parent / "one/feedback", folder / "feedback")
+    """{"curve": [[votes, gold of each answer], ...], "kills": n} of a way; the first is SFT's.
+
+    What is done already is kept in folder/progress.json, in the votes and in the rounds.
+    """
+    start, file = Path(config.start).resolve(), folder / "progress.json"
     if way == "offline":
-        few = folder / "pairs.jsonl"
         pairs = rows_of(start / "world/pairs.jsonl")
         random.Random(f"{seed} pairs").shuffle(pairs)
+        few, out = folder / "pairs.jsonl", folder / "rounds/1/dpo"
         few.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[: config.votes]))
-        flags = f"{config.dpo} {training_flags(seed)}".split()
-        out = folder / "rounds/1/dpo"
+        flags = f"{config.dpo} {training_flags(seed)} --resume".split()
         python("dpo.py", f"--init={start / 'sft'}", f"--data={few}", f"--out={out}", *flags)
+    if way == "ppo" and not (folder / "feedback").exists():
+        shutil.copytree(folder.parent / "one/feedback", folder / "feedback")
+    done = read_json(file) if file.exists() else {"curve": [], "kills": 0, "asked": 0}
     server = Server(folder, start / "sft")
+    crowd, kills = Crowd(config, seed, server, done["asked"]), done["kills"]
+    rounds = config.rounds if way == "rounds" else 1
     try:
-        if way == "offline":
-            return {"curve": [[config.votes, server.gold(config)]], "kills": 0}
-        curve, crowd = [[0, server.gold(config)]], Crowd(config, seed, server)
-        rounds = config.rounds if way == "rounds" else 1
-        for n in range(1, rounds + 1):
-            if way != "ppo":
-                crowd.vote(config.votes // rounds)
-            sharpen(config, folder, seed, "ppo" if way == "ppo" else "dpo")
-            server.wait_for(f"/rounds/{n}/")
-            curve.append([n * config.votes // rounds, server.gold(config)])
-        return {"curve": curve, "kills": server.kills}
+        for n in range(len(done["curve"]), rounds + 1):
+            votes = n * config.votes // rounds
+            if n and way in ("one", "rounds") and server.votes() < votes:
+                crowd.vote(votes - server.votes())
+                done |= {"kills": kills + server.kills, "asked": crowd.asked}
+                write_json(file, done)
+            if n and way != "offline" and not newest_finished(folder / f"rounds/{n}"):
+                sharpen(config, folder, seed, "ppo" if way == "ppo" else "dpo")
+            if n:
+                server.wait_for(f"/rounds/{n}/")
+            if n or way != "offline":
+                done["curve"].append([votes, server.gold(config)])
+                write_json(file, done)
+        return done
     finally:
         server.stop()
 
@@ -267,8 +279,7 @@ def main(config):
             folder = Path(config.out).resolve() / f"seed{seed}" / way
             result = folder / "result.json"
             if not result.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 write_json(result, learn(config, way, seed, folder))
             record = read_json(result)
             for votes, gold in record["curve"]:
