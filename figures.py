@@ -199,3 +199,40 @@ def show_record(record):
             figures[name] = {"value": mean, "low": mean - error, "high": mean + error}
     counts = [f"{name:<48} {n:>9,}" for name, n in record["counts"].items()]
     return "\n".join([*counts, show(figures)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Votes between models
+
+
+def bradley_terry(matches, seed, draws=200):
+    """{model: figure}: the probability that a vote prefers it to an average one of these models.
+
+    matches: {(model, other, outcome): votes}; outcome "win" is for the first, any other for neither
+    and half a win each. Strengths s with p(i beats j) = s_i / (s_i + s_j) (Bradley and Terry 1952),
+    by Hunter's iteration (2004, eq. 3); half a vote each way between models that met keeps them
+    finite. The intervals bootstrap the votes. Two answers of one model say nothing of it.
+    """
+    met = {match: n for match, n in matches.items() if match[0] != match[1]}
+    models = sorted({model for match in met for model in match[:2]})
+    if not met:
+        return {}
+    counts = np.array(list(met.values()))
+    random = np.random.default_rng(seed)
+    wins = np.zeros((draws + 1, len(models), len(models)))  # [0]: the votes themselves
+    for drawn, votes in zip(wins, [counts, *random.multinomial(counts.sum(), counts / counts.sum(), draws)]):
+        for (model, other, outcome), n in zip(met, votes):
+            i, j = models.index(model), models.index(other)
+            half = 0.5 if outcome == "win" else 0.5 + n / 2
+            drawn[i, j] += half + (n if outcome == "win" else 0)
+            drawn[j, i] += half
+    meetings = wins + wins.transpose(0, 2, 1)
+    strength = np.ones(wins.shape[:2])  # [draws + 1, models]
+    for _ in range(200):
+        strength = wins.sum(2) / (meetings / (strength[:, :, None] + strength[:, None, :])).sum(2)
+        strength /= np.exp(np.log(strength).mean(1, keepdims=True))
+    p = strength / (strength + 1)
+    low, high = np.percentile(p[1:], [2.5, 97.5], axis=0)
+    return {
+        model: {"value": float(p[0, i]), "low": float(low[i]), "high": float(high[i])} for i, model in enumerate(models)
+    }

@@ -44,6 +44,8 @@ class Config:
     fast: bool = False
     # run nothing: make DIR/report.html of the runs and evaluations in --out
     report_only: bool = False
+    # when all is done, serve the result, to be talked to and voted on
+    serve: bool = False
 
 
 SIZES = {  # {name: flags, and those of a fast run}
@@ -310,6 +312,17 @@ def main(config):
     failed = [f"{f['stage']}: {f['figure']}" for f in record["figures"] if f["improved"] is False]
     if failed and not config.fast:
         raise UserError(f"no sure improvement, by its 95 % interval, of {'; '.join(failed)}")
+    if config.serve:
+        serve(config.out)
+
+
+def serve(out):
+    """Serve the DPO model beside the SFT model until Ctrl-C; says how its votes sharpen it."""
+    votes = [f"--feedback={out}/feedback"]
+    models = [f"--model={out}/dpo", f"--compare={out}/sft", f"--follow={out}/rounds"]
+    sharpen = shlex.join(["python", "sharpen.py", f"--init={out}/dpo", *votes, f"--rounds={out}/rounds"])
+    print(f"\nwhen people have voted, in another terminal: {sharpen}", flush=True)
+    os.execv(sys.executable, [sys.executable, "serve.py", *models, *votes])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ FLOORS = [
     ["data/*"],
     ["model.py", "variants.py"],
     ["optim.py", "runtime/*"],
-    ["rollout.py", "scoring.py", "figures.py"],
+    ["rollout.py", "scoring.py", "figures.py", "engine.py"],
     [*STAGES, "evaluate.py", "sample.py", "serve.py", "export.py", "report.py"],
     ["*"],
 ]

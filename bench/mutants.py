@@ -36,6 +36,7 @@ REPORT = "tests/test_report.py"
 ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.py"
 EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 TEMPLATES = "tests/test_template.py"
+SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -877,6 +878,52 @@ MUTANTS = [
         "out.index_select(0, self.pack.first)",
         "out[: len(self.pack.first)]",
         MODEL,
+    ),
+    # People in the loop
+    (
+        "winner_reversed",
+        "data/feedback.py",
+        'order = 1 if vote == "left" else -1',
+        'order = -1 if vote == "left" else 1',
+        FEEDBACK,
+    ),
+    ("voter_forgotten", "data/feedback.py", 'json.dumps([about, row.get("by", "")])', "json.dumps([about])", FEEDBACK),
+    ("torn_line_kept", "data/feedback.py", "    if position < size:\n", "    if False:\n", FEEDBACK),
+    (
+        "no_fsync",
+        "data/feedback.py",
+        "                left = left[os.write(file, left) :]\n            os.fsync(file)\n",
+        "                left = left[os.write(file, left) :]\n",
+        FEEDBACK,
+    ),
+    ("half_line_left", "data/feedback.py", "            os.ftruncate(file, size)\n", "            pass\n", FEEDBACK),
+    ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
+    ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
+    ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
+    ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, going))", "pass", SERVE),
+    (
+        "any_key",
+        "runtime/http.py",
+        'if not hmac.compare_digest(given.encode("latin-1"), key.encode()):',
+        "if False:",
+        SERVE,
+    ),
+    ("any_host", "runtime/http.py", "if not self.is_ours(host):", "if False:", SERVE),
+    ("any_origin", "runtime/http.py", "if origin is not None and origin not in", "if False and origin not in", SERVE),
+    (
+        "slow_heads",
+        "runtime/http.py",
+        "self.head_timer = self.loop.call_later(PATIENCE, transport.close)",
+        "self.head_timer = self.loop.call_later(1e6, transport.close)",
+        SERVE,
+    ),
+    ("served_in_mid_training", "runtime/checkpoint.py", ' and info["step"] == info.get("total_steps")', "", SERVE),
+    (
+        "markup_runs",
+        "web/app.js",
+        'document.querySelector(`[data-answer="${n}.${i}"]`).textContent = one.text',
+        'document.querySelector(`[data-answer="${n}.${i}"]`).innerHTML = one.text',
+        SERVE,
     ),
 ]
 

@@ -11,6 +11,7 @@ resume needs.
 A checkpoint is written under a temporary name, flushed to the disk, then renamed: if a run is
 killed, a directory called step_* is still complete. No pickle anywhere."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,6 +77,21 @@ def steps_in(run):
     """The checkpoints of a run directory, oldest first."""
     folders = [p for p in Path(run).glob("step_*") if re.fullmatch("[0-9]+", p.name[5:])]
     return sorted(folders, key=lambda p: int(p.name[5:]))
+
+
+def newest_finished(folder):
+    """The last checkpoint of the newest finished run below `folder` that can write; None: no such.
+
+    A run in mid-training has fewer steps behind it than its total.
+    """
+    finished = []
+    for run in {path.parent.parent for path in Path(folder).glob("**/step_*/manifest.json")}:
+        with contextlib.suppress(UserError, OSError, IndexError):  # being written, or deleted, right now
+            last = steps_in(run)[-1]
+            info = read_info(last)
+            if info["stage"] != "reward" and info["step"] == info.get("total_steps"):
+                finished.append(((last / MANIFEST).stat().st_mtime, last))
+    return max(finished, default=(0, None))[1]
 
 
 def damage(folder):

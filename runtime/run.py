@@ -467,7 +467,8 @@ class Run:
         model = unsharded(model, "cpu", keep=rank() == 0)
         failure = ""
         if rank() == 0:
-            info = {"format": FORMAT, "stage": self.stage, "step": step, "started": self.started, **info}
+            info = {"format": FORMAT, "stage": self.stage, "step": step, "total_steps": self.total_steps, **info}
+            info["started"] = self.started
             info |= {"config": dataclasses.asdict(self.config), "data": self.data, "metrics": self.metrics}
             info |= {"lineage": self.lineage, "code": checkpoint.code_hash(), **describe(self.device)}
             try:

@@ -1,0 +1,365 @@
+r"""What people say of a model's answers, as rows that the trainers read.
+
+serve.py appends to four files of one directory, a JSON object a line:
+
+    pairs.jsonl        two answers, one preferred: for reward.py and dpo.py
+    ratings.jsonl      one answer, good or bad ("label"): for dpo.py --loss=kto
+    corrections.jsonl  the conversation as it should have gone ("messages"): for sft.py
+    ties.jsonl         two answers, "tie" or "both_bad": counted, trained by nobody
+
+Each row also has the models and seeds that wrote the answers, the time, and the name that the voter
+gave, if any. A training run refuses data that change under it, so what it reads is frozen first:
+
+    python -m data.feedback --feedback=out/feedback --out=out/rounds/1/pairs.jsonl
+    python -m data.feedback --feedback=out/feedback --kind=ratings --out=good_or_bad.jsonl
+
+Votes that Open WebUI collected (Admin > Evaluations > Feedbacks > Export) become the same files:
+
+    python -m data.feedback --open_webui=feedback-history-export.json --out=out/feedback
+"""
+
+import hashlib
+import json
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import rows
+from data.read import parse_row, read_jsonl
+from runtime.cli import check_ranges, launch
+from runtime.errors import UserError
+from runtime.files import flush, lock_file, replace_text
+
+KINDS = ["pairs", "ratings", "corrections", "ties"]
+VOTES = ["left", "right", "tie", "both_bad"]
+PARSE = {"pairs": rows.preference, "ratings": rows.judged, "corrections": rows.conversation}
+NEWEST = 20  # rows of a kind that are shown
+
+
+@dataclass
+class Config:
+    # -- What you will set --
+    # file to write; for --open_webui a directory
+    out: str
+    # directory that serve.py writes
+    feedback: str = ""
+    # what to freeze [one of pairs, ratings, corrections]
+    kind: str = "pairs"
+    # leave out the rows of these files, comma-separated: a round then learns from new votes alone
+    after: str = ""
+    # Open WebUI's export, to be read instead of --feedback
+    open_webui: str = ""
+    # -- What you may set --
+    # replace --out
+    overwrite: bool = False
+
+
+# --------------------------------------------------------------------------------------------------
+# One row, from what a page or a program sent. Each raises ValueError saying what is wrong.
+
+
+def read_entry(entry):
+    """(kind, row) of {"vote" | "label" | "correction", "prompt": messages, ...}.
+
+    "vote" goes with "answers", "models" and "seeds", two each, left and right; "label" (true or
+    false) and "correction" (a text) go with "answer", "model" and "seed"; "by" is optional.
+    """
+    said = [name for name in ("vote", "label", "correction") if name in entry]
+    if len(said) != 1:
+        raise ValueError('one of "vote", "label" and "correction" was expected')
+    prompt = rows.ends_with(rows.check_messages(entry.get("prompt"), "prompt"), "user", "prompt")
+    by = entry.get("by") or ""
+    if not isinstance(by, str) or len(by) > 64:
+        raise ValueError('"by" is a name of at most 64 characters, or missing')
+    end = {"time": round(time.time(), 3), "by": by}
+    if "vote" in said:
+        return read_vote(entry, prompt, end)
+    answer = rows.text_of(entry.get("answer"), "answer").strip()
+    end = {"model": name(entry.get("model")), "seed": seed(entry.get("seed"))} | end
+    if "label" in said:
+        if not isinstance(entry["label"], bool):
+            raise ValueError('"label" is not true or false')
+        return "ratings", {"prompt": prompt, "completion": answer, "label": entry["label"]} | end
+    correction = rows.text_of(entry["correction"], "correction").strip()
+    return "corrections", {"messages": [*prompt, rows.message("assistant", correction)], "instead_of": answer} | end
+
+
+def read_vote(entry, prompt, end):
+    """(kind, row) of a vote between two answers: the winner comes first in every list of a pair."""
+    answers, vote = two(entry, "answers"), entry["vote"]
+    if vote not in VOTES:
+        raise ValueError(f'"vote" is not one of {", ".join(VOTES)}')
+    answers = [rows.text_of(answer, f"answers[{i}]").strip() for i, answer in enumerate(answers)]
+    models, seeds = [name(model) for model in two(entry, "models")], [seed(s) for s in two(entry, "seeds")]
+    if vote in ("tie", "both_bad"):
+        return "ties", {"prompt": prompt, "answers": answers, "vote": vote, "models": models, "seeds": seeds} | end
+    if answers[0] == answers[1]:
+        raise ValueError('"answers" are the same text: only "tie" and "both_bad" say something of them')
+    order = 1 if vote == "left" else -1
+    chosen, rejected = answers[::order]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "models": models[::order], "seeds": seeds[::order]}
+    return "pairs", row | end
+
+
+def two(entry, field):
+    if not isinstance(entry.get(field), list) or len(entry[field]) != 2:
+        raise ValueError(f'"{field}" is not a list of two')
+    return entry[field]
+
+
+def name(model):
+    if not isinstance(model, str) or len(model) > 1000:
+        raise ValueError("the name of a model is not a string, or too long")
+    return model
+
+
+def seed(number):
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+        raise ValueError("a seed is not an integer")
+    return number
+
+
+def identity(kind, row):
+    """(key, said): two rows of one key are of the same voter on the same answers, and only one
+    counts; `said` tells a repetition from a change of mind."""
+    if kind in ("pairs", "ties"):
+        about = "vote", row["prompt"], sorted(row.get("answers") or [row["chosen"], row["rejected"]])
+        said = row.get("vote") or row["chosen"]
+    elif kind == "ratings":
+        about, said = ("rating", row["prompt"], row["completion"]), row["label"]
+    else:
+        about, said = ("correction", row["messages"]), True
+    return hashlib.sha256(json.dumps([about, row.get("by", "")]).encode()).digest(), said
+
+
+# --------------------------------------------------------------------------------------------------
+# The files, while a server writes them
+
+
+class Journal:
+    """The four files of a directory, and the thread that appends to them.
+
+    A row is on the disk (fsync) before `append` says so; rows that wait together share the fsync. A
+    last line without its end, which a kill may leave, was never acknowledged and is cut off.
+    Raises UserError if a file holds what no server wrote, or another process writes here.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.waiting = Path(folder), queue.SimpleQueue()
+        self.said, self.counts, self.matches = {}, Counter(), Counter()
+        self.newest = {kind: deque(maxlen=NEWEST) for kind in KINDS}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock_file(self.folder / ".lock", folder)
+        except UserError:
+            raise UserError(f"--feedback={folder}: another server writes there; give each its own directory") from None
+        self.files = {kind: os.open(self.path(kind), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for kind in KINDS}
+        for kind in KINDS:
+            cut_torn_line(self.files[kind])
+            for _, row in read_jsonl(self.path(kind)):
+                self.remember(kind, row)
+        flush(self.folder)
+        threading.Thread(target=self.write_all, daemon=True).start()
+
+    def path(self, kind):
+        return self.folder / f"{kind}.jsonl"
+
+    def remember(self, kind, row):
+        """Count a row that is on the disk."""
+        try:
+            key, said = identity(kind, row)
+            if kind in ("pairs", "ties"):
+                self.matches[*row["models"], row.get("vote", "win")] += 1  # the winner's model first
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{self.path(kind)}: not a row that serve.py wrote ({e!r}); move this file away") from None
+        self.said[key] = said
+        self.counts[row.get("vote") or kind] += 1
+        self.newest[kind].append({"kind": kind} | row)
+
+    def append(self, kind, row):
+        """A Future: True once the row is on the disk, False if the same voter had said the same.
+
+        Its exceptions: ValueError if the voter said something else before; OSError if the disk
+        takes no more, and then the file is as it was.
+        """
+        done = Future()
+        self.waiting.put((kind, row, done))
+        return done
+
+    def write_all(self):
+        while True:
+            batch = [self.waiting.get()]
+            while not self.waiting.empty():
+                batch.append(self.waiting.get())
+            for kind in KINDS:
+                self.write(kind, [(row, done) for k, row, done in batch if k == kind])
+
+    def write(self, kind, batch):
+        """Append the new ones of [(row, Future)] to a file, with one fsync."""
+        new = {}  # key: (row, Future)
+        for row, done in batch:
+            key, said = identity(kind, row)
+            if key in new:  # the same voter twice at once: look at it after the first is on the disk
+                self.waiting.put((kind, row, done))
+            elif key not in self.said:
+                new[key] = row, done
+            elif self.said[key] == said:
+                done.set_result(False)
+            else:
+                done.set_exception(ValueError("you have judged these answers already; the first word counts"))
+        if not new:
+            return
+        file = self.files[kind]
+        size = os.fstat(file).st_size
+        left = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
+        try:
+            while left:
+                left = left[os.write(file, left) :]
+            os.fsync(file)
+        except OSError as e:
+            os.ftruncate(file, size)
+            for _, done in new.values():
+                done.set_exception(e)
+            return
+        for row, done in new.values():
+            self.remember(kind, row)
+            done.set_result(True)
+
+
+def cut_torn_line(file):
+    """Cut off what follows the last line end of an open file."""
+    size = position = os.fstat(file).st_size
+    while position:
+        start = max(0, position - 65536)
+        end = os.pread(file, position - start, start).rfind(b"\n") + 1
+        if end:
+            position = start + end
+            break
+        position = start
+    if position < size:
+        os.ftruncate(file, position)
+        os.fsync(file)
+
+
+# --------------------------------------------------------------------------------------------------
+# Frozen files
+
+
+def freeze(path, kind):
+    """The rows of a file that a server may be writing, each checked as its trainer reads it."""
+    try:
+        whole = Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; no vote of this kind has been cast yet?") from None
+    found = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # what follows the last end is being written
+        try:
+            row = parse_row(line.decode("utf-8"))
+            PARSE[kind](row)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number}: {e}; correct or remove the line") from None
+        found.append(row)
+    return found
+
+
+def write_rows(path, found, overwrite):
+    """Write rows to a file, whole or not at all; says how many."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; --overwrite=True replaces it, but a run that reads it would be refused")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    print(f"{path}: {len(found):,} rows")
+
+
+# --------------------------------------------------------------------------------------------------
+# Open WebUI's export: a JSON array of {"type": "rating", "data": {"rating": 1 or -1, "model_id",
+# "sibling_model_ids"}, "meta": {"message_id"}, "snapshot": {"chat": {"chat": {"history"}}}}
+
+
+def open_webui_rows(item):
+    """[(kind, row)] of one item: the rating, and a pair with each answer that it was compared with.
+
+    Those are the other answers to the same question by "sibling_model_ids"; they lose against +1
+    and win against -1. Raises ValueError or KeyError saying what is missing.
+    """
+    data, messages = item["data"], item["snapshot"]["chat"]["chat"]["history"]["messages"]
+    label = {"1": True, "-1": False}.get(str(data.get("rating")))
+    if label is None:
+        raise ValueError(f'"rating" is {data.get("rating")!r}; 1 or -1 was expected')
+    answer = messages[item["meta"]["message_id"]]
+    question = parent = messages[answer["parentId"]]
+    prompt = []
+    while parent and len(prompt) < len(messages):  # a damaged history may run in a circle
+        prompt.insert(0, rows.message(parent["role"], parent["content"]))
+        parent = messages.get(parent.get("parentId"))
+    prompt = rows.ends_with(rows.check_messages(prompt, "messages"), "user", "messages")
+    said = {name: data[name] for name in ("reason", "comment") if data.get(name)}
+    end = {"time": item.get("created_at"), "by": ""} | said
+    completion, model = rows.text_of(answer.get("content"), "content").strip(), str(data.get("model_id"))
+    rating = {"prompt": prompt, "completion": completion, "label": label, "model": model, "seed": None}
+    found = [("ratings", rating | end)]
+    for name in question.get("childrenIds", []):
+        other = messages.get(name, {})
+        other_text = (other.get("content") or "").strip()
+        compared = other.get("model") in (data.get("sibling_model_ids") or [])
+        if compared and other_text not in ("", completion):
+            order = 1 if label else -1
+            chosen, rejected = (completion, other_text)[::order]
+            models = [model, other["model"]][::order]
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "models": models, "seeds": [None, None]}
+            found.append(("pairs", pair | end))
+    return found
+
+
+def read_open_webui(path):
+    """{"pairs": rows, "ratings": rows} of an export; raises UserError naming the item."""
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not valid JSON ({e}); export it again") from None
+    if not isinstance(items, list):
+        raise UserError(f"{path}: an array of feedback was expected, as Open WebUI exports it")
+    found = {"pairs": [], "ratings": []}
+    for i, item in enumerate(items):
+        try:
+            if item["type"] != "rating":
+                raise ValueError(f'"type" is {item["type"]!r}; rating was expected')
+            for kind, row in open_webui_rows(item):
+                found[kind].append(row)
+        except KeyError as e:
+            raise UserError(f"{path}: item {i} has no {e}; correct or remove it") from None
+        except (ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: item {i}: {e}; correct or remove it") from None
+    return found
+
+
+def main(config):
+    check_ranges(config)
+    if bool(config.feedback) == bool(config.open_webui):
+        raise UserError("one of --feedback and --open_webui must be given, and not both")
+    if config.open_webui:
+        for kind, found in read_open_webui(config.open_webui).items():
+            write_rows(Path(config.out) / f"{kind}.jsonl", found, config.overwrite)
+        return
+    found = freeze(Path(config.feedback) / f"{config.kind}.jsonl", config.kind)
+    if config.after:
+        known = {json.dumps(row) for path in config.after.split(",") for row in freeze(path, config.kind)}
+        found = [row for row in found if json.dumps(row) not in known]
+    if not found:
+        raise UserError(f"--feedback={config.feedback}: no {config.kind} to freeze; collect some first")
+    write_rows(config.out, found, config.overwrite)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

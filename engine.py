@@ -1,0 +1,121 @@
+"""The model thread of serve.py: it draws the completions of many clients at once.
+
+It drives one rollout.Sampler per model, and is the only one to touch samplers and the device. Jobs
+come through a queue; tokens go to the event loop, which waits for nothing here.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+import tiktoken
+
+from model import GPT
+from rollout import Sampler, affordable_slots
+from runtime.cli import print0
+
+PIECE_SECONDS = 0.05  # the tokens of a stream are told so often at most
+
+
+@dataclass(eq=False)
+class Served:
+    """A checkpoint that answers. The model thread makes its sampler, and alone touches it."""
+
+    name: str  # the directory of the checkpoint
+    model: GPT
+    tok: tiktoken.Encoding
+    is_chat_model: bool
+    sampler: Sampler = None
+    writing: dict = field(default_factory=dict)  # {request: (Job, which of its completions)}
+
+    def start(self, device, slots):
+        model = self.model.to(device)
+        self.sampler = Sampler(model, min(slots, affordable_slots(model, model.config.context)), model.config.context)
+
+
+@dataclass(eq=False)
+class Job:
+    """A client's request while it is answered."""
+
+    served: Served
+    prompts: list  # token ids
+    options: dict  # of Sampler.add
+    in_pieces: bool  # whether tokens are told as they come, or all at the end
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)  # (which completion, tokens, logprobs, ended)
+    told: dict = field(default_factory=dict)  # {request: how many of its tokens}
+
+
+class ModelThread(threading.Thread):
+    """Draws the completions of all jobs, and hands them to the event loop."""
+
+    def __init__(self, device, slots, loop):
+        super().__init__(daemon=True)
+        self.device, self.slots, self.loop = device, slots, loop
+        self.inbox = queue.SimpleQueue()  # (method, its arguments)
+        self.busy, self.events, self.last_told = [], [], 0.0
+
+    def run(self):
+        while True:
+            while not self.busy or not self.inbox.empty():
+                method, *arguments = self.inbox.get()
+                method(*arguments)
+            for served in self.busy:
+                self.step(served)
+            self.busy = [served for served in self.busy if served.sampler and served.sampler.busy]
+            if time.monotonic() > self.last_told + PIECE_SECONDS:
+                self.tell_progress()
+            if self.events:
+                self.loop.call_soon_threadsafe(hand_out, self.events)
+                self.events = []
+
+    def add(self, job):
+        served = job.served
+        try:
+            if not served.sampler:
+                served.start(self.device, self.slots)
+            requests = served.sampler.add(job.prompts, **job.options)
+        except Exception as e:  # out of memory, say: this job fails, the thread goes on
+            return self.loop.call_soon_threadsafe(hand_out, [(job, (0, [], [], e))])
+        job.told = dict.fromkeys(requests, 0)
+        served.writing |= {request: (job, i) for i, request in enumerate(requests)}
+        if served not in self.busy:
+            self.busy.append(served)
+
+    def cancel(self, job, completions):
+        """Drop some of a job's completions; those that have ended are left alone."""
+        for i, request in enumerate(job.told):
+            if i in completions and job.served.writing.pop(request, None):
+                job.served.sampler.cancel(request)
+
+    def step(self, served):
+        try:
+            samples = served.sampler.step()
+        except Exception as e:  # what this model was writing is lost, and its clients are told
+            print0(f"error: {served.name}: {e!r}")
+            self.events += [(job, (i, [], [], e)) for job, i in served.writing.values()]
+            served.writing, served.sampler = {}, None
+            return
+        for drawn in samples:
+            job, i = served.writing.pop(drawn.request)
+            new, reason = slice(job.told[drawn.request], None), "stop" if drawn.finished else "length"
+            self.events.append((job, (i, drawn.tokens[new], drawn.logprobs[new], reason)))
+
+    def tell_progress(self):
+        """Tell what has been drawn of completions that are read as they come."""
+        self.last_told = time.monotonic()
+        for served in self.busy:
+            sampler = served.sampler
+            for slot, request in sampler.live.items():
+                job, i = served.writing[request.id]
+                new = slice(job.told[request.id], request.drawn)
+                if job.in_pieces and new.start < new.stop:
+                    tokens, logprobs = sampler.tokens[slot, new].tolist(), sampler.logprobs[slot, new].tolist()
+                    self.events.append((job, (i, tokens, logprobs, None)))
+                    job.told[request.id] = request.drawn
+
+
+def hand_out(events):
+    for job, news in events:
+        job.events.put_nowait(news)

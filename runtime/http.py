@@ -1,0 +1,147 @@
+"""HTTP that strangers may reach: who may ask, how much, and how long they may take.
+
+On starlette and uvicorn. Around every answer: hosts and origins are checked, the key is compared in
+constant time, a content security policy goes with each page, bodies are limited, and a client that
+does not send or read in time is dropped.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+import h11
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from data.openai import Refusal
+
+LARGEST_BODY = 2**20  # bytes
+PATIENCE = 20.0  # seconds that a client may take to send a request, or to read a piece of an answer
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+ERROR_HEADERS = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 429: {"retry-after": "1"}}
+
+
+async def body_of(request):
+    """The bytes of the body; what exceeds LARGEST_BODY is read and dropped, and then refused."""
+    body, size = [], 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= LARGEST_BODY:
+                    body.append(piece)
+    except TimeoutError:
+        raise Refusal(408, f"the body did not come within {PATIENCE:g} seconds") from None
+    if size > LARGEST_BODY:
+        raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
+    return b"".join(body)
+
+
+async def finish_or_leave(request, work):
+    """Await `work`, but drop it if the client leaves."""
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Refusal(499, "the client has left")
+        work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from an asynchronous generator, which is closed however this ends."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()
+
+
+class Guard:
+    """Around the app: hosts, origins, the key, headers, and clients too slow to read."""
+
+    def __init__(self, app, config):
+        self.app, self.config = app, config
+        self.origins = [origin.strip() for origin in config.origin.split(",") if origin.strip()]
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        origin = headers.get("origin")
+        extra = HEADERS | ({"access-control-allow-origin": origin, "vary": "origin"} if origin in self.origins else {})
+
+        async def send_in_time(message):
+            if message["type"] == "http.response.start":
+                message["headers"] += [(name.encode(), value.encode("latin-1")) for name, value in extra.items()]
+            async with asyncio.timeout(PATIENCE):
+                await send(message)
+
+        app = self.app
+        if refusal := self.refusal(scope, headers):
+            app = error_response(refusal)
+        elif scope["method"] == "OPTIONS" and origin in self.origins:  # a browser asks before it sends
+            allowed = {"access-control-allow-headers": "authorization, content-type"}
+            app = Response(status_code=204, headers=allowed | {"access-control-allow-methods": "GET, POST"})
+        with contextlib.suppress(TimeoutError):  # uvicorn closes what was not answered whole
+            await app(scope, receive, send_in_time)
+
+    def refusal(self, scope, headers):
+        """The Refusal of a request that may not pass, or None."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self.is_ours(host):
+            return Refusal(403, f"host {host!r}: not a name of this server; --host or --origin adds one")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}", *self.origins):
+            return Refusal(403, f"origin {origin!r} may not use this server; --origin adds it")
+        if self.config.api_key and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
+            given, key = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
+            if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+                return Refusal(401, "the API key is wrong or missing", code="invalid_api_key")
+        return None
+
+    def is_ours(self, host):
+        """Addresses, this machine's name for itself, and what the flags name: other names may be a
+        page's, which has pointed them here (DNS rebinding)."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            if name in ("localhost", self.config.host, *(urlsplit(origin).hostname for origin in self.origins)):
+                return True
+            return bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+
+class Impatient(H11Protocol):
+    """uvicorn's HTTP/1.1, which waits for ever for the head of a request; this one does not."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.head_timer = self.loop.call_later(PATIENCE, transport.close)
+
+    def data_received(self, data):
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self.head_timer.cancel()
+        elif self.head_timer.cancelled():  # the beginning of a further request
+            self.head_timer = self.loop.call_later(PATIENCE, self.transport.close)
+
+    def connection_lost(self, exc):
+        self.head_timer.cancel()
+        super().connection_lost(exc)
+
+
+def error_response(e):
+    return JSONResponse(e.body, e.status, ERROR_HEADERS.get(e.status))

@@ -1,0 +1,85 @@
+"""Sharpen a model with what people said of its answers, while serve.py goes on serving.
+
+    python serve.py --model=out/sft --feedback=out/feedback --follow=out/rounds
+    python sharpen.py --init=out/sft --feedback=out/feedback --rounds=out/rounds
+
+One call is one round, out/rounds/1, out/rounds/2, ...; each is three lines that you could type:
+
+    python -m data.feedback --feedback=out/feedback --out=out/rounds/2/pairs.jsonl \\
+        --after=out/rounds/1/pairs.jsonl                                the votes cast since round 1
+    python dpo.py --init=NEWEST --data=out/rounds/2/pairs.jsonl --out=out/rounds/2/dpo
+    (serve.py --follow sees that the run has finished, and serves it)
+
+NEWEST is the last finished round's model, or --init. With --method=ppo the votes train a reward
+model, and PPO follows that one, on the questions that people asked. An interrupted round is
+continued by the same call.
+"""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.checkpoint import newest_finished
+from runtime.cli import check_ranges, launch
+from runtime.errors import UserError
+
+
+@dataclass
+class Config:
+    # -- What you will set --
+    # checkpoint that the first round starts from: what serve.py serves as --model
+    init: str
+    # directory that serve.py writes
+    feedback: str = "out/feedback"
+    # directory of the rounds, which serve.py follows
+    rounds: str = "out/rounds"
+    # dpo: from the votes themselves; ppo: from a reward model of them [one of dpo, ppo]
+    method: str = "dpo"
+    # -- What you may set --
+    # further flags of dpo.py, in quotes: "--nll=0.2 --epochs=2"
+    dpo: str = ""
+    # further flags of reward.py
+    reward: str = ""
+    # further flags of ppo.py
+    ppo: str = ""
+
+
+def commands(config, folder, init, earlier):
+    """The words of each command of the round in `folder`; earlier: the votes of rounds before."""
+    pairs = folder / "pairs.jsonl"
+    after = [f"--after={','.join(map(str, earlier))}"] if earlier else []
+    freeze = ["-m", "data.feedback", f"--feedback={config.feedback}", f"--out={pairs}", *after]
+    start = [f"--init={init}", f"--data={pairs}"]
+    dpo = ["dpo.py", *start, f"--out={folder}/dpo", *shlex.split(config.dpo)]
+    reward = ["reward.py", *start, f"--out={folder}/rm", *shlex.split(config.reward)]
+    ppo = ["ppo.py", *start, f"--reward={folder}/rm", f"--out={folder}/ppo", *shlex.split(config.ppo)]
+    train = [dpo] if config.method == "dpo" else [reward, ppo]
+    if pairs.exists():  # an interrupted round
+        return [[*words, "--resume"] for words in train]
+    return [freeze, *train]
+
+
+def main(config):
+    check_ranges(config)
+    here, rounds = Path(__file__).parent, Path(config.rounds)
+    if Path.cwd() != here:
+        raise UserError(f"run it from the repository's directory: cd {here}")
+    numbers = sorted(int(path.name) for path in rounds.glob("*") if path.name.isdecimal())
+    if not numbers or newest_finished(rounds / str(numbers[-1])):
+        numbers.append(numbers[-1] + 1 if numbers else 1)
+    folder = rounds / str(numbers[-1])
+    earlier = [rounds / str(n) / "pairs.jsonl" for n in numbers[:-1]]
+    init = newest_finished(rounds) or config.init
+    for words in commands(config, folder, init, earlier):
+        print(f"\n$ {shlex.join(['python', *words])}", flush=True)
+        status = subprocess.run([sys.executable, *words]).returncode
+        if status:
+            what = words[1] if words[0] == "-m" else words[0]
+            raise UserError(f"{what} ended with status {status}; the same call continues from here")
+    print(f"\nround {folder.name} is finished: serve.py --follow={config.rounds} answers with it from now on")
+
+
+if __name__ == "__main__":
+    launch(main, Config)
