@@ -6,12 +6,13 @@
 The reference is the model at the start, frozen; its log-probabilities are computed once. log pi
 sums over a completion's tokens, its end of turn included. --loss chooses among
 
-    dpo    as above                               (Rafailov et al. 2023, arXiv 2305.18290)
-    cdpo   labels may be wrong                    (Mitchell 2023)
-    ipo    margins are pulled to 1/(2 beta)       (arXiv 2310.12036)
-    simpo  no reference, mean log pi per token    (arXiv 2405.14734)
-    orpo   no reference, with its own NLL         (arXiv 2403.07691)
-    kto    single completions, good or bad        (arXiv 2402.01306)
+    dpo       as above                               (Rafailov et al. 2023, arXiv 2305.18290)
+    dpo_norm  logratios per token                    (Tulu 3: Lambert et al. 2024, 2411.15124)
+    cdpo      labels may be wrong                    (Mitchell 2023)
+    ipo       margins are pulled to 1/(2 beta)       (arXiv 2310.12036)
+    simpo     no reference, mean log pi per token    (arXiv 2405.14734)
+    orpo      no reference, with its own NLL         (arXiv 2403.07691)
+    kto       single completions, good or bad        (arXiv 2402.01306)
 
 A new loss is a function and a row of LOSSES. Left out: online variants; sample from the model,
 label with rlaif.py or a reward model, and run this again.
@@ -47,11 +48,11 @@ class Config(RunConfig):
     init: str
     # preferences {"prompt", "chosen", "rejected"}, for kto also {"prompt", "completion", "label"}
     data: str
-    # what to minimise: dpo, cdpo, ipo, simpo, orpo or kto
+    # what to minimise: dpo, dpo_norm, cdpo, ipo, simpo, orpo or kto
     loss: str = "dpo"
     # -- What you may set --
-    # how closely the policy is held to the reference (simpo, orpo: the scale); 0: 0.1, simpo 2 [>=
-    # 0]
+    # how closely the policy is held to the reference (simpo, orpo: the scale); 0: 0.1, dpo_norm 5,
+    # simpo 2 [>= 0]
     beta: float = 0.0
     # checkpoint that the policy is held to; "": --init
     reference: str = ""
@@ -63,7 +64,7 @@ class Config(RunConfig):
     desirable: float = 1.0
     # kto: weight of bad completions [>= 0]
     undesirable: float = 1.0
-    # weight of -log pi(chosen) per token, added to dpo, cdpo, ipo or simpo [>= 0]
+    # weight of -log pi(chosen) per token, added to dpo, dpo_norm, cdpo, ipo or simpo [>= 0]
     nll: float = 0.0
     # preferences to validate on; "": hold out some of --data
     val: str = ""
@@ -150,6 +151,7 @@ class Loss(NamedTuple):
 
 LOSSES = {
     "dpo": Loss(dpo_loss, 0.1, "logratio"),
+    "dpo_norm": Loss(dpo_loss, 5.0, "mean_logratio"),
     "cdpo": Loss(cdpo_loss, 0.1, "logratio", ("smoothing",)),
     "ipo": Loss(ipo_loss, 0.1, "mean_logratio"),
     "simpo": Loss(simpo_loss, 2.0, "mean_logp", ("gamma",)),

@@ -19,12 +19,16 @@ worth the same teaches nothing and is left out, also of the mean that the papers
                   completions (Liu et al. 2025, 2503.20783)
     dapo          as above, with minibatches, refilled groups, and a penalty near the limit of
                   length (Yu et al. 2025, 2503.14476)
+    cispo         the ratio is a weight that is clipped, so that no token loses its gradient
+                  (MiniMax-M1 2025, 2506.13585)
+    gspo          one ratio per completion, not per token (Zheng et al. 2025, 2507.18071)
+    v3.2          no std, an unbiased KL, and bad completions that the policy would hardly write any
+                  more teach nothing (DeepSeek-V3.2 2025, 2512.02556)
 
 --kl names the estimator that is added to the loss, times --beta, by what its gradient is. With
 d = log pi - log pi_ref, k2 = d^2 / 2 has that of KL(pi || ref) on fresh samples; k3 = e^-d - 1 + d,
 the paper's, that of KL(ref || pi); unbiased = ratio k3 that of KL(pi || ref), off-policy too
-(DeepSeek-V3.2, 2512.02556). k1 = d has none. Left out: process rewards, sequence-level ratios
-(GSPO), asynchronous sampling.
+(DeepSeek-V3.2, 2512.02556). k1 = d has none. Left out: process rewards, asynchronous sampling.
 
     python grpo.py --init=out/sft --data=sums.jsonl --reward=data/rules.py:final_number --out=out/rl
 """
@@ -47,7 +51,8 @@ from runtime.errors import UserError
 from runtime.process import launch, reduce_sum
 from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
 
-DEFAULT_RECIPE = {"group_size": 8, "advantage": "grpo", "loss_aggregation": "token", "clip_low": 0.2, "clip_high": 0.28}
+DEFAULT_RECIPE = {"group_size": 8, "advantage": "grpo", "loss_aggregation": "token"}
+DEFAULT_RECIPE |= {"policy_loss": "clip", "clip_low": 0.2, "clip_high": 0.28, "off_policy_mask": 0.0}
 DEFAULT_RECIPE |= {"kl": "none", "beta": 0.0, "refill": 0, "overlong": "none", "reference_every": 0, "minibatches": 1}
 RECIPES = {  # what differs from the default
     "default": {},
@@ -58,13 +63,23 @@ RECIPES = {  # what differs from the default
     },
     "dr_grpo": {"advantage": "dr_grpo", "loss_aggregation": "constant", "clip_high": 0.2},
     "dapo": {"group_size": 16, "refill": 4, "overlong": "punish", "minibatches": 16},
+    "cispo": {"group_size": 16, "policy_loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "minibatches": 16},
+    "gspo": {
+        **{"group_size": 16, "policy_loss": "gspo", "loss_aggregation": "sequence", "minibatches": 4},
+        **{"clip_low": 3e-4, "clip_high": 4e-4},
+    },
+    "v3.2": {
+        **{"group_size": 16, "advantage": "dr_grpo", "off_policy_mask": 0.5, "minibatches": 16},
+        **{"kl": "unbiased", "beta": 0.001},
+    },
 }
 
 
 @dataclass(kw_only=True)
 class Config(RolloutConfig):
     # -- What you will set --
-    # default, deepseekmath, r1, dr_grpo or dapo: the values of flags marked (recipe) if left out
+    # default, deepseekmath, r1, dr_grpo, dapo, cispo, gspo or v3.2: the values of flags marked
+    # (recipe) if left out
     recipe: str = "default"
     # -- What you may set --
     # rounds of sampling and updating [>= 1]
@@ -77,10 +92,16 @@ class Config(RolloutConfig):
     # (recipe) mean over all tokens, over each completion's first (sequence), or the sum over
     # completions x --max_new_tokens (constant) [one of token, sequence, constant]
     loss_aggregation: str = ""
+    # (recipe) what is clipped: each token's term (clip), its weight only (cispo), or one ratio per
+    # completion (gspo) [one of clip, cispo, gspo]
+    policy_loss: str = ""
     # (recipe) how far below 1 a ratio still has a gradient [>= 0]
     clip_low: float = -1.0
     # (recipe) how far above 1 [>= 0]
     clip_high: float = -1.0
+    # (recipe) completions worse than their group, of which a token has become less likely by more
+    # than this on average, in nats, teach nothing; 0: all teach [>= 0]
+    off_policy_mask: float = -1.0
     # (recipe) estimator of the KL to the reference [one of none, k2, k3, unbiased]
     kl: str = ""
     # (recipe) KL coefficient: the price of moving away from the reference [>= 0]
@@ -169,11 +190,40 @@ def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
     return torch.from_numpy(np.repeat(weights, lengths)).float()
 
 
-def policy_loss(logp, old_logp, advantages, clip_low, clip_high):
+def clip_loss(logp, old_logp, advantages, lengths, clip_low, clip_high):
     """(loss [M], ratio [M]): the clipped objective, negated."""
     ratio = torch.exp(logp - old_logp)
     clipped_ratio = ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high)
     return torch.maximum(-advantages * ratio, -advantages * clipped_ratio), ratio
+
+
+def cispo_loss(logp, old_logp, advantages, lengths, clip_low, clip_high):
+    """(loss [M], ratio [M]): -A log pi, weighted with the clipped ratio, which has no gradient:
+    2506.13585, eq. 4 and 5."""
+    ratio = torch.exp(logp - old_logp).detach()
+    return -advantages * ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high) * logp, ratio
+
+
+def gspo_loss(logp, old_logp, advantages, lengths, clip_low, clip_high):
+    """(loss [M], ratio [M]): `clip_loss` of each completion's geometric mean ratio, the same for
+    all of its tokens: 2507.18071, eq. 5 and 7."""
+    logratio = completion_means(logp - old_logp, lengths)
+    return clip_loss(logratio, torch.zeros_like(logratio), advantages, lengths, clip_low, clip_high)
+
+
+def completion_means(x, lengths):
+    """[M] -> [M]: the mean over each completion, for each of its tokens."""
+    return torch.cat([part.mean().expand(len(part)) for part in x.split(lengths)])
+
+
+POLICY_LOSSES = {"clip": clip_loss, "cispo": cispo_loss, "gspo": gspo_loss}
+
+
+def on_policy(logp, old_logp, advantages, lengths, limit):
+    """fp32 [M]: 0 for completions with A < 0 and mean(old_logp - logp) > limit, else 1 (2512.02556,
+    whose limit is unpublished; the recipe's 0.5 is TRL's)."""
+    drift = completion_means((old_logp - logp).detach(), lengths)
+    return ((advantages >= 0) | (drift <= limit)).float()
 
 
 def kl_loss(logp, ref_logp, ratio, kind):
@@ -265,16 +315,20 @@ def update_step(model, completions, n_tokens, n_completions, config):
         if "old_logp" not in micro_batch[0].per_token:
             set_per_token(micro_batch, old_logp=logp.detach())
         old_logp, advantages = (get_per_token(model, micro_batch, name) for name in ("old_logp", "advantages"))
-        losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_low, config.clip_high)
+        lengths = [c.n_tokens for c in micro_batch]
+        known = logp, old_logp, advantages, lengths
+        losses, ratio = POLICY_LOSSES[config.policy_loss](*known, config.clip_low, config.clip_high)
+        if config.off_policy_mask:
+            losses = losses * on_policy(*known, config.off_policy_mask)
         if config.kl != "none":
             ref_logp = get_per_token(model, micro_batch, "ref_logp")
-            losses = losses + config.beta * kl_loss(logp, ref_logp, ratio, config.kl)
-        lengths = [c.n_tokens for c in micro_batch]
+            losses = losses + config.beta * kl_loss(logp, ref_logp, torch.exp(logp - old_logp), config.kl)
         weights = token_weights(lengths, config.loss_aggregation, n_tokens, n_completions, config.max_new_tokens)
         loss = (weights.to(logp.device) * losses).sum()
         loss.backward()
         with torch.no_grad():
-            approx_kl = ratio - 1 - (logp - old_logp)  # k3 of KL(old || new)
+            logratio = logp - old_logp
+            approx_kl = logratio.exp() - 1 - logratio  # k3 of KL(old || new)
             clipped = ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).float()
             sums += torch.stack([loss, *(x.sum() / n_tokens for x in (approx_kl, clipped, ratio))])
     return dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))
@@ -349,7 +403,7 @@ def check_memory(run, model, optimizer, reference, tok, rows):
 
     def loss(model, chats):
         logp = completion_logprobs(model, chats, config.temperature)
-        return policy_loss(logp, logp.detach(), 1.0, config.clip_low, config.clip_high)[0].sum()
+        return clip_loss(logp, logp.detach(), 1.0, [], config.clip_low, config.clip_high)[0].sum()
 
     frozen = {"reference": reference.config} if reference else {}
     frozen |= scoring.reward_configs(f"{config.reward},{config.monitor}")

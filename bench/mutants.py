@@ -37,6 +37,7 @@ ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.
 EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 TEMPLATES = "tests/test_template.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
+DISTILL, KL = "tests/test_distill.py", "tests/test_kl.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -924,6 +925,29 @@ MUTANTS = [
         'document.querySelector(`[data-answer="${n}.${i}"]`).textContent = one.text',
         'document.querySelector(`[data-answer="${n}.${i}"]`).innerHTML = one.text',
         SERVE,
+    ),
+    # Distillation
+    ("kl_turned_round", "distill.py", 'reverse=direction == "reverse"', 'reverse=direction != "reverse"', DISTILL),
+    ("kl_without_temperature", "distill.py", "temperature=temperature)", "temperature=1.0)", DISTILL),
+    ("kl_gradient_not_centred", "kernels/kl.py", "p * (log_ratio - kl)", "p * log_ratio", KL),
+    ("kl_kernel_not_centred", "kernels/kl.py", "p * (log_p - log_q - kl)", "p * (log_p - log_q)", KL),
+    ("every_row_the_first_teacher", "distill.py", "if its_teacher == number", "if number == 0", DISTILL),
+    ("mean_of_this_micro_batch", "distill.py", "/ n_tokens\n", "/ count_trained(items[:1])\n", DISTILL),
+    # GRPO's variants
+    (
+        "cispo_stops_tokens",
+        "grpo.py",
+        "ratio = torch.exp(logp - old_logp).detach()",
+        "ratio = torch.exp(logp - old_logp)",
+        GRPO,
+    ),
+    ("gspo_sums", "grpo.py", "part.mean().expand", "part.sum().expand", GRPO),
+    (
+        "mask_of_the_good",
+        "grpo.py",
+        "(advantages >= 0) | (drift <= limit)",
+        "(advantages < 0) | (drift <= limit)",
+        GRPO,
     ),
 ]
 

@@ -270,6 +270,20 @@ def head_cases():
         yield f"linear_logprob V={vocab} entropy", dtype, with_entropy, inputs
 
 
+def kl_cases():
+    from kernels.kl import linear_kl
+
+    for dtype, vocab in [("bf16", 50304), ("fp16", 8192), ("fp32", 8192)]:
+        inputs = [zeros(dtype, 64, 32), zeros("fp32", vocab, 32)]
+        for reverse in (True, False):
+
+            def kl(x, w, reverse=reverse):
+                return linear_kl(x, w, x.detach(), w.detach(), reverse=reverse)
+
+            yield f"linear_kl V={vocab} {'reverse' if reverse else 'forward'}", dtype, kl, inputs
+        yield f"linear_kl V={vocab} alone", dtype, torch.no_grad()(kl), inputs
+
+
 def attention_cases():
     from kernels.attention import attention, layout
 
@@ -310,7 +324,7 @@ def decode_cases():
             yield f"{name} Dh={dh}", dtype, torch.no_grad()(append), inputs
 
 
-CASES = [act_cases, norm_cases, rope_cases, head_cases, attention_cases, decode_cases]
+CASES = [act_cases, norm_cases, rope_cases, head_cases, kl_cases, attention_cases, decode_cases]
 
 
 def is_quick(case, dtype, arch):

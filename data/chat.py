@@ -350,7 +350,7 @@ def drop_long_pairs(pairs, limit, what):
     return kept
 
 
-def read_prompts(config, tok, context):
+def read_prompts(config, tok, context, parse=rows.prompt_only):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val.
 
     A row is (messages, row). Prompts that leave less than --max_new_tokens of the context are left
@@ -360,7 +360,7 @@ def read_prompts(config, tok, context):
     flag = f"--max_new_tokens={config.max_new_tokens}"
     if longest <= 0:
         raise UserError(f"{flag}: the model's context is {context} tokens, and a prompt must fit in as well")
-    train, val, hashes = rows.read_split(config, rows.prompt_only)
+    train, val, hashes = rows.read_split(config, parse)
     kept = []
     for found, what in ((train, config.data), (val, config.val or "held out of it")):
         fitting = [row for row in found if len(encode_prompt(tok, row[0])) <= longest]

@@ -81,9 +81,11 @@ def head_scratch(func, given):
     (kernels/head.py, `logits_by_chunk`)."""
     if not func.name().startswith("feinschliff::linear_"):
         return 0
-    hidden, weight = [x for x in given if x.dim() == 2]
-    chunk = max(128 * len(weight), 512 * 2**20 // hidden.element_size())
-    return hidden.element_size() * (weight.numel() + min(chunk, len(hidden) * len(weight)))
+    scratch, matrices = 0, [x for x in given if x.dim() == 2]
+    for hidden, weight in zip(matrices[::2], matrices[1::2]):  # linear_kl has those of two models
+        chunk = max(128 * len(weight), 512 * 2**20 // hidden.element_size())
+        scratch += hidden.element_size() * (weight.numel() + min(chunk, len(hidden) * len(weight)))
+    return scratch
 
 
 @contextlib.contextmanager

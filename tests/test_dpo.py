@@ -37,7 +37,7 @@ from optim import Optimizer
 from runtime import checkpoint
 
 TOK = tokenizer.byte_level()
-LOSSES = ("dpo", "cdpo", "ipo", "simpo", "orpo", "kto")
+LOSSES = ("dpo", "dpo_norm", "cdpo", "ipo", "simpo", "orpo", "kto")
 TINY = {"batch_size": 16, "eval_every": 10, "save_every": 10, "keep_last": 9, "device": "cpu"}
 
 
@@ -244,6 +244,9 @@ def truth(model, reference, rows, config):
         h = beta * ((w - ref_w) - (r - ref_r))
         if config.loss in ("dpo", "cdpo"):
             loss = -p * log_sigmoid(h) - (1 - p) * log_sigmoid(-h)
+        elif config.loss == "dpo_norm":
+            h = beta * ((w - ref_w) / n_w - (r - ref_r) / n_r)
+            loss = -p * log_sigmoid(h) - (1 - p) * log_sigmoid(-h)
         elif config.loss == "ipo":
             loss = ((w - ref_w) / n_w - (r - ref_r) / n_r - (2 * p - 1) / (2 * beta)) ** 2
         elif config.loss == "simpo":
@@ -258,6 +261,7 @@ def truth(model, reference, rows, config):
 
 FLAGS = {
     "dpo": dict(nll=0.3),
+    "dpo_norm": dict(nll=0.1),
     "cdpo": dict(smoothing=0.2),
     "ipo": dict(beta=0.5, nll=0.1),
     "simpo": dict(gamma=0.5),

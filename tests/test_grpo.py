@@ -194,15 +194,62 @@ def test_the_objective_is_clipped_at_both_ends_by_their_own_measure():
     ratio = torch.tensor([0.5, 0.9, 1.1, 1.25, 1.5] * 2, dtype=torch.float64)
     advantages = torch.tensor([2.0] * 5 + [-3.0] * 5, dtype=torch.float64)
     logp = ratio.log().requires_grad_()
-    losses, found = grpo.policy_loss(logp, torch.zeros_like(ratio), advantages, 0.2, 0.28)
+    losses, found = grpo.clip_loss(logp, torch.zeros_like(ratio), advantages, [10], 0.2, 0.28)
     assert found.tolist() == pytest.approx(ratio.tolist())
     expected = [-2 * min(r, 1.28) for r in ratio[:5].tolist()] + [3 * max(r, 0.8) for r in ratio[5:].tolist()]
     assert losses.tolist() == pytest.approx(expected)
     (slope,) = torch.autograd.grad(losses.sum(), logp)
     inside = torch.tensor([True, True, True, True, False, False, True, True, True, True])
     assert slope.tolist() == pytest.approx((-advantages * ratio * inside).tolist())
-    wide, _ = grpo.policy_loss(logp, torch.zeros_like(ratio), advantages, 10.0, 10.0)  # R1's: none below
+    wide, _ = grpo.clip_loss(logp, torch.zeros_like(ratio), advantages, [10], 10.0, 10.0)  # R1's: none below
     assert wide.tolist() == pytest.approx((-advantages * ratio).tolist())
+
+
+def three_completions(seed=0):
+    """(lengths, logp, old_logp, advantages) in fp64, with ratios on both sides of every bound."""
+    lengths, generator = [2, 5, 3], torch.Generator().manual_seed(seed)
+    logp, drift = torch.randn(2, sum(lengths), generator=generator, dtype=torch.float64)
+    advantages = torch.tensor([1.5, -0.5, -2.0], dtype=torch.float64).repeat_interleave(torch.tensor(lengths))
+    return lengths, logp.requires_grad_(), logp.detach() + drift * 0.5, advantages
+
+
+def test_cispo_weighs_every_token_and_stops_none():
+    """Its gradient is that of -A log pi, times the clipped ratio."""
+    lengths, logp, old_logp, advantages = three_completions()
+    losses, ratio = grpo.cispo_loss(logp, old_logp, advantages, lengths, 0.2, 0.28)
+    (slope,) = torch.autograd.grad(losses.sum(), logp)
+    ratios = [math.exp(a - b) for a, b in zip(logp.tolist(), old_logp.tolist())]
+    assert ratio.tolist() == pytest.approx(ratios) and min(ratios) < 0.8 and max(ratios) > 1.28
+    wanted = [-a * min(max(r, 0.8), 1.28) for a, r in zip(advantages.tolist(), ratios)]
+    assert slope.tolist() == pytest.approx(wanted) and not ratio.requires_grad
+
+
+def test_gspo_has_one_ratio_per_completion():
+    """-mean over completions of min(s A, clip(s) A), s = (pi(y) / old(y))^(1 / |y|), a loop over
+    completions."""
+    lengths, logp, old_logp, advantages = three_completions()
+    weights = grpo.token_weights(lengths, "sequence", 10, 3, 99).double()
+    losses, ratio = grpo.gspo_loss(logp, old_logp, advantages, lengths, 0.05, 0.1)
+    (slope,) = torch.autograd.grad((weights * losses).sum(), logp)
+    again, wanted, begin = logp.detach().requires_grad_(), 0.0, 0
+    for n in lengths:
+        part = slice(begin, begin + n)
+        s = (again[part].sum().exp() / old_logp[part].sum().exp()) ** (1 / n)
+        assert ratio[part].tolist() == pytest.approx([s.item()] * n)
+        wanted = wanted - torch.minimum(s * advantages[begin], s.clamp(0.95, 1.1) * advantages[begin]) / 3
+        begin += n
+    (expected,) = torch.autograd.grad(wanted, again)
+    assert (weights * losses).sum().item() == pytest.approx(wanted.item())
+    torch.testing.assert_close(slope, expected)
+
+
+def test_off_policy_completions_that_are_worse_teach_nothing():
+    lengths, logp, _, advantages = three_completions()
+    drift = torch.tensor([9.0, 9.0, 0.6, 0.6, 0.6, 0.6, 0.6, 0.9, 0.0, 0.0], dtype=torch.float64)
+    kept = grpo.on_policy(logp, logp.detach() + drift, advantages, lengths, 0.5)
+    assert kept.tolist() == [1, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # good ones may drift; 0.3 on average is within 0.5
+    assert grpo.on_policy(logp, logp.detach() - drift, advantages, lengths, 0.5).tolist() == [1] * 10
+    assert not kept.requires_grad
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +283,7 @@ def tiny_policy():
 def test_the_gradient_of_each_kl_estimator(tiny_policy, kind, truth, behaviour):
     """In expectation over what samples, the policy itself or an old one."""
     t, behaviour = tiny_policy, tiny_policy[behaviour].detach()
-    _, ratio = grpo.policy_loss(t["logp"], behaviour, torch.zeros(7), 0.2, 0.2)
+    ratio = torch.exp(t["logp"] - behaviour)
     value = (behaviour.exp() * grpo.kl_loss(t["logp"], t["ref"], ratio, kind)).sum()
     (slope,) = torch.autograd.grad(value, t["logits"], retain_graph=True)
     assert slope.tolist() == pytest.approx(t[truth].tolist(), abs=1e-12)
@@ -273,6 +320,9 @@ PAPERS = {
     "r1": {"group_size": 16, "clip_high": 10.0, "beta": 0.001, "reference_every": 400, "kl": "k3"},
     "dr_grpo": {"advantage": "dr_grpo", "loss_aggregation": "constant", "kl": "none", "beta": 0.0},
     "dapo": {"loss_aggregation": "token", "clip_low": 0.2, "clip_high": 0.28, "kl": "none", "overlong": "punish"},
+    "cispo": {"policy_loss": "cispo", "loss_aggregation": "token", "clip_low": 1.0, "kl": "none"},
+    "gspo": {"policy_loss": "gspo", "loss_aggregation": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "v3.2": {"advantage": "dr_grpo", "kl": "unbiased", "off_policy_mask": 0.5, "policy_loss": "clip"},
 }
 
 
@@ -299,6 +349,7 @@ def test_a_flag_wins_over_the_recipe():
         ({"recipe": "tulu"}, "--recipe=tulu: expected one of default, deepseekmath, r1, dr_grpo, dapo"),
         ({"advantage": "gae"}, "--advantage=gae: expected one of 'grpo', 'dr_grpo', 'rloo'"),
         ({"loss_aggregation": "mean"}, "--loss_aggregation=mean: expected one of 'token', 'sequence', 'constant'"),
+        ({"policy_loss": "tis"}, "--policy_loss=tis: expected one of 'clip', 'cispo', 'gspo'"),
         ({"kl": "k4", "beta": 0.1}, "--kl=k4: expected one of 'none', 'k2', 'k3', 'unbiased'"),
         ({"overlong": "cut"}, "--overlong=cut: expected one of 'none', 'mask', 'punish'"),
         ({"kl": "k2"}, "--beta=0.0 and --kl=k2: give both"),
@@ -688,7 +739,7 @@ def test_every_recipe_runs_with_rewards_of_both_kinds(train, files, tmp_path, re
     for r in [r for r in records(tmp_path / "run") if "loss" in r]:
         total = sum(weight * r[name] for name, weight in names.items())
         assert r["reward"] == pytest.approx(total, abs=1e-5) or (recipe == "dapo" and total - 1 <= r["reward"] < total)
-        assert r["updates"] == 2 and monitor in r and ("kl" in r) == (recipe in ("deepseekmath", "r1"))
+        assert r["updates"] == 2 and monitor in r and ("kl" in r) == (recipe in ("deepseekmath", "r1", "v3.2"))
 
 
 def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files, tmp_path):
