@@ -9,7 +9,8 @@ That is ChatML, which Qwen uses. The assistant's words and the <|im_end|> after 
 nothing else. A conversation is one document of a pack and ends at its last <|im_end|>: there a
 reward model reads its score, and there a sampler stops. Text never yields a special token, so no
 content can end a turn or begin one. Content stays as it is: white space at the head of an answer
-may be the indentation of code."""
+may be the indentation of code.
+"""
 
 from itertools import pairwise
 

@@ -220,18 +220,17 @@ def test_a_document_that_cannot_be_tokenized_costs_a_preparation_itself(tmp_path
     with pytest.raises(UserError, match=r"a.jsonl:\d+: '.' .* is not in the vocabulary.*; --skip_bad=True leaves"):
         here(prepare.main, config)
     config.skip_bad = config.overwrite = True
-    for config.workers in (1, 2):
-        here(prepare.main, config)
-        lines = {int(line) for line in re.findall(rf"{path}:(\d+): .*; left out", capsys.readouterr().out)}
-        assert lines == {i + 1 for i in bad}
-        manifest = shards.load_manifest(config.out)
-        assert manifest["rules"]["bad_line"] == 5 and manifest["documents_out"] == len(texts) - 5
-        tok, found = tokenizer.load(config.out), []
-        for split in ("train", "val"):
-            for stream in shards.read_prepared(config.out, tok)[split == "val"]:
-                ends = (stream == tok.eot).nonzero()[0]
-                found += [tok.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
-        assert sorted(found) == sorted(text for i, text in enumerate(texts) if i not in bad)
+    here(prepare.main, config)
+    lines = {int(line) for line in re.findall(rf"{path}:(\d+): .*; left out", capsys.readouterr().out)}
+    assert lines == {i + 1 for i in bad}
+    manifest = shards.load_manifest(config.out)
+    assert manifest["rules"]["bad_line"] == 5 and manifest["documents_out"] == len(texts) - 5
+    tok, found = tokenizer.load(config.out), []
+    for split in ("train", "val"):
+        for stream in shards.read_prepared(config.out, tok)[split == "val"]:
+            ends = (stream == tok.eot).nonzero()[0]
+            found += [tok.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+    assert sorted(found) == sorted(text for i, text in enumerate(texts) if i not in bad)
     write(tmp_path / "a.jsonl", json.dumps({"text": "ü b c"}) + "\n")
     config.val_fraction = 0.0
     with pytest.raises(UserError, match="no document to train on could be tokenized"):
