@@ -255,15 +255,9 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
             ids = [tok.bos, *tok.encode_ordinary(text + "Assistant:")]
         if len(ids) < model.config.context:
             prompts[i] = ids
-<<<<<<< HEAD
-    stop = {chat.end_of_turn(tok) if as_chat else tok.eot}
+    stop = chat.stop_ids(tok) if as_chat else {tok.eot}
     samples = rollout(model, list(prompts.values()), stop=stop, first=first, **sampling(config, seed))
     replies = {}
-=======
-    stop = chat.stop_ids(tok) if as_chat else {tok.eot}
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": seed}
-    replies, samples = {}, rollout(model, list(prompts.values()), stop=stop, first=first, **sampling)
->>>>>>> h-templates
     for i, sample in zip(prompts, samples, strict=True):
         text, empty_line = chat.decode_completion(tok, sample.tokens), ""
         if not as_chat:

@@ -79,7 +79,7 @@ def theirs(make_model, folder, config=None, template="", spec=None):
         ranks,
         specials,
         pad="<|eot|>",
-        added=({"content": "<think>", "id": 303, "special": False},),
+        added=added,
     )
     folder = save(make_model, folder, "pretrain", tok=tok, vocab_size=320, qk_norm=False)
     for name in ("manifest.json", "feinschliff.json"):
