@@ -345,7 +345,7 @@ def completion_figures(config, model, tok, examples, device):
             figures["KL to the reference, nats per completion"] = mean_interval(logp - ref_logp, config.seed)
         _, _, _, ref_scores = sample_and_score(config, reference, tok, examples, rewards)
         for name, ref_values in ref_scores.items():
-            wins = (scores[name] > ref_values) + 0.5 * (scores[name] == ref_values)
+            wins = agreement(scores[name] - ref_values, 1.0)
             figures[f"reference's reward {name}"] = mean_interval(ref_values, config.seed)
             figures[f"win rate by {name}"] = mean_interval(wins, config.seed)
 

@@ -227,7 +227,7 @@ def dpo_contest(config):
     pairs = [
         r
         for r in rows[: 4 * config.pairs]
-        if all(len(side.ids) <= config.context for side in dpo.read_items(tok, [r], False)[0][0])
+        if all(len(side.ids) <= config.context for side in chat.encode_pair(tok, r))
     ][: config.pairs]
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     contenders = {"feinschliff": (our_dpo,), "TRL": (trl_dpo, False), "TRL, reference first": (trl_dpo, True)}

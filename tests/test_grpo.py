@@ -487,8 +487,8 @@ def test_groups_without_a_difference_are_left_out(files):
     assert 0 < len(groups) < 12 and all(len({c.score for c in group}) > 1 for group in groups.values())
     assert trained == [c for c, equal in zip(completions, zero_variance, strict=True) if not equal]
     for group in groups.values():
-        scores = torch.tensor([[c.score for c in group]], dtype=torch.float32)
-        for c, advantage in zip(group, grpo.group_advantages(scores, "grpo")[0], strict=True):
+        scores = torch.tensor([[c.score for c in group]], dtype=torch.float64)
+        for c, advantage in zip(group, grpo.group_advantages(scores, "grpo")[0].float(), strict=True):
             assert c.per_token["advantages"].tolist() == [advantage.item()] * c.n_tokens
 
 
@@ -748,7 +748,7 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files,
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     other = save(make_model, tmp_path / "other", "sft", tok=tokenizer.train(["the old map " * 5], 256 + 4 + 3))
     short = save(make_model, tmp_path / "short", "sft", context=20)
-    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "x" * 90}] * 2)
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": x * 90} for x in "xy"])
     held = {"kl": "k2", "beta": 0.1}
     for flags, named in [
         ({"init": files / "rm"}, "a reward model, which has no output head and writes nothing"),

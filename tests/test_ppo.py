@@ -824,7 +824,7 @@ def test_a_prompt_that_leaves_no_room_is_counted_and_left_out(train, tmp_path):
         f"{rows}: 1 of 10 prompts left out, which leave less than --max_new_tokens=6 of the context's 96 tokens"
         in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(4)), steps=1))
     )
-    only = write_rows(tmp_path / "only.jsonl", [{"prompt": "x" * 90}] * 2)
+    only = write_rows(tmp_path / "only.jsonl", [{"prompt": x * 90} for x in "xy"])
     assert "no prompt leaves room for a completion of --max_new_tokens=6 tokens" in refused(
         train(tmp_path / "none", data=only)
     )

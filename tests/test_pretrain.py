@@ -203,7 +203,7 @@ def test_the_printed_epochs_are_those_that_are_trained(train, tmp_path):
 def test_too_few_tokens_to_validate_on_are_refused(train, tmp_path, book):
     (tmp_path / "few.txt").write_text("too short to say anything")
     line = refused(train(tmp_path / "run", val=tmp_path / "few.txt"))
-    assert "few.txt: 26 tokens to validate on say nothing; hold out more" in line
+    assert "few.txt: 27 tokens to validate on say nothing; hold out more" in line
     line = refused(train(tmp_path / "run", val_fraction=0.003))
     assert "book.txt: 2" in line and "tokens to validate on say nothing" in line
 
