@@ -3,7 +3,8 @@
     minimise  -mean log sigmoid(beta [logratio(chosen) - logratio(rejected)])
     with      logratio(y) = log pi(y | x) - log pi_ref(y | x)
 
-The reference is the model at the start, frozen; its log-probabilities are computed once. log pi
+The reference is the model at the start, or --reference, frozen; its log-probabilities are computed
+once. log pi
 sums over a completion's tokens, its end of turn included. --loss chooses among
 
     dpo       as above                               (Rafailov et al. 2023, arXiv 2305.18290)
@@ -56,7 +57,7 @@ class Config(RunConfig):
     beta: float = 0.0
     # checkpoint that the policy is held to; "": --init
     reference: str = ""
-    # cdpo: share of the labels to take for wrong [>= 0; <= 0.5]
+    # cdpo: assumed share of wrong labels [>= 0; <= 0.5]
     smoothing: float = 0.1
     # simpo: by how much the chosen side is to lead [>= 0]
     gamma: float = 0.0
@@ -111,14 +112,14 @@ def cdpo_loss(chosen, rejected, beta, label_probs=1.0, smoothing=0.1):
 
 
 def ipo_loss(chosen, rejected, beta, label_probs=1.0):
-    """(h - (p - 1/2) / beta)^2, h the difference of the logratios *per token* (so its authors, in
-    TRL): arXiv 2310.12036, eq. 17; with p = 1 the aim is 1/(2 beta)."""
+    """(h - (p - 1/2) / beta)^2, h the difference of the logratios *per token* (as its authors do
+    in TRL): arXiv 2310.12036, eq. 17; with p = 1 the aim is 1/(2 beta)."""
     return (chosen - rejected - (label_probs - 0.5) / beta) ** 2
 
 
 def simpo_loss(chosen, rejected, beta, label_probs=1.0, gamma=0.0):
     """-log sigmoid(beta (mean logp of the chosen - that of the rejected) - gamma): arXiv
-    2405.14734, eq. 6. A doubtful label counts for both orders."""
+    2405.14734, eq. 6. An uncertain label weights both orders."""
     h = beta * (chosen - rejected)
     return -label_probs * F.logsigmoid(h - gamma) - (1 - label_probs) * F.logsigmoid(-h - gamma)
 
@@ -307,7 +308,7 @@ def main(config):
         batch = order.epoch_batch(config.batch_size)
         items = [train[i] for i in batch]
         means = run_batch(model, items, label_probs[batch], ref_logps[batch], config)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, means["loss"], [grad_norm], sides)

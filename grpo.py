@@ -301,7 +301,7 @@ def find_advantages(completions, config):
 UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
 
 
-def update_step(model, completions, n_tokens, n_completions, config):
+def add_gradients(model, completions, n_tokens, n_completions, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
     tokens in `n_completions` completions on all ranks. Returns {name: mean over all ranks}.
 
@@ -368,10 +368,10 @@ def main(config):
         _, ref_logp = read_logprobs(run, step, model, reference, trained, always=not single_update)
 
         # 4. Update: a few passes over these completions, in minibatches
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=int(config.decay * steps))
         updates, grad_norm = [], torch.zeros(())
         for minibatch in minibatches(trained, n_prompts * config.group_size, step, config):
-            stats = update_step(model, *minibatch, config)
+            stats = add_gradients(model, *minibatch, config)
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
                 optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
                 break
@@ -379,7 +379,7 @@ def main(config):
             run.require_finite(step, stats["loss"], [grad_norm], chats)
             updates.append(stats)
         logp = get_per_token(model, trained, "old_logp")
-        gap = check_sampler_matches_trainer(model, trained, logp, None, config)
+        gap = check_sampler_matches_trainer(model, trained, logp, ref_logp=None, config=config)
         run.time_phase("update")
 
         # 5. Log, validate, save

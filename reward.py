@@ -174,7 +174,7 @@ def main(config):
         batch = order.epoch_batch(config.batch_size)
         items, regularisers = [train[i] for i in batch], (config.margin, config.smoothing)
         loss, margins = run_batch(model, items, label_probs[batch], config.micro_batch_tokens, *regularisers)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, loss, [grad_norm], sides)

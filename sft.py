@@ -193,7 +193,7 @@ def main(config):
             chats += corpus.piece_chats(streams, replay.batch(replayed))
         model.train()
         loss = mean_nll(model, chats, config.micro_batch_tokens)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         run.require_finite(step, loss, [grad_norm], chats)
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
