@@ -64,7 +64,8 @@ class Config(RunConfig):
     max_new_tokens: int = 256
     # of sampling and of both distributions [> 0]
     temperature: float = 1.0
-    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5 [>= 0]
+    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # prompts (or conversations) to validate on; "": hold out some
     val: str = ""

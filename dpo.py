@@ -77,7 +77,8 @@ class Config(RunConfig):
     steps: int = 0
     # pairs (kto: completions) per optimizer step, over all ranks [>= 1]
     batch_size: int = 64
-    # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2 [>= 0]
+    # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # longest prompt with completion in tokens, longer pairs are dropped; 0: the model's
     context: int = 0

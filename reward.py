@@ -56,7 +56,8 @@ class Config(RunConfig):
     steps: int = 0
     # pairs per optimizer step, over all ranks [>= 1]
     batch_size: int = 64
-    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5 [>= 0]
+    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # by how much the chosen completion's score is to lead (Llama 2, arXiv 2307.09288, eq. 2) [>= 0]
     margin: float = 0.0

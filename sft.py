@@ -64,7 +64,8 @@ class Config(RunConfig):
     # longest conversation, in tokens; a longer one is cut after its last answer that fits; 0: the
     # model's
     context: int = 0
-    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5 [>= 0]
+    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # drop bad lines of the data, and count them
     skip_bad: bool = False
