@@ -382,7 +382,11 @@ def difference(row, ranks=1):
             and (ours / step / n).read_bytes() != (theirs / step / n).read_bytes()
         ]
         records = [
-            {k: v for k, v in checkpoint.read_json(run / step / checkpoint.INFO).items() if k != "config"}
+            {
+                k: v
+                for k, v in checkpoint.read_json(run / step / checkpoint.INFO).items()
+                if k not in ("config", "started")
+            }
             for run in (ours, theirs)
         ]
         found += [f"{step}: {k}" for k in records[1] if records[0].get(k) != records[1][k]]
