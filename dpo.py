@@ -297,8 +297,9 @@ def main(config):
     check_memory(run, model, optimizer, train)
     if config.compile:
         model.compile()
-    longer = -completion_lengths(train).diff().mean()
-    print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
+    if config.loss != "kto":
+        longer = -completion_lengths(train).diff().mean()
+        print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
     print0(f"{steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     saved = {"optimizer": optimizer, "order": order}
     run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)

@@ -57,21 +57,15 @@ DEFAULT_RECIPE |= {"kl": "none", "beta": 0.0, "refill": 0, "overlong": "none", "
 RECIPES = {  # what differs from the default
     "default": {},
     "deepseekmath": {"group_size": 64, "loss_aggregation": "sequence", "clip_high": 0.2, "kl": "k3", "beta": 0.04},
-    "r1": {
-        **{"group_size": 16, "loss_aggregation": "sequence", "clip_low": 10.0, "clip_high": 10.0, "kl": "k3"},
-        **{"beta": 0.001, "reference_every": 400, "minibatches": 16},
-    },
+    "r1": {"group_size": 16, "loss_aggregation": "sequence", "clip_low": 10.0, "clip_high": 10.0}
+    | {"kl": "k3", "beta": 0.001, "reference_every": 400, "minibatches": 16},
     "dr_grpo": {"advantage": "dr_grpo", "loss_aggregation": "constant", "clip_high": 0.2},
     "dapo": {"group_size": 16, "refill": 4, "overlong": "punish", "minibatches": 16},
     "cispo": {"group_size": 16, "policy_loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "minibatches": 16},
-    "gspo": {
-        **{"group_size": 16, "policy_loss": "gspo", "loss_aggregation": "sequence", "minibatches": 4},
-        **{"clip_low": 3e-4, "clip_high": 4e-4},
-    },
-    "v3.2": {
-        **{"group_size": 16, "advantage": "dr_grpo", "off_policy_mask": 0.5, "minibatches": 16},
-        **{"kl": "unbiased", "beta": 0.001},
-    },
+    "gspo": {"group_size": 16, "policy_loss": "gspo", "loss_aggregation": "sequence"}
+    | {"clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 4},
+    "v3.2": {"group_size": 16, "advantage": "dr_grpo", "off_policy_mask": 0.5}
+    | {"kl": "unbiased", "beta": 0.001, "minibatches": 16},
 }
 
 
