@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from model import parameter_table
+from runtime.errors import UserError
 from runtime.shard import full_tensor, local_shard
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, the optimal quintics for bf16):
@@ -85,7 +86,8 @@ class Optimizer:
 
     lr: AdamW's peak rate; embed_lr and head_lr replace it for the embedding and the output matrix
     if not 0. watch: names; after each step `watched_norms[name]` is the gradient norm, summed over
-    the ranks and before clipping, of the parameters with that name in theirs ("attn.out")."""
+    the ranks and before clipping, of the parameters with that name in theirs ("attn.out");
+    raises UserError if none has it."""
 
     def __init__(
         self,
@@ -110,6 +112,9 @@ class Optimizer:
         self.matrix_lr, self.momentum, self.weight_decay = matrix_lr, momentum, weight_decay
         self.muon_dtype = choose_muon_dtype(muon_dtype, model.embed.device)
         self.watch, self.watched_norms = watch, {}
+        for watched in watch:
+            if not any(watched in name for name, _ in model.named_parameters()):
+                raise UserError(f"watch: no parameter of this model has {watched!r} in its name")
         self.others = {name: p for name, p in self.named.items() if name not in self.rows}
         peak_lr = {"embed": embed_lr or lr, "untied_head": head_lr or lr}
         groups = []

@@ -515,7 +515,7 @@ MUTANTS = [
     ),
     ("device_resumed_from", "runtime/output.py", "if out.exists() and not out.is_file():", "if False:", RLAIF),
     ("any_seed", "runtime/cli.py", "not 0 <= value < 2**63:", "value < 0:", CLI),
-    ("any_float", "runtime/cli.py", "value and not TINY <= abs(value) <= 1 / TINY:", "value != value:", CLI),
+    ("any_float", "runtime/cli.py", "value and not TINY <= abs(value) <= HUGE:", "value != value:", CLI),
     ("seeds_unchecked_in_a_script", "data/world.py", "    check_ranges(config)\n", "", PORTABLE),
     ("apples_gpu_by_default", "runtime/process.py", 'else "cpu"  # MPS', 'else "mps"  # MPS', PROCESS),
     ("bound_of_every_temperature", "rollout.py", "else 1e-2) / min(config.temperature, 1)", "else 1e-2)", ROLLOUT),

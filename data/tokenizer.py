@@ -664,7 +664,7 @@ def save(tok, folder, chat_template="", eos=None):
     if chat_template:
         config["chat_template"] = chat_template
     write_json(Path(folder) / "tokenizer.json", spec)
-    write_json(Path(folder) / "tokenizer_config.json", config)
+    write_json(Path(folder) / "tokenizer_config.json", dict(sorted(config.items())))
 
 
 def before_every_text(content, i):

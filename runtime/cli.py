@@ -38,7 +38,7 @@ RENAMED = {  # flags of earlier versions -> what to use instead; of several, the
     "loss": ["loss_aggregation"],
 }
 GROUPS = ["What you will set", "What you may set", "What you will rarely set", ""]
-TINY = 1e-30  # the smallest number but 0 that a flag takes: its reciprocal is finite in fp32
+TINY, HUGE = 1e-30, 1e40  # of a flag that is not 0; the reciprocal of a temperature is finite in fp32
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -162,8 +162,8 @@ def check_ranges(config):
             continue
         if flag.choices and value not in flag.choices:
             raise UserError(f"--{name}={value}: expected one of {', '.join(map(repr, flag.choices))}")
-        if field.type is float and value and not TINY <= abs(value) <= 1 / TINY:
-            raise UserError(f"--{name}={value}: a finite number was expected, 0 or {TINY:g} to {1 / TINY:g} in size")
+        if field.type is float and value and not TINY <= abs(value) <= HUGE:
+            raise UserError(f"--{name}={value}: a finite number was expected, 0 or {TINY:g} to {HUGE:g} in size")
         if field.type is int and not 0 <= value < 2**63:
             raise UserError(f"--{name}={value}: a count was expected, not less than 0 and less than 2^63")
         for sign, bound in flag.bounds:

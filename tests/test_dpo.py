@@ -628,7 +628,7 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, tmp_pa
         ({"init": scalar}, "a reward model, which has no output head"),
         ({"reference": other}, "it has another tokenizer"),
         ({"reference": tmp_path / "absent"}, "absent: no checkpoint here"),
-        ({"loss": "ppo"}, "--loss=ppo: expected one of dpo, cdpo"),
+        ({"loss": "ppo"}, "--loss=ppo: expected one of dpo, dpo_norm, cdpo"),
         ({"gamma": 1}, "--gamma: --loss=dpo does not read it"),
         ({"smoothing": 0.2}, "--smoothing: --loss=dpo does not read it"),
         ({"desirable": 2}, "--desirable: --loss=dpo does not read it"),
