@@ -18,9 +18,9 @@ Votes that Open WebUI collected (Admin > Evaluations > Feedbacks > Export) becom
     python -m data.feedback --open_webui=feedback-history-export.json --out=out/feedback
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import queue
 import threading
 import time
@@ -33,7 +33,7 @@ from data import rows
 from data.read import parse_row, read_jsonl
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import flush, lock_file, replace_text
+from runtime.files import append, flush, lock_file, replace_text
 
 KINDS = ["pairs", "ratings", "corrections", "ties"]
 VOTES = ["left", "right", "tie", "both_bad"]
@@ -158,9 +158,8 @@ class Journal:
             lock_file(self.folder / ".lock", folder)
         except UserError:
             raise UserError(f"--feedback={folder}: another server writes there; give each its own directory") from None
-        self.files = {kind: open(self.path(kind), "ab+", buffering=0) for kind in KINDS}
+        self.sizes = {kind: cut_torn_line(self.path(kind)) for kind in KINDS}
         for kind in KINDS:
-            cut_torn_line(self.files[kind])
             for _, row in read_jsonl(self.path(kind)):
                 self.remember(kind, row)
         flush(self.folder)
@@ -214,15 +213,13 @@ class Journal:
                 done.set_exception(ValueError("you have judged these answers already; the first word counts"))
         if not new:
             return
-        file = self.files[kind]
-        size = file.seek(0, os.SEEK_END)
-        left = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
+        path, size = self.path(kind), self.sizes[kind]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
         try:
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file)
+            self.sizes[kind] = append(path, lines, size)
         except OSError as e:
-            file.truncate(size)
+            with contextlib.suppress(OSError):
+                append(path, b"", size)  # whole lines may have been written: nobody was told so
             for _, done in new.values():
                 done.set_exception(e)
             return
@@ -231,19 +228,10 @@ class Journal:
             done.set_result(True)
 
 
-def cut_torn_line(file):
-    """Cut off what follows the last line end of an open file."""
-    size = position = file.seek(0, os.SEEK_END)
-    while position:
-        start = file.seek(max(0, position - 65536))
-        end = file.read(position - start).rfind(b"\n") + 1
-        if end:
-            position = start + end
-            break
-        position = start
-    if position < size:
-        file.truncate(position)
-        os.fsync(file)
+def cut_torn_line(path):
+    """Cut off what follows the last line end of a file, made if it is not there -> its size."""
+    written = path.read_bytes() if path.exists() else b""
+    return append(path, b"", written.rfind(b"\n") + 1)
 
 
 # --------------------------------------------------------------------------------------------------

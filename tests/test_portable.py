@@ -20,21 +20,23 @@ RUNS = {
     "data.prepare": "--data={o}/world/pretrain.jsonl --tokenizer={o}/tok --out={o}/data --val_fraction=0.1",
     "pretrain": "--data={o}/data --out={o}/base --depth=1 --width=16 --heads=2 --kv_heads=1 --ffn=16 --context=256"
     " --batch_tokens=512",
-    "sft": "--init={o}/base --data={o}/world/chat.jsonl --out={o}/sft --batch_tokens=512",
-    "reward": "--init={o}/sft --data={o}/world/pairs.jsonl --out={o}/rm --batch_size=4",
-    "dpo": "--init={o}/sft --data={o}/world/pairs.jsonl --out={o}/dpo --batch_size=4",
+    "sft": "--init={o}/base --data={o}/world/chat.jsonl --out={o}/sft --batch_tokens=512 --val_fraction=0.2",
+    "reward": "--init={o}/sft --data={o}/world/pairs.jsonl --out={o}/rm --batch_size=4 --val_fraction=0.2",
+    "dpo": "--init={o}/sft --data={o}/world/pairs.jsonl --out={o}/dpo --batch_size=4 --val_fraction=0.2",
     "ppo": "--init={o}/sft --reward={o}/rm --data={o}/world/prompts.jsonl --out={o}/ppo --prompts_per_step=2"
     " --eval_prompts=2 --min_accuracy=0 --temperature=0.01",
     "grpo": "--init={o}/sft --reward=data/world.py:gold --data={o}/world/problems.jsonl --out={o}/grpo"
     " --prompts_per_step=2 --group_size=2 --eval_prompts=2 --temperature=0.01",
+    "distill": "--init={o}/sft --teacher={o}/sft --data={o}/world/prompts.jsonl --out={o}/distill --prompts_per_step=2"
+    " --eval_prompts=2 --val_fraction=0.2",
     "rlaif": "--policy={o}/sft --judge={o}/base --data={o}/world/prompts.jsonl --out={o}/ai.jsonl --limit=2"
     " --constitution={o}/world/constitution.txt --temperature=1e-30",
     "evaluate": "--model={o}/sft --data={o}/world/prompts.jsonl --reward=data/world.py:gold --limit=2 --out={o}/e.json"
     " --temperature=1e-30",
     "sample": "--model={o}/sft --prompt=Hello --temperature=1e-30",
 }
-STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
-SAMPLING = ("ppo", "grpo", "rlaif", "evaluate", "sample")
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill")
+SAMPLING = ("ppo", "grpo", "distill", "rlaif", "evaluate", "sample")
 
 
 def run_blocked(out):
