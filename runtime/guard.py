@@ -140,7 +140,6 @@ def set_timers(values):
 
 
 KEPT = [  # (read, set): as before after each call and after the import
-    (sys.getrecursionlimit, sys.setrecursionlimit),  # first: the others call functions
     (sys.gettrace, sys.settrace),
     (sys.getprofile, sys.setprofile),
     (working_directory, set_working_directory),
@@ -287,6 +286,7 @@ def guard(name):
     """
     file, _, function = name.rpartition(":")
     process, interrupts, error = os.getpid(), [], None
+    recursion_limit = sys.getrecursionlimit()
 
     def on_interrupt(number, frame):
         interrupts.append(number)
@@ -296,7 +296,10 @@ def guard(name):
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, on_interrupt)
         try:
-            yield
+            try:
+                yield
+            finally:
+                sys.setrecursionlimit(recursion_limit)  # first: all that follows calls functions
         except BaseException as e:
             error = e if isinstance(e, UserError) else UserError(describe(e, os.path.realpath(file)))
             status = exit_status(e)
@@ -309,14 +312,13 @@ def guard(name):
 
 
 def describe(error, file):
-    """What an exception says, and the last line of `file` that it came through."""
+    """What an exception says, and the last line of `file` that it came through, if it did."""
     try:
         text = f"{type(error).__name__}: {error}"[:500]
     except BaseException:  # its own code too
         text = f"{type(error).__name__}, whose message cannot be shown"
-    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    own = [place for place in places if place[0] == file] or places[-1:]
-    return f"{text} ({own[-1][0]}:{own[-1][1]})"
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    return f"{text} ({file}:{lines[-1]})" if lines else text
 
 
 def exit_status(error):
