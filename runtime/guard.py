@@ -118,7 +118,8 @@ def signal_handlers():
 
 def set_signal_handlers(handlers):
     for number, handler in zip(SIGNALS, handlers, strict=True):
-        if handler is not None:  # None: not Python's, and so it cannot be set
+        # None: not Python's, and so it cannot be set
+        if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 
 

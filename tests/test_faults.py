@@ -11,7 +11,7 @@ from bench import faults
 
 ELSEWHERE = ("torchrun", "typed_again")  # start many processes: only bench/faults.py runs them
 SHARED = ("sigint", "flipped", "missing")  # the same code in every stage: tested in the one with most to lose
-# The same guard in every stage (tests/test_guard.py): tested where it is cheap, and in one that trains
+# The same guard in every stage (test_guard.py): tested where it is cheap, and in two that train
 USERS_REWARDS = {
     *(("evaluate", f"reward_{what}") for what in ("exits", "moves", "prints")),
     *(("grpo", f"reward_{what}") for what in ("hangs", "nan", "moves")),
