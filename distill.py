@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 
 from data import chat, rows
-from data.pack import make_completion, rank_span, token_slices
+from data.pack import rank_span, token_slices
 from kernels.kl import linear_kl
 from model import hidden_before_targets, logprobs_no_grad
 from optim import Optimizer, wsd
-from rollout import check_sampler_matches_trainer, sample_completions
+from rollout import check_sampler_matches_trainer, complete_rows
 from runtime import memory
 from runtime.batches import index_order
 from runtime.checkpoint import fingerprints, load_matching
@@ -64,7 +64,8 @@ class Config(RunConfig):
     max_new_tokens: int = 256
     # of sampling and of both distributions [> 0]
     temperature: float = 1.0
-    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5 [>= 0]
+    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # prompts (or conversations) to validate on; "": hold out some
     val: str = ""
@@ -158,43 +159,36 @@ def read_data(config, tok, context):
     return *found, hashes
 
 
-def sample_items(model, tok, prompts, config, seed, n=1, first=0):
-    """([(Chat, number of its teacher)], samples, texts): the student's completions of (messages,
-    row).
-
-    first: the number of the first completion among those of all ranks, so that no two ranks draw
-    the same random numbers."""
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    conversations = [messages for messages, _ in prompts]
-    ids, samples, texts = sample_completions(model, tok, conversations, n=n, seed=seed, first=first, **sampling)
+def with_teachers(completions, config):
+    """[(Chat, number of its teacher)] of the student's completions."""
     n_teachers = len(config.teacher.split(","))
-    items = []
-    for s in samples:
-        number = teacher_number(prompts[s.prompt_index][1], n_teachers)
-        items.append((make_completion(ids[s.prompt_index], s.tokens, s.loss_mask), number))
-    return items, samples, texts
+    return [(c.chat, teacher_number(c.row[1], n_teachers)) for c in completions]
+
+
+def endings(completions):
+    """How many of the student's completions end, after how many tokens, over all ranks."""
+    samples = [c.sample for c in completions]
+    finished, tokens = sum(s.finished for s in samples), sum(len(s.tokens) for s in samples)
+    finished, tokens, n = reduce_sum(finished, tokens, len(samples))
+    return {"finished": finished / n, "completion_tokens": tokens / n}
 
 
 def validate(run, step, model, teachers, tok, val):
     """Log the KL per token on held-out prompts, always drawn with the same random numbers, and
     write a completion to samples.txt; with --offline on held-out conversations."""
-    config = run.config
-    begin, end = rank_span([1] * len(val), rank(), world_size())
-    metrics, items, text = {}, val[begin:end], ""
-    if not config.offline:
-        items, samples, texts = sample_items(model, tok, items, config, config.seed, first=begin)
-        finished, tokens, n = reduce_sum(
-            sum(s.finished for s in samples), sum(len(s.tokens) for s in samples), len(samples)
-        )
-        metrics = {"finished": finished / n, "completion_tokens": tokens / n}
-        text = f"{val[0][0][-1]['content']}\n--- completion:\n{texts[0] if texts else ''}"
+    config, metrics, text = run.config, {}, ""
+    if config.offline:
+        begin, end = rank_span([1] * len(val), rank(), world_size())
+        items = val[begin:end]
+    else:
+        completions = complete_rows(model, tok, val, 0, config)
+        items, metrics = with_teachers(completions, config), endings(completions)
+        text = f"{completions[0].row[0][-1]['content']}\n--- completion:\n{completions[0].text}" if completions else ""
     model.eval()
     with torch.no_grad():
         n_tokens = reduce_sum(count_trained(items))[0]
         kl = reduce_sum(run_batch(model, teachers, items, n_tokens, config))[0]
-    run.validated(step, {"val_loss": kl, **metrics})
-    if text:
-        run.sample(step, text)
+    run.validated(step, {"val_loss": kl, **metrics}, text)
 
 
 def count_trained(items):
@@ -229,52 +223,36 @@ def main(config):
 
     for step in run.steps():
         # 1. The student writes; or conversations that are there
-        batch = [train[i] for i in order.batch(config.prompts_per_step)]
-        begin, end = rank_span([1] * len(batch), rank(), world_size())
-        items, samples, log_only = batch[begin:end], [], {}
-        if not config.offline:
-            seed, n = config.seed * 1_000_003 + step, config.group_size
-            items, samples, _ = sample_items(model, tok, items, config, seed, n, begin * n)
+        batch, completions, metrics = [train[i] for i in order.batch(config.prompts_per_step)], [], {}
+        if config.offline:
+            begin, end = rank_span([1] * len(batch), rank(), world_size())
+            items = batch[begin:end]
+        else:
+            completions = complete_rows(model, tok, batch, step, config)
+            items, metrics = with_teachers(completions, config), endings(completions)
             run.time_phase("rollout")
         chats = [item for item, _ in items]
-        if samples and step == run.start + 1:  # what is sampled from is what is differentiated
-            limits = config.temperature, config.micro_batch_tokens
-            logp = logprobs_no_grad(model, chats, *limits)
-            log_only["sampler_gap"] = check_sampler_matches_trainer(model, chats, samples, logp, None, *limits, True)
+        if not config.offline and step == run.start + 1:  # what is sampled from is what is differentiated
+            logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
+            check_sampler_matches_trainer(model, completions, logp, ref_logp=None, config=config, repeat=True)
 
         # 2. The teachers say how every token is distributed; the student moves towards it
         model.train()
         n_tokens = reduce_sum(count_trained(items))[0]
         loss = run_batch(model, teachers, items, n_tokens, config)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=int(config.decay * steps))
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         (loss,) = reduce_sum(loss)
         run.require_finite(step, loss, [grad_norm], chats)
         run.time_phase("update")
 
         # 3. Log, validate, save
-        log_only |= {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        log_step(run, step, model, chats, samples, loss, log_only)
+        metrics |= {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
+        tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
+        run.log(step, model, [tokens / n] * int(n), loss=loss, **metrics)
         if run.eval_due(step):
             validate(run, step, model, teachers, tok, val[: config.eval_prompts])
         run.end_step(step, model, tok)
-
-
-def log_step(run, step, model, chats, samples, loss, log_only):
-    """Log a step: the KL per token, and how many of the student's completions end, after how many
-    tokens."""
-    passes = 1 + 1 / 3  # forward and backward of the student, forward of a teacher
-    if run.config.offline:
-        tokens = int(reduce_sum(sum(len(c.ids) for c in chats))[0])
-        run.log(
-            step, tokens, model.flops_per_token(tokens // run.config.prompts_per_step) * passes, log_only, loss=loss
-        )
-        return
-    finished, tokens, n = reduce_sum(
-        sum(s.finished for s in samples), sum(len(s.tokens) for s in samples), len(samples)
-    )
-    log_only |= {"finished": finished / n, "completion_tokens": tokens / n}
-    run.log_rollout(step, model, chats, passes, log_only, loss=loss)
 
 
 def check_memory(run, model, optimizer, teachers, tok, train):

@@ -3,7 +3,8 @@
     minimise  -mean log sigmoid(beta [logratio(chosen) - logratio(rejected)])
     with      logratio(y) = log pi(y | x) - log pi_ref(y | x)
 
-The reference is the model at the start, frozen; its log-probabilities are computed once. log pi
+The reference is the model at the start, or --reference, frozen; its log-probabilities are computed
+once. log pi
 sums over a completion's tokens, its end of turn included. --loss chooses among
 
     dpo       as above                               (Rafailov et al. 2023, arXiv 2305.18290)
@@ -56,7 +57,7 @@ class Config(RunConfig):
     beta: float = 0.0
     # checkpoint that the policy is held to; "": --init
     reference: str = ""
-    # cdpo: share of the labels to take for wrong [>= 0; <= 0.5]
+    # cdpo: assumed share of wrong labels [>= 0; <= 0.5]
     smoothing: float = 0.1
     # simpo: by how much the chosen side is to lead [>= 0]
     gamma: float = 0.0
@@ -76,7 +77,8 @@ class Config(RunConfig):
     steps: int = 0
     # pairs (kto: completions) per optimizer step, over all ranks [>= 1]
     batch_size: int = 64
-    # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2 [>= 0]
+    # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # longest prompt with completion in tokens, longer pairs are dropped; 0: the model's
     context: int = 0
@@ -111,14 +113,14 @@ def cdpo_loss(chosen, rejected, beta, label_probs=1.0, smoothing=0.1):
 
 
 def ipo_loss(chosen, rejected, beta, label_probs=1.0):
-    """(h - (p - 1/2) / beta)^2, h the difference of the logratios *per token* (so its authors, in
-    TRL): arXiv 2310.12036, eq. 17; with p = 1 the aim is 1/(2 beta)."""
+    """(h - (p - 1/2) / beta)^2, h the difference of the logratios *per token* (as its authors do
+    in TRL): arXiv 2310.12036, eq. 17; with p = 1 the aim is 1/(2 beta)."""
     return (chosen - rejected - (label_probs - 0.5) / beta) ** 2
 
 
 def simpo_loss(chosen, rejected, beta, label_probs=1.0, gamma=0.0):
     """-log sigmoid(beta (mean logp of the chosen - that of the rejected) - gamma): arXiv
-    2405.14734, eq. 6. A doubtful label counts for both orders."""
+    2405.14734, eq. 6. An uncertain label weights both orders."""
     h = beta * (chosen - rejected)
     return -label_probs * F.logsigmoid(h - gamma) - (1 - label_probs) * F.logsigmoid(-h - gamma)
 
@@ -295,8 +297,9 @@ def main(config):
     check_memory(run, model, optimizer, train)
     if config.compile:
         model.compile()
-    longer = -completion_lengths(train).diff().mean()
-    print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
+    if config.loss != "kto":
+        longer = -completion_lengths(train).diff().mean()
+        print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
     print0(f"{steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     saved = {"optimizer": optimizer, "order": order}
     run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)
@@ -307,7 +310,7 @@ def main(config):
         batch = order.epoch_batch(config.batch_size)
         items = [train[i] for i in batch]
         means = run_batch(model, items, label_probs[batch], ref_logps[batch], config)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, means["loss"], [grad_norm], sides)

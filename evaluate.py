@@ -270,7 +270,8 @@ def judge_figures(config, model, tok, examples):
         p = judge_score(model, tok, triples, principle, config.micro_batch_tokens)  # [n, 2]: A is better
         a_is_better = np.array([row["better"] == "A" for row in mine])
         name = principle.partition(":")[0].strip(".").lower()
-        figures[f"judge: {name}, both orders"] = mean_interval(agreement(p.mean(1) - 0.5, a_is_better), config.seed)
+        margins = np.round(p.mean(1) - 0.5, 12)  # orders that cancel are a tie, whatever their last bit
+        figures[f"judge: {name}, both orders"] = mean_interval(agreement(margins, a_is_better), config.seed)
         figures[f"judge: {name}, one order"] = mean_interval(agreement(p[:, 0] - 0.5, a_is_better), config.seed)
         bias.extend(position_bias(p))
     figures["judge: position bias"] = mean_interval(bias, config.seed)

@@ -57,21 +57,15 @@ DEFAULT_RECIPE |= {"kl": "none", "beta": 0.0, "refill": 0, "overlong": "none", "
 RECIPES = {  # what differs from the default
     "default": {},
     "deepseekmath": {"group_size": 64, "loss_aggregation": "sequence", "clip_high": 0.2, "kl": "k3", "beta": 0.04},
-    "r1": {
-        **{"group_size": 16, "loss_aggregation": "sequence", "clip_low": 10.0, "clip_high": 10.0, "kl": "k3"},
-        **{"beta": 0.001, "reference_every": 400, "minibatches": 16},
-    },
+    "r1": {"group_size": 16, "loss_aggregation": "sequence", "clip_low": 10.0, "clip_high": 10.0}
+    | {"kl": "k3", "beta": 0.001, "reference_every": 400, "minibatches": 16},
     "dr_grpo": {"advantage": "dr_grpo", "loss_aggregation": "constant", "clip_high": 0.2},
     "dapo": {"group_size": 16, "refill": 4, "overlong": "punish", "minibatches": 16},
     "cispo": {"group_size": 16, "policy_loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "minibatches": 16},
-    "gspo": {
-        **{"group_size": 16, "policy_loss": "gspo", "loss_aggregation": "sequence", "minibatches": 4},
-        **{"clip_low": 3e-4, "clip_high": 4e-4},
-    },
-    "v3.2": {
-        **{"group_size": 16, "advantage": "dr_grpo", "off_policy_mask": 0.5, "minibatches": 16},
-        **{"kl": "unbiased", "beta": 0.001},
-    },
+    "gspo": {"group_size": 16, "policy_loss": "gspo", "loss_aggregation": "sequence"}
+    | {"clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 4},
+    "v3.2": {"group_size": 16, "advantage": "dr_grpo", "off_policy_mask": 0.5}
+    | {"kl": "unbiased", "beta": 0.001, "minibatches": 16},
 }
 
 
@@ -301,7 +295,7 @@ def find_advantages(completions, config):
 UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
 
 
-def update_step(model, completions, n_tokens, n_completions, config):
+def add_gradients(model, completions, n_tokens, n_completions, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
     tokens in `n_completions` completions on all ranks. Returns {name: mean over all ranks}.
 
@@ -368,10 +362,10 @@ def main(config):
         _, ref_logp = read_logprobs(run, step, model, reference, trained, always=not single_update)
 
         # 4. Update: a few passes over these completions, in minibatches
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), int(config.decay * steps))
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=int(config.decay * steps))
         updates, grad_norm = [], torch.zeros(())
         for minibatch in minibatches(trained, n_prompts * config.group_size, step, config):
-            stats = update_step(model, *minibatch, config)
+            stats = add_gradients(model, *minibatch, config)
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
                 optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
                 break
@@ -379,7 +373,7 @@ def main(config):
             run.require_finite(step, stats["loss"], [grad_norm], chats)
             updates.append(stats)
         logp = get_per_token(model, trained, "old_logp")
-        gap = check_sampler_matches_trainer(model, trained, logp, None, config)
+        gap = check_sampler_matches_trainer(model, trained, logp, ref_logp=None, config=config)
         run.time_phase("update")
 
         # 5. Log, validate, save

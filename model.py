@@ -12,7 +12,8 @@ products run in bf16. A block hands its last addition on to the next norm, so th
 the norm after it are one pass over memory (`add_rms_norm`).
 
 Dimension letters, here and everywhere: N tokens in a pack, D documents, B rollout slots, T time,
-C width, H query heads, K key-value heads, Dh head width, V vocabulary, M tokens trained on.
+C width, H query heads, K key-value heads, Dh head width, V vocabulary, M tokens trained on,
+L layers, P pairs.
 """
 
 import copy
@@ -93,7 +94,7 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
 
 
 class Row(NamedTuple):
-    """What optimizer, checkpoint and export need to know of a parameter."""
+    """What optimizer, checkpoint and export need to know about a parameter."""
 
     rows: list  # rows of each matrix that is stacked in it
     hf_names: list  # their names in a Hugging Face checkpoint
@@ -319,7 +320,7 @@ class KVCache:
     """Keys and values of B slots of up to T tokens, k and v [L, B, T, K, Dh], and how many tokens
     each slot holds.
 
-    In memory a head's tokens lie one behind the other, so that a step's attention is a batched
+    In memory a head's tokens are contiguous, so that a step's attention is a batched
     product without copies."""
 
     def __init__(self, model, slots, length):
@@ -373,9 +374,9 @@ def hidden_before_targets(model, chats):
     The hidden state at index t - 1 predicts token t: a prompt's last token predicts the first of
     the completion. Only these rows reach the head; including prompts would make a DPO step 8 %
     slower if they were a quarter of the tokens. A prompt that several chats begin with is computed
-    once, but for attention."""
+    once, except in attention."""
     pack, targets = pack_chats(chats)
-    rows = (targets != IGNORE).nonzero()[:, 0]  # found before they go to the device, which need not be waited for
+    rows = (targets != IGNORE).nonzero()[:, 0]  # found on the CPU, which avoids a wait for the device
     targets, pack = targets[rows], share_prompts(pack, chats)
     if pack.rows is not None:
         rows = pack.rows[rows]

@@ -8,13 +8,17 @@ by steps that stay near the policy that sampled (Schulman et al. 2017, 1707.0634
     L = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
     ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
-1 roll out: the policy completes prompts. 2 score: the reward at the end-of-turn token, less a
-penalty if there is none. 3 advantages: each token's reward is -beta (log pi - log pi_ref), the last
-one's has the score on top; a critic V predicts what is still to come, and the advantage is what
-came beyond it (GAE). The KL has no gradient of its own: it acts through the advantages. V starts as
-the reward model, which knows at a completion's end the very score to predict. 4 update: both learn
-from these completions, a few times over, until the policy has moved too far from the one that
-sampled (--stop_kl). Sampler and trainer are the same distribution, and that is checked.
+1 roll out: the policy completes prompts. 2 score: the reward at the end-of-turn token, minus a
+penalty if the completion never ended. 3 advantages: each token's reward is -beta (log pi - log
+pi_ref), and the last token's also includes the score; a critic V predicts the rewards still to
+come, and the advantage is how far the outcome exceeds that (GAE). The KL has no gradient of its
+own: it acts through the advantages. V starts as the reward model, which already predicts the final
+score. 4 update: both learn from these completions, a few times over, until the policy has moved too
+far from the one that sampled (--stop_kl). Sampler and trainer are the same distribution, and that
+is checked.
+
+`center` is the mean score that a reward model was given at its training: it is subtracted from
+scores and from values, so that both are measured from the same zero.
 
 Left out: entropy bonus, PPO-ptx, a trunk shared by policy and critic, scaling of rewards.
 
@@ -46,7 +50,7 @@ from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
 class Config(RolloutConfig):
     # -- What you may set --
     prompts_per_step: int = 96
-    # rounds of sampling and updating; 0: as many as use each prompt once
+    # rounds of sampling and updating; 0: enough for one pass over the prompts
     steps: int = 0
     # KL coefficient: the price of moving away from the reference [>= 0]
     beta: float = 0.05
@@ -72,9 +76,9 @@ class Config(RolloutConfig):
     clip_ratio: float = 0.2
     # how far a value may move from its old one [> 0]
     clip_value: float = 0.2
-    # taken from the score of a completion without an end [>= 0]
+    # subtracted from the score of an unfinished completion [>= 0]
     unfinished_penalty: float = 1.0
-    # a reward model that ordered fewer of its held-out pairs right is refused [>= 0; <= 1]
+    # a reward model with a lower accuracy on held-out pairs is refused [>= 0; <= 1]
     min_accuracy: float = 0.55
     eval_every: int = 10
 
@@ -141,8 +145,8 @@ def whiten(x):
 
 
 def explained_variance(values, returns):
-    """The share of the returns' variance that the critic foresaw: 1 is all, 0 as a constant
-    would."""
+    """The share of the returns' variance that the critic predicted. 1: perfect; 0: no better than
+    a constant."""
     return 1 - mean_and_variance(returns - values)[1] / max(mean_and_variance(returns)[1], 1e-12)
 
 
@@ -190,7 +194,7 @@ def load_critic(run, policy, tok):
 UPDATE_STATS = ("loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
 
 
-def update_step(policy, critic, completions, n_tokens, config, center):
+def add_gradients(policy, critic, completions, n_tokens, config, center):
     """Add up the gradients of both losses over this rank's part of a minibatch of `n_tokens`
     completion tokens on all ranks. Returns {figure: mean over all ranks}."""
     policy.train()
@@ -257,7 +261,7 @@ def main(config):
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)
-        gap = check_sampler_matches_trainer(policy, completions, logp, None, config)
+        gap = check_sampler_matches_trainer(policy, completions, logp, ref_logp=None, config=config)
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
         rewarded = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
         advantages, returns = gae(rewarded, values, lengths, config.gamma, config.lam)
@@ -266,13 +270,13 @@ def main(config):
         run.time_phase("scoring")
 
         # 4. Update: a few passes over these completions, in minibatches
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         updates, max_ratio, norms = [], 0.0, torch.zeros(2)
         for minibatch, n_tokens, _ in minibatches(completions, config.completions_per_step, step, config):
-            stats = update_step(policy, critic, minibatch, n_tokens, config, center)
+            stats = add_gradients(policy, critic, minibatch, n_tokens, config, center)
             max_ratio = max(max_ratio, stats["max_ratio"])
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
-                optimizer.zero_grad()  # leave out this minibatch, and the rest: no step at all
+                optimizer.zero_grad()  # neither this minibatch nor the rest takes a step
                 critic_optimizer.zero_grad()
                 break
             norms = [o.step(lr_scale, config.max_grad_norm) for o in (optimizer, critic_optimizer)]
@@ -285,12 +289,13 @@ def main(config):
         metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
         metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
         metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
-        # Both models are trained on them, and read them five times without a gradient
+        # 2 models x --epochs forward and backward, and 5 forward passes: sampling, old_logp,
+        # ref_logp, reward, values
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
         beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):
-            judged = val, config, beta.value, config.unfinished_penalty
-            run.validated(step, *scoring.validate_policy(policy, reference, tok, rewards, *judged))
+            prices = {"kl_coef": beta.value, "penalty": config.unfinished_penalty}
+            run.validated(step, *scoring.validate_policy(policy, reference, tok, rewards, val, config, **prices))
         run.end_step(step, policy, tok, {"critic": critic}, critic_center=center)
 
 

@@ -56,7 +56,8 @@ class Config(RunConfig):
     steps: int = 0
     # pairs per optimizer step, over all ranks [>= 1]
     batch_size: int = 64
-    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5 [>= 0]
+    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # by how much the chosen completion's score is to lead (Llama 2, arXiv 2307.09288, eq. 2) [>= 0]
     margin: float = 0.0
@@ -174,7 +175,7 @@ def main(config):
         batch = order.epoch_batch(config.batch_size)
         items, regularisers = [train[i] for i in batch], (config.margin, config.smoothing)
         loss, margins = run_batch(model, items, label_probs[batch], config.micro_batch_tokens, *regularisers)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, loss, [grad_norm], sides)

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import ipaddress
 import secrets
+import shlex
 import socket
 import threading
 import time
@@ -205,8 +206,8 @@ class Server:
         newest = [row for kind in KINDS for row in list(journal.newest[kind])]
         newest.sort(key=lambda row: row.get("time") or 0, reverse=True)
         rates = await asyncio.to_thread(bradley_terry, dict(journal.matches), seed=0)
-        sharpen = f"python sharpen.py --init={config.model} --feedback={config.feedback}"
-        sharpen += f" --rounds={config.follow or 'out/rounds'}"
+        flags = [f"--init={config.model}", f"--feedback={config.feedback}", f"--rounds={config.follow or 'out/rounds'}"]
+        sharpen = shlex.join(["python", "sharpen.py", *flags])
         commands = [sharpen, f"{sharpen} --method=ppo"]
         shown = {"counts": dict(journal.counts), "win_rates": rates, "newest": newest[:20], "commands": commands}
         return JSONResponse(shown)

@@ -64,7 +64,8 @@ class Config(RunConfig):
     # longest conversation, in tokens; a longer one is cut after its last answer that fits; 0: the
     # model's
     context: int = 0
-    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5 [>= 0]
+    # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
+    # at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # drop bad lines of the data, and count them
     skip_bad: bool = False
@@ -193,7 +194,7 @@ def main(config):
             chats += corpus.piece_chats(streams, replay.batch(replayed))
         model.train()
         loss = mean_nll(model, chats, config.micro_batch_tokens)
-        lr_scale = wsd(step - 1, steps, int(config.warmup * steps), steps)
+        lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         run.require_finite(step, loss, [grad_norm], chats)
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}

@@ -38,7 +38,7 @@ class Config:
     # dpo: from the votes themselves; ppo: from a reward model of them [one of dpo, ppo]
     method: str = "dpo"
     # -- What you may set --
-    # further flags of dpo.py, in quotes: "--nll=0.2 --epochs=2"
+    # further flags of dpo.py, in quotes: "--nll=0.2 --epochs=2"; few votes need a --val_fraction
     dpo: str = ""
     # further flags of reward.py
     reward: str = ""

@@ -29,7 +29,7 @@ PRETRAIN, SFT, FAULTS = "tests/test_pretrain.py", "tests/test_sft.py", "tests/te
 SHARD, MEMORY, SECURITY = "tests/test_shard.py", "tests/test_memory.py", "tests/test_security.py"
 MODEL, HUB, OPTIM, CLI, RUN = (f"tests/test_{name}.py" for name in ("model", "hub", "optim", "cli", "run"))
 SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
-ROWS, BATCHES, KTO, FIGURES = (f"tests/test_{name}.py" for name in ("rows", "batches", "kto", "figures"))
+BATCHES, KTO, FIGURES = (f"tests/test_{name}.py" for name in ("batches", "kto", "figures"))
 FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files", "portable", "rlaif", "rollout"))
 PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
 REPORT = "tests/test_report.py"
@@ -155,10 +155,10 @@ MUTANTS = [
     (
         "early_stop_steps",
         "ppo.py",
-        "                optimizer.zero_grad()  # leave out",
+        "                optimizer.zero_grad()  # neither",
         "                for o in (optimizer, critic_optimizer):\n                    for p in "
         "o.named.values():\n                        p.grad = torch.zeros_like(p)\n               "
-        "     o.step(lr_scale)\n                optimizer.zero_grad()  # leave out",
+        "     o.step(lr_scale)\n                optimizer.zero_grad()  # neither",
         PPO,
     ),
     ("beta_adapted_away", "ppo.py", "kl / self.target - 1", "1 - kl / self.target", PPO),
@@ -191,8 +191,8 @@ MUTANTS = [
     (
         "clips_swapped",
         "grpo.py",
-        "ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high)",
-        "ratio.clamp(max(0.0, 1 - clip_high), 1 + clip_low)",
+        "clipped_ratio = ratio.clamp(max(0.0, 1 - clip_low), 1 + clip_high)",
+        "clipped_ratio = ratio.clamp(max(0.0, 1 - clip_high), 1 + clip_low)",
         GRPO,
     ),
     ("sequence_of_this_micro_batch", "grpo.py", "1 / (n_completions * length)", "1 / (len(lengths) * length)", GRPO),
@@ -244,8 +244,8 @@ MUTANTS = [
     (
         "grpo_ratio_to_itself",
         "grpo.py",
-        "ratio = torch.exp(logp - old_logp)",
-        "ratio = torch.exp(logp - logp.detach())",
+        "ratio = torch.exp(logp - old_logp)\n    clipped_ratio",
+        "ratio = torch.exp(logp - logp.detach())\n    clipped_ratio",
         GRPO,
     ),
     # DPO and the reward model
@@ -288,8 +288,8 @@ MUTANTS = [
     (
         "late_layer",
         "model.py",
-        "return attention(q, k, v, self.layout, attn.window)",
-        "return attention(q, k, v, self.layout, 0)",
+        "out = attention(q, k, v, self.layout, attn.window)",
+        "out = attention(q, k, v, self.layout, 0)",
         MODEL,
     ),
     (
@@ -899,11 +899,11 @@ MUTANTS = [
     (
         "no_fsync",
         "data/feedback.py",
-        "                left = left[os.write(file, left) :]\n            os.fsync(file)\n",
-        "                left = left[os.write(file, left) :]\n",
+        "                left = left[file.write(left) :]\n            os.fsync(file)\n",
+        "                left = left[file.write(left) :]\n",
         FEEDBACK,
     ),
-    ("half_line_left", "data/feedback.py", "            os.ftruncate(file, size)\n", "            pass\n", FEEDBACK),
+    ("half_line_left", "data/feedback.py", "            file.truncate(size)\n", "            pass\n", FEEDBACK),
     ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),

@@ -225,9 +225,7 @@ def dpo_contest(config):
     rows, _ = data_rows.read(config.data, data_rows.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
     pairs = [
-        r
-        for r in rows[: 4 * config.pairs]
-        if all(len(side.ids) <= config.context for side in chat.encode_pair(tok, r))
+        r for r in rows[: 4 * config.pairs] if all(len(side.ids) <= config.context for side in chat.encode_pair(tok, r))
     ][: config.pairs]
     shape = config_for(config.depth, tok.n_vocab, config.width, context=config.context)
     contenders = {"feinschliff": (our_dpo,), "TRL": (trl_dpo, False), "TRL, reference first": (trl_dpo, True)}

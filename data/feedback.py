@@ -158,7 +158,7 @@ class Journal:
             lock_file(self.folder / ".lock", folder)
         except UserError:
             raise UserError(f"--feedback={folder}: another server writes there; give each its own directory") from None
-        self.files = {kind: os.open(self.path(kind), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for kind in KINDS}
+        self.files = {kind: open(self.path(kind), "ab+", buffering=0) for kind in KINDS}
         for kind in KINDS:
             cut_torn_line(self.files[kind])
             for _, row in read_jsonl(self.path(kind)):
@@ -215,14 +215,14 @@ class Journal:
         if not new:
             return
         file = self.files[kind]
-        size = os.fstat(file).st_size
+        size = file.seek(0, os.SEEK_END)
         left = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
         try:
             while left:
-                left = left[os.write(file, left) :]
+                left = left[file.write(left) :]
             os.fsync(file)
         except OSError as e:
-            os.ftruncate(file, size)
+            file.truncate(size)
             for _, done in new.values():
                 done.set_exception(e)
             return
@@ -233,16 +233,16 @@ class Journal:
 
 def cut_torn_line(file):
     """Cut off what follows the last line end of an open file."""
-    size = position = os.fstat(file).st_size
+    size = position = file.seek(0, os.SEEK_END)
     while position:
-        start = max(0, position - 65536)
-        end = os.pread(file, position - start, start).rfind(b"\n") + 1
+        start = file.seek(max(0, position - 65536))
+        end = file.read(position - start).rfind(b"\n") + 1
         if end:
             position = start + end
             break
         position = start
     if position < size:
-        os.ftruncate(file, position)
+        file.truncate(position)
         os.fsync(file)
 
 

@@ -196,19 +196,19 @@ def encode_prompts(request, tok, context, is_chat_model):
     # More characters than this cannot fit, and need not be encoded to know it
     if len(json.dumps(request.prompts)) > 8 * context * max(map(len, tok._mergeable_ranks)) * len(request.prompts):
         raise Refusal(400, f"{field}: longer than the context of {context} tokens", field, "context_length_exceeded")
-    ends = {tok.eot}
     try:
         if request.is_chat:
-            ends.add(chat.end_of_turn(tok))
+            ends = {tok.eot} | chat.stop_ids(tok)
             prompts = [chat.encode_prompt(tok, messages) for messages in request.prompts]
         else:
-            prompts = [[tok.eot, *tok.encode_ordinary(text)] for text in request.prompts]
+            ends = {tok.eot, *tok.eos_ids}
+            prompts = [[tok.bos, *tok.encode_ordinary(text)] for text in request.prompts]
     except UserError as e:  # a character that this tokenizer does not have
         raise Refusal(400, f"{field}: {e}", field) from None
     if (most := max(map(len, prompts))) >= context:
         message = f"{field}: {most} tokens, but the model's context is {context} and an answer must fit in as well"
         raise Refusal(400, message, field, "context_length_exceeded")
-    return prompts, ends, set(tok._special_tokens.values()) if request.is_chat else ends
+    return prompts, ends, tok.special_ids if request.is_chat else ends
 
 
 # --------------------------------------------------------------------------------------------------

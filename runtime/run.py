@@ -47,6 +47,7 @@ from runtime.process import (
 )
 from runtime.shard import full_tensor, unsharded
 
+FITTED_WIDTH = 128  # of the models on which the default learning rates were found
 FORMAT = 2  # of what a run resumes from; the first version of Feinschliff wrote none
 # What log.jsonl has of a rollout's step and the terminal does not
 LOG_ONLY = {"finished", "completion_tokens", "entropy", "updates", "clip_fraction", "ratio", "max_ratio"}
@@ -113,8 +114,8 @@ class RolloutConfig(RunConfig):
     max_new_tokens: int = 256
     # KL per token to the policy that sampled, beyond which a step's updates end; 0: never [>= 0]
     stop_kl: float = 0.1
-    # peak learning rate of the policy's AdamW; 0: ppo 6e-4 (128 / width)^2, grpo half of that [>=
-    # 0]
+    # peak learning rate of the policy's AdamW; 0: ppo 6e-4 (128 / width)^2, grpo half of that,
+    # fitted on the embedded world at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # checkpoint the policy is held to; "": --init
     reference: str = ""
@@ -257,6 +258,11 @@ class Run:
         c = model.config
         shape = f"{c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
         print0(f"{event['parameters']:,} parameters: {shape}; on {event['hardware']}")
+        if self.stage != "pretrain" and not self.config.lr and model.config.width != FITTED_WIDTH:
+            print0(
+                f"--lr is left out: its default was fitted at width {FITTED_WIDTH} (1M parameters) and extrapolated to "
+                f"width {model.config.width}; try half and twice of it"
+            )
         if self.config.resume and not self.resumed:
             print0("no checkpoint is here yet: starting from the beginning")
         if self.resumed:

@@ -1,8 +1,6 @@
 """distill.py: the loss against fp64 on whole distributions, micro-batches, ranks and resume, two
 teachers, and a student that becomes its teacher."""
 
-import json
-
 import numpy as np
 import pytest
 import test_ppo
@@ -100,7 +98,7 @@ def test_a_student_becomes_its_teacher(train, flags, tmp_path):
     same = tmp_path / "same"
     succeeds(train(same, init=flags["teacher"], steps=1))
     (step,) = [r for r in records(same) if "loss" in r]
-    assert step["loss"] == 0 and step["grad_norm"] == 0 and step["sampler_gap"] < 1e-5
+    assert step["loss"] == 0 and step["grad_norm"] == 0
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -115,15 +113,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(train, tmp_path, offline):
     assert kill(child)[0] == -9
     assert "continuing after step 3" in succeeds(train(killed, resume=True, **flags))
     assert train_steps(killed) == list(range(1, 10))
-    # log_only of a process's first step: whether the sampler matches
-    without_gap(straight), without_gap(killed)
     assert_same(straight, killed, [3, 6, 9])
     assert "--direction=forward" in refused(train(killed, resume=True, **(flags | {"direction": "forward"})))
-
-
-def without_gap(run):
-    lines = [{k: v for k, v in r.items() if k != "sampler_gap"} for r in records(run)]
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def conversations(tmp_path, **more):
@@ -159,7 +150,7 @@ def test_refusals(train, files, make_model, tmp_path):
     assert "a reward model" in refused(train(tmp_path / "a", teacher=files / "rm"))
     from data import tokenizer
 
-    other = tokenizer.train(["some other words of another corpus " * 20], 300)
+    other = tokenizer.train(["some other words of another corpus " * 20], 284)
     save(make_model, tmp_path / "other", "sft", tok=other)
     assert "another tokenizer" in refused(train(tmp_path / "a", teacher=tmp_path / "other"))
 

@@ -93,8 +93,7 @@ def test_a_judge_that_always_says_a_is_all_position_bias(make_model):
     figures = evaluate.judge_figures(config, model, tok, examples)
     assert figures["judge: position bias"]["value"] == pytest.approx(1 / (1 + math.exp(-4)), rel=1e-4)
     assert figures["judge: be kind, one order"]["value"] == 0.75  # it is right wherever A is
-    both = figures["judge: be kind, both orders"]["value"]
-    assert both in (0.25, 0.75)  # they cancel: 0.5 to the last bit or next to it, the same for all
+    assert figures["judge: be kind, both orders"]["value"] == 0.5  # they cancel: it has no opinion
 
 
 def test_a_tokenizer_without_single_labels_is_refused(make_model):

@@ -213,7 +213,7 @@ def test_a_round_trains_on_the_new_votes_from_the_newest_model(tmp_path, fork, m
     write_rows(tmp_path / "feedback/pairs.jsonl", votes[:5])
     rounds = tmp_path / "rounds"
     flags = {"init": tmp_path / "sft", "feedback": tmp_path / "feedback", "rounds": rounds}
-    succeeds(start(fork, sharpen, dpo="--steps=2 --device=cpu", **flags))
+    succeeds(start(fork, sharpen, dpo="--steps=2 --device=cpu --val_fraction=0.5", **flags))
     first = newest_finished(rounds)
     assert first == rounds / "1/dpo/step_000002"
     status, output = start(fork, sharpen, **flags).wait()

@@ -421,7 +421,7 @@ def test_gradients_are_those_of_full_logits_for_any_split_and_order(files, aggre
         config = configure(micro_batch_tokens=micro_batch_tokens, **flags)
         order = random.permutation(len(chats)) if shuffled else range(len(chats))
         model.zero_grad()
-        stats = grpo.update_step(model, [completions[i] for i in order], n_tokens, n_completions, config)
+        stats = grpo.add_gradients(model, [completions[i] for i in order], n_tokens, n_completions, config)
         for p, g in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
         assert list(stats.values()) == pytest.approx([float(f.detach()) for f in figures], rel=1e-4)
@@ -436,7 +436,7 @@ def test_before_the_first_update_every_ratio_is_1(files, temperature, known):
     old_logp = {"old_logp": logp} if known else {}
     completions = trained_completions(chats, samples, np.ones(len(chats)), ref_logp=logp, **old_logp)
     config = configure(temperature=temperature, micro_batch_tokens=70, kl="k3", beta=0.5)
-    stats = grpo.update_step(model, completions, len(logp), len(chats), config)
+    stats = grpo.add_gradients(model, completions, len(logp), len(chats), config)
     assert stats["approx_kl"] == 0 == stats["clip_fraction"]
     assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["loss"] == pytest.approx(-1, abs=1e-6)
     assert torch.equal(get_per_token(model, completions, "old_logp"), logp)
@@ -453,7 +453,7 @@ def test_an_update_makes_the_better_completion_likelier_and_of_flipped_rewards_t
     before = completion_logprobs(model, chats).detach()
     for _ in range(24):
         logp = logprobs_no_grad(model, chats, 1.0, 10**6)
-        grpo.update_step(model, trained_completions(chats, [None, None], advantages, old_logp=logp), 7, 2, config)
+        grpo.add_gradients(model, trained_completions(chats, [None, None], advantages, old_logp=logp), 7, 2, config)
         optimizer.step(1.0, 1.0)
     change = (completion_logprobs(model, chats).detach() - before).split([4, 3])
     assert change[0].sum() * sign > 0.3 and change[1].sum() * sign < -0.3

@@ -379,7 +379,7 @@ def test_before_the_first_update_every_ratio_is_1_and_there_is_no_kl(make_model,
         assert 0 <= gap < 1e-5
         zero = torch.zeros_like(logp)
         per_token = {"old_logp": logp, "values": zero, "advantages": zero + 1, "returns": zero}
-        stats = ppo.update_step(
+        stats = ppo.add_gradients(
             model,
             critic,
             completions_of(chats, samples, **per_token),
@@ -456,7 +456,7 @@ def test_gradients_are_those_of_full_logits_however_the_answers_are_split_and_or
     completions = completions_of(chats, samples, **per_token)
     for order in (np.arange(len(chats)), random.permutation(len(chats))):
         model.zero_grad(), critic.zero_grad()
-        stats = ppo.update_step(model, critic, [completions[i] for i in order], 50, config, center)
+        stats = ppo.add_gradients(model, critic, [completions[i] for i in order], 50, config, center)
         for p, g in zip([*model.parameters(), *critic.parameters()], wanted):
             torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6 * g.abs().max().item() + 1e-9)
         d = ratio.detach().log()
@@ -482,7 +482,7 @@ def test_the_end_of_a_turn_is_learnt_as_any_other_token(make_model, sign):
     advantages = torch.zeros_like(logp).index_fill(0, ends, float(sign))
     zero = torch.zeros_like(logp)
     per_token = {"old_logp": logp, "values": zero, "advantages": advantages, "returns": zero}
-    ppo.update_step(model, critic, completions_of(chats, samples, **per_token), len(logp), configure(), 0.0)
+    ppo.add_gradients(model, critic, completions_of(chats, samples, **per_token), len(logp), configure(), 0.0)
     hidden = torch.cat([model(pack([c.ids]))[-2:-1] for c in chats]).detach()
     slope = hidden @ model.untied_head.grad[END]  # of the loss, along the logit of the end where an end was written
     assert (slope * sign < 0).all()

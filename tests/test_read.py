@@ -33,7 +33,7 @@ NAMES = ["a.jsonl", "a.json", "a.ndjson", "A.JSONL", "a.Json", "a.jsonl.gz", "a.
 
 def write(path, text):
     data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix.lower() == ".gz" else data)
     return str(path)
 
 
@@ -163,10 +163,11 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, capsys):
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\0\0", "packed by zstd, which is not read; unpack it"),
         ("a.jsonl", b"BZh91AY", "packed by bzip2"),
         ("a.txt", b"PK\x03\x04\0", "packed by zip"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 10_000)[:-12], "damaged gzip data"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 10_000, mtime=0)[:-12], "damaged gzip data"),
         ("a.txt", gzip.compress(os.urandom(9000).hex().encode())[:5000], "damaged gzip data"),
         ("a.txt.gz", gzip.compress("ok\nü".encode("latin-1")), "a.txt.gz:2: byte 3 of the file is not UTF-8"),
     ],
+    ids=["csv", "tsv", "zstd", "bzip2", "zip", "cut", "cut text", "latin-1"],  # xdist's workers must agree on them
 )
 def test_what_is_no_data_file_is_named(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)

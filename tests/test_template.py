@@ -515,7 +515,7 @@ def test_a_hostile_template_ends_in_one_line(source, tmp_path, monkeypatch):
     template.ask.cache_clear()
     Template("{{ 1 }}", "m/chat_template.jinja", ()).render([], False)  # the child is there
     child = template.children[os.getpid()]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, used = resource.getrusage(resource.RUSAGE_CHILDREN), seconds_of(child.pid)
     with pytest.raises(UserError, match=HOSTILE[source]) as e:
         Template(source, "m/chat_template.jinja", ()).render(exchange("hi"), False)
     line = str(e.value)
@@ -525,9 +525,15 @@ def test_a_hostile_template_ends_in_one_line(source, tmp_path, monkeypatch):
         assert int(peak[0].split()[1]) < 200 * 1024
     else:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime - used < 1
     assert Template("{{ 2 }}", "f", ()).render([], False) == "2"  # the next one is served
     assert not list(tmp_path.iterdir())
+
+
+def seconds_of(pid):
+    """How long a process has had the processor."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_long_conversation_is_not_hostile():

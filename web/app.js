@@ -341,7 +341,9 @@ onhashchange = begin
 document.addEventListener('keydown', e => {
   if (e.key === 'Escape') running?.abort()
   if (e.target.closest('textarea, input, select') || e.ctrlKey || e.metaKey || e.altKey) return
-  document.querySelector('.votes')?.children[Number(e.key) - 1]?.click()
+  const chosen = document.querySelector('.votes')?.children[Number(e.key) - 1]
+  if (chosen) e.preventDefault()  // the vote moves the focus, and the digit would be typed there
+  chosen?.click()
 })
 setInterval(() => {
   if (!document.hidden && !running && !onReport) loadModels().then(sendUnsent).catch(() => {})
