@@ -1,10 +1,13 @@
 """runtime/guard.py: what a user's reward does to the process is undone or one line, by the kind."""
 
+import gc
+import locale
 import os
 import random
 import signal
 import sys
 import time
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 
@@ -14,8 +17,9 @@ import torch
 
 from bench.child import Child
 from rollout import Sample
+from runtime import guard
 from runtime.errors import UserError
-from runtime.guard import KEPT, KEPT_BY_BATCH, random_states
+from runtime.guard import random_states
 from runtime.process import Stop
 from scoring import call_function, load_function, load_rewards, read_value, score_completions
 
@@ -168,11 +172,20 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_settings_are_as_before_after_a_call(tmp_path, change):
-    def settings():
-        return [sys.getrecursionlimit(), *(read() for read, _ in [*KEPT, *KEPT_BY_BATCH])]
+def settings():
+    """All that CHANGES change; not read from the guard's own list, which may lack one."""
+    handlers = [signal.getsignal(number) for number in (2, 14, 15, 17)]
+    timers = [signal.getitimer(which) for which in (signal.ITIMER_REAL, signal.ITIMER_PROF)]
+    python = [os.getcwd(), guard.umask(), dict(os.environ), list(warnings.filters), gc.isenabled()]
+    python += [locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile()]
+    numbers = [np.geterr(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()]
+    numbers += [torch.get_num_threads(), torch.get_float32_matmul_precision(), guard.deterministic()]
+    return [handlers, timers, signal.pthread_sigmask(signal.SIG_BLOCK, ()), python, numbers]
 
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_are_as_before_after_a_call(tmp_path, change, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     before, name = settings(), write_reward(tmp_path, f"{CHANGES[change]}\nreturn 2.0")
     assert score(name, n=2) == [2.0, 2.0] and settings() == before
     if change not in ("environment", "warnings", "no warnings", "device"):  # the others also after each call
@@ -195,10 +208,10 @@ def test_random_states_are_as_before_and_a_reward_draws_from_its_own(tmp_path):
 
 def test_an_import_changes_no_directory_but_what_it_sets_for_libraries_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("OF_A_LIBRARY", "0")
-    there = os.getcwd()
+    monkeypatch.chdir(tmp_path)
     head = "import os\nos.chdir('/')\nos.environ['OF_A_LIBRARY'] = '1'\nprint('loaded')\n" + HEAD
     assert score(write_reward(tmp_path, "return float(os.environ['OF_A_LIBRARY'])", head)) == [1.0]
-    assert os.getcwd() == there
+    assert os.getcwd() == str(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
