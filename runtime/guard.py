@@ -2,11 +2,8 @@
 
 `guard` surrounds the import of a reward's file and each call of its function, `guard_batch` the
 calls of a batch. What the code raises becomes a UserError; what it prints is marked; the settings
-of the process are as before. Measured on one core of an EPYC, with a prompt and a row to copy
-(`python -m bench.faults` has the cases):
-
-    guard and time_limit    75 us a call
-    guard_batch            500 us a batch
+of the process are as before. On a core of an EPYC a guarded call costs 0.13 ms (copies of prompt
+and row included), and a batch 0.3 ms more: sampling a completion takes longer.
 
 Out of reach: code that ends this process itself (os._exit, a crash in C). What was saved is
 complete then, and --resume continues from it.
@@ -24,7 +21,6 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -293,7 +289,7 @@ def guard(name):
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    with kept(KEPT), marked_output(f"[{Path(file).name}:{function}]"):
+    with kept(KEPT), marked_output(f"[{os.path.basename(file)}:{function}]"):
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, on_interrupt)
         try:
