@@ -347,6 +347,7 @@ def main(config):
     machine, total = describe(device), len(examples)
     record = open_output(config, {"stage": "rlaif", "config": vars(config), "data": data, **machine})
     print(f"{total:,} rows from {record['rows']:,}, {len(principles)} principles, on {machine['hardware']}", flush=True)
+    out = Path(config.out).absolute()
     stop, began = Stop(), time.perf_counter() - record["seconds"]
     for first in range(record["rows"], total, config.rows_per_write):
         batch = examples[first : first + config.rows_per_write]
@@ -355,7 +356,7 @@ def main(config):
         else:
             written, counts, values = revise_batch(config, policy, judge, principles, batch, first)
         record["seconds"] = seconds = round(time.perf_counter() - began, 3)
-        write_batch(config.out, record, written, len(batch), counts, values)
+        write_batch(out, record, written, len(batch), counts, values)
         done, counted = record["rows"], " | ".join(f"{name} {n:,}" for name, n in counts.items() if n)
         print(f"row {done:,}/{total:,} | {counted} | eta {clock_time(seconds / done * (total - done))}", flush=True)
         if stop.agreed() and done < total:

@@ -6,12 +6,10 @@ into a function(conversations, rows, samples, texts) -> float64 [n]: sample i an
 i, whose row of the data is rows[i], and says texts[i]. `score_completions` adds them up by weight.
 """
 
-import contextlib
+import copy
 import dataclasses
 import importlib.util
-import signal
 import sys
-import traceback
 from collections import defaultdict
 from pathlib import Path
 
@@ -28,8 +26,11 @@ from runtime import checkpoint
 from runtime.cli import print0
 from runtime.errors import UserError
 from runtime.files import sha256
+from runtime.guard import guard, guard_batch, own_random, time_limit
 from runtime.hub import config_from_hf
 from runtime.process import rank, reduce_sum, world_size
+
+LARGEST_REWARD = 1e30  # fp32, in which advantages are computed, ends at 3e38
 
 # -------------------------------------------------------------------------------------------------
 # Rewards of a command line
@@ -123,10 +124,10 @@ def score_batch(rewards, completions):
     total, parts = score_completions(rewards, rows, [c.sample for c in completions], [c.text for c in completions])
     for i, c in enumerate(completions):
         c.score, c.parts = total[i], {name: values[i] for name, values in parts.items()}
-        if abs(c.score) > 1e30:
+        if abs(c.score) > LARGEST_REWARD:
             raise UserError(
-                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than 1e30 cannot be learned from: "
-                "give the reward a smaller scale"
+                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than {LARGEST_REWARD:g} "
+                "cannot be learned from: give the reward a smaller scale"
             )
 
 
@@ -149,32 +150,52 @@ def function_reward(name, timeout):
     function = load_function(name)
 
     def reward(conversations, rows, samples, texts):
-        values = []
-        for messages, row, sample, text in zip(conversations, rows, samples, texts, strict=True):
-            try:
-                with time_limit(timeout):
-                    value = float(function(question(messages), text, row | {"finished": sample.finished}))
-            except Exception as e:
-                line = traceback.extract_tb(e.__traceback__)[-1]
-                raise UserError(
-                    f"--reward={name}: {type(e).__name__}: {e} ({line.filename}:{line.lineno}), "
-                    f"for the completion {text[:200]!r} and the row {str(row)[:200]}"
-                ) from None
-            if not np.isfinite(value):
-                raise UserError(
-                    f"--reward={name}: {value} for the completion {text[:200]!r}; a finite number was expected"
-                )
-            values.append(value)
-        return np.array(values)
+        rows = [row | {"finished": sample.finished} for row, sample in zip(rows, samples, strict=True)]
+        with guard_batch():
+            calls = zip(conversations, rows, texts, strict=True)
+            return np.array([call_function(name, function, timeout, *call) for call in calls])
 
     return reward
+
+
+def call_function(name, function, timeout, messages, row, text):
+    """What a user's function says of a completion, as a float; it gets copies, which it may change.
+
+    Raises UserError naming the reward, the completion and the row if it raises anything, takes
+    longer than `timeout` seconds, or returns what is no reward. See runtime/guard.py.
+    """
+    prompt, own_row = copy.deepcopy((question(messages), row))
+    try:
+        with guard(name), time_limit(timeout):
+            return read_value(function(prompt, text, own_row))
+    except UserError as e:
+        raise UserError(
+            f"--reward={name}: {e}, for the completion {text[:200]!r} and the row {str(row)[:200]}"
+        ) from None
+
+
+def read_value(value):
+    """A user's reward as a float: of a bool 0 or 1; of a tensor or array its only element.
+
+    Raises UserError if it is no number (text and None are none) or not finite, or exceeds 1e30.
+    """
+    number = value.item() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+    if not hasattr(type(number), "__float__"):
+        raise UserError(f"returned {repr(value)[:100]} of the type {type(value).__name__}; a number was expected")
+    number = float(number)
+    if not abs(number) <= LARGEST_REWARD:
+        raise UserError(
+            f"returned {number:.3g}; a finite number was expected, at most {LARGEST_REWARD:g} in size: more cannot be "
+            "learned from"
+        )
+    return number
 
 
 def load_function(name):
     """The function of FILE.py:FUNCTION.
 
     The file is run: it is the user's own code, with all the user's rights. Raises UserError if it
-    cannot be imported or has no such function.
+    cannot be imported, for which leaving the process counts, or has no such function.
     """
     file, _, function = name.rpartition(":")
     path = Path(file).resolve()
@@ -185,44 +206,15 @@ def load_function(name):
         module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
         sys.path.append(str(path.parent))  # it may import the files next to it
         try:
-            spec.loader.exec_module(module)
-        except Exception as e:
+            with own_random(), guard(name):
+                spec.loader.exec_module(module)
+        except UserError as e:
             del sys.modules[str(path)]
-            raise UserError(f"--reward={name}: {file} cannot be imported ({type(e).__name__}: {e})") from None
+            raise UserError(f"--reward={name}: {file} cannot be imported: {e}") from None
     found = vars(sys.modules[str(path)]).get(function)
     if not callable(found):
         raise UserError(f"--reward={name}: {file} has no function {function}")
     return found
-
-
-@contextlib.contextmanager
-def time_limit(seconds):
-    """Raises TimeoutError if the body takes longer, even if the body catches that.
-
-    By a signal, so in the main thread and on POSIX only; elsewhere there is no limit.
-    """
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    late = TimeoutError(f"took longer than {seconds:g} seconds")
-    expired = ended = False
-
-    def on_alarm(number, frame):
-        nonlocal expired
-        expired = True
-        if not ended:  # nothing may be raised between the end of the body and the end of the timer
-            raise late
-
-    before = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, for a body that catches the first
-    try:
-        yield
-    finally:
-        ended = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    if expired:
-        raise late
 
 
 # -------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ import safetensors.torch
 import torch
 
 import dpo
+import evaluate
 import grpo
 import ppo
 import pretrain
@@ -88,6 +89,9 @@ PPO = {"reward": "rewards.py:vowels,rm", "prompts_per_step": 6, "adaptive_kl": 0
 GRPO = {"reward": "rewards.py:vowels", "prompts_per_step": 3, "group_size": 3, "refill": 1, "kl": "k2", "beta": 0.1}
 RLAIF = {"device": "cpu", "policy": "sft", "judge": "base", "constitution": "constitution.txt"}
 RLAIF |= {"data": "prompts.jsonl", "rows_per_write": 1, "max_new_tokens": 30, "min_margin": 0}
+RLAIF |= {"reward": "rewards.py:vowels"}
+EVALUATE = {"device": "cpu", "model": "sft", "data": "prompts.jsonl", "reward": "rewards.py:vowels"}
+EVALUATE |= {"max_new_tokens": 8, "out": "run/run.json", "samples": "run/run.samples.jsonl"}
 CHATS = {"init": "base", "data": "chats.jsonl", "replay": "text.txt", "batch_tokens": 300, "max_new_tokens": 8}
 STAGES = {  # name: (script, flags)
     "pretrain": (pretrain, TRAINING | PRETRAINING),
@@ -97,24 +101,94 @@ STAGES = {  # name: (script, flags)
     "ppo": (ppo, TRAINING | RL | PPO),
     "grpo": (grpo, TRAINING | RL | GRPO | {"reference_every": 2}),
     "rlaif": (rlaif, RLAIF | {"out": "run/run.jsonl"}),
+    "evaluate": (evaluate, EVALUATE),
     "quickstart": (quickstart, {"fast": True, "out": "run"}),
 }
 REWARDS = """
+import gc
+import locale
+import os
+import random
+import signal
+import sys
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+
+
 def vowels(prompt, completion, row):
-    if Path("hang").exists():
-        try:
-            time.sleep(60)
-        except Exception:  # as careless rewards do
-            return 0.0
-    if Path("raise").exists():
+    for misdeed in (hang, exits, forks, mutates, moves, draws, signals, prints, settings):
+        if (HERE / misdeed.__name__).exists():
+            misdeed(prompt, row)
+    if (HERE / "raise").exists():
         raise ValueError("no such word")
-    if Path("nan").exists():
-        return float("nan")
-    value = sum(map(completion.count, "aeiou")) + len(completion) % 7 / 7
-    return value * 1e39 if Path("huge").exists() else value  # finite, but not where the advantages are computed
+    if (HERE / "value").exists():
+        return VALUES[(HERE / "value").read_text()]
+    return sum(map(completion.count, "aeiou")) + len(completion) % 7 / 7
+
+VALUES = {"nan": float("nan"), "-inf": float("-inf"), "1e+31": torch.tensor(1e31), "None": None, "'1.0'": "1.0"}
+
+def hang(prompt, row):
+    try:
+        time.sleep(60)
+    except Exception:  # as careless rewards do
+        pass
+
+def exits(prompt, row):
+    exec((HERE / "exits").read_text())
+
+def forks(prompt, row):
+    how = random.choice(["return", "raise ValueError", "exit(0)", "os._exit(0)", "os.kill(os.getpid(), 9)"])
+    pid = os.fork()
+    if pid == 0 and how != "return":
+        exec(how)
+    if pid:
+        os.waitpid(pid, 0)
+
+def mutates(prompt, row):
+    row["answer"] = row.pop("prompt", None)
+    row["finished"] = not row["finished"]
+    if isinstance(prompt, list):
+        prompt[-1]["content"] += "!"
+        prompt.append({"role": "user", "content": "?"})
+
+def moves(prompt, row):
+    os.chdir("/")
+    os.umask(0o777)
+
+def draws(prompt, row):
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.random(), np.random.rand(), torch.rand(3)
+
+def signals(prompt, row):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.alarm(1)
+
+def prints(prompt, row):
+    print("half a line", end="")
+    print("step 1/6 | reward 9", file=sys.stderr)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os.dup2(sys.stdout.fileno(), 1)
+    os.close(2)
+
+def settings(prompt, row):
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(3)
+    torch.use_deterministic_algorithms(False)
+    np.seterr(all="raise")
+    warnings.simplefilter("error")
+    sys.setrecursionlimit(200)
+    os.environ.update(RANK="1", WORLD_SIZE="2")
+    gc.disable()
 """
 
 
@@ -362,8 +436,14 @@ def results(run):
 def difference(row, ranks=1):
     """How a finished run differs from the straight one, in words; "" if in nothing."""
     ours, theirs = row.run, straight(row, ranks).run
-    if row.stage == "rlaif":
-        return "" if ours.read_bytes() == theirs.read_bytes() else "the rows differ"
+    if row.stage in ("rlaif", "evaluate"):
+        files = [
+            path.relative_to(theirs.parent) for path in theirs.parent.glob("run*.json*") if ".log." not in path.name
+        ]
+        differ = [
+            str(file) for file in files if (ours.parent / file).read_bytes() != (theirs.parent / file).read_bytes()
+        ]
+        return ", ".join(differ)
     if steps_in(ours)[-1:] == [] or steps_in(ours)[-1].name != steps_in(theirs)[-1].name:
         return "it did not reach the last step"
     found = ["log.jsonl"] if results(ours) != results(theirs) else []
@@ -664,45 +744,35 @@ def nan_weight(row, draw):
 
 def nan_batch(row, draw):
     """A batch whose loss or gradient is not finite ends the run before it moves a weight, and is
-    kept. Of a reward that is too large for the advantages' fp32; in the other stages of a learning
-    rate that blew the weights up at the step before."""
+    kept: of a learning rate that blew the weights up at the step before."""
     fresh(row)
-    if row.stage in ("ppo", "grpo"):
-        child, at = start(row), draw.choice([3, 5])  # no validation comes between this step and the next
-        until(child, lambda: progress(row) >= at)
-        (row.folder / "huge").touch()
-        child.send(signal.SIGCONT)
-    else:
-        child = start(row, save_every=0, eval_every=0, **too_high(row, draw.choice([1e30, 1e39])))
+    keep_on = {"stop_kl": 0} if row.stage in ("ppo", "grpo") else {}  # else the update before would end the step
+    child = start(row, save_every=0, eval_every=0, **too_high(row), **keep_on)
     status, output = child.wait(60)
     kept = list(row.run.glob("nonfinite_step_*.safetensors"))
     yield (
         "survived",
         status == 1
-        and "finite" in error_line(output)
+        and "its gradient is not finite" in error_line(output)
         and len(kept) == 1
         and len(safetensors.torch.load_file(kept[0])["tokens"]) > 0,
         output,
     )
     yield "nothing lost", not lost(row), lost(row)
-    if row.stage in ("ppo", "grpo"):
-        (row.folder / "huge").unlink()
-        yield from goes_on(row)
 
 
-def too_high(row, rate):
-    """Flags of a learning rate that blows the weights up in one step; at 1e39 they are no longer
-    finite."""
-    return {"lr": 1e30, "embed_lr": rate, "head_lr": rate} if row.stage == "pretrain" else {"lr": rate}
+TOO_HIGH = 1e29  # as a learning rate it blows the weights up in one step
+
+
+def too_high(row):
+    rates = ("lr", "embed_lr", "head_lr") if row.stage == "pretrain" else ("lr",)
+    return dict.fromkeys(rates, TOO_HIGH)
 
 
 def nan_save(row, draw):
     """Asked to leave after a step that made its weights not finite, a run does not save them."""
     fresh(row)
-    once = (
-        {"epochs": 1, "minibatches": 1} if row.stage in ("ppo", "grpo") else {}
-    )  # else the step's next update would notice
-    child = start(row, save_every=0, eval_every=0, **too_high(row, 1e39), **once)
+    child = start(row, save_every=0, eval_every=0, weight_decay=TOO_HIGH, **too_high(row))
     until(child, lambda: (row.run / "log.jsonl").exists())  # before its first step
     child.send(signal.SIGTERM, signal.SIGCONT)
     status, output = child.wait(60)
@@ -713,23 +783,28 @@ def nan_save(row, draw):
     yield "nothing lost", not steps_in(row.run), str(steps_in(row.run))
 
 
-def bad_reward(row, draw, what, said):
+def bad_reward(row, draw, what, said, text=""):
     """From some step on the reward function does this; with the function as it was the run goes
     on."""
     fresh(row)
-    child, at = start(row), draw.randint(2, STEPS - 2)
-    until(child, lambda: progress(row) >= at and not saving(row))
-    (row.folder / what).touch()
-    child.send(signal.SIGCONT)
+    if row.stage == "evaluate":
+        (row.folder / what).write_text(text)
+        child = start(row)
+    else:
+        child, at = start(row), draw.randint(2, STEPS - 2)
+        until(child, lambda: progress(row) >= at and not saving(row))
+        (row.folder / what).write_text(text)
+        child.send(signal.SIGCONT)
     status, output = child.wait(30)
-    line = error_line(output)
-    yield (
-        "survived",
-        status == 1 and all(x in line for x in ("--reward=rewards.py:vowels: ", said, "completion")),
-        output,
-    )
-    yield "nothing lost", not lost(row), lost(row)
+    named = ("--reward=rewards.py:vowels: ", said, "for the completion '", "and the row {'prompt': ")
+    yield "survived", status == 1 and all(x in error_line(output) for x in named), output
     (row.folder / what).unlink()
+    if row.stage == "evaluate":
+        yield "nothing lost", not row.run.exists(), "figures were written"
+        yield "survived", start(row).wait(60)[0] == 0, output
+        yield "exact", not difference(row), difference(row)
+        return
+    yield "nothing lost", not lost(row), lost(row)
     yield from goes_on(row)
 
 
@@ -742,7 +817,93 @@ def reward_raises(row, draw):
 
 
 def reward_nan(row, draw):
-    yield from bad_reward(row, draw, "nan", "nan for the completion")
+    """What it returns is no number that can be learned from."""
+    value = draw.choice(["nan", "-inf", "1e+31", "None", "'1.0'"])
+    yield from bad_reward(row, draw, "value", f"returned {value}", value)
+
+
+def reward_exits(row, draw):
+    """It ends the process in one of the ways that Python has, as a program of the model's may."""
+    ends = {
+        "exit()": "SystemExit: None",
+        "sys.exit(0)": "SystemExit: 0",
+        "raise KeyboardInterrupt": "KeyboardInterrupt",
+        "raise GeneratorExit": "GeneratorExit",
+        "exits(prompt, row)": "RecursionError",
+    }
+    end = draw.choice(list(ends))
+    yield from bad_reward(row, draw, "exits", ends[end], end)
+
+
+def harmless_reward(row, what):
+    """From the first step on the reward does what would change the run, which goes as the straight
+    one does. Yields what must be true of it, then its output."""
+    fresh(row)
+    (row.folder / what).write_text("")
+    patience = {"reward_timeout": 30} if row.stage in ("ppo", "grpo") else {}  # a fork takes 0.7 s on a busy machine
+    status, output = start(row, **patience).wait(60)
+    yield "survived", status == 0 and "Traceback" not in output, output
+    yield "nothing lost", not lost(row), lost(row)
+    yield "exact", not difference(row), difference(row)
+
+
+def reward_forks(row, draw):
+    """A child that it forks returns, raises, exits or is killed: it is no second run."""
+    yield from harmless_reward(row, "forks")
+    ends = (row.folder / "output1.txt").read_text().count(f"step {STEPS}/{STEPS} | reward")
+    yield "survived", ends == (row.stage in ("ppo", "grpo")), f"{ends} ends of a run"
+
+
+def reward_mutates(row, draw):
+    yield from harmless_reward(row, "mutates")
+
+
+def reward_moves(row, draw):
+    """It changes the working directory and who may read new files; --out is relative."""
+    yield from harmless_reward(row, "moves")
+    unreadable = [str(path) for path in row.run.parent.rglob("*") if path.is_file() and not path.stat().st_mode & 0o400]
+    yield "survived", not unreadable, str(unreadable)
+
+
+def reward_draws(row, draw):
+    yield from harmless_reward(row, "draws")
+
+
+def reward_signals(row, draw):
+    """It takes the signals for itself: a run can be asked to stop all the same."""
+    yield from harmless_reward(row, "signals")
+    if row.stage != "evaluate":
+        shutil.rmtree(row.folder), row.folder.mkdir()
+        fresh(row)
+        (row.folder / "signals").write_text("")
+        child, at = start(row), draw.randint(1, 3)
+        until(child, lambda: progress(row) >= at)
+        child.send(signal.SIGTERM, signal.SIGCONT)
+        status, output = child.wait(60)
+        yield "survived", status == 143 and "saved; rerun with --resume to continue" in output, output
+        yield from goes_on(row)
+
+
+def reward_prints(row, draw):
+    """It prints, and leads stdout and stderr elsewhere: the run's lines stay whole, its own are
+    marked."""
+    yield from harmless_reward(row, "prints")
+    lines = (row.folder / "output1.txt").read_text().splitlines()
+    theirs = [line for line in lines if "half a line" in line or "reward 9" in line]
+    mark = "[rewards.py:vowels] "
+    yield (
+        "survived",
+        theirs and {line.removeprefix(mark) for line in theirs} == {"half a line", "step 1/6 | reward 9"},
+        lines,
+    )
+    plain = (straight(row).folder / "output1.txt").read_text().splitlines()
+    ours = [line for line in lines if not line.startswith(mark)]
+    yield "survived", len(ours) == len(plain), f"{len(ours)} lines of ours, not {len(plain)}: {ours}"
+
+
+def reward_settings(row, draw):
+    """It changes settings of torch, numpy and Python for the whole process."""
+    yield from harmless_reward(row, "settings")
 
 
 PATIENCE = 20  # seconds within which a process whose peer was killed must have ended
@@ -927,6 +1088,8 @@ def typed_again(row, draw):
 FAULTS = (
     *(kill, sigterm, sigint, two_signals, full_disk, no_permission, truncated, flipped, missing, two_runs),
     *(changed_data, nan_weight, nan_batch, nan_save, reward_hangs, reward_raises, reward_nan),
+    *(reward_exits, reward_forks, reward_mutates, reward_moves),
+    *(reward_draws, reward_signals, reward_prints, reward_settings),
     *(rank_killed, rank_stopped, other_ranks, shard_killed, torchrun, typed_again),
 )
 FAULTS = {fault.__name__: fault for fault in FAULTS}
@@ -936,9 +1099,14 @@ def applies(stage, fault):
     if stage == "quickstart" or fault == "typed_again":
         return (stage, fault) == ("quickstart", "typed_again")
     if fault.startswith("reward_"):
-        return stage in ("ppo", "grpo")
+        # rlaif.py and evaluate.py have no --reward_timeout
+        return stage in ("ppo", "grpo") or stage in ("rlaif", "evaluate") and fault != "reward_hangs"
+    if stage == "evaluate":
+        return False
     if fault in ("torchrun", "rank_stopped"):  # what these look at is the same in every stage
         return stage == "sft"
+    if fault == "nan_save":  # made by --weight_decay
+        return stage in ("pretrain", "sft", "reward", "dpo")
     if fault == "shard_killed":
         return stage in ("pretrain", "sft")
     return stage != "rlaif" or fault not in (
@@ -947,7 +1115,6 @@ def applies(stage, fault):
         "rank_killed",
         "other_ranks",
         "nan_batch",
-        "nan_save",
     )
 
 

@@ -38,6 +38,7 @@ EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 TEMPLATES = "tests/test_template.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
 DISTILL, KL = "tests/test_distill.py", "tests/test_kl.py"
+GUARD = "tests/test_guard.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -348,7 +349,13 @@ MUTANTS = [
     ("lost_to_a_full_disk", "runtime/run.py", "if step == self.total_steps or self.stop.leaving:", "if True:", FAULTS),
     ("lost_to_other_data", "runtime/checkpoint.py", 'if info["data"].get(name) != digest:', "if False:", FAULTS),
     ("lost_to_nan", "runtime/run.py", "if not full_tensor(p.isfinite().all()):", "if False:", FAULTS),
-    ("lost_in_a_reward", "scoring.py", "    if expired:\n", "    if False:\n", FAULTS),
+    (
+        "lost_in_a_reward",
+        "runtime/guard.py",
+        "    if expired or time.monotonic() - began > seconds:\n",
+        "    if False:\n",
+        FAULTS,
+    ),
     ("old_run_continued", "runtime/run.py", 'if self.info.get("format") != FORMAT:', "if False:", RUN),
     ("renamed_flag_unsaid", "runtime/cli.py", "    if renamed:\n", "    if False:\n", CLI),
     ("range_unchecked", "runtime/cli.py", "if not COMPARE[sign](value, bound):", "if False:", CLI),
@@ -464,7 +471,7 @@ MUTANTS = [
     ),
     ("std_with_a_floor", "grpo.py", ".clamp(min=1e-300)", " + 1e-4", GRPO),
     ("rounding_teaches", "grpo.py", "known.setdefault((c.index", "known.setdefault((c.score, c.index", GRPO),
-    ("huge_rewards_taken", "scoring.py", "if abs(c.score) > 1e30:", "if False:", SCORING),
+    ("huge_rewards_taken", "scoring.py", "if abs(c.score) > LARGEST_REWARD:", "if False:", SCORING),
     ("standstill_unsaid", "runtime/run.py", "if self.idle_steps >= min(10, self.total_steps):", "if False:", RUN),
     ("standstill_forgotten_on_resume", "runtime/run.py", 'int(counters["idle_steps"])', "0", RUN),
     ("entropy_falls_unsaid", "runtime/run.py", 'if entropy < first["entropy"] / 10:', "if False:", RUN),
@@ -948,6 +955,72 @@ MUTANTS = [
         "(advantages >= 0) | (drift <= limit)",
         "(advantages < 0) | (drift <= limit)",
         GRPO,
+    ),
+    # A user's reward
+    (
+        "exit_ends_the_run",
+        "runtime/guard.py",
+        "        except BaseException as e:\n            error",
+        "        except Exception as e:\n            error",
+        GUARD,
+    ),
+    (
+        "reward_gets_the_data",
+        "scoring.py",
+        "copy.deepcopy((question(messages), row))",
+        "question(messages), row",
+        GUARD,
+    ),
+    (
+        "shallow_copies",
+        "scoring.py",
+        "copy.deepcopy((question(messages), row))",
+        "copy.copy(question(messages)), copy.copy(row)",
+        GUARD,
+    ),
+    ("directory_changed", "runtime/guard.py", "    (working_directory, set_working_directory),\n", "", f"{GUARD}"),
+    ("random_state_changed", "runtime/guard.py", "        set_random_states(before)\n\n\n", "\n\n", GUARD),
+    ("same_draws_in_every_batch", "runtime/guard.py", "        USERS_RANDOM[:] = random_states()\n", "", GUARD),
+    ("child_goes_on", "runtime/guard.py", "if os.getpid() != process:", "if False:", GUARD),
+    ("child_says_stop", "runtime/process.py", "if os.getpid() != self.process:", "if False:", GUARD),
+    ("ctrl_c_blamed_on_a_reward", "runtime/guard.py", "    if interrupts:\n", "    if False:\n", GUARD),
+    ("prints_unmarked", "runtime/guard.py", 'print(f"{self.mark} {line}", file', 'print(f"{line}", file', GUARD),
+    (
+        "half_line_of_a_reward",
+        "runtime/guard.py",
+        "        for stream in marked:\n            stream.end()\n",
+        "",
+        GUARD,
+    ),
+    ("stdout_led_elsewhere", "runtime/guard.py", "            os.dup2(copy, number)\n", "", GUARD),
+    (
+        "low_recursion_limit",
+        "runtime/guard.py",
+        "sys.setrecursionlimit(recursion_limit)  # first",
+        "pass  # first",
+        GUARD,
+    ),
+    (
+        "late_behind_its_own_alarm",
+        "runtime/guard.py",
+        "if expired or time.monotonic() - began > seconds:",
+        "if expired:",
+        GUARD,
+    ),
+    ("text_is_a_reward", "scoring.py", 'if not hasattr(type(number), "__float__"):', "if number is None:", GUARD),
+    (
+        "huge_reward_of_a_function",
+        "scoring.py",
+        "if not abs(number) <= LARGEST_REWARD:",
+        'if not abs(number) < float("inf"):',
+        GUARD,
+    ),
+    (
+        "exit_at_import",
+        "scoring.py",
+        "            with own_random(), guard(name):\n                spec",
+        "            with own_random():\n                spec",
+        GUARD,
     ),
 ]
 

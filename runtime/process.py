@@ -135,10 +135,15 @@ class Stop:
     def __init__(self):
         self.signal = 0  # the number of the signal that came
         self.leaving = False  # whether all ranks know
+        self.process = os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
+        if os.getpid() != self.process:  # a child that a reward forked ends as others do
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         name = signal.Signals(number).name  # os.write below: print may be what was interrupted
         if self.signal:
             os.write(2, f"\nleft at once on a second {name}; what was saved is complete\n".encode())

@@ -160,7 +160,7 @@ class Run:
             raise UserError(
                 f"--prompts_per_step={config.prompts_per_step}: fewer than there are ranks ({world_size()})"
             )
-        self.path = open_run(config.out, config.resume, config.overwrite)
+        self.path = open_run(config.out, config.resume, config.overwrite).absolute()
         self.stop = Stop()
         self.resumed = None  # the checkpoint that this run continues from
         if config.resume and checkpoint.steps_in(self.path):

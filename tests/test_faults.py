@@ -11,6 +11,12 @@ from bench import faults
 
 ELSEWHERE = ("torchrun", "typed_again")  # start many processes: only bench/faults.py runs them
 SHARED = ("sigint", "flipped", "missing")  # the same code in every stage: tested in the one with most to lose
+# The same guard in every stage (test_guard.py): tested where it is cheap, and in two that train
+USERS_REWARDS = {
+    *(("evaluate", f"reward_{what}") for what in ("exits", "moves", "prints")),
+    *(("grpo", f"reward_{what}") for what in ("hangs", "nan", "moves")),
+    *(("ppo", f"reward_{what}") for what in ("hangs", "raises", "exits")),
+}
 
 
 def rows():
@@ -18,6 +24,8 @@ def rows():
     for stage in faults.STAGES:
         for fault in faults.FAULTS:
             if not faults.applies(stage, fault) or fault in ELSEWHERE or (fault in SHARED and stage != "ppo"):
+                continue
+            if fault.startswith("reward_") and (stage, fault) not in USERS_REWARDS:
                 continue
             group = pytest.mark.xdist_group(f"faults {stage}")
             found.append(pytest.param(stage, fault, marks=group, id=f"{stage}-{fault}"))

@@ -18,6 +18,7 @@ from model import completion_logprobs, logprobs_no_grad
 from rollout import Completion, Sample, sample_completions
 from runtime import checkpoint
 from runtime.errors import UserError
+from runtime.guard import time_limit
 from scoring import (
     exact_match,
     judge_score,
@@ -29,7 +30,6 @@ from scoring import (
     reward_scores,
     score_batch,
     score_completions,
-    time_limit,
     validate_policy,
 )
 
@@ -150,15 +150,15 @@ def test_hashes_follow_what_rewards_are_made_of(functions, tmp_path, make_model)
 
 def test_a_file_that_breaks_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
-    with pytest.raises(UserError, match=r"broken.py cannot be imported \(ModuleNotFoundError"):
+    with pytest.raises(UserError, match=r"broken.py cannot be imported: ModuleNotFoundError.*broken.py:1\)"):
         load(f"{tmp_path}/broken.py:f")
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("bad", "nan for the completion 'A'"),
-        ("word", "ValueError: could not convert"),
+        ("bad", "returned nan; a finite number was expected.* and the row {"),
+        ("word", "returned 'good' of the type str; a number was expected"),
         ("slow", "TimeoutError: took longer than 0.2 seconds"),
     ],
 )

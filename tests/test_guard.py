@@ -1,0 +1,300 @@
+"""runtime/guard.py: what a user's reward does to the process is undone or one line, by the kind."""
+
+import gc
+import locale
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from bench.child import Child
+from rollout import Sample
+from runtime import guard
+from runtime.errors import UserError
+from runtime.guard import random_states
+from runtime.process import Stop
+from scoring import call_function, load_function, load_rewards, read_value, score_completions
+
+HEAD = (
+    "import gc, locale, os, random, signal, subprocess, sys, threading, time, warnings\nimport numpy as np\n"
+    "import torch\n\ndef reward(prompt, completion, row):\n"
+)
+
+
+def write_reward(folder, body, head=HEAD):
+    """FILE.py:reward, whose function has this body."""
+    (folder / "mine.py").write_text(head + "".join(f"    {line}\n" for line in body.splitlines()))
+    return f"{folder}/mine.py:reward"
+
+
+def score(name, timeout=5.0, n=1):
+    """What a reward says of n completions "A", "AA", ... to one prompt of three messages."""
+    rewards = load_rewards(name, torch.device("cpu"), 1000, timeout=timeout)
+    row = ([{"role": "user", "content": "q"}] * 3, {"id": 7, "tests": ["a", "b"]})
+    samples = [Sample(0, [65], [0.0], True) for _ in range(n)]
+    return score_completions(rewards, [row], samples, ["A" * (i + 1) for i in range(n)])[0].tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# What it raises
+
+
+@pytest.mark.parametrize(
+    "body, error",
+    [
+        ("exit()", "SystemExit: None"),
+        ("exec('exit()')", "SystemExit: None"),
+        ("sys.exit(0)", "SystemExit: 0"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("raise GeneratorExit", "GeneratorExit: "),
+        ("raise StopIteration(3)", "StopIteration: 3"),
+        ("return reward(prompt, completion, row)", "RecursionError: maximum recursion depth exceeded"),
+        ("sys.setrecursionlimit(60)\nreturn reward(prompt, completion, row)", "RecursionError: "),
+        ("assert False, 'no such word'", "AssertionError: no such word"),
+        ("class E(Exception):\n    def __str__(self): exit()\nraise E", "E, whose message cannot be shown"),
+        ("return float(input())", "EOFError: "),
+        ("signal.alarm(0)\ntime.sleep(0.2)\nreturn 1.0", "TimeoutError: took longer than 0.1 seconds"),
+        ("raise BrokenPipeError(32, 'gone')", "BrokenPipeError: "),
+    ],
+)
+def test_whatever_a_reward_raises_names_it_its_completion_and_its_row(tmp_path, body, error):
+    name, limit = write_reward(tmp_path, body), sys.getrecursionlimit()
+    with pytest.raises(UserError) as e:
+        score(name, timeout=0.1 if "alarm" in body else 5.0)
+    message = str(e.value)
+    assert message.startswith(f"--reward={name}: {error}") and (f"({tmp_path}/mine.py:" in message or "alarm" in body)
+    assert "for the completion 'A' and the row {'id': 7, " in message and sys.getrecursionlimit() == limit
+
+
+@pytest.mark.parametrize("body", ["exit()", "raise KeyboardInterrupt", "import nothing_of_this_name", "x = ("])
+def test_a_file_that_leaves_as_it_is_imported_is_named(tmp_path, body):
+    name = write_reward(tmp_path, "return 1.0", body + "\ndef reward(prompt, completion, row):\n")
+    with pytest.raises(UserError, match=f"--reward={name}: .*mine.py cannot be imported: [A-Z]"):
+        load_function(name)
+
+
+def test_ctrl_c_during_a_reward_stays_ctrl_c(tmp_path):
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for body in ("os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)", "os.kill(os.getpid(), signal.SIGINT)"):
+            caught = "\n".join(f"    {line}" for line in body.splitlines())
+            for code in (body, f"try:\n{caught}\nexcept BaseException: pass\nreturn 0.0"):
+                sys.modules.pop(f"{tmp_path}/mine.py", None)
+                with pytest.raises(KeyboardInterrupt):
+                    score(write_reward(tmp_path, code))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# Children
+
+
+@pytest.mark.parametrize(
+    "end", ["return 5.0", "raise ValueError('x')", "exit()", "os._exit(0)", "os.kill(os.getpid(), 9)", "sys.exit(3)"]
+)
+def test_a_child_that_a_reward_forks_is_no_second_run(tmp_path, end):
+    name = write_reward(
+        tmp_path,
+        f"pid = os.fork()\nif pid == 0:\n    {end}\nreturn float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))",
+    )
+
+    def run():
+        try:
+            value = score(name)
+        finally:
+            with open(tmp_path / "ends", "a") as file:
+                file.write("end\n")
+        print(value)
+
+    status, output = Child(tmp_path / "output", run).wait(20)
+    expected = {"raise": 1, "sys.e": 3, "os.ki": -9}.get(end[:5], 0)
+    assert (status, output.splitlines()[-1]) == (0, f"[{expected}.0]") and (tmp_path / "ends").read_text() == "end\n"
+    assert ("[mine.py:reward] a child process that it forked: ValueError: x" in output) == ("raise" in end)
+
+
+def test_a_child_of_a_run_can_be_terminated(tmp_path):
+    body = "pid = os.fork()\nif pid == 0:\n    time.sleep(9)\n    os._exit(0)\n"
+    body += "time.sleep(0.1)\nos.kill(pid, signal.SIGTERM)\n"  # Python forgets what comes during a fork
+    body += "return float(os.waitpid(pid, 0)[1])"
+    name = write_reward(tmp_path, body)
+
+    def run():
+        stop = Stop()
+        print(score(name), stop.signal)
+
+    assert Child(tmp_path / "output", run).wait(8) == (0, "[15.0] 0\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# What it changes
+
+
+def test_a_reward_gets_copies(tmp_path):
+    body = (
+        "seen = len(prompt) + 10 * len(row['tests']) + 100 * len(prompt[0])\nprompt.append(prompt[0])\n"
+        "prompt[0].clear()\nrow['tests'].pop()\nrow.clear()\nreturn seen"
+    )
+    assert score(write_reward(tmp_path, body), n=3) == [223.0] * 3
+
+
+CHANGES = {
+    "working directory": "os.chdir('/')",
+    "umask": "os.umask(0o777)",
+    "environment": "os.environ['HOME'] = 'x'; os.environ['NEW_NAME'] = '1'; os.environ.pop('PATH', 0)",
+    "warnings": "warnings.simplefilter('error')",
+    "no warnings": "warnings.resetwarnings()",
+    "locale": "locale.setlocale(locale.LC_ALL, 'C.UTF-8' if locale.setlocale(locale.LC_ALL) == 'C' else 'C')",
+    "garbage collector": "gc.disable()",
+    "numpy errors": "np.seterr(all='raise')",
+    "dtype": "torch.set_default_dtype(torch.float64)",
+    "device": "torch.set_default_device('meta')",
+    "grad mode": "torch.set_grad_enabled(not torch.is_grad_enabled())",
+    "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "determinism": "torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())",
+    "precision": "torch.set_float32_matmul_precision('medium')",
+    "recursion limit": "sys.setrecursionlimit(5000)",
+    "low recursion limit": "sys.setrecursionlimit(len(__import__('inspect').stack()) + 30)",
+    "handlers": "[signal.signal(n, signal.SIG_IGN) for n in (2, 14, 15, 17)]",
+    "blocked signals": "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
+    "alarm": "signal.alarm(1)",
+    "profiling timer": "signal.setitimer(signal.ITIMER_PROF, 30)",
+    "trace": "sys.settrace(print); sys.setprofile(None)",
+}
+
+
+def settings():
+    """All that CHANGES change; not read from the guard's own list, which may lack one."""
+    handlers = [signal.getsignal(number) for number in (2, 14, 15, 17)]
+    timers = [signal.getitimer(which) for which in (signal.ITIMER_REAL, signal.ITIMER_PROF)]
+    python = [os.getcwd(), guard.umask(), dict(os.environ), list(warnings.filters), gc.isenabled()]
+    python += [locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile()]
+    numbers = [np.geterr(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()]
+    numbers += [torch.get_num_threads(), torch.get_float32_matmul_precision(), guard.deterministic()]
+    return [handlers, timers, signal.pthread_sigmask(signal.SIG_BLOCK, ()), python, numbers]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_are_as_before_after_a_call(tmp_path, change, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, name = settings(), write_reward(tmp_path, f"{CHANGES[change]}\nreturn 2.0")
+    assert score(name, n=2) == [2.0, 2.0] and settings() == before
+    if change not in ("environment", "warnings", "no warnings", "device"):  # the others also after each call
+        call_function(name, load_function(name), 5.0, [{"content": "q"}], {}, "A")
+        assert settings() == before
+
+
+def test_random_states_are_as_before_and_a_reward_draws_from_its_own(tmp_path):
+    name = write_reward(tmp_path, "return random.random() + np.random.rand() + torch.rand(()).item()")
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random_states()
+    drawn = score(name, n=2) + score(name, n=2)
+    after = random_states()
+    assert len(set(drawn)) == 4 and before[0] == after[0] and torch.equal(before[2], after[2])
+    assert all(np.array_equal(x, y) for x, y in zip(before[1], after[1], strict=True))
+    sys.modules.pop(f"{tmp_path}/mine.py")
+    score(write_reward(tmp_path, "return 0.0", "import random, torch\nrandom.seed(3)\ntorch.manual_seed(3)\n" + HEAD))
+    assert before[0] == random.getstate() and torch.equal(before[2], torch.get_rng_state())
+
+
+def test_an_import_changes_no_directory_but_what_it_sets_for_libraries_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_A_LIBRARY", "0")
+    monkeypatch.chdir(tmp_path)
+    head = "import os\nos.chdir('/')\nos.environ['OF_A_LIBRARY'] = '1'\nprint('loaded')\n" + HEAD
+    assert score(write_reward(tmp_path, "return float(os.environ['OF_A_LIBRARY'])", head)) == [1.0]
+    assert os.getcwd() == str(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# What it prints
+
+
+def test_what_a_reward_prints_is_marked_and_ends_its_line(tmp_path, capsys):
+    body = (
+        "print('one\\ntwo')\nprint('three', end='')\nsys.stderr.write('10%\\r20%')\n"
+        "sys.stdout = sys.stderr = None\nreturn 1.0"
+    )
+    name = write_reward(tmp_path, body, "print('as it loads', end='')\n" + HEAD)
+    streams = sys.stdin, sys.stdout, sys.stderr
+    assert score(name, n=2) == [1.0, 1.0] and (sys.stdin, sys.stdout, sys.stderr) == streams
+    out, err = capsys.readouterr()
+    mark = "[mine.py:reward] "
+    assert out == f"{mark}as it loads\n" + f"{mark}one\n{mark}two\n{mark}three\n" * 2
+    assert err == f"{mark}10%\n{mark}20%\n" * 2
+
+
+def test_descriptors_that_a_reward_closes_or_leads_elsewhere_are_as_before(tmp_path):
+    for i, body in enumerate(("os.close(1)\nos.close(2)", "os.dup2(os.open(os.devnull, 1), 1)", "sys.stdout.close()")):
+        sys.modules.pop(f"{tmp_path}/mine.py", None)
+        name = write_reward(tmp_path, f"{body}\nreturn 1.0")
+        assert Child(tmp_path / f"{i}", lambda name=name: print(score(name, n=2))).wait(8) == (0, "[1.0, 1.0]\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# What it returns
+
+
+@pytest.mark.parametrize(
+    "value, number",
+    [
+        (True, 1.0),
+        (3, 3.0),
+        (np.bool_(False), 0.0),
+        (np.float32(0.5), 0.5),
+        (np.array([2]), 2.0),
+        (torch.tensor(0.25, dtype=torch.bfloat16, requires_grad=True), 0.25),
+        (torch.tensor([True]), 1.0),
+        (Decimal("0.5"), 0.5),
+        (Fraction(1, 4), 0.25),
+        (-1e30, -1e30),
+    ],
+)
+def test_numbers_of_every_library_are_rewards(value, number):
+    found = read_value(value)
+    assert found == number and type(found) is float
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (None, "returned None of the type NoneType; a number was expected"),
+        ("1.0", "returned '1.0' of the type str"),
+        (np.str_("1"), "of the type str_"),
+        (np.array("1"), "of the type ndarray"),
+        (b"1", "of the type bytes"),
+        ([1.0], "of the type list"),
+        (1j, "of the type complex"),
+        (torch.tensor(1j), "of the type Tensor"),
+        (float("nan"), "returned nan; a finite number was expected"),
+        (float("-inf"), "returned -inf"),
+        (torch.tensor(float("inf")), "returned inf"),
+        (-1.1e30, r"returned -1.1e\+30"),
+        (1e39, r"returned 1e\+39; .*at most 1e\+30"),
+    ],
+)
+def test_what_is_no_reward_is_refused_by_name(value, said):
+    with pytest.raises(UserError, match=said):
+        read_value(value)
+
+
+@pytest.mark.parametrize("value", ["torch.zeros(2)", "np.zeros(2)", "10**400"])
+def test_what_cannot_become_a_number_names_the_reward(tmp_path, value):
+    with pytest.raises(UserError, match=r"mine.py:reward: (RuntimeError|ValueError|OverflowError): .*'A'"):
+        score(write_reward(tmp_path, f"return {value}"))
+
+
+def test_a_guard_costs_little(tmp_path):
+    name = write_reward(tmp_path, "return 1.0")
+    score(name)
+    began = time.perf_counter()
+    score(name, n=500)
+    assert (time.perf_counter() - began) / 500 < 1e-3  # 1e-4 on an idle core
