@@ -50,7 +50,7 @@ ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (22
 # (kernel, architecture): most bytes of stack, a few of 255 registers. Smaller blocks cost more.
 SPILLS = {("dkdv_kernel", 80): 32}
 # They write a small part of what they read; the second one without gradients.
-SUMS = {"logprob_kernel", "cross_entropy_kernel", "combine_kernel"}
+SUMS = {"logprob_kernel", "cross_entropy_kernel", "kl_kernel", "combine_kernel"}
 # Their products have 16 rows. HGMMA and UTCHMMA begin at 64, so these use HMMA everywhere.
 SMALL_DOTS = {"decode_kernel"}
 
@@ -199,6 +199,8 @@ QUICK = {
     "linear_cross_entropy V=50304 alone",
     "linear_logprob V=50304",
     "linear_logprob V=50304 entropy",
+    "linear_kl V=50304 reverse",
+    "linear_kl V=50304 forward",
     "attention Dh=64 G=4 window=0",
     "attention Dh=64 G=1 window=256",
     "attention Dh=128 G=4 window=0",
