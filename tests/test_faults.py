@@ -10,7 +10,7 @@ import pytest
 from bench import faults
 
 ELSEWHERE = ("torchrun", "typed_again")  # start many processes: only bench/faults.py runs them
-# The same code in every stage (runtime/run.py, runtime/checkpoint.py): tested in the one with most to lose
+# The same code in every stage (runtime/run.py, checkpoint.py): tested in the one with most to lose
 SHARED = ("sigint", "two_signals", "flipped", "missing", "truncated", "no_permission", "two_runs")
 # The same guard in every stage (test_guard.py): tested where it is cheap, and in two that train
 USERS_REWARDS = {
