@@ -450,7 +450,7 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"data": data, "reward": f"judge:{sft}"}, "--best_of must be 2 or more"),
         ({"data": data, "reward": tmp_path / "absent"}, "absent: no checkpoint here"),
         ({"data": data, "reward": f"{tmp_path}/absent.py:reward"}, "absent.py does not exist"),
-        ({"data": data, "reward": f"{tmp_path}/broken.py:reward"}, "broken.py cannot be imported (SyntaxError"),
+        ({"data": data, "reward": f"{tmp_path}/broken.py:reward"}, "broken.py cannot be imported: SyntaxError"),
         ({"data": data, "reward": f"{tmp_path}/fine.py:other"}, "fine.py has no function other"),
         ({"choices": choices}, "have 101 tokens, the model's context 96"),
         ({"model": rm, "choices": choices}, "a reward model writes nothing"),
