@@ -118,13 +118,15 @@ def run_batch(model, teachers, items, n_tokens, config):
 # Teachers and data
 
 
+def teacher_names(config):
+    """The checkpoints of --teacher."""
+    return [name for name in config.teacher.split(",") if name]
+
+
 def load_teachers(config, model, tok):
     """The frozen teachers of --teacher. Raises UserError if one reads other tokens than the
     student."""
-    names = [name for name in config.teacher.split(",") if name]
-    if not names:
-        raise UserError("--teacher: name the checkpoint to learn from")
-    teachers = [load_matching(name, model, tok, f"--teacher={name}") for name in names]
+    teachers = [load_matching(name, model, tok, f"--teacher={name}") for name in teacher_names(config)]
     return [teacher.eval().requires_grad_(False) for teacher in teachers]
 
 
@@ -142,7 +144,7 @@ def teacher_number(row, n_teachers):
 def read_data(config, tok, context):
     """(train, val, hashes) of --data, as [(messages, row)], or of --offline, as [(Chat,
     number)]."""
-    n_teachers = len(config.teacher.split(","))
+    n_teachers = len(teacher_names(config))
 
     def parse(row):
         teacher_number(row, n_teachers)
@@ -161,7 +163,7 @@ def read_data(config, tok, context):
 
 def with_teachers(completions, config):
     """[(Chat, number of its teacher)] of the student's completions."""
-    n_teachers = len(config.teacher.split(","))
+    n_teachers = len(teacher_names(config))
     return [(c.chat, teacher_number(c.row[1], n_teachers)) for c in completions]
 
 
@@ -197,6 +199,8 @@ def count_trained(items):
 
 def check_flags(config):
     """Raises UserError for flags that do not go together."""
+    if not teacher_names(config):
+        raise UserError("--teacher: name the checkpoint to learn from")
     if bool(config.data) == bool(config.offline):
         raise UserError("--data and --offline: give prompts to sample from, or conversations to learn from")
     if config.prompts_per_step < world_size():
@@ -218,7 +222,7 @@ def main(config):
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, teachers, tok, train)
     print0(f"{len(train):,} rows, {len(teachers)} teachers; {steps} steps; peak lr {lr:.3g}")
-    hashes |= fingerprints(*config.teacher.split(","))
+    hashes |= fingerprints(*teacher_names(config))
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
     for step in run.steps():

@@ -76,7 +76,7 @@ class ModelThread(threading.Thread):
             if not served.sampler:
                 served.start(self.device, self.slots)
             requests = served.sampler.add(job.prompts, **job.options)
-        except Exception as e:  # out of memory, say: this job fails, the thread goes on
+        except Exception as e:  # out of memory, say: this job fails, the thread lives
             return self.loop.call_soon_threadsafe(hand_out, [(job, (0, [], [], e))])
         job.told = dict.fromkeys(requests, 0)
         served.writing |= {request: (job, i) for i, request in enumerate(requests)}

@@ -92,7 +92,7 @@ class Config:
 
 
 CRITIQUE = "Think of this principle: {principle}\nIn which ways does your last answer go against it?"
-REVISION = """Now write that answer anew, so that it keeps to the principle: {principle}
+REVISION = """Now rewrite that answer so that it follows the principle: {principle}
 Write the new answer and nothing else."""
 # Fields that a written row has in other words
 REPLACED = rows.FIELDS | set("reply_a reply_b better probability principle verdicts original critique".split())

@@ -279,7 +279,7 @@ class Sampler:
                 return self.tokens[slot, : request.drawn].tolist()
         return []
 
-    @torch.inference_mode()  # under no_grad small ops take half as long again
+    @torch.inference_mode()  # small ops take longer under no_grad
     def step(self):
         """Read waiting prompts, or else advance all live slots -> the Samples that are complete.
 

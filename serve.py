@@ -233,7 +233,7 @@ def follow(server, folder):
             try:
                 server.models = [load(newest), *server.models[1:]]
                 print0(f"{newest} answers from now on")
-            except Exception as e:  # damaged, say: what is served goes on
+            except Exception as e:  # damaged, say: the old one stays
                 print0(f"warning: {newest} is not served: {e}")
         time.sleep(FOLLOW_SECONDS)
 

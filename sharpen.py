@@ -1,4 +1,4 @@
-"""Sharpen a model with what people said of its answers, while serve.py goes on serving.
+"""Sharpen a model with what people said of its answers, while serve.py keeps serving.
 
     python serve.py --model=out/sft --feedback=out/feedback --follow=out/rounds
     python sharpen.py --init=out/sft --feedback=out/feedback --rounds=out/rounds

@@ -29,7 +29,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.world import final
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
 from runtime.files import replace_text
@@ -203,7 +202,7 @@ def right(prompt, completion, row):
     if not row.get("finished", True):
         return 0.0
     if row["family"] != "countdown":
-        return float(found == final(row["answer"]))
+        return float(found == result(row["answer"]))
     target, *numbers = re.findall(r"\d+", row["prompt"])
     used = re.findall(r"\d+", found)
     plain = "x" not in found and value(found) == int(target)

@@ -37,6 +37,13 @@ def wanted(ctx, grad_enabled):
     return [grad_enabled and need for need in ctx.needs_input_grad[:2]]
 
 
+def scaled_reference(ctx, grad):
+    """grad times the gradients of hidden and weight that the forward saved; None if not wanted."""
+    d_hidden, d_weight = ctx.saved_tensors
+    d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
+    return d_hidden, None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
+
+
 class LinearCrossEntropyReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_mb, grad_enabled):
@@ -66,10 +73,7 @@ class LinearCrossEntropyReference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
-        d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return *scaled_reference(ctx, grad), None, None, None
 
 
 class LinearLogprobReference(torch.autograd.Function):
@@ -386,6 +390,16 @@ def linear_logprob_backward(
     return d_hidden, d_weight
 
 
+def scaled(ctx, grad):
+    """`scaled_reference` of what a kernel made, which is empty if not wanted."""
+    d_hidden, d_weight = ctx.saved_tensors
+    want_hidden, want_weight = ctx.want
+    # As [1] instead of a scalar, grad stays fp32: 1 / count rounded to bf16 would be off by up
+    # to 0.4 %, for every token alike.
+    d_hidden = torch.mul(d_hidden, grad.view(1), out=torch.empty_like(d_hidden)) if want_hidden else None
+    return d_hidden, (d_weight * grad).to(ctx.weight_dtype) if want_weight else None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_mb, grad_enabled):
@@ -396,13 +410,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors
-        want_hidden, want_weight = ctx.want
-        # As [1] instead of a scalar, grad stays fp32: 1 / count rounded to bf16 would be off by up
-        # to 0.4 %, for every token alike.
-        d_hidden = torch.mul(d_hidden, grad.view(1), out=torch.empty_like(d_hidden)) if want_hidden else None
-        d_weight = (d_weight * grad).to(ctx.weight_dtype) if want_weight else None
-        return d_hidden, d_weight, None, None, None
+        return *scaled(ctx, grad), None, None, None
 
 
 class LinearLogprob(torch.autograd.Function):

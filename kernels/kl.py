@@ -24,6 +24,8 @@ from kernels.head import (
     gradients,
     logits_by_chunk,
     row_statistics,
+    scaled,
+    scaled_reference,
     wanted,
 )
 from kernels.linear import product
@@ -63,10 +65,7 @@ class LinearKLReference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
-        d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return *scaled_reference(ctx, grad), None, None, None, None, None, None
 
 
 def linear_kl_reference(hidden, weight, teacher_hidden, teacher_weight, *, reverse=True, temperature=1.0, chunk_mb=64):
@@ -176,12 +175,7 @@ class LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors
-        want_hidden, want_weight = ctx.want
-        # As [1] grad stays fp32, see LinearCrossEntropy
-        d_hidden = torch.mul(d_hidden, grad.view(1), out=torch.empty_like(d_hidden)) if want_hidden else None
-        d_weight = (d_weight * grad).to(ctx.weight_dtype) if want_weight else None
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return *scaled(ctx, grad), None, None, None, None, None, None
 
 
 def linear_kl(hidden, weight, teacher_hidden, teacher_weight, *, reverse=True, temperature=1.0, chunk_mb=None):

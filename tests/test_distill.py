@@ -155,6 +155,10 @@ def test_refusals(train, files, make_model, tmp_path):
     assert "another tokenizer" in refused(train(tmp_path / "a", teacher=tmp_path / "other"))
 
 
+def test_a_comma_after_one_teacher_names_no_second(train, flags, tmp_path):
+    succeeds(train(tmp_path / "run", teacher=f"{flags['teacher']},", steps=1))
+
+
 def test_a_student_may_be_of_another_shape(train, make_model, tmp_path):
     save(make_model, tmp_path / "small", "sft", seed=4, layers=1, width=8, heads=1, kv_heads=1)
     assert "memory:" in succeeds(train(tmp_path / "run", init=tmp_path / "small"))
