@@ -44,6 +44,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+import distill
 import dpo
 import evaluate
 import grpo
@@ -87,6 +88,8 @@ RL = {"init": "sft", "data": "prompts.jsonl", "max_new_tokens": 8, "eval_prompts
 RL |= {"reward_timeout": 0.5, "minibatches": 2}
 PPO = {"reward": "rewards.py:vowels,rm", "prompts_per_step": 6, "adaptive_kl": 0.1, "adaptive_kl_horizon": 50}
 GRPO = {"reward": "rewards.py:vowels", "prompts_per_step": 3, "group_size": 3, "refill": 1, "kl": "k2", "beta": 0.1}
+DISTILL = {"init": "sft", "teacher": "base", "data": "prompts.jsonl", "prompts_per_step": 6, "max_new_tokens": 8}
+DISTILL |= {"eval_prompts": 2, "val_fraction": 0.3}
 RLAIF = {"device": "cpu", "policy": "sft", "judge": "base", "constitution": "constitution.txt"}
 RLAIF |= {"data": "prompts.jsonl", "rows_per_write": 1, "max_new_tokens": 30, "min_margin": 0}
 RLAIF |= {"reward": "rewards.py:vowels"}
@@ -100,6 +103,7 @@ STAGES = {  # name: (script, flags)
     "dpo": (dpo, TRAINING | PAIRS),
     "ppo": (ppo, TRAINING | RL | PPO),
     "grpo": (grpo, TRAINING | RL | GRPO | {"reference_every": 2}),
+    "distill": (distill, TRAINING | DISTILL),
     "rlaif": (rlaif, RLAIF | {"out": "run/run.jsonl"}),
     "evaluate": (evaluate, EVALUATE),
     "quickstart": (quickstart, {"fast": True, "out": "run"}),
@@ -1107,6 +1111,8 @@ def applies(stage, fault):
         return stage == "sft"
     if fault == "nan_save":  # made by --weight_decay
         return stage in ("pretrain", "sft", "reward", "dpo")
+    if fault == "nan_batch" and stage == "distill":  # one update a rollout: the sampler refuses such weights first
+        return False
     if fault == "shard_killed":
         return stage in ("pretrain", "sft")
     return stage != "rlaif" or fault not in (
