@@ -42,8 +42,6 @@ class Config:
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False
-    # run nothing: make DIR/report.html of the runs and evaluations in --out
-    report_only: bool = False
     # when all is done, serve the result, to be talked to and voted on
     serve: bool = False
 
@@ -283,9 +281,6 @@ def main(config):
         raise UserError(f"run it from the repository's directory: cd {here}")
     out = Path(config.out)
     file = out / "report.json"
-    if config.report_only:
-        print(report.make(out, read_json(file) if file.exists() else {}))
-        return
 
     # 1. Run what has not run yet
     lock_file(out / ".lock", config.out)
@@ -305,7 +300,7 @@ def main(config):
     # 2. Measure, and write the report
     record |= {"figures": figures(out), "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
     write_json(file, record)
-    page = report.make(out, record)
+    page = report.make([out])
     print("\n" + table(table_lines(record["figures"])))
     seconds = sum(s["seconds"] for s in record["stages"])
     print(f"\n{clock_time(seconds)} in all; report: {page}; talk to it: python sample.py --model={out}/grpo")
