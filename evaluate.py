@@ -443,6 +443,7 @@ def main(config):
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
         write_json(config.out, result | {"figures": figures})
+        print(f"\n{config.out}: these figures as JSON")
 
 
 if __name__ == "__main__":

@@ -36,14 +36,16 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TR
 
 @dataclass
 class Config:
+    # -- What you may set --
     # directory of everything
     out: str = "out/quickstart"
+    # when all is done, serve the result, to be talked to and voted on
+    serve: bool = False
+    # -- What you will rarely set --
     # of the world, the weights and the samples
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False
-    # when all is done, serve the result, to be talked to and voted on
-    serve: bool = False
 
 
 SIZES = {  # {name: flags, and those of a fast run}
@@ -282,10 +284,11 @@ def main(config):
     out = Path(config.out)
     file = out / "report.json"
 
-    # 1. Run what has not run yet
+    # 1. Run what has not been run yet
     lock_file(out / ".lock", config.out)
-    record = read_json(file) if file.exists() else {"stages": []}
-    for stage, line in command_lines(config).items():
+    record, lines = read_json(file) if file.exists() else {"stages": []}, command_lines(config)
+    print(f"{len(lines)} commands, about ten minutes on two cores; run again, it continues where it was interrupted")
+    for stage, line in lines.items():
         words = shlex.split(line)
         command = shlex.join(["python", *words])
         done = {ran["stage"]: ran["command"] for ran in record["stages"]}

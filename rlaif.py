@@ -364,6 +364,8 @@ def main(config):
 
     # 3. What came of it
     print(f"\n{show_record(record)}\n\n{config.out}: {record['bytes']:,} bytes in {clock_time(record['seconds'])}")
+    script = "sft.py" if config.mode == "revise" else "dpo.py"
+    print(f"next: python {script} --init={config.policy or 'out/sft'} --data={config.out} --out=out/ai")
     if not record["bytes"]:
         print("warning: no row was written; a lower --min_margin or a larger --max_new_tokens keeps more")
 

@@ -88,7 +88,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     )
     check_page(
         (out / "report.html").read_text(),
-        ["grpo.py --init=", "Calibration", "best of 1, 2", "pretrain", "The same prompts"],
+        ["grpo.py --init=", "best: best of n by rm", "pretrain", "The same prompts", "right where it says"],
     )
     for run, parents in {
         "sft": ["pretrain"],
