@@ -42,7 +42,7 @@ class Config:
     # when all is done, serve the result, to be talked to and voted on
     serve: bool = False
     # -- What you will rarely set --
-    # of the world, the weights and the samples
+    # seed of the world, the weights and the samples
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False

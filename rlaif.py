@@ -74,9 +74,9 @@ class Config:
     reward: str = ""
     # rows of --data, at most; 0: all
     limit: int = 0
-    # leave bad lines of the data out, and count them
+    # leave out bad lines of the data, and count them
     skip_bad: bool = False
-    # of the completions and the random principles
+    # seed of the completions and of the random principles
     seed: int = 0
     # continue the file in --out, to the same bytes [may change on resume]
     resume: bool = False

@@ -76,7 +76,7 @@ class RunConfig:
     # more time, the same result [may change on resume]
     checkpoint_activations: bool = False
     # -- What you will rarely set --
-    # of everything random: the order of the data, what is held out, samples, fresh weights
+    # seed of everything random: the order of the data, what is held out, samples, fresh weights
     seed: int = 0
     # auto, cpu, cuda, cuda:1, mps [may change on resume]
     device: str = "auto"
@@ -133,7 +133,7 @@ class RolloutConfig(RunConfig):
     # drop bad lines of the data, and count them
     skip_bad: bool = False
     # -- What you will rarely set --
-    # of sampling, and so of every log-probability [> 0]
+    # temperature of sampling, and so of every log-probability [> 0]
     temperature: float = 1.0
     # seconds that a FUNCTION may take over one completion [> 0; may change on resume]
     reward_timeout: float = 60.0
