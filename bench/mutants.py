@@ -1016,6 +1016,10 @@ MUTANTS = [
         "            with own_random():\n                spec",
         GUARD,
     ),
+    ("validations_in_a_curve", "report.py", 'and ("val_loss" in r) == (y == "val_loss")', "", REPORT),
+    ("compared_runs_on_plots_of_their_own", "report.py", 'if run["title"] != name:', "if False:", REPORT),
+    ("comparison_over_the_report", "report.py", '"comparison.html" if', '"report.html" if', REPORT),
+    ("long_curve_whole", "report.py", "len(values), MAX_POINTS, dtype", "len(values), len(values), dtype", REPORT),
 ]
 
 
