@@ -44,7 +44,7 @@ SMALL = {
 def test_it_is_short_and_begins_with_a_command():
     assert len(README.split()) <= 1500
     assert len(README[: README.index("git clone")].split()) <= 60
-    assert README.index("git clone") < README.index("bash run.sh") < README.index("![")
+    assert README.index("<picture>") < README.index("git clone") < README.index("bash run.sh") < README.index("![")
 
 
 # --------------------------------------------------------------------------------------------------
