@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import quickstart_puzzles
 import report
 from data.read import read_json
 from figures import point_estimate
@@ -36,8 +37,11 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TR
 
 @dataclass
 class Config:
-    # directory of everything
-    out: str = "out/quickstart"
+    # shop: from text to a model that is kind and right; puzzles: to one that reasons, by checked
+    # rewards (quickstart_puzzles.py) [one of shop, puzzles]
+    world: str = "shop"
+    # directory of everything; "": out/quickstart, or out/puzzles
+    out: str = ""
     # of the world, the weights and the samples
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
@@ -234,6 +238,15 @@ def figures(out):
     return rows
 
 
+def puzzle_figures(out):
+    """The rows of the table of --world=puzzles."""
+    found = {name: read_json(out / f"{name}.json")["figures"] for name in quickstart_puzzles.MODELS}
+    rows = []
+    for stage, figure, before, after, bound, change in quickstart_puzzles.cells(found):
+        rows.append(row(stage, figure, look_up(before, found), look_up(after, found), bound, change))
+    return rows
+
+
 def look_up(cell, found):
     """The figure that a cell of the table names, or the number in it as one."""
     name, colon, figure = cell.partition(": ")
@@ -281,6 +294,10 @@ def main(config):
     here = Path(__file__).parent
     if Path.cwd() != here:
         raise UserError(f"run it from the repository's directory: cd {here}")
+    puzzles = config.world == "puzzles"
+    if puzzles and config.serve:
+        raise UserError("--serve: it needs --world=shop; python serve.py --model=out/puzzles/r1 serves a puzzler")
+    config.out = config.out or ("out/puzzles" if puzzles else "out/quickstart")
     out = Path(config.out)
     file = out / "report.json"
     if config.report_only:
@@ -290,7 +307,8 @@ def main(config):
     # 1. Run what has not run yet
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
-    for stage, line in command_lines(config).items():
+    lines = quickstart_puzzles.command_lines(config) if puzzles else command_lines(config)
+    for stage, line in lines.items():
         words = shlex.split(line)
         command = shlex.join(["python", *words])
         done = {ran["stage"]: ran["command"] for ran in record["stages"]}
@@ -303,12 +321,14 @@ def main(config):
         write_json(file, record)
 
     # 2. Measure, and write the report
-    record |= {"figures": figures(out), "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
+    found = puzzle_figures(out) if puzzles else figures(out)
+    record |= {"figures": found, "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
     write_json(file, record)
     page = report.make(out, record)
     print("\n" + table(table_lines(record["figures"])))
     seconds = sum(s["seconds"] for s in record["stages"])
-    print(f"\n{clock_time(seconds)} in all; report: {page}; talk to it: python sample.py --model={out}/grpo")
+    last = "r1" if puzzles else "grpo"
+    print(f"\n{clock_time(seconds)} in all; report: {page}; talk to it: python sample.py --model={out}/{last}")
     failed = [f"{f['stage']}: {f['figure']}" for f in record["figures"] if f["improved"] is False]
     if failed and not config.fast:
         raise UserError(f"no sure improvement, by its 95 % interval, of {'; '.join(failed)}")

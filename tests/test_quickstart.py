@@ -13,7 +13,9 @@ import pytest
 from runs import here, refused, start
 
 import quickstart
+import quickstart_puzzles
 import report as page_maker
+from data import puzzles
 from report import matplotlib
 from runtime import checkpoint, files
 from runtime.cli import check_ranges, parse_cli
@@ -113,8 +115,35 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
-def test_every_command_is_one_that_a_user_can_type():
-    for stage, line in quickstart.command_lines(quickstart.Config(out="out/a b")).items():
+@pytest.mark.xdist_group("quickstart")
+def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
+    out = tmp_path / "puzzles"
+    here(quickstart.main, quickstart.Config(world="puzzles", out=str(out), fast=True))
+    report = json.loads((out / "report.json").read_text())
+    figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
+    for stage, (before, after) in quickstart_puzzles.COMPARED.items():
+        for side, model in (("before", before), ("after", after)):
+            measured = json.loads((out / f"{model}.json").read_text())["figures"]
+            assert figures[stage, "right, pass@1"][side] == measured[quickstart_puzzles.PASS_1]
+            assert figures[stage, "tokens per answer"][side] == measured["tokens per sample"]
+    assert {f"right, pass@1, family {name}" for name in puzzles.FAMILIES} <= {name for _, name in figures}
+    lineage = {"r1": ["pretrain", "sft"], "distilled": ["pretrain", "sft"], "first": ["pretrain", "sft"]}
+    for run, parents in lineage.items():
+        info = json.loads((checkpoint.find(out / run) / checkpoint.INFO).read_text())
+        assert [p["stage"] for p in info["lineage"]] == parents
+    kept = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
+    assert kept and all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in kept)
+    check_page((out / "report.html").read_text(), ["distill.py --init=", "zero: reward", "pass@8 before"])
+
+
+def test_puzzles_are_not_served(tmp_path):
+    with pytest.raises(UserError, match="--serve: it needs --world=shop"):
+        here(quickstart.main, quickstart.Config(world="puzzles", serve=True, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("commands", [quickstart.command_lines, quickstart_puzzles.command_lines])
+def test_every_command_is_one_that_a_user_can_type(commands):
+    for stage, line in commands(quickstart.Config(out="out/a b")).items():
         words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
         assert stage == "sample" or any("out/a b" in word for word in words)
