@@ -36,8 +36,8 @@ SIZES = {  # {name: flags, and those of a fast run}
 MODELS = ("start", "zero", "cold", "first", "refined", "r1", "small_start", "small_rl", "distilled")
 
 
-def command_lines(config):
-    """{stage: its command}, in order."""
+def commands(config):
+    """The lines "stage: its command", in three lanes with a blank line between."""
     out, seed = shlex.quote(config.out), f"--seed={config.seed}"
     size = {name: flags[config.fast] for name, flags in SIZES.items()}
     world = f"{out}/world"
@@ -52,7 +52,7 @@ def command_lines(config):
         f"--out={out}/{name}.json"
         for name in MODELS
     }
-    text = f"""
+    return f"""
         world: -m data.puzzles --out={world} {size["few"]} {seed}
         tokenizer: -m data.tokenizer --data={world}/pretrain.jsonl --vocab_size=327 --out={out}/tokenizer
         base: pretrain.py {pretraining} --depth=3 --width=96 --out={out}/base
@@ -81,8 +81,6 @@ def command_lines(config):
         {measure["small_start"]}
         {measure["small_rl"]}
     """
-    lines = filter(None, map(str.strip, text.splitlines()))
-    return dict(line.split(": ", 1) for line in lines)
 
 
 PASS_1, PASS_8 = (f"problems right, pass@{k} of 8 samples" for k in (1, 8))
