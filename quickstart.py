@@ -358,14 +358,18 @@ def table_lines(rows):
 
 
 def outside(rows, ranges):
-    """A line for each figure that lies outside the range of other seeds, threads and machines."""
+    """A line for each figure that lies outside the range of other seeds, threads and machines; none
+    for figures without a range."""
+    values = {f"{f['stage']} | {f['figure']}": f["after"]["value"] for f in rows}
+    known = values.keys() & ranges.keys()
     lines = []
-    for f in rows:
-        name, value = f"{f['stage']} | {f['figure']}", f["after"]["value"]
-        low, high = ranges.get(name, (value, value))
-        if not low <= value <= high:
-            lines.append(f"outside its range: {name}: {value:.3g}, elsewhere {low:.3g} to {high:.3g}")
-    return lines or ["no figure lies outside the range that other seeds, threads and machines gave"]
+    for name in values:
+        if name in known and not ranges[name][0] <= values[name] <= ranges[name][1]:
+            low, high = ranges[name]
+            lines.append(f"outside its range: {name}: {values[name]:.3g}, elsewhere {low:.3g} to {high:.3g}")
+    if known and not lines:
+        lines.append(f"all {len(known)} figures that were measured elsewhere lie within their ranges")
+    return lines
 
 
 def product_seconds():

@@ -228,8 +228,9 @@ def test_what_lies_outside_its_range_is_named():
     rows = [quickstart.row("ppo", name, {}, {"value": value}) for name, value in (("a", 0.5), ("b", 0.7), ("c", 9))]
     (line,) = quickstart.outside(rows, {"ppo | a": [0.4, 0.5], "ppo | b": [0.4, 0.65]})
     assert line == "outside its range: ppo | b: 0.7, elsewhere 0.4 to 0.65"
-    (line,) = quickstart.outside(rows, {})
-    assert line.startswith("no figure lies outside")
+    (line,) = quickstart.outside(rows, {"ppo | a": [0.4, 0.5], "ppo | b": [0.4, 0.7]})
+    assert line == "all 2 figures that were measured elsewhere lie within their ranges"
+    assert quickstart.outside(rows, {}) == []
 
 
 def test_two_quick_starts_do_not_share_a_directory(fork, tmp_path):
