@@ -76,7 +76,7 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
     Raises UserError if the heads do not fit.
     """
     width = width or 64 * depth
-    head_dim = 32 if width < 256 else 64 if width < 1024 else 128
+    head_dim = 32 if width < 256 else 64 if width < 768 else 128  # wider heads fill tensor cores better
     if heads:
         head_dim = width // heads
     heads = heads or -(-width // head_dim)

@@ -213,8 +213,11 @@ def own_kernel(op, args, given, made):
         op.part, op.least = "decode_attention", DECODE
     elif op.name.startswith("linear_cross_entropy"):
         op.part = "head"
-    elif op.name.startswith(("draw", "record")):
-        op.part = "drawing"
+    elif op.name == "draw":  # the logits once, or twice if they are cut
+        op.part, cut = "drawing", args[6]
+        op.bytes = nbytes(given[:1]) * (2 if cut else 1)
+    elif op.name == "record_draw":
+        op.part, op.bytes = "drawing", nbytes(given[:3])
 
 
 @contextlib.contextmanager
@@ -373,7 +376,7 @@ def record_decode(shape, slots, **settings):
             p.data = p.data.to(torch.bfloat16) if p.dim() > 1 else p.data
         sampler = rollout.Sampler(model, slots, 1024)
         recorder.ops.clear()
-        with torch.inference_mode():
+        with torch.inference_mode(), rollout.unsorted_writes():
             sampler.step_slots(slots)
     return recorder.ops, model
 

@@ -100,7 +100,7 @@ def prove(device):
     """
     if _lib.MODE == "0" or device.type != "cuda":
         return {}
-    for module in ("act", "attention", "decode", "head", "kl", "norm", "rope"):
+    for module in ("act", "attention", "decode", "draw", "head", "kl", "norm", "rope"):
         __import__(f"kernels.{module}")  # each adds its proofs
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / f"feinschliff/kernels-{proof_key(device)}.json"
