@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_leaves
 import rollout
 from data.pack import IGNORE, next_tokens, pack
 from kernels import _lib
-from kernels.head import linear_cross_entropy
 from model import GPT, GPTConfig, config_for
 from optim import Optimizer
+from pretrain import nll_sum
 from runtime.cli import check_ranges
 from runtime.errors import UserError
 from runtime.memory import Meter, head_scratch
@@ -161,7 +161,7 @@ def describe(name, func, args, kwargs, given, made):
     if name in ("embedding", "index", "gather", "index_select"):
         op.bytes = 2 * nbytes(made) + nbytes(read[1:])
     if name in ("_to_copy", "copy_") and any(x.device.type == "cpu" and x.dim() for x in given):
-        op.part, op.wait = "copies the host waits for", not kwargs.get("non_blocking", len(args) > 2 and args[2])
+        op.part, op.wait = "copies from the host", not kwargs.get("non_blocking", len(args) > 2 and args[2])
     if name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"):
         product(op, name, [x for x in given if x.dim() >= 2], made[0])
     if name in ("softmax", "_softmax"):
@@ -198,6 +198,12 @@ def own_kernel(op, args, given, made):
         op.part, op.launches = "norms", 2 if "backward" in op.name else 1
     elif op.name.startswith("swiglu"):
         op.part = "swiglu"
+    elif op.name == "rotate_queries_and_keys":  # the values are neither read nor written
+        op.part, op.bytes = "qk-norm and rope", 2 * nbytes(made) + nbytes(given[1:])
+    elif op.name == "rotate_back":  # in place; the values' gradients stay as they are
+        op.part, op.launches = "qk-norm and rope", 3
+        heads, total = args[6], given[0].shape[1]
+        op.bytes = 3 * nbytes(given[:1]) * (total + heads) // 2 // total + nbytes(given[2:])
     elif op.name.startswith("qk_norm_rope"):
         op.part, op.launches = "qk-norm and rope", 3 if "backward" in op.name else 1
         if "backward" in op.name:  # values are rotated by nothing: their inputs are not read
@@ -227,7 +233,12 @@ def recorded():
     def fp32_logits(model, hidden):
         return torch.ops.aten.mm.dtype(hidden, model.head.T.to(hidden.dtype), torch.float32)
 
+    def pinned_copy(x, device):
+        return x.to(device, non_blocking=True)
+
     with (
+        mock.patch("data.pack.to_device", pinned_copy),
+        mock.patch("pretrain.to_device", pinned_copy),
         mock.patch.object(_lib, "MODE", "interpret"),
         mock.patch.object(GPT, "compute_dtype", torch.bfloat16),
         mock.patch.object(rollout, "logits_of", fp32_logits),
@@ -314,7 +325,7 @@ def record_training(config, tokens):
         with torch.device("cpu"):
             p = pack([[1] * config.context] * documents)
             targets = next_tokens(p, IGNORE)
-        loss = linear_cross_entropy(model(p.to("meta")), model.head, targets.to("meta"))
+        loss = nll_sum(model, p, targets)
         (loss / config.batch_tokens).backward()
         micro = list(recorder.ops)
         del loss
