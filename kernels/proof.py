@@ -102,7 +102,7 @@ def prove(device):
     """
     if _lib.MODE == "0" or device.type != "cuda":
         return {}
-    for module in ("act", "attention", "decode", "head", "kl", "norm", "rope"):
+    for module in ("act", "attention", "decode", "draw", "head", "kl", "norm", "rope"):
         __import__(f"kernels.{module}")  # each adds its proofs
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
