@@ -147,7 +147,7 @@ def test_the_server_starts(root, fork, monkeypatch):
 
 def test_the_benches_that_are_named_exist():
     named = {words[1] for line in commands() if (words := shlex.split(line)[1:])[0] == "-m"}
-    assert named == {"bench.world", "bench.house"}
+    assert named == {"bench.house"}
     for name in named:
         assert (ROOT / f"{name.replace('.', '/')}.py").exists()
 
