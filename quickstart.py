@@ -54,8 +54,6 @@ class Config:
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False
-    # run nothing: make DIR/report.html of the runs and evaluations in --out
-    report_only: bool = False
     # when all is done, serve the result, to be talked to and voted on
     serve: bool = False
 
@@ -394,9 +392,6 @@ def main(config):
     config.out = config.out or ("out/puzzles" if puzzles else "out/quickstart")
     out = Path(config.out)
     file = out / "report.json"
-    if config.report_only:
-        print(report.make(out, read_json(file) if file.exists() else {}))
-        return
 
     # 1. Run what has not run yet
     lock_file(out / ".lock", config.out)
@@ -413,7 +408,7 @@ def main(config):
     found = puzzle_figures(out) if puzzles else figures(out)
     record |= {"figures": found, "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
     write_json(file, record)
-    page = report.make(out, record)
+    page = report.make([out])
     print("\n" + table(table_lines(record["figures"])))
     last = "r1" if puzzles else "grpo"
     print(

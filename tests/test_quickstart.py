@@ -119,7 +119,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     (tmp_path / "mine").mkdir()
     for name in ("sft", "grpo"):
         (tmp_path / "mine" / name).symlink_to(out / name)
-    here(quickstart.main, quickstart.Config(out=str(tmp_path / "mine"), report_only=True))
+    page_maker.make([tmp_path / "mine"])
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
@@ -239,24 +239,6 @@ def test_two_quick_starts_do_not_share_a_directory(fork, tmp_path):
         assert f"--out={tmp_path}: another process is writing" in refused(start(fork, quickstart, out=tmp_path))
     finally:
         files.LOCKS.pop().close()
-
-
-def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nothing to report"):
-        here(quickstart.main, quickstart.Config(out=str(tmp_path), report_only=True))
-
-
-def test_what_people_and_models_say_is_text_in_the_report(tmp_path):
-    evil = "<script>alert(1)</script> & <b>"
-    (tmp_path / "m_answers.jsonl").write_text(
-        json.dumps({"prompt": evil, "completion": evil, "finished": False}) + "\n"
-    )
-    page = page_maker.make(tmp_path, {}).read_text()
-    assert (
-        "<script" not in page
-        and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page
-        and "unfinished" in page
-    )
 
 
 def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatch):
