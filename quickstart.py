@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import quickstart_puzzles
 import report
 from data.read import read_json
 from figures import point_estimate
@@ -44,8 +45,11 @@ RANGES = Path(__file__).parent / "bench/results/ranges.json"  # {"stage | figure
 
 @dataclass
 class Config:
-    # directory of everything
-    out: str = "out/quickstart"
+    # shop: from text to a model that is kind and right; puzzles: to one that reasons, by checked
+    # rewards (quickstart_puzzles.py) [one of shop, puzzles]
+    world: str = "shop"
+    # directory of everything; "": out/quickstart, or out/puzzles
+    out: str = ""
     # of the world, the weights and the samples
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
@@ -73,9 +77,8 @@ SIZES = {  # {name: flags, and those of a fast run}
 }
 
 
-def command_lines(config):
-    """[{stage: its command}]: what runs first, and two lanes that run side by side after it, each
-    in order."""
+def shop_commands(config):
+    """The lines "stage: its command" of --world=shop, in three lanes with a blank line between."""
     out, seed = shlex.quote(config.out), f"--seed={config.seed}"
     size = {name: flags[config.fast].format(out=out) for name, flags in SIZES.items()}
     world = f"{out}/world"
@@ -130,6 +133,13 @@ def command_lines(config):
         evaluate ai_dpo: evaluate.py --model={out}/ai_dpo {against} --reference={out}/sft \
             --samples={out}/ai_dpo_answers.jsonl --out={out}/ai_dpo.json
     """
+    return text
+
+
+def command_lanes(config):
+    """[{stage: its command}]: what runs first, and the lanes that run side by side after it, each
+    in order."""
+    text = quickstart_puzzles.commands(config) if config.world == "puzzles" else shop_commands(config)
     lanes = (lane.strip().splitlines() for lane in text.split("\n\n"))
     return [dict(line.strip().split(": ", 1) for line in lane) for lane in lanes]
 
@@ -211,11 +221,13 @@ def run_lane(lane, threads, record, file):
             write_json(file, record)
 
 
-def run_side_by_side(lanes, threads, record, file):
-    """Run lanes at once, with so many threads in all; if a signal stopped them, end as they did."""
-    each = max(1, threads // len(lanes))
-    with ThreadPoolExecutor() as pool:
-        running = [pool.submit(run_lane, lane, each, record, file) for lane in lanes]
+def run_side_by_side(lanes, record, file):
+    """Run lanes at once on a CPU, whose threads they share, and one after another on a GPU, whose
+    memory each plans for itself; if a signal stopped them, end as they did."""
+    at_once = len(lanes) if choose_device("auto").type == "cpu" else 1
+    threads = max(1, torch.get_num_threads() // at_once)
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(run_lane, lane, threads, record, file) for lane in lanes]
     for lane in running:
         lane.result()
     if STOPPED:
@@ -294,6 +306,15 @@ def figures(out):
     return rows
 
 
+def puzzle_figures(out):
+    """The rows of the table of --world=puzzles."""
+    found = {name: read_json(out / f"{name}.json")["figures"] for name in quickstart_puzzles.MODELS}
+    rows = []
+    for stage, figure, before, after, bound, change in quickstart_puzzles.cells(found):
+        rows.append(row(stage, figure, look_up(before, found), look_up(after, found), bound, change))
+    return rows
+
+
 def look_up(cell, found):
     """The figure that a cell of the table names, or the number in it as one."""
     name, colon, figure = cell.partition(": ")
@@ -337,14 +358,18 @@ def table_lines(rows):
 
 
 def outside(rows, ranges):
-    """A line for each figure that lies outside the range of other seeds, threads and machines."""
+    """A line for each figure that lies outside the range of other seeds, threads and machines; none
+    for figures without a range."""
+    values = {f"{f['stage']} | {f['figure']}": f["after"]["value"] for f in rows}
+    known = values.keys() & ranges.keys()
     lines = []
-    for f in rows:
-        name, value = f"{f['stage']} | {f['figure']}", f["after"]["value"]
-        low, high = ranges.get(name, (value, value))
-        if not low <= value <= high:
-            lines.append(f"outside its range: {name}: {value:.3g}, elsewhere {low:.3g} to {high:.3g}")
-    return lines or ["no figure lies outside the range that other seeds, threads and machines gave"]
+    for name in values:
+        if name in known and not ranges[name][0] <= values[name] <= ranges[name][1]:
+            low, high = ranges[name]
+            lines.append(f"outside its range: {name}: {values[name]:.3g}, elsewhere {low:.3g} to {high:.3g}")
+    if known and not lines:
+        lines.append(f"all {len(known)} figures that were measured elsewhere lie within their ranges")
+    return lines
 
 
 def product_seconds():
@@ -363,6 +388,10 @@ def main(config):
     here = Path(__file__).parent
     if Path.cwd() != here:
         raise UserError(f"run it from the repository's directory: cd {here}")
+    puzzles = config.world == "puzzles"
+    if puzzles and config.serve:
+        raise UserError("--serve: it needs --world=shop; python serve.py --model=out/puzzles/r1 serves a puzzler")
+    config.out = config.out or ("out/puzzles" if puzzles else "out/quickstart")
     out = Path(config.out)
     file = out / "report.json"
     if config.report_only:
@@ -372,22 +401,24 @@ def main(config):
     # 1. Run what has not run yet
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
-    first, *lanes = command_lines(config)
+    first, *lanes = command_lanes(config)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    run_side_by_side([first], torch.get_num_threads(), record, file)
-    run_side_by_side(lanes, torch.get_num_threads(), record, file)
+    run_side_by_side([first], record, file)
+    run_side_by_side(lanes, record, file)
 
     # 2. Measure, and write the report
     seconds = {ran["stage"]: ran["seconds"] for ran in record["stages"]}
     record["seconds"] = sum(map(seconds.get, first)) + max(sum(map(seconds.get, lane)) for lane in lanes)
-    record |= {"figures": figures(out), "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
+    found = puzzle_figures(out) if puzzles else figures(out)
+    record |= {"figures": found, "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
     write_json(file, record)
     page = report.make(out, record)
     print("\n" + table(table_lines(record["figures"])))
+    last = "r1" if puzzles else "grpo"
     print(
         f"\n{clock_time(record['seconds'])} in all, on a machine that multiplies two matrices of 2048 x 2048 in "
-        f"{product_seconds():.2f} s; report: {page}; talk to it: python sample.py --model={out}/grpo"
+        f"{product_seconds():.2f} s; report: {page}; talk to it: python sample.py --model={out}/{last}"
     )
     if not config.fast:
         print("\n".join(outside(record["figures"], read_json(RANGES))))

@@ -97,7 +97,7 @@ def figures(out):
 
 def commands(out, seed, screen):
     """[(stage, command, whether it runs beside another)] of a quick start, or of its screening."""
-    first, *lanes = quickstart.command_lines(quickstart.Config(out=str(out), seed=seed))
+    first, *lanes = quickstart.command_lanes(quickstart.Config(out=str(out), seed=seed))
     found = [(stage, line, False) for stage, line in first.items()]
     found += [(stage, line, True) for lane in lanes for stage, line in lane.items()]
     if screen:
