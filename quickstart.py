@@ -164,11 +164,11 @@ def stop(number, frame=None):
             process.terminate()
 
 
-def run(stage, words, threads=1):
+def run(stage, words, threads=1, wrapper=()):
     """Run one command, and print each line of it behind its stage -> its record {"stage",
     "command", "seconds"}; None if a signal stopped it.
 
-    Raises UserError if it fails.
+    wrapper: what runs the command, as in python -m WRAPPER COMMAND. Raises UserError if it fails.
     """
     command = shlex.join(["python", *words])
     print(f"\n{stage} | $ {command}", flush=True)
@@ -176,7 +176,7 @@ def run(stage, words, threads=1):
     # It holds our lock too: if we are killed and it is not, the next quick start is refused until
     # it ends.
     process = subprocess.Popen(
-        [sys.executable, *words, *continue_flags(words)],
+        [sys.executable, *wrapper, *words, *continue_flags(words)],
         env=ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from runs import here, refused, start
 
+import bench.world as world_bench
 import quickstart
 import quickstart_puzzles
 import report as page_maker
@@ -255,3 +256,38 @@ def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatc
     assert "✗" in (tmp_path / "report.html").read_text()
     found[0]["improved"] = True
     here(quickstart.main, quickstart.Config(out=str(tmp_path)))
+
+
+def test_a_screening_is_what_the_judge_needs_and_a_whole_row_every_stage(tmp_path):
+    screened = [stage for stage, _, _ in world_bench.commands(tmp_path, 0, True)]
+    assert screened == ["world", "tokenizer", "prepare", "pretrain", "evaluate base"]
+    whole = world_bench.commands(tmp_path, 0, False)
+    first, *lanes = quickstart.command_lines(quickstart.Config(out=str(tmp_path)))
+    assert {stage for stage, _, beside in whole if beside} == {*lanes[0], *lanes[1]}
+    assert {stage for stage, _, _ in whole} == {*first, *lanes[0], *lanes[1]}
+
+
+def test_bounds_and_ranges_name_figures_of_the_table():
+    asked = {" | ".join(cell.strip() for cell in line.split("|")[:2]) for line in quickstart.TABLE.split("\n") if line}
+    judged = {name for name in world_bench.BOUNDS if "judge: " in name}
+    assert len(judged) == 2 and set(world_bench.BOUNDS) - judged <= asked
+    for name, (low, high) in json.loads(quickstart.RANGES.read_text()).items():
+        assert (name in asked or "judge: " in name) and low <= high
+
+
+def test_a_range_spans_the_intervals_of_all_rows_and_what_breaks_a_bound_is_marked():
+    kind, sums = "pretrain | judge: be kind, both orders", "pretrain | held-out sums right"
+    rows = {
+        "seed 0": {"figures": {kind: {"value": 0.96, "low": 0.94, "high": 0.98}}},
+        "seed 1": {
+            "figures": {
+                kind: {"value": 0.90, "low": 0.88, "high": 0.92},
+                sums: {"value": 0.99, "low": 0.98, "high": 1.0},
+                "tokenizer | bytes per token": {"value": 2.76, "low": None, "high": None},
+            }
+        },
+    }
+    assert world_bench.ranges(rows) == {kind: [0.88, 0.98], sums: [0.98, 1.0]}
+    assert world_bench.summary(rows)[kind] == {"rows": 2, "mean": pytest.approx(0.93), "low": 0.90, "high": 0.96}
+    *_, first, second = world_bench.rows_table(rows).splitlines()
+    assert first.split() == ["seed", "0", "0.960"] and second.split() == ["seed", "1", "0.900!", "0.990"]
