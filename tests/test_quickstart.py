@@ -115,12 +115,13 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
-@pytest.mark.xdist_group("quickstart")
 def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
+    """All of its commands, in this process, and what is measured of them."""
     out = tmp_path / "puzzles"
-    here(quickstart.main, quickstart.Config(world="puzzles", out=str(out), fast=True))
-    report = json.loads((out / "report.json").read_text())
-    figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
+    for line in quickstart_puzzles.command_lines(quickstart.Config(out=str(out), fast=True)).values():
+        module, argv = module_of(shlex.split(line))
+        here(module.main, parse_cli(module.Config, argv))
+    figures = {(f["stage"], f["figure"]): f for f in quickstart.puzzle_figures(out)}
     for stage, (before, after) in quickstart_puzzles.COMPARED.items():
         for side, model in (("before", before), ("after", after)):
             measured = json.loads((out / f"{model}.json").read_text())["figures"]
@@ -133,7 +134,8 @@ def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
         assert [p["stage"] for p in info["lineage"]] == parents
     kept = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
     assert kept and all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in kept)
-    check_page((out / "report.html").read_text(), ["distill.py --init=", "zero: reward", "pass@8 before"])
+    page = page_maker.make(out, {"figures": list(figures.values())}).read_text()
+    check_page(page, ["zero: reward", "small_rl: reward", "pass@8 before"])
 
 
 def test_puzzles_are_not_served(tmp_path):
@@ -147,8 +149,14 @@ def test_every_command_is_one_that_a_user_can_type(commands):
         words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
         assert stage == "sample" or any("out/a b" in word for word in words)
-        module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
-        check_ranges(parse_cli(importlib.import_module(module).Config, argv))
+        module, argv = module_of(words)
+        check_ranges(parse_cli(module.Config, argv))
+
+
+def module_of(words):
+    """(the module that a command runs, its flags)"""
+    module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+    return importlib.import_module(module), argv
 
 
 def test_another_command_of_the_same_stage_is_refused(tmp_path):
