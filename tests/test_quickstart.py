@@ -18,7 +18,6 @@ import quickstart
 import quickstart_puzzles
 import report as page_maker
 from data import puzzles
-from figures import point_estimate
 from report import matplotlib
 from runtime import checkpoint, files
 from runtime.cli import check_ranges, parse_cli
@@ -124,23 +123,28 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
-def test_the_table_of_puzzles_compares_each_model_with_what_it_started_from():
-    names = [
-        quickstart_puzzles.PASS_1,
-        quickstart_puzzles.PASS_8,
-        "tokens per sample",
-        "samples: data/puzzles.py:steps_right",
-    ]
-    labels = ["", *(f", family {name}" for name in puzzles.FAMILIES)]
-    figures = {name + label: point_estimate(0.25) for name in names for label in labels}
-    found = {model: figures for model in quickstart_puzzles.MODELS}
-    rows = quickstart_puzzles.cells(found)
-    assert {stage for stage, *_ in rows} == set(quickstart_puzzles.COMPARED)
-    for stage, figure, before, after, bound, change in rows:
-        made = quickstart.row(stage, figure, quickstart.look_up(before, found), quickstart.look_up(after, found))
-        assert made["before"] == made["after"] == point_estimate(0.25)
-        assert (bound == "0.250, pass@8 before") == figure.startswith("right, pass@1")
-        assert (change == "rises") == (stage == "r1-zero" and figure == "right, pass@1")
+def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
+    """All of its commands, in this process, and what is measured of them."""
+    out = tmp_path / "puzzles"
+    lanes = quickstart.command_lanes(quickstart.Config(world="puzzles", out=str(out), fast=True))
+    for line in (line for lane in lanes for line in lane.values()):
+        module, argv = module_of(shlex.split(line))
+        here(module.main, parse_cli(module.Config, argv))
+    figures = {(f["stage"], f["figure"]): f for f in quickstart.puzzle_figures(out)}
+    for stage, (before, after) in quickstart_puzzles.COMPARED.items():
+        for side, model in (("before", before), ("after", after)):
+            measured = json.loads((out / f"{model}.json").read_text())["figures"]
+            assert figures[stage, "right, pass@1"][side] == measured[quickstart_puzzles.PASS_1]
+            assert figures[stage, "tokens per answer"][side] == measured["tokens per sample"]
+    assert {f"right, pass@1, family {name}" for name in puzzles.FAMILIES} <= {name for _, name in figures}
+    lineage = {"r1": ["pretrain", "sft"], "distilled": ["pretrain", "sft"], "first": ["pretrain", "sft"]}
+    for run, parents in lineage.items():
+        info = json.loads((checkpoint.find(out / run) / checkpoint.INFO).read_text())
+        assert [p["stage"] for p in info["lineage"]] == parents
+    kept = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
+    assert kept and all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in kept)
+    page = page_maker.make(out, {"figures": list(figures.values())}).read_text()
+    check_page(page, ["zero: reward", "small_rl: reward", "pass@8 before"])
 
 
 def test_puzzles_are_not_served(tmp_path):
@@ -171,8 +175,14 @@ def test_every_command_is_one_that_a_user_can_type(world):
         words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
         assert stage == "sample" or any("out/a b" in word for word in words)
-        module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
-        check_ranges(parse_cli(importlib.import_module(module).Config, argv))
+        module, argv = module_of(words)
+        check_ranges(parse_cli(module.Config, argv))
+
+
+def module_of(words):
+    """(the module that a command runs, its flags)"""
+    module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+    return importlib.import_module(module), argv
 
 
 def test_another_command_of_the_same_stage_is_refused(tmp_path):
@@ -262,7 +272,7 @@ def test_a_screening_is_what_the_judge_needs_and_a_whole_row_every_stage(tmp_pat
     screened = [stage for stage, _, _ in world_bench.commands(tmp_path, 0, True)]
     assert screened == ["world", "tokenizer", "prepare", "pretrain", "evaluate base"]
     whole = world_bench.commands(tmp_path, 0, False)
-    first, *lanes = quickstart.command_lines(quickstart.Config(out=str(tmp_path)))
+    first, *lanes = quickstart.command_lanes(quickstart.Config(out=str(tmp_path)))
     assert {stage for stage, _, beside in whole if beside} == {*lanes[0], *lanes[1]}
     assert {stage for stage, _, _ in whole} == {*first, *lanes[0], *lanes[1]}
 
