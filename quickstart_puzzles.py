@@ -24,7 +24,7 @@ SIZES = {  # {name: flags, and those of a fast run}
         "--texts=600 --answers=60 --chains=40 --problems=60 --tests=20",
     ),
     "pretrain_steps": ("--steps=800", "--steps=20"),
-    "rl_steps": ("--steps=80 --prompts_per_step=32", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
+    "rl_steps": ("--steps=80 --prompts_per_step=32 --eval_prompts=64", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
     "distill_steps": ("--steps=80", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
     # a model that has hardly been trained is never right
     "keep": (
@@ -45,7 +45,7 @@ def commands(config):
     pretraining += f"--val_fraction=0.01 --print_every=50 {size['pretrain_steps']} {seed}"
     tuning = f"--print_every=20 --eval_every=20 --max_new_tokens=64 {seed}"
     rl = f"--data={world}/problems.jsonl --reward={RIGHT} --monitor={STEPS_RIGHT} "
-    rl += f"--max_new_tokens=80 --print_every=10 --eval_prompts=64 {size['rl_steps']} {seed}"
+    rl += f"--max_new_tokens=80 --print_every=10 {size['rl_steps']} {seed}"
     measure = {
         name: f"evaluate {name}: evaluate.py --model={out}/{name} --problems={world}/problems_test.jsonl "
         f"--checker={RIGHT},{STEPS_RIGHT} --by=family,level {size['samples']} {seed} "
