@@ -24,13 +24,17 @@ SIZES = {  # {name: flags, and those of a fast run}
         "--texts=600 --answers=60 --chains=40 --problems=60 --tests=20",
     ),
     "pretrain_steps": ("--steps=800", "--steps=20"),
-    "rl_steps": ("--steps=80 --prompts_per_step=32 --eval_prompts=64", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
+    "rl_steps": (
+        "--steps=80 --prompts_per_step=32 --eval_prompts=64",
+        "--steps=2 --prompts_per_step=4 --eval_prompts=8",
+    ),
     "distill_steps": ("--steps=80", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
     # a model that has hardly been trained is never right
     "keep": (
         f"--reward={RIGHT} --limit=1000 --best_of=4 --keep_per_prompt=2",
         "--reward=data/rules.py:brief --best_of=4",
     ),
+    "refine": ("", "--val_fraction=0.4"),  # few answers are kept
     "samples": ("--samples_per_problem=8 --max_new_tokens=96", "--samples_per_problem=8 --max_new_tokens=8"),
 }
 MODELS = ("start", "zero", "cold", "first", "refined", "r1", "small_start", "small_rl", "distilled")
@@ -63,7 +67,7 @@ def commands(config):
         first: grpo.py --init={out}/cold {rl} --out={out}/first
         kept: evaluate.py --model={out}/first --data={world}/problems.jsonl {size["keep"]} \
             --max_new_tokens=80 --by=family,level {seed} --kept={out}/kept.jsonl
-        refined: sft.py --init={out}/base --data={out}/kept.jsonl {tuning} --out={out}/refined
+        refined: sft.py --init={out}/base --data={out}/kept.jsonl {size["refine"]} {tuning} --out={out}/refined
         r1: grpo.py --init={out}/refined {rl} --out={out}/r1
         distilled: distill.py --init={out}/small_start --teacher={out}/r1 --data={world}/problems.jsonl \
             --max_new_tokens=80 --print_every=10 {size["distill_steps"]} {seed} --out={out}/distilled

@@ -143,7 +143,8 @@ def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
         assert [p["stage"] for p in info["lineage"]] == parents
     kept = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
     assert kept and all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in kept)
-    page = page_maker.make(out, {"figures": list(figures.values())}).read_text()
+    (out / "report.json").write_text(json.dumps({"stages": [], "figures": list(figures.values())}))
+    page = page_maker.make([out]).read_text()
     check_page(page, ["zero: reward", "small_rl: reward", "pass@8 before"])
 
 
