@@ -61,8 +61,9 @@ class Config:
 SIZES = {  # {name: flags, and those of a fast run}
     "few": ("", "--stories=600 --notes=200 --chats=200 --pairs=100 --problems=50 --tests=40"),
     "steps": ("--steps=600 --batch_tokens=3072", "--steps=20 --batch_tokens=1024"),
-    "ppo_steps": ("--steps=24", "--steps=2"),
-    "grpo_steps": ("--steps=40", "--steps=2"),
+    "ppo_steps": ("--steps=24", "--steps=2 --prompts_per_step=8 --eval_prompts=8"),
+    "grpo_steps": ("--steps=40", "--steps=2 --prompts_per_step=2 --eval_prompts=8"),
+    "weak_epochs": ("--epochs=30", "--epochs=2"),
     "ai_steps": ("--steps=60", "--steps=2"),
     # a model that has hardly been trained ends no completion and judges none
     "judged": (
@@ -106,7 +107,7 @@ def shop_commands(config):
             {size["min_accuracy"]} --out={out}/ppo
         grpo: grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --kl=k2 --beta=0.02 \
             --data={world}/problems.jsonl {rl} {size["grpo_steps"]} --out={out}/grpo
-        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 --epochs=30 \
+        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 {size["weak_epochs"]} \
             --print_every=25 {seed} --out={out}/weak_rm
         best of n, weak: evaluate.py --model={out}/sft {measure} --reward={out}/weak_rm,{gold} {size["best_of"]} \
             --out={out}/best_weak.json

@@ -51,39 +51,54 @@ class Tags(HTMLParser):
         self.open.pop()
 
 
-@pytest.mark.xdist_group("quickstart")
-def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, capfd, monkeypatch):
-    config = quickstart.Config(out=str(tmp_path / "qs"), fast=True)
-    out = tmp_path / "qs"
+def run_here(lanes):
+    """Run the commands of lanes in this process -> the record of a quick start that ran them."""
+    record = {"stages": []}
+    for stage, line in (pair for lane in lanes for pair in lane.items()):
+        words = shlex.split(line)
+        module, argv = module_of(words)
+        here(module.main, parse_cli(module.Config, argv))
+        record["stages"].append({"stage": stage, "command": shlex.join(["python", *words]), "seconds": 1.0})
+    return record
 
-    # Interrupted twice: in the middle of the world, whose files are made again, and of pretraining,
-    # which is resumed.
+
+def test_interrupted_it_continues_where_it_was(tmp_path, capfd, monkeypatch):
+    """Interrupted twice: in the middle of the world, whose files are made again, and of
+    pretraining, which is resumed."""
+    out = tmp_path / "qs"
     (out / "world").mkdir(parents=True)
     (out / "world/pretrain.jsonl").write_text('{"text": "half a wor')
-    first, *lanes = quickstart.command_lanes(config)
-    lines = first | lanes[0] | lanes[1]
-    first["pretrain"] = lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
-    done = {"stages": []}
-    for stage in ("world", "tokenizer", "prepare"):
-        done["stages"].append(quickstart.run(stage, shlex.split(lines[stage])))
-    quickstart.run("pretrain", shlex.split(lines["pretrain"].replace("--steps=20", "--steps=10")))
-    (out / "report.json").write_text(json.dumps(done))
-    monkeypatch.setattr(quickstart, "command_lanes", lambda config: [first, *lanes])
+    first, *_ = quickstart.command_lanes(quickstart.Config(out=str(out), fast=True))
+    lines = {name: first[name] for name in ("world", "tokenizer", "prepare", "pretrain")}
+    lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
+    world = quickstart.run("world", shlex.split(lines["world"]))
+    record = run_here([{name: lines[name] for name in ("tokenizer", "prepare")}])
+    run_here([{"pretrain": lines["pretrain"].replace("--steps=20", "--steps=10")}])
+    (out / "report.json").write_text(json.dumps({"stages": [world, *record["stages"]]}))
+    monkeypatch.setattr(quickstart, "command_lanes", lambda config: [lines, {}])
+    monkeypatch.setattr(quickstart, "figures", lambda out: [])
     capfd.readouterr()
-
-    here(quickstart.main, config)
+    here(quickstart.main, quickstart.Config(out=str(out), fast=True))
     printed = capfd.readouterr().out
     assert "world: done already" in printed and "prepare: done already" in printed
     assert "continuing after step 10" in printed
-    report = json.loads((out / "report.json").read_text())
-    stages = [s["stage"] for s in report["stages"]]
-    assert sorted(stages) == sorted(lines)
-    for lane in (first, *lanes):  # each in order, whatever ran beside it
-        assert [stage for stage in stages if stage in lane] == list(lane)
-    seconds = {s["stage"]: s["seconds"] for s in report["stages"]}
-    assert report["seconds"] < sum(seconds.values()) and report["seconds"] > sum(seconds[s] for s in first)
     steps = [r["step"] for r in map(json.loads, (out / "base/log.jsonl").read_text().splitlines()) if "loss" in r]
     assert steps == list(range(1, 21))
+    assert [ran["stage"] for ran in json.loads((out / "report.json").read_text())["stages"]] == list(lines)
+
+
+def test_it_ends_in_the_table_and_the_report_of_one_run(tmp_path, capfd):
+    out = tmp_path / "qs"
+    config = quickstart.Config(out=str(out), fast=True)
+    lanes = quickstart.command_lanes(config)
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps(run_here(lanes)))
+    capfd.readouterr()
+    here(quickstart.main, config)  # nothing is left to run
+    printed = capfd.readouterr().out
+    assert printed.count("done already") == sum(map(len, lanes)) and "story loss" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["seconds"] == len(lanes[0]) + max(map(len, lanes[1:]))  # lanes run side by side
     figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
     loss = figures["pretrain", "story loss, nats per token"]
     assert 0 < loss["after"]["value"] < loss["before"]["value"] and loss["improved"]  # even 20 steps learn something
@@ -98,7 +113,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     )
     check_page(
         (out / "report.html").read_text(),
-        ["grpo.py --init=", "Calibration", "best of 1, 2", "pretrain", "The same prompts"],
+        ["grpo.py --init=", "best of n by rm", "pretrain", "The same prompts", "calibration on held-out pairs"],
     )
     for run, parents in {
         "sft": ["pretrain"],
@@ -111,10 +126,6 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
         assert [p["stage"] for p in info["lineage"]] == parents
     assert report["code"] and report["torch"]
 
-    here(quickstart.main, config)  # a third time: nothing is left to do, and the table is printed again
-    printed = capfd.readouterr().out
-    assert printed.count("done already") == len(lines) and "story loss" in printed
-
     # A report of runs alone: a directory that no quick start made.
     (tmp_path / "mine").mkdir()
     for name in ("sft", "grpo"):
@@ -126,10 +137,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
 def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
     """All of its commands, in this process, and what is measured of them."""
     out = tmp_path / "puzzles"
-    lanes = quickstart.command_lanes(quickstart.Config(world="puzzles", out=str(out), fast=True))
-    for line in (line for lane in lanes for line in lane.values()):
-        module, argv = module_of(shlex.split(line))
-        here(module.main, parse_cli(module.Config, argv))
+    run_here(quickstart.command_lanes(quickstart.Config(world="puzzles", out=str(out), fast=True)))
     figures = {(f["stage"], f["figure"]): f for f in quickstart.puzzle_figures(out)}
     for stage, (before, after) in quickstart_puzzles.COMPARED.items():
         for side, model in (("before", before), ("after", after)):
