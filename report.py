@@ -35,7 +35,7 @@ except ImportError:
     matplotlib = None
 
 HERE = Path(__file__).parent
-# {"STAGE: FIGURE": [low, high]} of quick starts with other seeds and on other machines
+# {"STAGE | FIGURE": [low, high]} of quick starts with other seeds and on other machines
 RANGES = HERE / "bench/results/ranges.json"
 GOLD = "data/world.py:gold"
 KL = "KL to the reference, nats per completion"

@@ -289,8 +289,8 @@ MUTANTS = [
     (
         "late_layer",
         "model.py",
-        "out = attention(q, k, v, self.layout, attn.window)",
-        "out = attention(q, k, v, self.layout, 0)",
+        "return rope_attention(qkv, *rope, self.layout, attn.window)",
+        "return rope_attention(qkv, *rope, self.layout, 0)",
         MODEL,
     ),
     (
@@ -1020,6 +1020,15 @@ MUTANTS = [
     ("compared_runs_on_plots_of_their_own", "report.py", 'if run["title"] != name:', "if False:", REPORT),
     ("comparison_over_the_report", "report.py", '"comparison.html" if', '"report.html" if', REPORT),
     ("long_curve_whole", "report.py", "len(values), MAX_POINTS, dtype", "len(values), len(values), dtype", REPORT),
+    (
+        "slow_readers",
+        "runtime/http.py",
+        "self.read_timer = self.loop.call_later(PATIENCE, self.transport.abort)",
+        "self.read_timer = self.loop.call_later(1e6, self.transport.abort)",
+        SERVE,
+    ),
+    ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
+    ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
 ]
 
 

@@ -109,7 +109,7 @@ def test_the_strip_and_the_table_show_before_after_and_what_other_runs_reach(tmp
     ranges = tmp_path / "ranges.json"
     monkeypatch.setattr(report, "RANGES", ranges)
     assert "other runs" not in report.make([tmp_path]).read_text()
-    ranges.write_text(json.dumps({"sft: gold": [1.0, 1.5], "ppo: gold": [1.8, 1.9]}))
+    ranges.write_text(json.dumps({"sft | gold": [1.0, 1.5], "ppo | gold": [1.8, 1.9]}))
     page = report.make([tmp_path]).read_text()
     strip = page[page.index("<ol>") : page.index("</ol>")]
     assert re.findall("<b>(.*?)</b>", strip) == ["sft", "ppo"]
