@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from data import corpus, tokenizer
-from data.pack import IGNORE, fill
+from data.pack import IGNORE, fill, to_device
 from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import GPT, config_for
@@ -203,7 +203,7 @@ def nll_sum(model, pack, targets):
     """Sum of -log p(target) over a pack, a scalar in nats. targets: int64 [N]; IGNORE is left
     out."""
     device = model.embed.device
-    return linear_cross_entropy(model(pack.to(device)), model.head, targets.to(device))
+    return linear_cross_entropy(model(pack.to(device)), model.head, to_device(targets, device))
 
 
 def mean_nll(model, streams, pieces, micro_batch_tokens, one_size=False):

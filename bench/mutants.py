@@ -289,8 +289,8 @@ MUTANTS = [
     (
         "late_layer",
         "model.py",
-        "out = attention(q, k, v, self.layout, attn.window)",
-        "out = attention(q, k, v, self.layout, 0)",
+        "return rope_attention(qkv, *rope, self.layout, attn.window)",
+        "return rope_attention(qkv, *rope, self.layout, 0)",
         MODEL,
     ),
     (

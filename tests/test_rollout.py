@@ -11,16 +11,14 @@ from runs import check_sampler
 
 from data import chat, tokenizer
 from data.pack import make_completion, pack
+from kernels.draw import draw, invert, running_sum
 from model import GPT, KVCache, logprobs, logprobs_no_grad
 from rollout import (
     GRAPH_STEPS,
     Sample,
     Sampler,
-    draw,
-    invert,
     logits_of,
     rollout,
-    running_sum,
     sample_completions,
     sampling_weights,
     stream,
