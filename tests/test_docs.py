@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/architecture.md", "docs/story.md", "bench/gpu_first.sh"]
+PAGES = ["README.md", "docs/architecture.md", "docs/story.md", "docs/gpu.md", "bench/gpu_first.sh"]
 NOT_OURS = {"pytest", "llama.cpp/convert_hf_to_gguf.py", "bench.NAME", "FILE.py"}
 COMMAND = re.compile(r"(?:python3?|torchrun --nproc_per_node=\d+) (?:-m )?([\w./]+)([^`\n|&#]*)")
 PATH = re.compile(r"(?<![\w./])((?:bench|data|docs|kernels|runtime|tests)/[\w./-]+\.\w+|\w+\.(?:py|sh))\b")
@@ -56,7 +56,7 @@ def test_every_flag_that_is_named_is_one_of_some_script():
     scripts = [name for name in scripts if not name.startswith("bench/")]
     known = set().union(*(flags_of(name.removesuffix(".py").replace("/", ".")) for name in scripts))
     known |= {"help", "shutdown"}  # torchrun's --shutdown-timeout
-    named = {flag for page in PAGES[:3] for span in re.findall(r"`--[^`]*`", read(page)) for flag in FLAG.findall(span)}
+    named = {flag for page in PAGES[:4] for span in re.findall(r"`--[^`]*`", read(page)) for flag in FLAG.findall(span)}
     assert len(scripts) >= 12 and len(named) > 15
     assert named <= known, named - known
 
@@ -69,7 +69,7 @@ def test_every_file_that_is_named_exists(page):
     assert not {name for name in named if name not in everywhere and not (ROOT / name).exists()}
 
 
-@pytest.mark.parametrize("page", PAGES[:3])
+@pytest.mark.parametrize("page", PAGES[:4])
 def test_every_function_and_test_that_is_named_exists(page):
     """A name with an underscore between backticks is one of the code."""
     text, files = read(page), sources()
