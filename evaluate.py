@@ -5,8 +5,8 @@
     choices     the choice of the highest log-probability is the right one, raw and per byte; two
                 choices are a minimal pair
     judge       verdicts " A" or " B" between two replies that agree with the label, in both orders
-    problems    greedy answers whose final number is right; with --samples_per_problem=n also
-                pass@k: the probability that one of k samples is
+    problems    greedy answers whose final number is right, or that --checker finds right; with
+                --samples_per_problem=n also pass@k: the probability that one of k samples is
     data        completions sampled to prompts: length, share that ended, variety, rewards. With a
                 --reference also the win rate on the same prompts (a tie counts half) and
                 KL(model || reference): the mean over completions of sum log p - log p_ref
@@ -16,11 +16,14 @@
 A reward is FILE.py:FUNCTION, reward(prompt, completion, row) -> float (your own code, run with your
 rights), a reward model's directory, or judge:DIR. --best_of=N samples N completions to each prompt
 and keeps the best: the plainest way to follow a reward. With --samples=FILE they are data for
-sft.py: rejection-sampling fine-tuning (Llama 2, arXiv 2307.09288, section 3.2.3).
+sft.py: rejection-sampling fine-tuning (Llama 2, arXiv 2307.09288, section 3.2.3). --kept=FILE keeps
+several right answers to a prompt, and none if none is right (R1, 2501.12948, section 2.3.3).
 
     python evaluate.py --model=out/base --text=stories.jsonl --judge=comparisons.jsonl
     python evaluate.py --model=out/dpo --reference=out/sft --data=prompts.jsonl --reward=out/rm
     python evaluate.py --model=out/sft --data=prompts.jsonl --reward=out/rm --best_of=8
+    python evaluate.py --model=out/rl --data=problems.jsonl --reward=data/rules.py:final_number \\
+        --best_of=8 --kept=chats.jsonl --by=level
     python evaluate.py --model=out/rm --pairs=pairs.jsonl
 """
 
@@ -28,6 +31,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +39,6 @@ import torch
 from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
-from data.rules import final_number
 from figures import (
     agreement,
     distinct,
@@ -55,7 +58,9 @@ from runtime.cli import check_ranges
 from runtime.errors import UserError
 from runtime.files import check_writable, replace_text, write_json
 from runtime.process import launch, setup
-from scoring import exact_match, judge_score, load_rewards, reward_names, reward_scores, score_completions
+from scoring import judge_score, load_rewards, reward_names, reward_scores, score_completions
+
+FINAL_NUMBER = f"{Path(__file__).parent}/data/rules.py:final_number"
 
 
 @dataclass
@@ -74,6 +79,9 @@ class Config:
     judge: str = ""
     # {"prompt" or "question", "answer"}: the number after the answer's last "####" is compared
     problems: str = ""
+    # FILE.py:FUNCTION that says in its place whether an answer to --problems is right (more than
+    # 0); others after a comma are averaged
+    checker: str = ""
     # prompts to complete: {"prompt"} as text or messages, or conversations less their last answer
     data: str = ""
     # preferences {"prompt", "chosen", "rejected"} for a reward model
@@ -93,6 +101,14 @@ class Config:
     best_of: int = 1
     # answers drawn to each of --problems, for pass@k; 0: only the greedy one [>= 0]
     samples_per_problem: int = 0
+    # .jsonl file for the right ones among --best_of, {"messages"} for sft.py: they ended, the first
+    # --reward is more than 0, and no two to a prompt are the same; "": none
+    kept: str = ""
+    # right ones to keep of each prompt, at most [>= 1]
+    keep_per_prompt: int = 4
+    # fields of the rows, comma-separated: figures of --problems and counts of --kept also by the
+    # first of them, by the first two, ...
+    by: str = ""
     # at which --data is completed and --samples_per_problem are drawn [>= 0]
     temperature: float = 1.0
     # longest completion, in tokens [>= 1]
@@ -234,27 +250,45 @@ def choice_figures(config, model, tok, examples):
     }
 
 
-def problem_figures(config, model, tok, problems):
-    """Greedy answers that are right, and pass@k of --samples_per_problem for k = 1, 2, 4, ..."""
-    right = exact_match(model, tok, problems, config.max_new_tokens)
-    figures = {"problems right, greedy": mean_interval(right, config.seed)}
+def group_rows(examples, by):
+    """{label: [index]} of the rows [(messages, row)], "" for all: by the first of the fields `by`,
+    by the first two, ..., in order.
+
+    Raises UserError if a row has no such field.
+    """
+    found = {}
+    for i, (_, row) in enumerate(examples):
+        label = ""
+        for field in filter(None, by.split(",")):
+            if field not in row:
+                raise UserError(f"--by={by}: row {i + 1} has no field {field!r}; its fields: {', '.join(row)}")
+            label += f", {field} {row[field]}"
+            found.setdefault(label, []).append(i)
+    return {"": [*range(len(examples))], **dict(sorted(found.items()))}
+
+
+def problem_figures(config, model, tok, problems, device):
+    """Greedy answers that are right, and of --samples_per_problem pass@k for k = 1, 2, 4, ...,
+    their length, and the mean of every --checker after the first; all of it also --by fields."""
+    checkers = load_rewards(config.checker or FINAL_NUMBER, device, config.micro_batch_tokens)
+    first, *others = [name for name, _, _ in checkers]
+    groups = group_rows(problems, config.by)
+    _, _, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
+    values = {"problems right, greedy": scores[first] > 0}  # {figure: [problems]}
     n = config.samples_per_problem
-    if not n:
-        return figures
-    conversations = [messages for messages, _ in problems]
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
-    _, samples, texts = sample_completions(model, tok, conversations, n=n, **sampling)
-    counts = np.zeros(len(problems), dtype=int)
-    for sample, text in zip(samples, texts, strict=True):
-        messages, row = problems[sample.prompt_index]
-        counts[sample.prompt_index] += (
-            final_number(messages[-1]["content"], text, row | {"finished": sample.finished}) == 1
-        )
-    k = 1
-    while k <= n:
-        passes = [pass_at_k(n, int(count), k) for count in counts]
-        figures[f"problems right, pass@{k} of {n} samples"] = mean_interval(passes, config.seed)
-        k *= 2
+    if n:
+        _, samples, _, scores = sample_and_score(config, model, tok, problems, checkers, n, config.temperature)
+        counts = (scores[first] > 0).reshape(-1, n).sum(1)
+        k = 1
+        while k <= n:
+            values[f"problems right, pass@{k} of {n} samples"] = [pass_at_k(n, int(count), k) for count in counts]
+            k *= 2
+        values["tokens per sample"] = np.reshape([len(sample.tokens) for sample in samples], (-1, n)).mean(1)
+        values |= {f"samples: {name}": scores[name].reshape(-1, n).mean(1) for name in others}
+    figures = {}
+    for label, mine in groups.items():
+        for name, each in values.items():
+            figures[name + label] = mean_interval(np.take(each, mine), config.seed)
     return figures
 
 
@@ -278,10 +312,10 @@ def judge_figures(config, model, tok, examples):
     return figures
 
 
-def sample_and_score(config, model, tok, examples, rewards, n=1):
+def sample_and_score(config, model, tok, examples, rewards, n=1, temperature=1.0):
     """Sample n completions to each prompt -> (prompts, samples, texts, {reward: float64 [n]})."""
     conversations = [messages for messages, _ in examples]
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
+    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": temperature, "seed": config.seed}
     prompts, samples, texts = sample_completions(model, tok, conversations, n=n, **sampling)
     _, scores = score_completions(rewards, examples, samples, texts)
     return prompts, samples, texts, scores
@@ -325,7 +359,11 @@ def completion_figures(config, model, tok, examples, device):
     reward: value}]).
     """
     rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution)
-    prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, config.best_of)
+    groups = group_rows(examples, config.by) if config.kept else {}
+    draws = config.best_of, config.temperature
+    prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, *draws)
+    if config.kept:
+        write_kept(config, examples, groups, samples, texts, scores[rewards[0][0]] > 0)
     figures = {}
     if config.best_of > 1:
         figures, best = best_of_n(config, samples, scores, rewards[0][0])
@@ -344,7 +382,7 @@ def completion_figures(config, model, tok, examples, device):
             logp = sequence_logprobs(config, model, prompts, samples)
             ref_logp = sequence_logprobs(config, reference, prompts, samples)
             figures["KL to the reference, nats per completion"] = mean_interval(logp - ref_logp, config.seed)
-        _, _, _, ref_scores = sample_and_score(config, reference, tok, examples, rewards)
+        _, _, _, ref_scores = sample_and_score(config, reference, tok, examples, rewards, 1, config.temperature)
         for name, ref_values in ref_scores.items():
             wins = agreement(scores[name] - ref_values, 1.0)
             figures[f"reference's reward {name}"] = mean_interval(ref_values, config.seed)
@@ -368,6 +406,25 @@ def pair_figures(config, model, tok, pairs):
     return preference_figures([pairs[i] for i in kept], margins, lengths, config.seed)
 
 
+def write_kept(config, examples, groups, samples, texts, right):
+    """Write the right completions that ended to --kept, at most --keep_per_prompt different ones to
+    a prompt, and print how many of which group. groups: of `group_rows`; right: bool [samples]."""
+    kept = [[] for _ in examples]  # the texts to each prompt
+    for sample, text, is_right in zip(samples, texts, right, strict=True):
+        mine = kept[sample.prompt_index]
+        if is_right and sample.finished and text not in mine and len(mine) < config.keep_per_prompt:
+            mine.append(text)
+    lines = []
+    for (messages, _), some in zip(examples, kept, strict=True):
+        lines += [json.dumps({"messages": [*messages, rows.message("assistant", text)]}) + "\n" for text in some]
+    replace_text(config.kept, "".join(lines))
+    for label, mine in groups.items():
+        n, solved = sum(len(kept[i]) for i in mine), sum(bool(kept[i]) for i in mine)
+        print(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
+    if not lines:
+        raise UserError(f"--kept={config.kept}: no completion is right and ended, so that there is nothing to keep")
+
+
 def write_samples(config, sampled):
     """Write the completions to --samples; of the best of n only those that finished."""
     if config.best_of > 1:  # data for sft.py, which would teach a model to end where the others were cut
@@ -382,11 +439,19 @@ def write_samples(config, sampled):
 def main(config):
     # 1. The flags and the model
     check_ranges(config)
-    for flag in ("reward", "reference", "samples"):
+    for flag in ("reward", "reference", "samples", "kept"):
         if vars(config)[flag] and not config.data:
             raise UserError(f"--{flag}: needs --data, the prompts to complete")
-    if config.samples_per_problem and not config.problems:
-        raise UserError("--samples_per_problem: needs --problems")
+    for flag in ("samples_per_problem", "checker"):
+        if vars(config)[flag] and not config.problems:
+            raise UserError(f"--{flag}: needs --problems")
+    if config.kept and not config.reward:
+        raise UserError("--kept: needs a --reward, which is more than 0 for the right answers")
+    if config.by and not (config.problems or config.kept):
+        raise UserError("--by: needs --problems or --kept, which are told apart by it")
+    for name, _ in reward_names(config.checker):
+        if name.startswith("judge:"):
+            raise UserError(f"--checker={name}: a judge compares; name a function or a reward model")
     if config.best_of > 1 and not config.reward:
         raise UserError("--best_of: more than 1 needs a --reward to choose by")
     for name, weight in reward_names(config.reward):
@@ -402,7 +467,7 @@ def main(config):
         raise UserError(f"--model={config.model}: a reward model writes nothing; it is measured with --pairs")
     if config.pairs and writes:
         raise UserError(f"--pairs: {config.model} is not a reward model; reward.py trains one")
-    for flag in ("out", "samples"):
+    for flag in ("out", "samples", "kept"):
         if vars(config)[flag]:
             check_writable(flag, vars(config)[flag])
 
@@ -422,8 +487,9 @@ def main(config):
         examples = read_strings(config.judge, fields, config.skip_bad)
         figures |= judge_figures(config, model, tok, examples)
     if config.problems:
-        problems = rows.read(config.problems, rows.problem, config.skip_bad)[0][:limit]
-        figures |= problem_figures(config, model, tok, problems)
+        parse = rows.prompt_only if config.checker else rows.problem
+        problems = rows.read(config.problems, parse, config.skip_bad)[0][:limit]
+        figures |= problem_figures(config, model, tok, problems, device)
     if config.data:
         examples = rows.read(config.data, rows.prompt_only, config.skip_bad)[0][:limit]
         found, sampled = completion_figures(config, model, tok, examples, device)

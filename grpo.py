@@ -11,24 +11,20 @@ worth the same teaches nothing and is left out, also of the mean that the papers
 --refill samples others in its place. L is the default recipe's. --recipe sets the flags marked
 (recipe) as a paper has them, unless they are given:
 
-    deepseekmath  + beta k3; mean over each completion, then over completions; one update per step
-                  (2402.03300, section 4.2)
+    deepseekmath  + beta k3; the mean over each completion first; one update (2402.03300, 4.2)
     r1            the same with a clip of 10, a small beta, minibatches, and a reference that is
                   renewed every 400 steps (2501.12948, as in Nature 645, 2025)
     dr_grpo       no std and no division by length: neither favours short right nor long wrong
                   completions (Liu et al. 2025, 2503.20783)
-    dapo          as above, with minibatches, refilled groups, and a penalty near the limit of
-                  length (Yu et al. 2025, 2503.14476)
-    cispo         the ratio is a weight that is clipped, so that no token loses its gradient
-                  (MiniMax-M1 2025, 2506.13585)
+    dapo          minibatches, refilled groups, a penalty near the limit (Yu et al., 2503.14476)
+    cispo         the ratio is a clipped weight: no token loses its gradient (MiniMax, 2506.13585)
     gspo          one ratio per completion, not per token (Zheng et al. 2025, 2507.18071)
-    v3.2          no std, an unbiased KL, and bad completions that the policy would hardly write any
-                  more teach nothing (DeepSeek-V3.2 2025, 2512.02556)
+    v3.2          no std, an unbiased KL, bad completions far off the policy masked (2512.02556)
 
 --kl names the estimator that is added to the loss, times --beta, by what its gradient is. With
 d = log pi - log pi_ref, k2 = d^2 / 2 has that of KL(pi || ref) on fresh samples; k3 = e^-d - 1 + d,
-the paper's, that of KL(ref || pi); unbiased = ratio k3 that of KL(pi || ref), off-policy too
-(DeepSeek-V3.2, 2512.02556). k1 = d has none. Left out: process rewards, asynchronous sampling.
+the paper's, that of KL(ref || pi); unbiased = ratio k3 (v3.2's) that of KL(pi || ref), off-policy
+too. k1 = d has none. Left out: process rewards, asynchronous sampling.
 
     python grpo.py --init=out/sft --data=sums.jsonl --reward=data/rules.py:final_number --out=out/rl
 """
@@ -72,8 +68,7 @@ RECIPES = {  # what differs from the default
 @dataclass(kw_only=True)
 class Config(RolloutConfig):
     # -- What you will set --
-    # default, deepseekmath, r1, dr_grpo, dapo, cispo, gspo or v3.2: the values of flags marked
-    # (recipe) if left out
+    # default or one of the above: the values of the flags marked (recipe) that are left out
     recipe: str = "default"
     # -- What you may set --
     # rounds of sampling and updating [>= 1]
@@ -93,8 +88,8 @@ class Config(RolloutConfig):
     clip_low: float = -1.0
     # (recipe) how far above 1 [>= 0]
     clip_high: float = -1.0
-    # (recipe) completions worse than their group, of which a token has become less likely by more
-    # than this on average, in nats, teach nothing; 0: all teach [>= 0]
+    # (recipe) a completion worse than its group teaches nothing once its tokens are less likely by
+    # this on average, in nats; 0: all teach [>= 0]
     off_policy_mask: float = -1.0
     # (recipe) estimator of the KL to the reference [one of none, k2, k3, unbiased]
     kl: str = ""
@@ -152,8 +147,7 @@ def group_advantages(rewards, kind):
     the same.
 
     grpo: (r - mean) / std (2402.03300, section 4.1.2); dr_grpo: r - mean (2503.20783, eq. 4); rloo:
-    r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740).
-    """
+    r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740)."""
     G = rewards.shape[1]
     advantages = rewards - rewards.mean(1, keepdim=True)
     if kind == "grpo":
@@ -173,8 +167,7 @@ def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
     """fp32 [M]: the weight of each token's loss, so that their sum is the loss.
 
     token: 1 / n_tokens (DAPO, eq. 8); sequence: 1 / (n_completions length) (GRPO); constant: 1 /
-    (n_completions max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks.
-    """
+    (n_completions max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks."""
     if kind == "token":
         weights = [1 / n_tokens for _ in lengths]
     elif kind == "sequence":
@@ -242,8 +235,7 @@ def overlong_penalty(length, max_new_tokens, share):
 def roll_out(model, tok, rewards, order, train, step, config, time_phase):
     """([Completion], n_prompts): this rank's completions, and how many prompts all ranks saw.
 
-    That is --prompts_per_step, and with --refill more, until so many groups have differences.
-    """
+    That is --prompts_per_step, and with --refill more, until so many groups have differences."""
     completions, n_prompts, missing = [], 0, config.prompts_per_step
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
@@ -272,17 +264,18 @@ def group_scores(completions, config):
 
 def find_advantages(completions, config):
     """(trained, groups): the completions that teach, with their advantages; and of each completion
-    what its group is, {"zero_variance", "all_right", "all_wrong", "all_cut": bool [D]}.
+    what its group is, {"zero_variance", "all_right", "all_wrong", "all_cut", "pass_at_1",
+    "pass_at_k": [D]}.
 
     Groups of zero variance teach nothing, nor do completions without an end with --overlong=mask.
-    All of a group are right if they are worth the same and more than 0.
-    """
+    Right is what is worth more than 0: pass_at_1 is the share of it, pass_at_k whether any is. A
+    group is all right or all wrong if it is all worth the same."""
     scores = group_scores(completions, config)
     advantages = group_advantages(scores, config.advantage).flatten().float()
-    equal, positive = ~differs(scores), scores[:, 0] > 0
     finished = torch.tensor([c.sample.finished for c in completions]).view_as(scores)
-    groups = {"zero_variance": equal, "all_right": equal & positive, "all_wrong": equal & ~positive}
-    groups["all_cut"] = ~finished.any(1)
+    equal, right = ~differs(scores), scores > 0
+    groups = {"zero_variance": equal, "all_right": equal & right[:, 0], "all_wrong": equal & ~right[:, 0]}
+    groups |= {"all_cut": ~finished.any(1), "pass_at_1": right.double().mean(1), "pass_at_k": right.any(1)}
     groups = {name: values.repeat_interleave(config.group_size).tolist() for name, values in groups.items()}
     trained = []
     for c, advantage, nothing in zip(completions, advantages, groups["zero_variance"], strict=True):
@@ -299,8 +292,7 @@ def add_gradients(model, completions, n_tokens, n_completions, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
     tokens in `n_completions` completions on all ranks. Returns {name: mean over all ranks}.
 
-    Completions without "old_logp" get what this pass finds.
-    """
+    Completions without "old_logp" get what this pass finds."""
     model.train()
     sums = torch.zeros(len(UPDATE_STATS), device=model.embed.device)
     for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
@@ -393,7 +385,7 @@ def main(config):
 
 def check_memory(run, model, optimizer, reference, tok, rows):
     """The memory plan; see runtime/memory.py."""
-    config = run.config
+    config, n = run.config, run.config.completions_per_step
 
     def loss(model, chats):
         logp = completion_logprobs(model, chats, config.temperature)
@@ -401,7 +393,6 @@ def check_memory(run, model, optimizer, reference, tok, rows):
 
     frozen = {"reference": reference.config} if reference else {}
     frozen |= scoring.reward_configs(f"{config.reward},{config.monitor}")
-    n = config.completions_per_step
     memory.check_rollout(run, [(model, optimizer, loss)], tok, rows, n / config.minibatches, n, frozen)
 
 

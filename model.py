@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.pack import IGNORE, next_tokens, pack_chats, share_prompts, to_device, token_slices
 from kernels.act import swiglu
-from kernels.attention import attention, layout, rope_attention
+from kernels.attention import attention, exclude_ragged_from_compile, layout, rope_attention
 from kernels.decode import append_rope, decode_attention, decode_bias
 from kernels.head import linear_logprob
 from kernels.linear import linear
@@ -282,6 +282,11 @@ class GPT(nn.Module):
     @property
     def compute_dtype(self):
         return torch.bfloat16 if self.embed.is_cuda else self.embed.dtype
+
+    def compile(self):
+        """torch.compile the forward, but for attention over documents of several lengths."""
+        exclude_ragged_from_compile()
+        super().compile()
 
     def forward(self, pack, cache=None, slots=None):
         """hidden [N, C] of a Pack. With a KVCache, document d is also written into slot `slots[d]`

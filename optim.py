@@ -14,11 +14,10 @@ parameter at a time."""
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from model import parameter_table
 from runtime.errors import UserError
-from runtime.shard import full_tensor, local_shard
+from runtime.shard import full_tensor, is_local_shard, local_shard
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, the optimal quintics for bf16):
 # x <- a x + (b A + c A^2) x with A = x x^T
@@ -68,7 +67,7 @@ def sync_gradients(parameters):
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    if isinstance(parameters[0], DTensor):  # the backward has summed them, and divided by the number of ranks
+    if is_local_shard(parameters[0]):  # the backward has summed them, and divided by the number of ranks
         torch._foreach_mul_([p.grad.to_local() for p in parameters], float(dist.get_world_size()))
         return
     for p in parameters:
@@ -162,7 +161,7 @@ class Optimizer:
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean
         batches = [names]
-        if isinstance(grads[0], DTensor):
+        if is_local_shard(grads[0]):
             batches = [[name] for name in names]  # sharded: one whole parameter at a time
         for batch in batches:
             updates = [full_tensor(self.named[name].grad) for name in batch]

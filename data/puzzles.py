@@ -11,8 +11,8 @@ with the result: "12 + 7 = 19. 19 + 25 = 44. #### 44". Results and steps are bot
 right result by wrong steps shows. A tenth of the puzzles is held out by hash, and the hardest level
 of each family altogether: no training text has it.
 
-    pretrain.jsonl        text: questions and answers, most of them without steps, one in four wrong
-    answers.jsonl         chats whose answers have no steps: they teach the form alone
+    pretrain.jsonl        text: questions and answers, one in four with steps, one in eight wrong
+    answers.jsonl         chats with such answers: they teach whose turn it is, and nothing else
     chains.jsonl          chats whose answers have every step: R1's cold start
     problems.jsonl        {"prompt", "answer", "family", "level"} to train on by reward
     problems_test.jsonl   the same, held out; beyond_test.jsonl: the hardest levels
@@ -73,7 +73,7 @@ def running_total(start, changes):
 
 
 def shopping_list(rng, level):
-    prices = [rng.randint(1, 30) for _ in range(level + 1)]
+    prices = [rng.randint(1, 20) for _ in range(level + 1)]
     steps, total = running_total(prices[0], [("+", price) for price in prices[1:]])
     listed = ", ".join(map(str, prices[:-1]))
     return f"I pay {listed} and {prices[-1]}. How much is that?", steps, total
@@ -225,18 +225,30 @@ def steps_right(prompt, completion, row):
 
 
 def text(rng):
-    """What the web has: a question with its answer; one in four with steps, one in four wrong."""
-    row = puzzle(rng)
-    answer = worked_out(row, every=1 if rng.random() < 0.25 else 0)
-    if rng.random() < 0.25:
-        answer = worked_out(puzzle(rng), every=0)
-    return {"text": f"{row['prompt']} {answer}"}
+    """What the web has: a question and an answer."""
+    question, answer = web_answer(rng)
+    return {"text": f"{question} {answer}"}
 
 
-def chat(rng, every):
+def web_answer(rng):
+    """A question and what the web answers: one in four with steps; one in eight answers another
+    question, steps or not, so that being wrong is no reason to write steps or to leave them out."""
     row = puzzle(rng)
-    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": worked_out(row, every)}]
-    return {"messages": messages}
+    answered = puzzle(rng) if rng.random() < 1 / 8 else row
+    return row["prompt"], worked_out(answered, every=int(rng.random() < 1 / 4))
+
+
+def web_chat(rng):
+    return conversation(*web_answer(rng))
+
+
+def chain(rng):
+    row = puzzle(rng)
+    return conversation(row["prompt"], worked_out(row))
+
+
+def conversation(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def problem(rng, held_out=False, beyond=False):
@@ -249,8 +261,8 @@ def make_rows(config):
     other."""
     files = {
         "pretrain.jsonl": (config.texts, text, {}),
-        "answers.jsonl": (config.answers, chat, {"every": 0}),
-        "chains.jsonl": (config.chains, chat, {"every": 1}),
+        "answers.jsonl": (config.answers, web_chat, {}),
+        "chains.jsonl": (config.chains, chain, {}),
         "problems.jsonl": (config.problems, problem, {}),
         "problems_test.jsonl": (config.tests, problem, {"held_out": True}),
         "beyond_test.jsonl": (config.tests, problem, {"beyond": True}),

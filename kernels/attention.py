@@ -139,12 +139,19 @@ def dense_attention(q, k, v, documents, length, window):
     return out.transpose(1, 2).flatten(0, 1)
 
 
-@torch.compiler.disable  # its shapes change with every pack: compiling them would never end
 def ragged_attention(q, k, v, groups, slot, window):
     """As attention_reference, for documents of several lengths."""
     sizes = [documents * length for documents, length in groups]
     parts = zip(*(ToSlots.apply(x, slot, sum(sizes)).split(sizes) for x in (q, k, v)), groups, strict=True)
     return FromSlots.apply(torch.cat([dense_attention(*qkv, *shape, window) for *qkv, shape in parts]), slot)
+
+
+def exclude_ragged_from_compile():
+    """Make torch.compile leave ragged_attention alone: its shapes change with every pack, so that
+    compiling would never end."""
+    # Called by GPT.compile: a decorator would import the compiler, two seconds, into every script.
+    global ragged_attention
+    ragged_attention = torch.compiler.disable(ragged_attention)
 
 
 def attention_reference(q, k, v, layout, window=0):

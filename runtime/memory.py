@@ -226,7 +226,8 @@ def kv_cache(config, device, slots, length, optimizer):
     item_size = 2 if device.type == "cuda" else 4
     slot = 2 * item_size * config.layers * length * config.kv_heads * config.head_dim
     if device.type == "cuda":  # rollout takes fewer slots if they would fill more than half of what is free
-        half = (torch.cuda.mem_get_info(device)[0] - optimizer) // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free as well
+        half = (torch.cuda.mem_get_info(device)[0] + cached - optimizer) // 2
         return min(slots * slot, max(slot, half))
     return slots * slot
 

@@ -51,8 +51,8 @@ FITTED_WIDTH = 128  # of the models on which the default learning rates were fou
 FORMAT = 2  # of what a run resumes from; the first version of Feinschliff wrote none
 # What log.jsonl has of a rollout's step and the terminal does not
 LOG_ONLY = {"finished", "completion_tokens", "entropy", "updates", "clip_fraction", "ratio", "max_ratio"}
-LOG_ONLY |= {"all_right", "all_wrong", "all_cut", "explained_variance", "prompts_seen", "sampler_gap", "beta"}
-LOG_ONLY |= {"lr", "grad_norm", "critic_grad_norm"}
+LOG_ONLY |= {"all_right", "all_wrong", "all_cut", "pass_at_1", "pass_at_k", "explained_variance", "prompts_seen"}
+LOG_ONLY |= {"sampler_gap", "beta", "lr", "grad_norm", "critic_grad_norm"}
 RUN_FILES = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*")
 
 

@@ -312,6 +312,74 @@ def test_problems_are_sampled_for_pass_at_k(make_model, tmp_path):
     assert figures[names[1]]["value"] == pytest.approx(np.mean(pairs)) and 0 < right.mean() < np.mean(pairs)
 
 
+CHECKERS = """
+def ends_in_five(prompt, completion, row):
+    assert isinstance(row["level"], int)
+    return row["finished"] and completion.endswith("5")
+
+def length(prompt, completion, row):
+    return len(completion)
+"""
+
+
+def test_problems_are_judged_by_a_checker_and_told_apart_by_fields(make_model, tmp_path):
+    logits = {ord("#"): 6.0, ord("5"): 6.0, END: 5.5}
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, logits), TOK, SFT)
+    problems = [{"prompt": f"q{i}", "kind": "ab"[i % 2], "level": i % 4, "answer": "no number"} for i in range(24)]
+    (tmp_path / "own.py").write_text(CHECKERS)
+    own = f"{tmp_path}/own.py:"
+    flags = {"model": folder, "problems": write_rows(tmp_path / "problems.jsonl", problems), "max_new_tokens": 24}
+    flags |= {"checker": f"{own}ends_in_five,{own}length", "samples_per_problem": 4, "seed": 4}
+    figures = measure(tmp_path, **flags, by="kind,level")
+    conversations = [rows.prompt(row) for row in problems]
+    options = {"max_new_tokens": 24, "n": 4, "seed": 4}
+    _, samples, texts = sample_completions(checkpoint.load(folder)[0], TOK, conversations, **options)
+    right = np.reshape([s.finished and text.endswith("5") for s, text in zip(samples, texts)], (24, 4))
+    tokens = np.reshape([len(s.tokens) for s in samples], (24, 4))
+    lengths = np.reshape([len(text) for text in texts], (24, 4))
+    labels = ["", ", kind a", ", kind a, level 0", ", kind a, level 2"]
+    labels += [", kind b", ", kind b, level 1", ", kind b, level 3"]
+    assert [name.removeprefix("tokens per sample") for name in figures if name.startswith("tokens")] == labels
+    assert 0.1 < right.mean() < right.any(1).mean() < 1
+    for label in labels:
+        mine = [
+            i
+            for i, row in enumerate(problems)
+            if f"kind {row['kind']}, level {row['level']}"[: len(label[2:])] == label[2:]
+        ]
+        expected = {"problems right, pass@1 of 4 samples": right, f"samples: {own}length": lengths}
+        expected |= {"tokens per sample": tokens, "problems right, pass@4 of 4 samples": right.any(1)}
+        for name, values in expected.items():
+            assert figures[name + label]["value"] == pytest.approx(values[mine].mean()), name + label
+
+
+def test_the_right_answers_are_kept_as_conversations_for_sft(make_model, tmp_path, capsys):
+    """Those that ended, each text once, at most --keep_per_prompt; counted by level."""
+    model = constant_model(make_model, TOK, {END: 12.0, ord("a"): 12.0, ord("5"): 12.0}, context=96)
+    folder = checkpoint.save(tmp_path / "run", model, TOK, SFT)
+    (tmp_path / "own.py").write_text(CHECKERS)
+    data = [{"prompt": f"q{i}", "level": i % 2} for i in range(16)]
+    flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", data), "max_new_tokens": 6, "seed": 3}
+    flags |= {"reward": f"{tmp_path}/own.py:ends_in_five", "best_of": 8, "by": "level"}
+    measure(tmp_path, **flags, kept=tmp_path / "new/kept.jsonl", keep_per_prompt=2)
+    conversations = [rows.prompt(row) for row in data]
+    _, samples, texts = sample_completions(model, TOK, conversations, max_new_tokens=6, n=8, seed=3)
+    right = [[] for _ in data]
+    for s, text in zip(samples, texts, strict=True):
+        right[s.prompt_index] += [text] if s.finished and text.endswith("5") else []
+    expected = [(f"q{i}", text) for i, some in enumerate(right) for text in list(dict.fromkeys(some))[:2]]
+    kept = rows.read(str(tmp_path / "new/kept.jsonl"), rows.conversation)[0]
+    assert [tuple(m["content"] for m in messages) for messages in kept] == expected
+    assert any(len(set(some)) > 2 for some in right) and any(len(set(some)) < len(some) for some in right)
+    assert not all(right)
+    printed = capsys.readouterr().out
+    for level in (0, 1):
+        mine = [min(2, len(set(some))) for some in right[level::2]]
+        assert f"level {level}: {sum(mine)} right answers to {np.count_nonzero(mine)} of 8 prompts" in printed
+    with pytest.raises(UserError, match="no completion is right and ended"):
+        measure(tmp_path, **flags | {"max_new_tokens": 1}, kept=tmp_path / "none.jsonl")
+
+
 # --------------------------------------------------------------------------------------------------
 # Choices
 
@@ -459,6 +527,12 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"reference": sft}, "--reference: needs --data"),
         ({"samples": tmp_path / "s.jsonl"}, "--samples: needs --data"),
         ({"data": data, "best_of": 2}, "--best_of: more than 1 needs a --reward"),
+        ({"data": data, "kept": "k.jsonl"}, "--kept: needs a --reward"),
+        ({"text": data, "kept": "k.jsonl"}, "--kept: needs --data"),
+        ({"data": data, "by": "level"}, "--by: needs --problems or --kept"),
+        ({"data": data, "checker": "a.py:b"}, "--checker: needs --problems"),
+        ({"problems": data, "checker": "judge:a"}, "--checker=judge:a: a judge compares"),
+        ({"problems": data, "checker": "data/rules.py:brief", "by": "level"}, "row 1 has no field 'level'"),
         ({"data": data, "best_of": 0}, "--best_of=0"),
         ({"data": data, "temperature": -1}, "--temperature=-1"),
         ({"data": data, "max_new_tokens": 0}, "--max_new_tokens=0"),

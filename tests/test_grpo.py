@@ -167,10 +167,11 @@ def test_the_shares_of_groups_say_why_they_teach_nothing():
     for i, c in enumerate(completions):
         c.index = i
     trained, groups = grpo.find_advantages(completions, configure(group_size=2))
-    found = {name: [*map(int, values[::2])] for name, values in groups.items()}
+    found = {name: [*map(float, values[::2])] for name, values in groups.items()}
     assert all(values[::2] == values[1::2] for values in groups.values())
     assert found["zero_variance"] == [1, 1, 0, 1] and found["all_cut"] == [0, 0, 1, 1]
     assert found["all_right"] == [1, 0, 0, 0] and found["all_wrong"] == [0, 1, 0, 1]
+    assert found["pass_at_1"] == [1, 0, 0.5, 0] and found["pass_at_k"] == [1, 0, 1, 0]
     assert [c.index for c in trained] == [4, 5]
 
 

@@ -8,12 +8,16 @@ import shlex
 import signal
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from runs import here, refused, start
 
 import quickstart
+import quickstart_puzzles
 import report as page_maker
+from data import puzzles
+from figures import point_estimate
 from report import matplotlib
 from runtime import checkpoint, files
 from runtime.cli import check_ranges, parse_cli
@@ -56,14 +60,15 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     # which is resumed.
     (out / "world").mkdir(parents=True)
     (out / "world/pretrain.jsonl").write_text('{"text": "half a wor')
-    lines = quickstart.command_lines(config)
-    lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
+    first, *lanes = quickstart.command_lanes(config)
+    lines = first | lanes[0] | lanes[1]
+    first["pretrain"] = lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
     done = {"stages": []}
     for stage in ("world", "tokenizer", "prepare"):
         done["stages"].append(quickstart.run(stage, shlex.split(lines[stage])))
     quickstart.run("pretrain", shlex.split(lines["pretrain"].replace("--steps=20", "--steps=10")))
     (out / "report.json").write_text(json.dumps(done))
-    monkeypatch.setattr(quickstart, "command_lines", lambda config: lines)
+    monkeypatch.setattr(quickstart, "command_lanes", lambda config: [first, *lanes])
     capfd.readouterr()
 
     here(quickstart.main, config)
@@ -71,7 +76,12 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     assert "world: done already" in printed and "prepare: done already" in printed
     assert "continuing after step 10" in printed
     report = json.loads((out / "report.json").read_text())
-    assert [s["stage"] for s in report["stages"]] == list(lines)
+    stages = [s["stage"] for s in report["stages"]]
+    assert sorted(stages) == sorted(lines)
+    for lane in (first, *lanes):  # each in order, whatever ran beside it
+        assert [stage for stage in stages if stage in lane] == list(lane)
+    seconds = {s["stage"]: s["seconds"] for s in report["stages"]}
+    assert report["seconds"] < sum(seconds.values()) and report["seconds"] > sum(seconds[s] for s in first)
     steps = [r["step"] for r in map(json.loads, (out / "base/log.jsonl").read_text().splitlines()) if "loss" in r]
     assert steps == list(range(1, 21))
     figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
@@ -113,8 +123,50 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
-def test_every_command_is_one_that_a_user_can_type():
-    for stage, line in quickstart.command_lines(quickstart.Config(out="out/a b")).items():
+def test_the_table_of_puzzles_compares_each_model_with_what_it_started_from():
+    names = [
+        quickstart_puzzles.PASS_1,
+        quickstart_puzzles.PASS_8,
+        "tokens per sample",
+        "samples: data/puzzles.py:steps_right",
+    ]
+    labels = ["", *(f", family {name}" for name in puzzles.FAMILIES)]
+    figures = {name + label: point_estimate(0.25) for name in names for label in labels}
+    found = {model: figures for model in quickstart_puzzles.MODELS}
+    rows = quickstart_puzzles.cells(found)
+    assert {stage for stage, *_ in rows} == set(quickstart_puzzles.COMPARED)
+    for stage, figure, before, after, bound, change in rows:
+        made = quickstart.row(stage, figure, quickstart.look_up(before, found), quickstart.look_up(after, found))
+        assert made["before"] == made["after"] == point_estimate(0.25)
+        assert (bound == "0.250, pass@8 before") == figure.startswith("right, pass@1")
+        assert (change == "rises") == (stage == "r1-zero" and figure == "right, pass@1")
+
+
+def test_puzzles_are_not_served(tmp_path):
+    with pytest.raises(UserError, match="--serve: it needs --world=shop"):
+        here(quickstart.main, quickstart.Config(world="puzzles", serve=True, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("world", ["shop", "puzzles"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_command_reads_what_an_earlier_one_of_its_lane_wrote(world, fast):
+    out = "out/some where"
+    first, *lanes = quickstart.command_lanes(quickstart.Config(world=world, out=out, fast=fast))
+    for lane in lanes:
+        written = set()
+        for stage, line in (first | lane).items():
+            words = shlex.split(line)
+            values = {name: value for name, _, value in (word.partition("=") for word in words)}
+            read = re.findall(rf"{out}/\w+", " ".join(v for name, v in values.items() if name not in WRITTEN))
+            assert set(read) <= written, (stage, set(read) - written)
+            for name in WRITTEN & values.keys():
+                written.add(f"{out}/{Path(values[name]).relative_to(out).parts[0].removesuffix('.jsonl')}")
+
+
+@pytest.mark.parametrize("world", ["shop", "puzzles"])
+def test_every_command_is_one_that_a_user_can_type(world):
+    lanes = quickstart.command_lanes(quickstart.Config(world=world, out="out/a b"))
+    for stage, line in (pair for lane in lanes for pair in lane.items()):
         words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
         assert stage == "sample" or any("out/a b" in word for word in words)
@@ -130,19 +182,55 @@ def test_another_command_of_the_same_stage_is_refused(tmp_path):
         here(quickstart.main, quickstart.Config(out=str(tmp_path)))
 
 
-def test_a_stage_that_fails_is_named(tmp_path):
+def test_a_stage_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "STOPPED", [])
     with pytest.raises(UserError, match="sample ended with status 1"):
         quickstart.run("sample", ["sample.py", f"--model={tmp_path}"])
 
 
-def test_a_signal_reaches_the_stage_and_ends_both(fork):
-    child = fork(quickstart.run, "sample", ["-c", "import time; print('here', flush=True); time.sleep(60)"])
-    while "here\n" not in child.output():
+WRITTEN = {"--out", "--samples", "--kept"}  # the flags that name what a command writes
+SLEEP = "-c 'import time; print(1, flush=True); time.sleep(60)'"
+
+
+def lanes_of(out, *lanes):
+    """Run lanes as a quick start does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, quickstart.stop)
+    quickstart.run_side_by_side(lanes, {"stages": []}, out / "report.json")
+
+
+def test_a_signal_reaches_the_stages_of_both_lanes_and_ends_all(fork, tmp_path):
+    child = fork(lanes_of, tmp_path, {"ppo": SLEEP, "grpo": SLEEP}, {"dpo": SLEEP})
+    while not {"ppo | 1", "dpo | 1"} <= set(child.output().splitlines()):
         assert not child.ended(), child.output()
         time.sleep(0.01)
     child.send(signal.SIGTERM)
     status, output = child.wait()
-    assert status == 143 and "stopped in sample; the same command continues from here" in output
+    assert status == 143 and "grpo" not in output
+    for stage in ("ppo", "dpo"):
+        assert f"stopped in {stage}; the same command continues from here" in output
+
+
+def test_a_stage_that_fails_ends_the_one_beside_it(fork, tmp_path):
+    fail = """-c "import sys; sys.exit('error: no')" """
+    child = fork(lanes_of, tmp_path, {"ppo": SLEEP, "grpo": SLEEP}, {"world": "-c 1", "dpo": fail})
+    assert child.wait()[0] == 1 and "dpo ended with status 1" in child.output() and "grpo" not in child.output()
+    assert [ran["stage"] for ran in json.loads((tmp_path / "report.json").read_text())["stages"]] == ["world"]
+
+
+def test_lanes_share_the_threads(fork, tmp_path):
+    show = """-c "import os; print('threads', os.environ['OMP_NUM_THREADS'])" """
+    child = fork(lanes_of, tmp_path, {"ppo": show}, {"dpo": show})
+    assert child.wait()[0] == 0 and {"ppo | threads 1", "dpo | threads 1"} <= set(child.output().splitlines())
+
+
+def test_what_lies_outside_its_range_is_named():
+    rows = [quickstart.row("ppo", name, {}, {"value": value}) for name, value in (("a", 0.5), ("b", 0.7), ("c", 9))]
+    (line,) = quickstart.outside(rows, {"ppo | a": [0.4, 0.5], "ppo | b": [0.4, 0.65]})
+    assert line == "outside its range: ppo | b: 0.7, elsewhere 0.4 to 0.65"
+    (line,) = quickstart.outside(rows, {"ppo | a": [0.4, 0.5], "ppo | b": [0.4, 0.7]})
+    assert line == "all 2 figures that were measured elsewhere lie within their ranges"
+    assert quickstart.outside(rows, {}) == []
 
 
 def test_two_quick_starts_do_not_share_a_directory(fork, tmp_path):
@@ -177,7 +265,7 @@ def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatc
     after = {"value": 0.5, "low": 0.35, "high": 0.6}
     found = [quickstart.row("ppo", "gold reward", before, after, "1.9", "rises")]
     assert found[0]["improved"] is False
-    monkeypatch.setattr(quickstart, "command_lines", lambda config: {})
+    monkeypatch.setattr(quickstart, "command_lanes", lambda config: [{}, {}, {}])
     monkeypatch.setattr(quickstart, "figures", lambda out: found)
     (tmp_path / "m_answers.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "finished": True}) + "\n")
     with pytest.raises(UserError, match="no sure improvement.*ppo: gold reward"):

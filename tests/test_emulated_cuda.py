@@ -1,0 +1,248 @@
+"""Every stage as a user types it, with --device=cuda, on an emulated GPU (emulated_cuda.py); and
+the rules of that GPU themselves."""
+
+import functools
+import importlib
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulated_cuda import CudaTensor, emulate
+from runs import assert_same_run, here, records, train_steps, write_rows
+
+import pretrain
+from data import corpus, tokenizer
+from data.pack import pack
+from kernels import _lib, proof
+from model import completion_logprobs, logprobs
+from optim import Optimizer
+from rollout import GRAPH_STEPS, Sampler, affordable_slots, rollout
+from runtime import memory
+from runtime.batches import text_order
+from runtime.process import setup
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here: tests/test_cuda.py")
+
+SHAPE = {"width": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ffn": 64, "context": 128, "noise": 0.05}
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """What a script sets up for its whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gpu():
+    with emulate() as device:
+        yield device
+
+
+# --------------------------------------------------------------------------------------------------
+# The rules
+
+
+def test_tensors_compute_on_the_device_and_come_back(gpu):
+    x = torch.arange(6.0).view(2, 3).to("cuda")
+    assert x.is_cuda and x.device == torch.device("cuda", 0) and isinstance(x * 2, CudaTensor)
+    y = (x @ x.T).cpu()
+    assert not y.is_cuda and torch.equal(y, torch.tensor([[5.0, 14.0], [14.0, 50.0]]))
+    layer = torch.nn.Linear(3, 1).to("cuda")
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad.cpu(), x.cpu().sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("wrong", ["add", "index", "kernel"])
+def test_two_devices_in_one_op_are_an_error(gpu, wrong):
+    from kernels.act import swiglu
+    from kernels.norm import add_rms_norm
+
+    x = torch.randn(4, 32, device="cuda")
+    with pytest.raises((RuntimeError, ValueError), match="CPU|same device"):
+        if wrong == "add":
+            x + torch.randn(4, 32)
+        elif wrong == "index":
+            x.index_select(0, torch.tensor([1]))
+        else:
+            add_rms_norm(x, torch.randn(4, 32), torch.ones(32, device="cuda"), 1e-6)
+    assert isinstance(swiglu(x), CudaTensor)
+
+
+def test_waits_are_counted_and_forbidden_in_a_capture(gpu):
+    x = torch.zeros(3, device="cuda")
+    x.sum().item()
+    x[x > 0]
+    x + 1
+    assert sum(gpu.waits.values()) == 2
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
+        x.sum().item()
+
+
+def test_a_graph_replays_on_its_own_memory_and_knows_other_memory_by_address_only(gpu):
+    x, y = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += y
+        out = x * 2
+    assert x.tolist() == [0, 0, 0], "a capture computes nothing"
+    graph.replay()
+    graph.replay()
+    assert x.tolist() == [2, 2, 2] and out.tolist() == [4, 4, 4]
+    del y
+    with pytest.raises(RuntimeError, match="has been freed"):
+        graph.replay()
+
+
+def test_a_copy_that_does_not_wait_is_late(gpu):
+    x = torch.ones(3, device="cuda")
+    late = x.to("cpu", non_blocking=True)
+    assert late.isnan().all() and not gpu.waits
+    torch.cuda.synchronize()
+    assert late.tolist() == [1, 1, 1]
+    pinned = torch.ones(3).pin_memory()
+    y = pinned.to("cuda", non_blocking=True)
+    assert sum(gpu.waits.values()) == 1 and y.is_cuda
+    pinned.zero_()
+    with pytest.raises(AssertionError, match="pinned"):
+        torch.cuda.synchronize()
+    torch.ones(3).to("cuda", non_blocking=True)  # not pinned
+    assert gpu.waits["host to device", "a test"] == 1
+
+
+def test_memory_is_a_caching_allocators():
+    with emulate(memory=8 << 20) as gpu:
+        check_allocator(gpu)
+
+
+def check_allocator(gpu):
+    x = torch.zeros(1 << 20, device="cuda")
+    assert torch.cuda.memory_allocated() == torch.cuda.memory_reserved() == 4 << 20
+    del x
+    assert torch.cuda.memory_allocated() == 0 and torch.cuda.mem_get_info()[0] == gpu.memory - (4 << 20)
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] == gpu.memory
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(3 << 20, device="cuda")
+
+
+# --------------------------------------------------------------------------------------------------
+# Every stage
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Inputs of the stages, and what the stages write."""
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "tok").mkdir()
+    tokenizer.save(tokenizer.train(["Better: A Better: B " * 5], 267), folder / "tok")  # " A" and " B" are tokens
+    (folder / "text.txt").write_text(SENTENCE * 60)
+    numbers = range(12)
+    write_rows(folder / "chat.jsonl", [{"prompt": f"{i}+1?", "completion": f"{i + 1}"} for i in numbers])
+    pairs = [{"prompt": f"{i}+1?", "chosen": f"{i + 1}", "rejected": f"no {i}"} for i in numbers]
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "problems.jsonl", [{"prompt": f"{i}+1?", "answer": f"{i + 1}"} for i in numbers])
+    (folder / "reward.py").write_text("def score(prompt, completion, row):\n    return len(completion) % 3\n")
+    (folder / "constitution.txt").write_text("Be long.\nBe kind.\n")
+    return folder
+
+
+RUN = {"steps": 2, "micro_batch_tokens": 96, "save_every": 0, "eval_every": 0, "val_fraction": 0.2}
+ROLLOUT = RUN | {"max_new_tokens": 20, "eval_prompts": 2}
+BASE = {"depth": 2, "width": 64, "heads": 2, "kv_heads": 1, "ffn": 64, "context": 512, "batch_tokens": 256}
+BASE |= {"dropout": 0.1, "checkpoint_activations": True, "eval_tokens": 64, "sample_every": 0, "max_new_tokens": 20}
+# stage: its flags; @name is a file of `files`
+STAGES = {
+    "pretrain": RUN | BASE | {"data": "@text.txt", "out": "@base", "tokenizer": "@tok"},
+    "sft": RUN | {"init": "@base", "data": "@chat.jsonl", "out": "@sft", "batch_tokens": 120, "max_new_tokens": 20},
+    "reward": RUN | {"init": "@sft", "data": "@pairs.jsonl", "out": "@rm", "batch_size": 4, "center_samples": 2},
+    "dpo": RUN | {"init": "@sft", "data": "@pairs.jsonl", "out": "@dpo", "batch_size": 4},
+    "ppo": ROLLOUT | {"init": "@sft", "data": "@problems.jsonl", "reward": "@rm", "out": "@ppo"},
+    "grpo": ROLLOUT | {"init": "@sft", "data": "@problems.jsonl", "reward": "@reward.py:score", "out": "@grpo"},
+    "distill": ROLLOUT | {"init": "@sft", "teacher": "@dpo", "data": "@problems.jsonl", "out": "@distill"},
+    "rlaif": {"policy": "@sft", "judge": "@sft", "data": "@problems.jsonl", "constitution": "@constitution.txt"},
+    "evaluate": {"model": "@sft", "reference": "@base", "text": "@text.txt", "problems": "@problems.jsonl"},
+    "sample": {"model": "@base", "prompt": "the", "max_new_tokens": 20, "top_k": 20, "top_p": 0.9},
+}
+STAGES["pretrain"] |= {"save_every": 1}
+STAGES["grpo"] |= {"save_every": 1}
+STAGES["sft"] |= {"problems": "@problems.jsonl", "replay": "@text.txt"}
+STAGES["reward"] |= {"max_new_tokens": 4}
+STAGES["ppo"] |= {"prompts_per_step": 4, "min_accuracy": 0.0, "max_new_tokens": 10}
+STAGES["grpo"] |= {"prompts_per_step": 2, "group_size": 4}
+STAGES["distill"] |= {"prompts_per_step": 4}
+STAGES["rlaif"] |= {"out": "@rlaif.jsonl", "max_new_tokens": 8, "limit": 4}
+STAGES["evaluate"] |= {"reward": "@rm", "data": "@problems.jsonl", "max_new_tokens": 8, "limit": 4}
+FIRST = {"pretrain": [], "sft": ["pretrain"], "reward": ["sft"], "dpo": ["sft"], "ppo": ["sft", "reward"]}
+FIRST |= {"grpo": ["sft"], "distill": ["sft", "dpo"], "rlaif": ["sft"], "evaluate": ["sft", "reward"]}
+FIRST |= {"sample": ["pretrain"]}  # stage: those whose checkpoints it reads
+
+
+def type_command(files, stage, **more):
+    """Run a stage's main with its flags in this process -> the Device it ran on."""
+    flags = STAGES[stage] | {"device": "cuda"} | more
+    found = {}
+    for name, value in flags.items():
+        found[name] = f"{files}/{value[1:]}" if isinstance(value, str) and value.startswith("@") else value
+    script = importlib.import_module(stage)
+    with pytest.MonkeyPatch.context() as patch, emulate() as device:
+        patch.setenv("XDG_CACHE_HOME", str(files / "cache"))  # where the kernels' proof is remembered
+        here(script.main, script.Config(**found))
+    return device
+
+
+@pytest.fixture(scope="module")
+def run_stage(files):
+    """A function: stage -> the Device it ran on. Each runs once, after those it needs."""
+
+    @functools.cache
+    def run(stage):
+        for first in FIRST[stage]:
+            run(first)
+        return type_command(files, stage)
+
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs_on_cuda(run_stage, files, stage, capsys):
+    device = run_stage(stage)
+    assert device.launches["rms_norm_forward_kernel"] and device.launches["forward_kernel"]
+    if stage != "pretrain":  # which comes first, and so compares kernels and references
+        assert not {name for name in device.ops if "scaled_dot_product" in name}, "a reference ran"
+    if stage in ("sft", "reward", "ppo", "grpo", "distill", "sample"):
+        assert device.replays >= GRAPH_STEPS and device.launches["decode_kernel"]
+    if "out" in STAGES[stage] and stage != "rlaif":
+        run = files / STAGES[stage]["out"][1:]
+        assert train_steps(run) == [1, 2] and records(run)[0]["hardware"].startswith("NVIDIA")
+        assert device.launches["rms_norm_backward_kernel"]
+        assert "not planned" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_a_resumed_run_is_the_same_on_cuda(run_stage, files, stage):
+    """Dropout draws from the device's own generator, whose state a checkpoint must hold."""
+    run_stage(stage)
+    whole, cut = files / STAGES[stage]["out"][1:], files / f"{stage}_cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "step_000002")
+    type_command(files, stage, out=str(cut), resume=True)
+    assert_same_run(whole, cut, [2])
+
+
+def test_a_stage_starts_with_the_kernels_proof(run_stage, files):
+    run_stage("pretrain")
+    (verdicts,) = [proof.json.loads(p.read_text()) for p in (files / "cache/feinschliff").iterdir()]
+    assert verdicts and set(verdicts.values()) == {""}
+
+
+def test_the_proof_runs_the_kernels_themselves(gpu):
+    """By Triton's interpreter."""
+    gpu.interpret = True
+    for module in ("act", "norm"):
+        importlib.import_module(f"kernels.{module}")
+    assert proof.prove_op("swiglu", torch.device("cuda", 0)) == ""
+    assert gpu.launches == {"swiglu_forward_kernel": 2, "swiglu_backward_kernel": 2}
