@@ -299,7 +299,10 @@ def head_seconds(op, gpu):
 
 
 def attention_flops(ops, context):
-    """Documents of `context` tokens: a query sees half of them. Forward 2 products, backward 5."""
+    """FLOPs of attention over documents of `context` tokens, of which a query sees half.
+
+    The forward has 2 products, the backward is counted as 5.
+    """
     for op in ops:
         if op.name == "attention":
             N, H, Dh = op.tensors[0]
@@ -430,7 +433,7 @@ def measured(results, gpu):
     rows = []
     for path in sorted(Path(results).glob("train_*.json")):
         found = json.loads(path.read_text())
-        if gpu in json.dumps(found.get("gpu", found.get("device", ""))):
+        if gpu in found["hardware"]:
             rows += [row for row in found.get("rows", []) if row.get("contender") == "kernels"]
     return rows
 
