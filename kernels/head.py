@@ -76,6 +76,13 @@ class LinearCrossEntropyReference(torch.autograd.Function):
         return *scaled_reference(ctx, grad), None, None, None
 
 
+def wide_logits(hidden, w, wide):
+    """hidden [n, C] w^T [C, V] in `wide`, not rounded to hidden's dtype."""
+    if hidden.dtype == wide:
+        return product(hidden, w)
+    return multiply(hidden, w.T, hidden.new_empty(len(hidden), len(w), dtype=wide))
+
+
 class LinearLogprobReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, chunk_mb):
@@ -84,7 +91,7 @@ class LinearLogprobReference(torch.autograd.Function):
         logp, lse, ent = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
         for part in chunks(len(hidden), len(weight), chunk_mb):
             target = targets[part, None]
-            logits = product(hidden[part], w).to(wide).div_(temperature)  # [n, V]
+            logits = wide_logits(hidden[part], w, wide).div_(temperature)  # [n, V]
             lse[part] = torch.logsumexp(logits, dim=-1)
             chosen = logits.gather(1, target.clamp(min=0))[:, 0]
             logp[part] = (chosen - lse[part]).masked_fill_(target[:, 0] == IGNORE, 0.0)
@@ -281,18 +288,28 @@ def logprob_backward_kernel(
 # The ops. Each loops over all chunks, so that torch.compile sees neither the loop nor its memory.
 
 
-def logits_by_chunk(hidden, w, chunk_mb):
+def logits_by_chunk(hidden, w, chunk_mb, dtype=None):
     """Yields (slice of the tokens, their logits [n, V]), every chunk in the same memory.
 
-    hidden [N, C] and w [V, C] have one dtype.
+    hidden [N, C] and w [V, C] have one dtype, and the logits have it too unless `dtype` is given.
     """
+    dtype = dtype or hidden.dtype
     (N, _), V = hidden.shape, len(w)
     stride = -(-V // 64) * 64
-    rows = max(128, chunk_mb * 2**20 // (stride * hidden.element_size()) // 128 * 128)
-    memory = hidden.new_empty(min(rows, N), stride)
+    rows = max(128, chunk_mb * 2**20 // (stride * dtype.itemsize) // 128 * 128)
+    memory = hidden.new_empty(min(rows, N), stride, dtype=dtype)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        yield part, torch.mm(hidden[part], w.T, out=memory[: part.stop - start, :V])
+        yield part, multiply(hidden[part], w.T, memory[: part.stop - start, :V])
+
+
+def multiply(a, b, out):
+    """out = a b, in the dtype of `out`, which may be fp32 for a and b in bf16."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if out.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # a CPU has no such product
 
 
 def accumulate(total, a, b):
@@ -358,7 +375,8 @@ def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_
     cols, warps = block(V)
     constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
     logp, lse, ent = outs = logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb)
-    for part, logits in logits_by_chunk(hidden, w, chunk_mb):
+    # In fp32 as the sampler's: in bf16 a logit of 20 is off by up to 0.06, and so would be every ratio
+    for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
         rows = [x[part] for x in (targets, logp, lse, ent)]
         logprob_kernel[(len(logits),)](logits, *rows, V, logits.stride(0), 1 / temperature, **constants)
     return outs
