@@ -545,7 +545,7 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
             "(KL != 0 before the first update)"
         )
     gap /= max(1, tokens)
-    # On a GPU the sums of sampler and trainer run in other orders, and fp32 means more there than on a CPU
+    # On a GPU sampler and trainer add up in other orders than on a CPU
     exact = exact_gap / max(1, exact_tokens), 10 * GAPS[torch.float32], " in fp32"
     for found, limit, how in ((gap, GAPS[model.compute_dtype], ""), exact):
         bound = limit / min(config.temperature, 1)  # logits are divided by it, and their rounding with them

@@ -375,7 +375,7 @@ def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_
     cols, warps = block(V)
     constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
     logp, lse, ent = outs = logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb)
-    # In fp32 as the sampler's: in bf16 a logit of 20 is off by up to 0.06, and so would be every ratio
+    # In fp32 as the sampler's: in bf16 a logit of 20, and so its ratio, is off by up to 0.06
     for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
         rows = [x[part] for x in (targets, logp, lse, ent)]
         logprob_kernel[(len(logits),)](logits, *rows, V, logits.stride(0), 1 / temperature, **constants)

@@ -1,7 +1,6 @@
 """Every stage as a user types it, with --device=cuda, on an emulated GPU (emulated_cuda.py); and
 the rules of that GPU themselves."""
 
-import copy as copy_module
 import functools
 import importlib
 import json
@@ -288,10 +287,8 @@ def other_weights(patch):
 
     def perturbed(model):
         copy = sampling_weights(model)
-        copy.blocks[1] = copy_module.deepcopy(copy.blocks[1])
-        with torch.no_grad():
-            for p in copy.blocks[1].parameters():
-                p.mul_(1.01)
+        weights = {name: p * 1.01 if name.startswith("blocks.1.") else p for name, p in copy.state_dict().items()}
+        copy.load_state_dict(weights, assign=True)
         return copy
 
     patch.setattr(rollout_module, "sampling_weights", perturbed)
@@ -471,7 +468,8 @@ def test_the_baseline_may_use_algorithms_that_are_not_deterministic():
     found = {}
     for run in (bench_train.BaselineRun, bench_train.OurRun):
         torch.use_deterministic_algorithms(True, warn_only=True)
-        stub = SimpleNamespace(deterministic=run.deterministic, update=lambda: None)
-        bench_train.step(stub, torch.zeros(0, 4), 1)
+        weight = torch.ones(4, requires_grad=True)
+        stub = SimpleNamespace(deterministic=run.deterministic, update=list, loss=weight.dot)
+        bench_train.step(stub, torch.zeros(4), 4)
         found[run] = torch.are_deterministic_algorithms_enabled()
     assert found == {bench_train.BaselineRun: False, bench_train.OurRun: True}
