@@ -181,7 +181,7 @@ def row_statistics(row_ptr, V, stride, scale, LOWEST: tl.constexpr, ENTROPY: tl.
     return m, tl.sum(d, 0), tl.sum(s, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
@@ -220,7 +220,7 @@ def cross_entropy_kernel(
                 tl.store(row_ptr + start + cols, grad.to(logits_ptr.dtype.element_ty), mask=start + cols < stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def logprob_kernel(
     logits_ptr,
     targets_ptr,
@@ -247,7 +247,7 @@ def logprob_kernel(
         tl.store(ent_ptr + row, tl.log(d) - s / d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def logprob_backward_kernel(
     logits_ptr,
     targets_ptr,
@@ -486,20 +486,40 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, chun
     return (logp, ent) if entropy else logp
 
 
+PROOF_SHAPES = (130, 1003), (3, 50304), (3, 151936)  # rows, vocabulary
+
+
 def proof_inputs(device):
-    """130 rows, which the proofs' 0 MiB of logits cut into chunks of 128 and 2."""
-    hidden, weight = torch.randn(130, 64, device=device), torch.randn(1003, 64, device=device) / 8
-    targets = torch.randint(1003, (130,), device=device).masked_fill_(torch.rand(130, device=device) < 0.3, IGNORE)
-    return [hidden.bfloat16(), weight], targets
+    """([hidden, weight, ...], [targets, ...]) of each shape.
+
+    The proofs' 0 MiB of logits cut 130 rows into chunks of 128 and 2.
+    """
+    inputs, targets = [], []
+    for rows, V in PROOF_SHAPES:
+        inputs += [torch.randn(rows, 64, device=device).bfloat16(), torch.randn(V, 64, device=device) / 8]
+        ignored = torch.rand(rows, device=device) < 0.3
+        targets.append(torch.randint(V, (rows,), device=device).masked_fill_(ignored, IGNORE))
+    return inputs, targets
 
 
 @proof("linear_cross_entropy")
 def linear_cross_entropy_proof(device):
     inputs, targets = proof_inputs(device)
-    return lambda h, w: linear_cross_entropy(h, w, targets, 0), inputs
+
+    def f(*inputs):
+        return tuple(linear_cross_entropy(h, w, t, 0) for h, w, t in zip(inputs[::2], inputs[1::2], targets))
+
+    return f, inputs
 
 
 @proof("linear_logprob")
 def linear_logprob_proof(device):
     inputs, targets = proof_inputs(device)
-    return lambda h, w: linear_logprob(h, w, targets, 0.7, True, 0), inputs
+
+    def f(*inputs):
+        outs = []
+        for h, w, t in zip(inputs[::2], inputs[1::2], targets):
+            outs += [linear_logprob(h, w, t, 0.7, False, 0), *linear_logprob(h, w, t, 0.7, True, 0)]
+        return tuple(outs)
+
+    return f, inputs

@@ -25,6 +25,9 @@ from data import corpus, tokenizer
 from data.pack import make_completion, pack
 from kernels import _lib, head, proof
 from kernels.act import swiglu
+from kernels.attention import layout, rope_attention
+from kernels.decode import append_rope, decode_attention
+from kernels.kl import linear_kl
 from kernels.norm import add_rms_norm
 from model import logprobs, logprobs_no_grad
 from rollout import GRAPH_STEPS, Sampler, affordable_slots, rollout
@@ -254,6 +257,71 @@ def test_the_proof_runs_the_kernels_themselves(gpu):
         importlib.import_module(f"kernels.{module}")
     assert proof.prove_op("swiglu", torch.device("cuda", 0)) == ""
     assert gpu.launches == {"swiglu_forward_kernel": 2, "swiglu_backward_kernel": 2}
+
+
+# width, query heads, key heads, width of a head, ffn, vocabulary
+MODELS = {
+    "depth 4": (256, 4, 4, 64, 640, 50304),
+    "depth 8": (512, 8, 8, 64, 1280, 50304),
+    "depth 12": (768, 6, 6, 128, 2048, 50304),
+    "SmolLM2-135M": (576, 9, 3, 64, 1536, 49152),
+    "Qwen2.5-0.5B": (896, 14, 2, 64, 4864, 151936),
+    "Qwen3-0.6B": (1024, 16, 8, 128, 3072, 151936),
+}
+
+
+def launch_a_step(model, N):
+    """The kernels of a layer, forward and backward, on a pack of N tokens, of the head, and of
+    drawing at 128 slots."""
+    width, heads, kv_heads, dh, ffn, V = MODELS[model]
+
+    def activation(*shape):
+        return torch.zeros(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+
+    def fp32(*shape):
+        return torch.zeros(shape, device="cuda", requires_grad=True)
+
+    def back(outs):
+        torch.autograd.backward(outs, [torch.zeros_like(x) for x in outs])
+
+    x, norm, qkv = activation(N, width), fp32(width), activation(N, heads + 2 * kv_heads, dh)
+    back(add_rms_norm(x, x, norm, 1e-6))
+    back([swiglu(activation(N, 2 * ffn))])
+    table = layout(torch.tensor([0, N // 3, N], dtype=torch.int32, device="cuda"), qkv, dh)
+    angles = [torch.zeros(N, dh // 2, device="cuda") for _ in range(2)]
+    norms = (fp32(dh), fp32(dh)) if model.startswith(("depth", "Qwen3")) else (None, None)
+    back([rope_attention(qkv, *norms, *angles, heads, 1e-6, table)])
+    targets = torch.zeros(3, dtype=torch.int64, device="cuda")
+    back([head.linear_cross_entropy(activation(3, 64), fp32(V, 64), targets)])
+    back([head.linear_logprob(activation(3, 64), fp32(V, 64), targets)])
+    back([linear_kl(activation(3, 64), fp32(V, 64), activation(3, 64), fp32(V, 64))])
+    with torch.no_grad():
+        cache = torch.zeros(2, 128, kv_heads, N, dh, dtype=torch.bfloat16, device="cuda").transpose(2, 3)
+        lengths = torch.ones(128, dtype=torch.int64, device="cuda")
+        step = activation(128, heads + 2 * kv_heads, dh), *norms, *[x.new_zeros(128, dh // 2) for x in angles]
+        q = append_rope(*step, heads, 1e-6, *cache, lengths)
+        decode_attention(q, *cache, lengths)
+
+
+def test_the_proof_covers_what_training_launches(gpu):
+    """Of every kernel the very machine code, as triton compiles it for other alignments and
+    constants."""
+    gpu.only_record = True
+    for make in load_proofs().values():
+        proof.with_gradients(*make(torch.device("cuda", 0)))
+    proved = dict(gpu.variants)
+    gpu.variants.clear()
+    for model in MODELS:
+        for N in (256, 255):
+            launch_a_step(model, N)
+    assert len(gpu.variants) > 10
+    assert {kernel: found - proved[kernel] for kernel, found in gpu.variants.items() if found - proved[kernel]} == {}
+
+
+def load_proofs():
+    for module in ("act", "attention", "decode", "draw", "head", "kl", "norm", "rope"):
+        importlib.import_module(f"kernels.{module}")
+    return {op: make for op, make in proof.PROOFS.items() if op != "draw"}
 
 
 # --------------------------------------------------------------------------------------------------
