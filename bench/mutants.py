@@ -1102,6 +1102,70 @@ MUTANTS = [
         "pass",
         f"{CUDA}::test_a_resumed_run_is_the_same_on_cuda[pretrain]",
     ),
+    # The sampler's kernel, the optimizer's groups, attention's gradients
+    (
+        "nucleus_of_all_tokens",
+        "kernels/draw.py",
+        "tl.where(top_k < V, mass_above + mass, total)",
+        "total",
+        "tests/test_draw.py",
+    ),
+    (
+        "one_token_too_many",
+        "kernels/draw.py",
+        "above + count >= top_k",
+        "above + count > top_k",
+        "tests/test_draw.py",
+    ),
+    (
+        "levels_never_make_way",
+        "kernels/draw.py",
+        "counts, masses = tl.where(gone, 0, counts), tl.where(gone, 0.0, masses)",
+        "masses = tl.where(gone, 0.0, masses)",
+        "tests/test_draw.py",
+    ),
+    (
+        "draws_from_the_row_in_its_block",
+        "kernels/draw.py",
+        "rest = target - tl.max(tl.where(part < block, up_to, 0.0), 0)",
+        "rest = target",
+        "tests/test_draw.py",
+    ),
+    (
+        "drawn_past_its_stop",
+        "kernels/draw.py",
+        "left = tl.where(stop, 0, left - 1)",
+        "left = left - 1",
+        "tests/test_draw.py",
+    ),
+    (
+        "gradients_of_queries_and_keys_swapped",
+        "kernels/attention.py",
+        "else d_weights.to(q_weight.dtype)",
+        "else d_weights.flip(0).to(q_weight.dtype)",
+        "tests/test_attention.py",
+    ),
+    (
+        "determinism_lost_by_sampling",
+        "rollout.py",
+        "        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)",
+        "        pass",
+        "tests/test_rollout.py",
+    ),
+    (
+        "one_group_for_all_rates",
+        "optim.py",
+        "groups.setdefault((peak_lr.get(name, lr), decay), [])",
+        "groups.setdefault((lr, decay), [])",
+        "tests/test_optim.py",
+    ),
+    (
+        "half_of_what_fits",
+        "runtime/memory.py",
+        "if total(largest) <= 0.9 * available_memory(device, loaded):",
+        "if total(largest) <= 0.45 * available_memory(device, loaded):",
+        "tests/test_memory.py",
+    ),
 ]
 
 
