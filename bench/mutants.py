@@ -1166,6 +1166,15 @@ MUTANTS = [
         "if total(largest) <= 0.45 * available_memory(device, loaded):",
         "tests/test_memory.py",
     ),
+    (
+        "slow_readers",
+        "runtime/http.py",
+        "self.read_timer = self.loop.call_later(PATIENCE, self.transport.abort)",
+        "self.read_timer = self.loop.call_later(1e6, self.transport.abort)",
+        SERVE,
+    ),
+    ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
+    ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
 ]
 
 
