@@ -56,7 +56,7 @@ class Config(RunConfig):
     val_fraction: float = 0.1
     # tokenizer of text files: char, byte, or what data/tokenizer.py loads (a directory, gpt2)
     tokenizer: str = "char"
-    # leave bad lines, and documents that cannot be tokenized, out and count them
+    # leave out bad lines and documents that cannot be tokenized, and count them
     skip_bad: bool = False
     # width of the model; 0: 64 x depth
     width: int = 0
@@ -102,7 +102,7 @@ class Config(RunConfig):
     # -- What you will rarely set --
     # momentum of Muon [>= 0; < 1]
     momentum: float = 0.95
-    # decay of the matrices of the blocks [>= 0]
+    # weight decay of the matrices of the blocks [>= 0]
     weight_decay: float = 0.0
     # steps over which the learning rates rise
     warmup: int = 0
@@ -113,7 +113,7 @@ class Config(RunConfig):
     # bf16, fp32]
     muon_dtype: str = "auto"
     eval_every: int = 250
-    # at most so many validation tokens [may change on resume]
+    # validation tokens to read, at most [may change on resume]
     eval_tokens: int = 1_000_000
     save_every: int = 1000
     # longest sample in samples.txt, in tokens [>= 1; may change on resume]

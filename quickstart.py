@@ -45,17 +45,19 @@ RANGES = Path(__file__).parent / "bench/results/ranges.json"  # {"stage | figure
 
 @dataclass
 class Config:
+    # -- What you may set --
     # shop: from text to a model that is kind and right; puzzles: to one that reasons, by checked
     # rewards (quickstart_puzzles.py) [one of shop, puzzles]
     world: str = "shop"
     # directory of everything; "": out/quickstart, or out/puzzles
     out: str = ""
-    # of the world, the weights and the samples
+    # when all is done, serve the result, to be talked to and voted on
+    serve: bool = False
+    # -- What you will rarely set --
+    # seed of the world, the weights and the samples
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False
-    # when all is done, serve the result, to be talked to and voted on
-    serve: bool = False
 
 
 SIZES = {  # {name: flags, and those of a fast run}
@@ -394,10 +396,12 @@ def main(config):
     out = Path(config.out)
     file = out / "report.json"
 
-    # 1. Run what has not run yet
+    # 1. Run what has not been run yet
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
     first, *lanes = command_lanes(config)
+    n = sum(map(len, (first, *lanes)))
+    print(f"{n} commands, about ten minutes on two cores; run again, it continues where it was interrupted")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     run_side_by_side([first], record, file)

@@ -2,7 +2,7 @@
 light and in dark.
 
 It shows what is there: the stages of a quick start (report.json), the curves of runs (log.jsonl),
-figures of evaluate.py with their 95 % intervals (*.json), completions of the same prompts
+figures of evaluate.py and reward.py with their 95 % intervals, completions of the same prompts
 (*_answers.jsonl), where every checkpoint came from. Several directories are compared: their curves
 share a plot. The page is report.html in the directory, or comparison.html in the one that several
 share; its template is web/report.html. Charts need matplotlib (pip install matplotlib).
@@ -51,7 +51,8 @@ CHART |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtic
 
 @dataclasses.dataclass
 class Config:
-    # directories: a run's own, or one with runs in it, as a quick start makes it
+    # -- What you will set --
+    # a run's own directory, or one with runs in it, as a quick start makes it; several are compared
     directories: list = dataclasses.field(default_factory=list)
 
 
@@ -276,26 +277,16 @@ def exploitation(evaluations):
     return plots
 
 
-def calibration(runs):
-    """How often a reward model is right against how sure it is."""
-    plots = {}
-    for name, run in runs.items():
-        says = re.compile(r"right where it says ([\d.]+) ")
-        bins = {float(m[1]): figure for what, figure in run["figures"].items() if (m := says.match(what))}
-        if bins:
-            lines = [("right", list(bins), *intervals(bins.values())), ("as it says", [0.5, 1], [0.5, 1])]
-            plots[f"{name}: calibration on held-out pairs"] = lines
-    return plots
-
-
 def charts(runs, evaluations):
     """{section of the page: [(caption, SVG)]}"""
     learned = {name: run for name, run in runs.items() if "reward" in quantities(run["log"])}
     lengths = [(name, *series(run["log"], "step", "completion_tokens")) for name, run in learned.items()]
     reward = draw(curves(learned, "kl") | frontier(evaluations), "KL per completion")
-    reward += draw(exploitation(evaluations), "KL: log n - (n-1)/n") + draw(calibration(runs), "how sure it is")
-    learning, lengths = draw(curves(runs, "step"), "step"), draw({"Tokens per completion": lengths}, "step")
-    return {"learning": learning, "reward": reward, "lengths": lengths}
+    return {
+        "learning": draw(curves(runs, "step"), "step"),
+        "reward": reward + draw(exploitation(evaluations), "KL: log n - (n-1)/n"),
+        "lengths": draw({"Tokens per completion": lengths}, "step"),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,7 +301,8 @@ def make(directories):
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; name one with runs in it, or a run's own")
     root, runs = common(directories), find_runs(directories)
-    evaluations = {name: found for name, found in read_all(directories, "*.json", read_figures).items() if found}
+    measured = {name: run["figures"] for name, run in runs.items()} | read_all(directories, "*.json", read_figures)
+    evaluations = {name: figures for name, figures in measured.items() if figures}
     completions = read_completions(directories)
     if not (runs or evaluations or completions):
         raise UserError(f"{root}: nothing to report: no run (log.jsonl) and no evaluation (*.json) is there")

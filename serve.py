@@ -81,7 +81,7 @@ class Config:
     origin: str = ""
     # completions that a model draws at once [>= 1]
     slots: int = 64
-    # completions that may wait for a slot; beyond that a client is told to come again [>= 1]
+    # completions that may wait for a slot; beyond that a client is told to try again later [>= 1]
     queue: int = 256
     # auto, cpu, cuda, cuda:1, mps
     device: str = "auto"

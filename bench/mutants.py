@@ -1206,6 +1206,10 @@ MUTANTS = [
     ),
     ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
     ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
+    ("validations_in_a_curve", "report.py", 'and ("val_loss" in r) == (y == "val_loss")', "", REPORT),
+    ("compared_runs_on_plots_of_their_own", "report.py", 'if run["title"] != name:', "if False:", REPORT),
+    ("comparison_over_the_report", "report.py", '"comparison.html" if', '"report.html" if', REPORT),
+    ("long_curve_whole", "report.py", "len(values), MAX_POINTS, dtype", "len(values), len(values), dtype", REPORT),
 ]
 
 
