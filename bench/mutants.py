@@ -1016,6 +1016,15 @@ MUTANTS = [
         "            with own_random():\n                spec",
         GUARD,
     ),
+    (
+        "slow_readers",
+        "runtime/http.py",
+        "self.read_timer = self.loop.call_later(PATIENCE, self.transport.abort)",
+        "self.read_timer = self.loop.call_later(1e6, self.transport.abort)",
+        SERVE,
+    ),
+    ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
+    ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
 ]
 
 

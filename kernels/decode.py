@@ -10,7 +10,7 @@ the device and no launch depends on them, so CUDA graphs can hold both ops. Neit
 
 import torch
 
-from kernels._lib import LOG2E, register, sm_count, tl, triton, use
+from kernels._lib import LOG2E, cdiv, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.attention import WIDTHS, load_rows
 from kernels.proof import proof
 from kernels.rope import normalise_and_rotate
@@ -151,7 +151,7 @@ def append_rope_kernels(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, 
     q = qkv.new_empty(B, heads, Dh)
     weights = (q_weight, k_weight) if norm else (qkv, qkv)  # not read
     tensors = qkv.contiguous(), *weights, cos.contiguous(), sin.contiguous(), q, k_cache, v_cache, lengths
-    sizes, grid = (heads, K, S, *cache_strides(k_cache, v_cache)), (B, triton.cdiv(heads + 2 * K, HEADS))
+    sizes, grid = (heads, K, S, *cache_strides(k_cache, v_cache)), (B, cdiv(heads + 2 * K, HEADS))
     append_rope_kernel[grid](*tensors, *sizes, eps, NORM=norm, DH=Dh, HEADS=HEADS, num_warps=1)
     return q
 
@@ -177,12 +177,12 @@ def count_splits(length, programs, block, sms):
     has room for, or the window, not what the cache holds: that stands on the device, and one CUDA
     graph must serve every length.
     """
-    blocks = triton.cdiv(length, block)
+    blocks = cdiv(length, block)
     if programs >= 0.8 * sms or blocks <= 4:
         return 1
-    fewest = {triton.cdiv(blocks, s): s for s in range(min(32, blocks), 0, -1)}  # {blocks per split: splits}
+    fewest = {cdiv(blocks, s): s for s in range(min(32, blocks), 0, -1)}  # {blocks per split: splits}
     # The share of places that are taken in the waves of programs.
-    busy = {s: programs * s / sms / triton.cdiv(programs * s, sms) for s in sorted(fewest.values())}
+    busy = {s: programs * s / sms / cdiv(programs * s, sms) for s in sorted(fewest.values())}
     return next(s for s in busy if busy[s] >= 0.85 * max(busy.values()))
 
 
@@ -275,7 +275,7 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
         *cache_strides(k_cache, v_cache),
         window,
         GROUP=H // K,
-        ROWS=max(16, triton.next_power_of_2(H // K)),
+        ROWS=max(16, next_power_of_2(H // K)),
         DH=Dh,
         SPLITS=splits,
         BLOCK_N=block,
@@ -283,7 +283,7 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
         num_stages=stages,
     )
     if splits > 1:
-        rows = triton.next_power_of_2(splits)
+        rows = next_power_of_2(splits)
         combine_kernel[(B * H,)](parts, lse, out, GROUP=H // K, DH=Dh, SPLITS=splits, ROWS=rows)
     return out
 

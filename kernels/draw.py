@@ -13,7 +13,7 @@ op has a gradient.
 import torch
 import torch.nn.functional as F
 
-from kernels._lib import LOG2E, register, tl, triton, use
+from kernels._lib import LOG2E, cdiv, next_power_of_2, register, tl, triton, use
 from kernels.proof import proof
 
 
@@ -354,7 +354,7 @@ def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
     B, V = logits.shape
     tokens, logp = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B, dtype=torch.float32)
     candidates = logits.new_empty((B, V) if cut else 1, dtype=torch.float32)
-    block = min(BLOCK, triton.next_power_of_2(V))
+    block = min(BLOCK, next_power_of_2(V))
     constants = dict(LOWEST=LOWEST, BINS=BINS, NONE=NONE, CUT=cut, BLOCK=block, num_warps=max(4, block // 512))
     draw_kernel[(B,)](
         logits.contiguous(),
@@ -367,7 +367,7 @@ def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
         temperature,
         top_k or V,
         top_p,
-        PARTS=triton.next_power_of_2(triton.cdiv(V, block)),
+        PARTS=next_power_of_2(cdiv(V, block)),
         **constants,
     )
     return tokens, logp
@@ -420,7 +420,7 @@ def record_draw_kernel(
 )
 def record_draw_kernels(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left, lengths):
     b, rows = len(slots), 128
-    record_draw_kernel[(triton.cdiv(b, rows),)](
+    record_draw_kernel[(cdiv(b, rows),)](
         token,
         logp,
         slots.contiguous(),

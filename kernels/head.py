@@ -13,7 +13,7 @@ matrix products; the kernels do what lies between them.
 
 import torch
 
-from kernels._lib import LOG2E, register, tl, triton, use
+from kernels._lib import LOG2E, next_power_of_2, register, tl, triton, use
 from kernels.linear import product
 from kernels.proof import proof
 
@@ -146,7 +146,7 @@ def block(V):
     L2, which holds 260 rows of 64k bf16 logits (two programs per multiprocessor) or 130 of twice
     that.
     """
-    cols = min(triton.next_power_of_2(V), 8192 if V <= 65536 else 16384)
+    cols = min(next_power_of_2(V), 8192 if V <= 65536 else 16384)
     return cols, max(4, cols // 512)
 
 

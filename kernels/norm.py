@@ -6,7 +6,7 @@ in one pass over memory. Sums are fp32 (fp64 for fp64 input).
 
 import torch
 
-from kernels._lib import register, sm_count, tl, triton, use
+from kernels._lib import cdiv, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.proof import proof
 
 
@@ -67,7 +67,7 @@ PROGRAMS = 4  # of the backward, per multiprocessor
 
 def tile(C, elements):
     """The (rows, columns, warps) of a tile of about `elements` numbers, or of one longer row."""
-    cols = triton.next_power_of_2(C)
+    cols = next_power_of_2(C)
     rows = max(1, elements // cols)
     return rows, cols, min(max(4 * rows * cols // elements, 4), 32)
 
@@ -132,7 +132,7 @@ def rms_norm_forward(x, delta, weight, eps):
     total, y, rstd = forward_fake(x, delta, weight, eps)
     rows, cols, warps = tile(C, 4096)
     delta = None if delta is None else delta.contiguous()
-    rms_norm_forward_kernel[(triton.cdiv(N, rows),)](
+    rms_norm_forward_kernel[(cdiv(N, rows),)](
         x.contiguous(), delta, weight.contiguous(), total, y, rstd, N, C, eps, ROWS=rows, COLS=cols, num_warps=warps
     )
     return total, y, rstd
@@ -146,7 +146,7 @@ def rms_norm_backward(grad, d_total, x, weight, rstd):
     """x: what was normalised. Returns dx, to which d_total (or None) is added, and dw."""
     N, C = x.shape
     rows, cols, warps = tile(C, 2048)
-    programs = min(triton.cdiv(N, rows), PROGRAMS * sm_count(x.device))
+    programs = min(cdiv(N, rows), PROGRAMS * sm_count(x.device))
     dx, partial = x.new_empty(N, C), x.new_empty(programs, C, dtype=torch.float32)
     d_total = None if d_total is None else d_total.contiguous()
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()

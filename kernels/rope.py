@@ -7,7 +7,7 @@ Qwen (element i is paired with element i + Dh/2).
 
 import torch
 
-from kernels._lib import register, sm_count, tl, triton, use
+from kernels._lib import cdiv, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.norm import inverse_rms
 from kernels.proof import proof
 
@@ -215,7 +215,7 @@ def tile(shape, heads, values=True):
     """qkv's shape -> (all heads, heads a token, H, K, Dh/2) for the kernels, and a tile's rows and
     columns. values: whether the kernel goes over them too."""
     N, R, Dh = shape
-    kv_heads, cols = (R - heads) // 2, triton.next_power_of_2(Dh // 2)
+    kv_heads, cols = (R - heads) // 2, next_power_of_2(Dh // 2)
     worked = R if values else R - kv_heads
     return (N * worked, worked, heads, kv_heads, Dh // 2), max(1, TILE // cols), cols
 
@@ -227,7 +227,7 @@ def launch_forward(out, qkv, q_weight, k_weight, cos, sin, heads, eps):
     """Write qkv's first heads, as many as `out` has, into it."""
     sizes, rows, cols = tile(qkv.shape, heads, values=out.shape == qkv.shape)
     tensors = [None if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, cos, sin)]
-    grid = (triton.cdiv(sizes[0], rows),)
+    grid = (cdiv(sizes[0], rows),)
     qk_norm_rope_forward_kernel[grid](*tensors, out, *sizes, eps, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
@@ -254,7 +254,7 @@ def weight_gradients(grad, qkv, q_weight, *_):
 def launch_backward(out, grad, qkv, q_weight, k_weight, cos, sin, heads, eps, values):
     """Write the gradient of qkv into `out`, which may be `grad`; returns those of the weights."""
     sizes, rows, cols = tile(grad.shape, heads, values)
-    programs = min(triton.cdiv(sizes[0], rows), PROGRAMS * sm_count(grad.device))
+    programs = min(cdiv(sizes[0], rows), PROGRAMS * sm_count(grad.device))
     partial = grad.new_empty(0 if q_weight is None else (programs, 2, grad.shape[2]), dtype=torch.float32)
     tensors = [None if x is None else x.contiguous() for x in (grad, qkv, q_weight, k_weight, cos, sin)]
     qk_norm_rope_backward_kernel[(programs,)](

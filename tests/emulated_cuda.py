@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels import _lib, act, decode, head, rope
+from kernels import _lib, act, decode, draw, head, rope
 from runtime import memory
 
 aten = torch.ops.aten
@@ -138,7 +138,7 @@ def host_of(x):
 
 
 def leaves(x):
-    """What the tuples, lists and dicts of an op's arguments hold; PyTorch's own takes most of a run."""
+    """What the tuples, lists and dicts of an op's arguments hold; faster than pytree."""
     if isinstance(x, (tuple, list)):
         for part in x:
             yield from leaves(part)
@@ -238,10 +238,11 @@ class Device(TorchDispatchMode):
 
     def finish_copies(self):
         late, self.late = self.late, []
-        for target, numbers, source, version in late:
-            if source is not None and source._version != version:
+        for target, numbers, source in late:
+            if target is not None:
+                target.copy_(numbers)
+            elif not torch.equal(source, numbers):
                 raise AssertionError("a pinned tensor was written before its copy to the device was over")
-            target.copy_(numbers)
 
     def pin(self, tensor):
         """tensor.pin_memory()"""
@@ -347,9 +348,9 @@ class Device(TorchDispatchMode):
             raise RuntimeError("a copy between host and device is not modelled in a graph")
         out = self.compute(func, args, kwargs, to_gpu)
         if late and to_gpu:
-            self.late.append((torch.zeros(()), torch.zeros(()), source, source._version))
+            self.late.append((None, source.clone(), source))
         elif late:
-            self.late.append((out, out.clone(), None, 0))
+            self.late.append((out, out.clone(), None))
             out.fill_(float("nan") if out.is_floating_point() else -(2**30) if out.dtype != torch.bool else False)
         return out
 
@@ -375,13 +376,14 @@ class Device(TorchDispatchMode):
         if self.graph is not None:
             self.graph.before_writing(written)
         out = call(*mapped(host_of, args), **mapped(host_of, kwargs))
-        if written:
-            returns = len(func._schema.returns)
-            result = written[0] if returns == 1 else tuple(written) if returns else None
+        returns = func._schema.returns
+        returns_written = bool(returns) and returns[0].alias_info is not None and returns[0].alias_info.is_write
+        if not returns or returns_written:
+            result = None if not returns else written[0] if len(returns) == 1 else tuple(written)
         else:
             result = mapped(self.wrap, out) if to_gpu else out
         if taped:
-            self.graph.record(call, args, kwargs, None if written else result)
+            self.graph.record(call, args, kwargs, None if returns_written else result)
         return result
 
     # ---- kernels
@@ -402,9 +404,9 @@ class Device(TorchDispatchMode):
             self.launching = outer
         if reference is None:
             return out
-        outs = out if isinstance(out, (tuple, list)) else (out,)
+        outs = list(out) if isinstance(out, (tuple, list)) else [] if out is None else [out]
         if self.graph is not None:
-            self.graph.before_writing([x for x in tensors])
+            self.graph.before_writing(tensors)
 
         def fill(outs, args):
             found = reference(*args)
@@ -412,9 +414,9 @@ class Device(TorchDispatchMode):
                 assert host.shape == numbers.shape, (func.name(), host.shape, numbers.shape)
                 host.copy_(numbers)
 
-        fill(mapped(host_of, list(outs)), mapped(host_of, args))
+        fill(mapped(host_of, outs), mapped(host_of, args))
         if self.graph is not None and not self.launching:
-            self.graph.record(fill, (list(outs), args), {}, None)
+            self.graph.record(fill, (outs, args), {}, None)
         return out
 
     def launch(self, kernel, grid, args, kwargs):
@@ -612,12 +614,34 @@ def swiglu_backward(grad, gate_up):
     return pullback(act.swiglu_reference, [gate_up], [grad])[0]
 
 
-@reference(
-    "qk_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, float eps)"
-    " -> Tensor"
-)
+@reference(f"qk_norm_rope(Tensor qkv, {rope.ARGS}) -> Tensor")
 def qk_norm_rope(qkv, *rest):
     return rope.forward_reference(qkv.float(), *rest)[0]
+
+
+@reference(f"rotate_queries_and_keys(Tensor qkv, {rope.ARGS}) -> Tensor")
+def rotate_queries_and_keys(qkv, *rest):
+    return qk_norm_rope(qkv, *rest)[:, : (qkv.shape[1] + rest[4]) // 2]
+
+
+@reference(f"qk_norm_rope_backward(Tensor grad, Tensor? qkv, {rope.ARGS}) -> (Tensor, Tensor)")
+def rope_backward(grad, qkv, q_weight, k_weight, *rest):
+    if q_weight is None:
+        d_qkv = pullback(lambda x: rope.qk_norm_rope_reference(x, None, None, *rest), [torch.zeros_like(grad)], [grad])
+        return d_qkv[0], grad[:0, 0, 0]
+
+    def f(x, q, k):
+        return rope.qk_norm_rope_reference(x, q, k, *rest)
+
+    d_qkv, dq, dk = pullback(f, [qkv, q_weight, k_weight], [grad])
+    return d_qkv, torch.stack([dq, dk])
+
+
+@reference(f"rotate_back(Tensor(a!) d_qkv, Tensor qkv, {rope.ARGS}) -> Tensor")
+def rotate_back(d_qkv, *args):
+    back, d_weights = rope_backward(d_qkv, *args)
+    d_qkv.copy_(back)
+    return d_weights
 
 
 @reference("rms_norm(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
@@ -632,23 +656,6 @@ def rms_norm_backward(grad, d_total, x, weight, rstd):
     normed, g = x.float() * rstd[:, None], grad.float() * weight
     dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd[:, None]
     return dx if d_total is None else dx + d_total, (grad * normed).sum(0)
-
-
-@reference(
-    "qk_norm_rope_backward(Tensor grad, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "int heads, float eps) -> (Tensor, Tensor)"
-)
-def rope_backward(grad, qkv, q_weight, k_weight, cos, sin, heads, eps):
-    if q_weight is None:
-        return pullback(
-            lambda x: rope.qk_norm_rope_reference(x, None, None, cos, sin, heads, eps), [torch.zeros_like(grad)], [grad]
-        )[0], grad[:0, 0, 0]
-
-    def f(x, q, k):
-        return rope.qk_norm_rope_reference(x, q, k, cos, sin, heads, eps)
-
-    d_qkv, dq, dk = pullback(f, [qkv, q_weight, k_weight], [grad])
-    return d_qkv, torch.stack([dq, dk])
 
 
 def documents_of(queries):
@@ -674,10 +681,10 @@ def attend(q, k, v, queries, window):
 
 @reference(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor queries, "
-    "Tensor keys, int window) -> (Tensor, Tensor, Tensor)"
+    "Tensor keys, int window) -> Tensor"
 )
 def attention_backward(grad, q, k, v, out, lse, queries, keys, window):
-    return pullback(lambda q, k, v: attend(q, k, v, queries, window)[0], [q, k, v], [grad])
+    return torch.cat(pullback(lambda q, k, v: attend(q, k, v, queries, window)[0], [q, k, v], [grad]), 1)
 
 
 def head_gradients(pulled, want_hidden, want_weight):
@@ -773,6 +780,25 @@ def append_rope(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache,
 def decode_attention(q, k_cache, v_cache, lengths, window):
     lengths = lengths.clamp(max=k_cache.shape[1])
     return decode.decode_attention_reference(q.float(), k_cache.float(), v_cache.float(), lengths, window)
+
+
+@reference(
+    "draw(Tensor logits, Tensor u, Tensor? settings, float temperature, float top_k, float top_p, bool cut)"
+    " -> (Tensor, Tensor)"
+)
+def draw_token(logits, u, settings, temperature, top_k, top_p, cut):
+    if settings is None:
+        return draw.draw_reference(logits, u, temperature, int(top_k), top_p)
+    return draw.draw_reference(logits, u, *(settings[:, i, None] for i in range(3)))
+
+
+@reference(
+    "record_draw(Tensor token, Tensor logp, Tensor slots, Tensor is_stop, Tensor(a!) tokens, Tensor(b!) logprobs, "
+    "Tensor(c!) last, Tensor(d!) drawn, Tensor(e!) left, Tensor(f!) lengths) -> ()"
+)
+def record_draw(*args):
+    draw.record_draw_reference(*args)
+    return ()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -84,13 +84,13 @@ def test_nan_shows_in_the_log_probability(device):
     assert logp[0].isnan() and logp[1].isfinite() and 0 <= tokens[0] < 130
 
 
-@pytest.mark.parametrize("settings, most", [((0.9,), 1.6), ((0.9, 30, 0.9), 2.2)])
+@pytest.mark.parametrize("settings, most", [((0.9,), 1.3), ((0.9, 30, 0.9), 2.3)])
 def test_the_logits_are_read_once_or_twice(device, settings, most, monkeypatch):
     if device.type == "cuda":
         pytest.skip("the interpreter counts")
     from triton.runtime.interpreter import InterpreterBuilder
 
-    logits, u = some(1000, B=1, seed=3)
+    logits, u = some(500, B=1, seed=3)
     begin, read, load = logits.data_ptr(), Counter(), InterpreterBuilder.create_masked_load
 
     def counted(self, ptrs, mask, *rest):
@@ -100,9 +100,9 @@ def test_the_logits_are_read_once_or_twice(device, settings, most, monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
     draw(logits, u, *settings)
-    assert len([a for a in read if read[a]]) == 1000  # every logit
-    # a block of 128 is an eighth of this row: of 152k ids one of 8192 is a nineteenth
-    assert sum(read.values()) <= (most if most < 2 else 2.2) * 1000
+    assert len([a for a in read if read[a]]) == 500  # every logit
+    # a block of 128 is a quarter of this row: of 152k ids one of 8192 is a nineteenth
+    assert sum(read.values()) <= most * 500
 
 
 def rows(B=4, V=9, T=6):
