@@ -68,7 +68,8 @@ RECIPES = {  # what differs from the default
 @dataclass(kw_only=True)
 class Config(RolloutConfig):
     # -- What you will set --
-    # default or one of the above: the values of the flags marked (recipe) that are left out
+    # default or one of the above: the values of the flags marked (recipe) that are left out; shown
+    # are those of the default recipe
     recipe: str = "default"
     # -- What you may set --
     # rounds of sampling and updating [>= 1]

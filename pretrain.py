@@ -78,8 +78,8 @@ class Config(RunConfig):
     steps: int = 0
     # tokens per optimizer step, over all ranks; 0: 1024 x depth^2
     batch_tokens: int = 0
-    # tokens a rank holds at once: memory depends on it, the result does not (dropout's masks do)
-    # [>= 1; may change on resume]
+    # tokens a rank holds at once: memory depends on it, the result does not (dropout's masks do);
+    # 0: as many as fit, by the memory plan [>= 0; may change on resume]
     micro_batch_tokens: int = 16384
     # peak learning rate of Muon, for the matrices of the blocks [> 0]
     lr: float = 0.02

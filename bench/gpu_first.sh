@@ -9,7 +9,6 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.
-python=${PYTHON:-python3}
 out=${1:-bench/results}
 tiny=${TINY:+--tiny --device=cpu}
 mkdir -p "$out"
@@ -24,31 +23,26 @@ part() { # seconds, file, command...: runs the command, its output on screen and
     echo "=== status $status after $((SECONDS - begin)) s" | tee -a "$file"
     return "$status"
 }
-bench() { # seconds, file, module, options...
-    local seconds=$1 file=$2
-    shift 2
-    part "$seconds" "$file" "$python" -m "$@"
-}
 cores=()
-"$python" -c "import xdist" 2>/dev/null && cores=(-n 8)
+python3 -c "import xdist" 2>/dev/null && cores=(-n 8)
 command -v nvidia-smi >/dev/null && nvidia-smi | tee "$out/gpu.txt"
 
-bench 40 smoke_gpu.txt bench.gpu --part=smoke $tiny || exit 1
-bench 20 floors_gpu.txt bench.gpu --part=floors $tiny
+part 40 smoke_gpu.txt python3 -m bench.gpu --part=smoke $tiny || exit 1
+part 20 floors_gpu.txt python3 -m bench.gpu --part=floors $tiny
 if [ -z "$tiny" ]; then
-    bench 90 tests_gpu.txt pytest -q "${cores[@]}" tests/test_cuda.py --durations=5
+    part 90 tests_gpu.txt python3 -m pytest -q "${cores[@]}" tests/test_cuda.py --durations=5
     native=(tests/test_kernels.py tests/test_attention.py tests/test_draw.py tests/test_kl.py)
-    bench 60 tests_native_gpu.txt pytest -q "${cores[@]}" "${native[@]}" --durations=5
+    part 60 tests_native_gpu.txt python3 -m pytest -q "${cores[@]}" "${native[@]}" --durations=5
 fi
-bench 50 decode_gpu.txt bench.gpu --part=decode $tiny
-bench 60 micro_gpu.txt bench.gpu --part=micro $tiny
-bench 40 profile_gpu.txt bench.gpu --part=profile $tiny
-bench 60 sweep_gpu.txt bench.gpu --part=sweep $tiny
-bench 60 kernels_gpu.txt bench.kernels --rounds=1 --out="$out" $tiny
+part 50 decode_gpu.txt python3 -m bench.gpu --part=decode $tiny
+part 60 micro_gpu.txt python3 -m bench.gpu --part=micro $tiny
+part 40 profile_gpu.txt python3 -m bench.gpu --part=profile $tiny
+part 60 sweep_gpu.txt python3 -m bench.gpu --part=sweep $tiny
+part 60 kernels_gpu.txt python3 -m bench.kernels --rounds=1 --out="$out" $tiny
 size=(--depths=12 --contexts=1024 --steps=3)
-bench 70 train_gpu.txt bench.train "${size[@]}" --out="$out" $tiny
+part 70 train_gpu.txt python3 -m bench.train "${size[@]}" --out="$out" $tiny
 size=(--depth=12 --vocab=50304 --steps=2)
 [ -z "$tiny" ] || size=(--depth=1 --width=32 --vocab=512 --answers=4 --group=2 --max_new_tokens=8 --steps=2 --device=cpu)
-bench 30 rl_gpu.txt bench.rl "${size[@]}"
+part 30 rl_gpu.txt python3 -m bench.rl "${size[@]}"
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv 2>/dev/null | tee -a "$out/gpu.txt"
 echo "=== done after $SECONDS s"

@@ -47,7 +47,7 @@ class Config:
     vocab: int = 50304
     # tokens of a document [>= 1]
     context: int = 1024
-    # tokens that the GPU holds at once; 0: 8k, 16k, 32k and 64k
+    # tokens that the GPU holds at once; 0: 8k to 128k
     micro_batch_tokens: int = 0
     # tokens of an optimizer step [>= 1]
     batch_tokens: int = 131072
@@ -299,7 +299,10 @@ def head_seconds(op, gpu):
 
 
 def attention_flops(ops, context):
-    """Documents of `context` tokens: a query sees half of them. Forward 2 products, backward 5."""
+    """FLOPs of attention over documents of `context` tokens, of which a query sees half.
+
+    The forward has 2 products, the backward is counted as 5.
+    """
     for op in ops:
         if op.name == "attention":
             N, H, Dh = op.tensors[0]
@@ -430,7 +433,7 @@ def measured(results, gpu):
     rows = []
     for path in sorted(Path(results).glob("train_*.json")):
         found = json.loads(path.read_text())
-        if gpu in json.dumps(found.get("gpu", found.get("device", ""))):
+        if gpu in found["hardware"]:
             rows += [row for row in found.get("rows", []) if row.get("contender") == "kernels"]
     return rows
 
@@ -448,7 +451,7 @@ def main(config):
         f"{'micro-batch':>11} {'ms':>7} {'launches':>8} {'waits':>5} {'step ms':>8} {'tokens/s':>9} {'MFU':>6} "
         f"{'GiB':>5} {'hours':>6} {'dollars':>7}"
     )
-    sizes = [config.micro_batch_tokens] if config.micro_batch_tokens else [8192, 16384, 32768, 65536]
+    sizes = [config.micro_batch_tokens] if config.micro_batch_tokens else [8192, 16384, 32768, 65536, 131072]
     rows = [training_row(config, gpu, tokens) for tokens in sizes]
     for row in rows:
         fits = "" if row["gib"] < 0.9 * gpu.gib else f"  does not fit into {gpu.gib:.0f} GiB"

@@ -47,7 +47,7 @@ async def body_of(request):
 
 async def finish_or_leave(receive, work):
     """Await `work` and return its result, but drop it and raise Refusal if the client leaves."""
-    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(client_left(receive))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
@@ -57,6 +57,11 @@ async def finish_or_leave(receive, work):
         for task in (work, gone):
             task.cancel()
         await asyncio.wait({work, gone})
+
+
+async def client_left(receive):
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class EventStream(StreamingResponse):

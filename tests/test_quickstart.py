@@ -297,8 +297,8 @@ def test_bounds_and_ranges_name_figures_of_the_table():
 def test_a_range_spans_the_intervals_of_all_rows_and_what_breaks_a_bound_is_marked():
     kind, sums = "pretrain | judge: be kind, both orders", "pretrain | held-out sums right"
     rows = {
-        "seed 0": {"figures": {kind: {"value": 0.96, "low": 0.94, "high": 0.98}}},
-        "seed 1": {
+        "seed-0": {"figures": {kind: {"value": 0.96, "low": 0.94, "high": 0.98}}},
+        "seed-1": {
             "figures": {
                 kind: {"value": 0.90, "low": 0.88, "high": 0.92},
                 sums: {"value": 0.99, "low": 0.98, "high": 1.0},
@@ -309,4 +309,4 @@ def test_a_range_spans_the_intervals_of_all_rows_and_what_breaks_a_bound_is_mark
     assert world_bench.ranges(rows) == {kind: [0.88, 0.98], sums: [0.98, 1.0]}
     assert world_bench.summary(rows)[kind] == {"rows": 2, "mean": pytest.approx(0.93), "low": 0.90, "high": 0.96}
     *_, first, second = world_bench.rows_table(rows).splitlines()
-    assert first.split() == ["seed", "0", "0.960"] and second.split() == ["seed", "1", "0.900!", "0.990"]
+    assert first.split() == ["seed-0", "0.960"] and second.split() == ["seed-1", "0.900!", "0.990"]

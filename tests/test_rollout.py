@@ -293,6 +293,16 @@ def test_what_is_written_so_far_can_be_read(make_model):
         assert len(longest) == len(s.tokens) - 1 and sampler.written(s.request) == []
 
 
+def test_sampling_leaves_pytorchs_determinism_as_it_was(make_model):
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        rollout(make_model(), [[1, 2]], max_new_tokens=2)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_damaged_weights_are_reported_instead_of_sampled(make_model):
     model = make_model()
     with torch.no_grad():

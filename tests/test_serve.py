@@ -354,6 +354,7 @@ def test_one_who_does_not_read_is_dropped(monkeypatch):
             try:
                 while True:
                     yield b"x" * 2**16
+                    await asyncio.sleep(0)
             finally:
                 given_up.set()
 
