@@ -39,6 +39,7 @@ TEMPLATES = "tests/test_template.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
 DISTILL, KL = "tests/test_distill.py", "tests/test_kl.py"
 GUARD = "tests/test_guard.py"
+CUDA = "tests/test_emulated_cuda.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -289,8 +290,8 @@ MUTANTS = [
     (
         "late_layer",
         "model.py",
-        "out = attention(q, k, v, self.layout, attn.window)",
-        "out = attention(q, k, v, self.layout, 0)",
+        "return rope_attention(qkv, *rope, self.layout, attn.window)",
+        "return rope_attention(qkv, *rope, self.layout, 0)",
         MODEL,
     ),
     (
@@ -1050,6 +1051,177 @@ MUTANTS = [
         "            with own_random():\n                spec",
         GUARD,
     ),
+    (
+        "slow_readers",
+        "runtime/http.py",
+        "self.read_timer = self.loop.call_later(PATIENCE, self.transport.abort)",
+        "self.read_timer = self.loop.call_later(1e6, self.transport.abort)",
+        SERVE,
+    ),
+    ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
+    ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
+    # CUDA, on an emulated GPU
+    (
+        "device_without_index",
+        "runtime/process.py",
+        'if device.type == "cuda" and device.index is None:',
+        'if device.type == "cuda" and device.index == 99:',
+        f"{CUDA}::test_below_sm_80_the_references_run_and_it_is_said",
+    ),
+    (
+        "kernels_on_old_gpus",
+        "kernels/proof.py",
+        "if capability < (8, 0):",
+        "if capability < (7, 0):",
+        f"{CUDA}::test_below_sm_80_the_references_run_and_it_is_said",
+    ),
+    (
+        "cache_is_used_memory_in_the_plan",
+        "runtime/memory.py",
+        "+ cached - optimizer) // 2",
+        "- optimizer) // 2",
+        f"{CUDA}::test_memory_that_the_allocator_keeps_is_free_memory",
+    ),
+    (
+        "cache_is_used_memory_in_rollouts",
+        "rollout.py",
+        "[0] + cached) // 2",
+        "[0]) // 2",
+        f"{CUDA}::test_memory_that_the_allocator_keeps_is_free_memory",
+    ),
+    (
+        "logprobs_of_bf16_logits",
+        "kernels/head.py",
+        "in logits_by_chunk(hidden, w, chunk_mb, torch.float32):",
+        "in logits_by_chunk(hidden, w, chunk_mb):",
+        f"{CUDA}::test_log_probabilities_come_from_fp32_logits",
+    ),
+    (
+        "pageable_copies",
+        "data/pack.py",
+        "return x.pin_memory().to(device, non_blocking=True)",
+        "return x.to(device, non_blocking=True)",
+        f"{CUDA}::test_a_training_micro_batch_never_waits",
+    ),
+    (
+        "margins_read_per_micro_batch",
+        "reward.py",
+        "found[part] = margins.detach()",
+        "found[part] = margins.detach().cpu()",
+        f"{CUDA}::test_a_training_micro_batch_never_waits",
+    ),
+    (
+        "wait_while_capturing",
+        "rollout.py",
+        "hidden = self.model.step(self.last[:width], self.cache.first(width))",
+        "hidden = self.model.step(self.last[:width], self.cache.first(int(self.rows[width - 1]) + 1))",
+        f"{CUDA}::test_decoding_waits_once_in_sixteen_steps",
+    ),
+    (
+        "captured_tensor_freed",
+        "rollout.py",
+        "drawn, left = self.drawn.tolist(), self.left.tolist()",
+        "self.rows = self.rows.clone()\n        drawn, left = self.drawn.tolist(), self.left.tolist()",
+        f"{CUDA}::test_decoding_waits_once_in_sixteen_steps",
+    ),
+    (
+        "tables_on_the_cpu",
+        "rollout.py",
+        "copy.cos, copy.sin, copy.exact = model.cos, model.sin, model.exact",
+        "copy.cos, copy.sin, copy.exact = model.cos.cpu(), model.sin.cpu(), model.exact",
+        f"{CUDA}::test_decoding_waits_once_in_sixteen_steps",
+    ),
+    (
+        "sorted_writes_in_rollouts",
+        "rollout.py",
+        "    torch.use_deterministic_algorithms(False)\n    try:",
+        "    try:",
+        f"{CUDA}::test_a_rollout_writes_without_sorting",
+    ),
+    (
+        "device_generator_not_saved",
+        "runtime/process.py",
+        'state["random/cuda"] = torch.cuda.get_rng_state(device)',
+        "pass",
+        f"{CUDA}::test_a_resumed_run_is_the_same_on_cuda[pretrain]",
+    ),
+    # The sampler's kernel, the optimizer's groups, attention's gradients
+    (
+        "nucleus_of_all_tokens",
+        "kernels/draw.py",
+        "tl.where(top_k < V, mass_above + mass, total)",
+        "total",
+        "tests/test_draw.py",
+    ),
+    (
+        "one_token_too_many",
+        "kernels/draw.py",
+        "above + count >= top_k",
+        "above + count > top_k",
+        "tests/test_draw.py",
+    ),
+    (
+        "levels_never_make_way",
+        "kernels/draw.py",
+        "counts, masses = tl.where(gone, 0, counts), tl.where(gone, 0.0, masses)",
+        "masses = tl.where(gone, 0.0, masses)",
+        "tests/test_draw.py",
+    ),
+    (
+        "draws_from_the_row_in_its_block",
+        "kernels/draw.py",
+        "rest = target - tl.max(tl.where(part < block, up_to, 0.0), 0)",
+        "rest = target",
+        "tests/test_draw.py",
+    ),
+    (
+        "drawn_past_its_stop",
+        "kernels/draw.py",
+        "left = tl.where(stop, 0, left - 1)",
+        "left = left - 1",
+        "tests/test_draw.py",
+    ),
+    (
+        "gradients_of_queries_and_keys_swapped",
+        "kernels/attention.py",
+        "else d_weights.to(q_weight.dtype)",
+        "else d_weights.flip(0).to(q_weight.dtype)",
+        "tests/test_attention.py",
+    ),
+    (
+        "determinism_lost_by_sampling",
+        "rollout.py",
+        "        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)",
+        "        pass",
+        "tests/test_rollout.py",
+    ),
+    (
+        "one_group_for_all_rates",
+        "optim.py",
+        "groups.setdefault((peak_lr.get(name, lr), decay), [])",
+        "groups.setdefault((lr, decay), [])",
+        "tests/test_optim.py",
+    ),
+    (
+        "half_of_what_fits",
+        "runtime/memory.py",
+        "if total(largest) <= 0.9 * available_memory(device, loaded):",
+        "if total(largest) <= 0.45 * available_memory(device, loaded):",
+        "tests/test_memory.py",
+    ),
+    (
+        "slow_readers",
+        "runtime/http.py",
+        "self.read_timer = self.loop.call_later(PATIENCE, self.transport.abort)",
+        "self.read_timer = self.loop.call_later(1e6, self.transport.abort)",
+        SERVE,
+    ),
+    ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
+    ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
+    ("validations_in_a_curve", "report.py", 'and ("val_loss" in r) == (y == "val_loss")', "", REPORT),
+    ("compared_runs_on_plots_of_their_own", "report.py", 'if run["title"] != name:', "if False:", REPORT),
+    ("comparison_over_the_report", "report.py", '"comparison.html" if', '"report.html" if', REPORT),
+    ("long_curve_whole", "report.py", "len(values), MAX_POINTS, dtype", "len(values), len(values), dtype", REPORT),
 ]
 
 

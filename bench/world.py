@@ -7,7 +7,7 @@ only what the first bounds ask of the pretrained model. Without --only the rows 
 that are there are shown, and --ranges writes from them {"stage | figure": [low, high]}: the ends of
 the 95 % intervals that lie furthest apart.
 
-    python -m bench.world --only='seed 0;seed 1'
+    python -m bench.world --only=seed-0,seed-1-1-thread
     python -m bench.world --ranges=bench/results/ranges.json
 """
 
@@ -52,18 +52,18 @@ class Combination:
 
 # On a processor without AVX-512 PyTorch's own kernels are AVX2 already; its baseline ones differ
 CAPABILITY = "default" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "avx2"
-COMBINATIONS = {f"seed {seed}": Combination(seed) for seed in range(10)}
-COMBINATIONS |= {f"seed {seed}, 1 thread": Combination(seed, threads=1) for seed in range(5)}
-COMBINATIONS |= {f"seed {seed}, other product": Combination(seed, other_product=True) for seed in range(3)}
+COMBINATIONS = {f"seed-{seed}": Combination(seed) for seed in range(10)}
+COMBINATIONS |= {f"seed-{seed}-1-thread": Combination(seed, threads=1) for seed in range(5)}
+COMBINATIONS |= {f"seed-{seed}-other-product": Combination(seed, other_product=True) for seed in range(3)}
 COMBINATIONS |= {
-    f"seed {seed}, {CAPABILITY}": Combination(seed, environment=(("ATEN_CPU_CAPABILITY", CAPABILITY),))
+    f"seed-{seed}-{CAPABILITY}": Combination(seed, environment=(("ATEN_CPU_CAPABILITY", CAPABILITY),))
     for seed in range(3)
 }
 
 
 @dataclass
 class Config:
-    # combinations to run, separated by ";"; all: every one that has no row yet; "": none
+    # combinations to run, comma-separated; all: every one that has no row yet; "": none
     only: str = ""
     # run no further than the judge and the sums of the pretrained model
     screen: bool = False
@@ -115,10 +115,10 @@ def run(out, combination, screen):
         if stage in {ran["stage"] for ran in record["stages"]}:
             continue
         words = shlex.split(line)
-        if combination.other_product and words[0] != "-m":
-            words = ["-m", "bench.other_product", *words]
+        multiplies = words[0] != "-m"  # -m data.world and its like only read and write text
+        wrapper = ["-m", "bench.other_product"] if combination.other_product and multiplies else []
         threads = max(1, combination.threads // 2) if beside else combination.threads
-        ran = quickstart.run(stage, words, threads)
+        ran = quickstart.run(stage, words, threads, wrapper)
         if ran is None:
             sys.exit(1)
         record["stages"].append(ran)
@@ -178,10 +178,10 @@ def ranges(rows):
 def main(config):
     check_ranges(config)
     out = Path(config.out)
-    wanted = list(COMBINATIONS) if config.only == "all" else [name for name in config.only.split(";") if name]
+    wanted = list(COMBINATIONS) if config.only == "all" else [name for name in config.only.split(",") if name]
     for name in wanted:
         if name not in COMBINATIONS:
-            raise UserError(f"--only={name}: no combination; there are {'; '.join(COMBINATIONS)}")
+            raise UserError(f"--only={name}: no combination; there are {', '.join(COMBINATIONS)}")
         if not (out / name / "row.json").exists() or read_json(out / name / "row.json")["screened"] > config.screen:
             run(out / name, COMBINATIONS[name], config.screen)
     rows = {name: read_json(out / name / "row.json") for name in COMBINATIONS if (out / name / "row.json").exists()}

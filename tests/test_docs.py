@@ -194,12 +194,12 @@ def numbers_of(logs):
     return [float(number.replace(",", "")) for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/story.md"])
 def test_every_figure_is_in_the_log_beside_it(page):
-    """A number with a decimal point in a section that links logs is a number of those logs,
-    rounded."""
-    checked = 0
-    for heading, text in sections(read(page)).items():
+    """A number with a decimal point in a section that links logs (of the story: anywhere) is a
+    number of those logs, rounded, also as a percentage."""
+    checked, text = 0, read(page)
+    for heading, text in {"all": text}.items() if page == "docs/story.md" else sections(text).items():
         logs = tuple(sorted(set(re.findall(r"bench/results/([\w.]+)", text))))
         if not logs:
             continue
