@@ -62,7 +62,7 @@ class Config(RunConfig):
     group_size: int = 1
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
-    # of sampling and of both distributions [> 0]
+    # temperature of sampling and of both distributions [> 0]
     temperature: float = 1.0
     # peak learning rate of AdamW; 0: 1e-3 (128 / width)^1.5, fitted on the embedded world
     # at width 128 and extrapolated to others [>= 0]

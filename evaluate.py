@@ -113,13 +113,13 @@ class Config:
     temperature: float = 1.0
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
-    # leave bad lines out and count them
+    # leave out bad lines, and count them
     skip_bad: bool = False
     # rows of --data, --choices, --problems and --pairs, at most; 0: all
     limit: int = 0
     # .jsonl file for the completions to --data, with their rewards; "": none
     samples: str = ""
-    # of the completions and of the bootstrap
+    # seed of the completions and of the bootstrap
     seed: int = 0
 
     # -- What you will rarely set --
@@ -509,6 +509,7 @@ def main(config):
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
         write_json(config.out, result | {"figures": figures})
+        print(f"\n{config.out}: these figures as JSON")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Config:
     gguf: str
 
     # -- What you may set --
-    # of the matrices; norms and biases are f32 always [one of f16, bf16, f32]
+    # type of the matrices; norms and biases are always f32 [one of f16, bf16, f32]
     dtype: str = "f16"
     # replace the file if it exists
     overwrite: bool = False

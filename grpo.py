@@ -68,41 +68,43 @@ RECIPES = {  # what differs from the default
 @dataclass(kw_only=True)
 class Config(RolloutConfig):
     # -- What you will set --
-    # default or one of the above: the values of the flags marked (recipe) that are left out
+    # default or one of the above: the values of the flags marked (recipe) that are left out; shown
+    # are those of the default recipe
     recipe: str = "default"
     # -- What you may set --
     # rounds of sampling and updating [>= 1]
     steps: int = 100
-    # (recipe) completions of each prompt [>= 2]
+    # (recipe: 8) completions of each prompt [>= 2]
     group_size: int = 0
-    # (recipe) reward minus the group's mean, over its std (grpo), minus the mean (dr_grpo), or
-    # minus the mean of the others (rloo) [one of grpo, dr_grpo, rloo]
+    # (recipe: grpo) reward minus the group's mean, over its std (grpo), minus the mean (dr_grpo),
+    # or minus the mean of the others (rloo) [one of grpo, dr_grpo, rloo]
     advantage: str = ""
-    # (recipe) mean over all tokens, over each completion's first (sequence), or the sum over
+    # (recipe: token) mean over all tokens, over each completion's first (sequence), or the sum over
     # completions x --max_new_tokens (constant) [one of token, sequence, constant]
     loss_aggregation: str = ""
-    # (recipe) what is clipped: each token's term (clip), its weight only (cispo), or one ratio per
-    # completion (gspo) [one of clip, cispo, gspo]
+    # (recipe: clip) what is clipped: each token's term (clip), its weight only (cispo), or one
+    # ratio per completion (gspo) [one of clip, cispo, gspo]
     policy_loss: str = ""
-    # (recipe) how far below 1 a ratio still has a gradient [>= 0]
+    # (recipe: 0.2) how far below 1 a ratio still has a gradient [>= 0]
     clip_low: float = -1.0
-    # (recipe) how far above 1 [>= 0]
+    # (recipe: 0.28) how far above 1 [>= 0]
     clip_high: float = -1.0
-    # (recipe) a completion worse than its group teaches nothing once its tokens are less likely by
-    # this on average, in nats; 0: all teach [>= 0]
+    # (recipe: 0) a completion worse than its group teaches nothing once its tokens are less likely
+    # by this on average, in nats; 0: all teach [>= 0]
     off_policy_mask: float = -1.0
-    # (recipe) estimator of the KL to the reference [one of none, k2, k3, unbiased]
+    # (recipe: none) estimator of the KL to the reference [one of none, k2, k3, unbiased]
     kl: str = ""
-    # (recipe) KL coefficient: the price of moving away from the reference [>= 0]
+    # (recipe: 0) KL coefficient: the price of moving away from the reference [>= 0]
     beta: float = -1.0
-    # (recipe) how often to sample other prompts in place of groups that are all worth the same
+    # (recipe: 0) how often to sample other prompts in place of groups that are all worth the same
+    # [>= 0]
     refill: int = -1
-    # (recipe) mask: completions without an end teach nothing; punish: up to -1 over the last
+    # (recipe: none) mask: completions without an end teach nothing; punish: up to -1 over the last
     # --overlong_share of --max_new_tokens [one of none, mask, punish]
     overlong: str = ""
-    # (recipe) steps after which the policy becomes its own reference; 0: never
+    # (recipe: 0) steps after which the policy becomes its own reference; 0: never [>= 0]
     reference_every: int = -1
-    # (recipe) optimizer steps per epoch [>= 1]
+    # (recipe: 1) optimizer steps per epoch [>= 1]
     minibatches: int = 0
     # -- What you will rarely set --
     # passes over the completions of a step [>= 1]

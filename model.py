@@ -26,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.pack import IGNORE, next_tokens, pack_chats, share_prompts, token_slices
+from data.pack import IGNORE, next_tokens, pack_chats, share_prompts, to_device, token_slices
 from kernels.act import swiglu
-from kernels.attention import attention, layout
+from kernels.attention import attention, exclude_ragged_from_compile, layout, rope_attention
 from kernels.decode import append_rope, decode_attention, decode_bias
 from kernels.head import linear_logprob
 from kernels.linear import linear
@@ -76,7 +76,7 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
     Raises UserError if the heads do not fit.
     """
     width = width or 64 * depth
-    head_dim = 32 if width < 256 else 64 if width < 1024 else 128
+    head_dim = 32 if width < 256 else 64 if width < 768 else 128  # wider heads fill tensor cores better
     if heads:
         head_dim = width // heads
     heads = heads or -(-width // head_dim)
@@ -197,7 +197,10 @@ class PackView:
 
     def attend(self, attn, qkv):
         """qkv [N, H + 2K, Dh] of the module `attn` -> what each token saw [N, H, Dh]."""
-        qkv = qk_norm_rope(qkv, attn.q_norm, attn.k_norm, self.cos, self.sin, attn.heads, attn.norm_eps)
+        rope = attn.q_norm, attn.k_norm, self.cos, self.sin, attn.heads, attn.norm_eps
+        if self.cache is None and self.pack.rows is None:
+            return rope_attention(qkv, *rope, self.layout, attn.window)
+        qkv = qk_norm_rope(qkv, *rope)
         if self.pack.rows is not None:
             qkv = qkv.index_select(0, self.pack.rows)  # a shared prompt for each of its documents
         q, k, v = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
@@ -248,6 +251,8 @@ class GPT(nn.Module):
         self.dropout = 0.0
         # Keep each block's input only, and compute the block again in the backward.
         self.checkpoint_activations = False
+        # Compute in fp32 on CUDA too: rollout.py's check of sampler against trainer.
+        self.exact = False
         cos, sin = rotary_tables(c)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -278,7 +283,12 @@ class GPT(nn.Module):
 
     @property
     def compute_dtype(self):
-        return torch.bfloat16 if self.embed.is_cuda else self.embed.dtype
+        return torch.bfloat16 if self.embed.is_cuda and not self.exact else self.embed.dtype
+
+    def compile(self):
+        """torch.compile the forward, but for attention over documents of several lengths."""
+        exclude_ragged_from_compile()
+        super().compile()
 
     def forward(self, pack, cache=None, slots=None):
         """hidden [N, C] of a Pack. With a KVCache, document d is also written into slot `slots[d]`
@@ -381,7 +391,7 @@ def hidden_before_targets(model, chats):
     if pack.rows is not None:
         rows = pack.rows[rows]
     device = model.embed.device
-    return model(pack.to(device)).index_select(0, rows.to(device)), targets.to(device)
+    return model(pack.to(device)).index_select(0, to_device(rows, device)), to_device(targets, device)
 
 
 def completion_logprobs(model, chats, temperature=1.0):
@@ -393,7 +403,7 @@ def completion_logprobs(model, chats, temperature=1.0):
 def completion_logprob_sums(model, chats, temperature=1.0):
     """fp32 [D]: `completion_logprobs` summed over each chat: log p(completion | prompt)."""
     ends = np.cumsum([0, *(c.loss_mask.sum() for c in chats)])
-    offsets = torch.tensor(ends, device=model.embed.device)
+    offsets = to_device(torch.tensor(ends), model.embed.device)
     return torch.segment_reduce(completion_logprobs(model, chats, temperature), "sum", offsets=offsets)
 
 

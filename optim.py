@@ -14,11 +14,10 @@ parameter at a time."""
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from model import parameter_table
 from runtime.errors import UserError
-from runtime.shard import full_tensor, local_shard
+from runtime.shard import full_tensor, is_local_shard, local_shard
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, the optimal quintics for bf16):
 # x <- a x + (b A + c A^2) x with A = x x^T
@@ -68,7 +67,7 @@ def sync_gradients(parameters):
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    if isinstance(parameters[0], DTensor):  # the backward has summed them, and divided by the number of ranks
+    if is_local_shard(parameters[0]):  # the backward has summed them, and divided by the number of ranks
         torch._foreach_mul_([p.grad.to_local() for p in parameters], float(dist.get_world_size()))
         return
     for p in parameters:
@@ -117,11 +116,12 @@ class Optimizer:
                 raise UserError(f"watch: no parameter of this model has {watched!r} in its name")
         self.others = {name: p for name, p in self.named.items() if name not in self.rows}
         peak_lr = {"embed": embed_lr or lr, "untied_head": head_lr or lr}
-        groups = []
+        groups = {}  # {(rate, decay): parameters}: each is one launch
         for name, p in self.others.items():
             # Decay pulls matrices towards zero; a norm's gain or a bias has no reason to be small.
             decay = weight_decay if p.dim() > 1 and not matrix_lr else 0.0
-            groups.append({"params": [p], "lr": peak_lr.get(name, lr), "weight_decay": decay})
+            groups.setdefault((peak_lr.get(name, lr), decay), []).append(p)
+        groups = [{"params": some, "lr": rate, "weight_decay": decay} for (rate, decay), some in groups.items()]
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-10, fused=True)
         for group in self.adamw.param_groups:
             group["peak_lr"] = group["lr"]
@@ -161,17 +161,17 @@ class Optimizer:
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean
         batches = [names]
-        if isinstance(grads[0], DTensor):
+        if is_local_shard(grads[0]):
             batches = [[name] for name in names]  # sharded: one whole parameter at a time
         for batch in batches:
             updates = [full_tensor(self.named[name].grad) for name in batch]
             matrices = [m for name, update in zip(batch, updates, strict=True) for m in update.split(self.rows[name])]
             self.orthogonalise(matrices)
-            for name, update in zip(batch, updates, strict=True):
-                p = self.named[name]
-                if self.weight_decay:
-                    p.mul_(1 - lr * self.weight_decay)
-                p.add_(local_shard(update, p), alpha=-lr)
+            parameters = [self.named[name] for name in batch]
+            if self.weight_decay:
+                torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
+            updates = [local_shard(update, p) for update, p in zip(updates, parameters, strict=True)]
+            torch._foreach_add_(parameters, updates, alpha=-lr)
 
     def orthogonalise(self, updates):
         """Replace each update, a matrix, by the direction of Muon's step, in place.
@@ -187,8 +187,10 @@ class Optimizer:
                 some = same[i : i + n]
                 wide = torch.stack([u if len(u) <= u.shape[1] else u.mT for u in some])  # [n, r, c], r <= c
                 for u, direction in zip(some, polar(wide, self.muon_dtype), strict=True):
-                    scale = max(1.0, u.shape[0] / u.shape[1]) ** 0.5
-                    u.copy_(direction if direction.shape == u.shape else direction.mT).mul_(scale)
+                    u.copy_(direction if direction.shape == u.shape else direction.mT)
+            tall = [u for u in same if u.shape[0] > u.shape[1]]
+            if tall:
+                torch._foreach_mul_(tall, (tall[0].shape[0] / tall[0].shape[1]) ** 0.5)
 
     def state(self):
         """Everything the next step depends on besides the weights: {"kind/parameter name":

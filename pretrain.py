@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from data import corpus, tokenizer
-from data.pack import IGNORE, fill
+from data.pack import IGNORE, fill, to_device
 from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import GPT, config_for
@@ -56,7 +56,7 @@ class Config(RunConfig):
     val_fraction: float = 0.1
     # tokenizer of text files: char, byte, or what data/tokenizer.py loads (a directory, gpt2)
     tokenizer: str = "char"
-    # leave bad lines, and documents that cannot be tokenized, out and count them
+    # leave out bad lines and documents that cannot be tokenized, and count them
     skip_bad: bool = False
     # width of the model; 0: 64 x depth
     width: int = 0
@@ -78,8 +78,8 @@ class Config(RunConfig):
     steps: int = 0
     # tokens per optimizer step, over all ranks; 0: 1024 x depth^2
     batch_tokens: int = 0
-    # tokens a rank holds at once: memory depends on it, the result does not (dropout's masks do)
-    # [>= 1; may change on resume]
+    # tokens a rank holds at once: memory depends on it, the result does not (dropout's masks do);
+    # 0: as many as fit, by the memory plan [>= 0; may change on resume]
     micro_batch_tokens: int = 16384
     # peak learning rate of Muon, for the matrices of the blocks [> 0]
     lr: float = 0.02
@@ -102,7 +102,7 @@ class Config(RunConfig):
     # -- What you will rarely set --
     # momentum of Muon [>= 0; < 1]
     momentum: float = 0.95
-    # decay of the matrices of the blocks [>= 0]
+    # weight decay of the matrices of the blocks [>= 0]
     weight_decay: float = 0.0
     # steps over which the learning rates rise
     warmup: int = 0
@@ -113,7 +113,7 @@ class Config(RunConfig):
     # bf16, fp32]
     muon_dtype: str = "auto"
     eval_every: int = 250
-    # at most so many validation tokens [may change on resume]
+    # validation tokens to read, at most [may change on resume]
     eval_tokens: int = 1_000_000
     save_every: int = 1000
     # longest sample in samples.txt, in tokens [>= 1; may change on resume]
@@ -203,7 +203,7 @@ def nll_sum(model, pack, targets):
     """Sum of -log p(target) over a pack, a scalar in nats. targets: int64 [N]; IGNORE is left
     out."""
     device = model.embed.device
-    return linear_cross_entropy(model(pack.to(device)), model.head, targets.to(device))
+    return linear_cross_entropy(model(pack.to(device)), model.head, to_device(targets, device))
 
 
 def mean_nll(model, streams, pieces, micro_batch_tokens, one_size=False):

@@ -2,8 +2,9 @@
 laptop.
 
 Each row is a command a user would type: it is printed and run, and what it made is measured on text
-that training never saw. If it is interrupted, the same command continues where it stopped. It ends
-in out/quickstart/report.json and a table.
+that training never saw. Rows that do not need each other run side by side. If it is interrupted,
+the same command continues where it stopped. It ends in out/quickstart/report.json and a table,
+beside which it says what lies outside the ranges that other seeds and machines gave.
 
     python quickstart.py
 """
@@ -14,9 +15,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import quickstart_puzzles
 import report
@@ -33,30 +38,34 @@ from runtime.run import clock_time
 # laptop that does other things as well; and glibc is told to keep what is freed, which saves an
 # eighth of the time of a step and costs memory in holes between tensors of many sizes.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+ENVIRONMENT |= {"PYTHONUNBUFFERED": "1"}  # a stage prints into a pipe
+
+RANGES = Path(__file__).parent / "bench/results/ranges.json"  # {"stage | figure": [low, high]}, by bench/world.py
 
 
 @dataclass
 class Config:
+    # -- What you may set --
     # shop: from text to a model that is kind and right; puzzles: to one that reasons, by checked
     # rewards (quickstart_puzzles.py) [one of shop, puzzles]
     world: str = "shop"
     # directory of everything; "": out/quickstart, or out/puzzles
     out: str = ""
-    # of the world, the weights and the samples
+    # when all is done, serve the result, to be talked to and voted on
+    serve: bool = False
+    # -- What you will rarely set --
+    # seed of the world, the weights and the samples
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False
-    # run nothing: make DIR/report.html of the runs and evaluations in --out
-    report_only: bool = False
-    # when all is done, serve the result, to be talked to and voted on
-    serve: bool = False
 
 
 SIZES = {  # {name: flags, and those of a fast run}
     "few": ("", "--stories=600 --notes=200 --chats=200 --pairs=100 --problems=50 --tests=40"),
     "steps": ("--steps=600 --batch_tokens=3072", "--steps=20 --batch_tokens=1024"),
-    "ppo_steps": ("--steps=24", "--steps=2"),
-    "grpo_steps": ("--steps=40", "--steps=2"),
+    "ppo_steps": ("--steps=24", "--steps=2 --prompts_per_step=8 --eval_prompts=8"),
+    "grpo_steps": ("--steps=40", "--steps=2 --prompts_per_step=2 --eval_prompts=8"),
+    "weak_epochs": ("--epochs=30", "--epochs=2"),
     "ai_steps": ("--steps=60", "--steps=2"),
     # a model that has hardly been trained ends no completion and judges none
     "judged": (
@@ -69,8 +78,8 @@ SIZES = {  # {name: flags, and those of a fast run}
 }
 
 
-def command_lines(config):
-    """{stage: its command}, in order."""
+def shop_commands(config):
+    """The lines "stage: its command" of --world=shop, in three lanes with a blank line between."""
     out, seed = shlex.quote(config.out), f"--seed={config.seed}"
     size = {name: flags[config.fast].format(out=out) for name, flags in SIZES.items()}
     world = f"{out}/world"
@@ -93,37 +102,47 @@ def command_lines(config):
         pretrain: pretrain.py --data={out}/data --depth=4 --width=128 --context=512 {size["steps"]} {seed} \
             --save_every=200 --print_every=50 --prompt='Mia went to the' --out={out}/base
         sample: sample.py --model={out}/base --prompt='Mia went to the' --max_new_tokens=80 {seed}
-        evaluate base: evaluate.py --model={out}/base --text={world}/stories_val.jsonl \
-            --complete={world}/sums_test.jsonl --judge={world}/judge_test.jsonl {measure} --reward={gold} \
-            --samples={out}/base_answers.jsonl --out={out}/base.json
         sft: sft.py --init={out}/base --data={world}/chat.jsonl --val={world}/chat_val.jsonl {tuning} --out={out}/sft
         reward: reward.py --init={out}/sft {pairs} --lr=1.5e-3 --max_new_tokens=64 {tuning} --out={out}/rm
-        dpo: dpo.py --init={out}/sft {pairs} --nll=0.2 {tuning} --out={out}/dpo
+
         ppo: ppo.py --init={out}/sft --reward={out}/rm --data={world}/prompts.jsonl {rl} {size["ppo_steps"]} \
             {size["min_accuracy"]} --out={out}/ppo
         grpo: grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --kl=k2 --beta=0.02 \
             --data={world}/problems.jsonl {rl} {size["grpo_steps"]} --out={out}/grpo
-        rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt --principles=vote \
-            --reward={gold} {seed} --out={out}/ai_pairs.jsonl
-        dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl --nll=0.4 --print_every=25 {small} \
-            {seed} {size["ai_steps"]} --out={out}/ai_dpo
-        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 --epochs=30 \
+        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 {size["weak_epochs"]} \
             --print_every=25 {seed} --out={out}/weak_rm
-        best of n: evaluate.py --model={out}/sft {measure} --reward={out}/rm,{gold} {size["best_of"]} \
-            --out={out}/best.json
         best of n, weak: evaluate.py --model={out}/sft {measure} --reward={out}/weak_rm,{gold} {size["best_of"]} \
             --out={out}/best_weak.json
-        evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
+        best of n: evaluate.py --model={out}/sft {measure} --reward={out}/rm,{gold} {size["best_of"]} \
+            --out={out}/best.json
         evaluate ppo: evaluate.py --model={out}/ppo {against} --reference={out}/sft \
             --samples={out}/ppo_answers.jsonl --out={out}/ppo.json
         evaluate grpo: evaluate.py --model={out}/grpo {against} --reference={out}/sft \
             --samples={out}/grpo_answers.jsonl --out={out}/grpo.json
+
+        evaluate base: evaluate.py --model={out}/base --text={world}/stories_val.jsonl \
+            --complete={world}/sums_test.jsonl --judge={world}/judge_test.jsonl {measure} --reward={gold} \
+            --samples={out}/base_answers.jsonl --out={out}/base.json
+        evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
+        dpo: dpo.py --init={out}/sft {pairs} --nll=0.2 {tuning} --out={out}/dpo
+        rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt --principles=vote \
+            --reward={gold} {seed} --out={out}/ai_pairs.jsonl
+        dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl --nll=0.4 --print_every=25 {small} \
+            {seed} {size["ai_steps"]} --out={out}/ai_dpo
         evaluate dpo: evaluate.py --model={out}/dpo {against} --reference={out}/sft \
             --samples={out}/dpo_answers.jsonl --out={out}/dpo.json
         evaluate ai_dpo: evaluate.py --model={out}/ai_dpo {against} --reference={out}/sft \
             --samples={out}/ai_dpo_answers.jsonl --out={out}/ai_dpo.json
     """
-    return dict(line.strip().split(": ", 1) for line in text.strip().splitlines())
+    return text
+
+
+def command_lanes(config):
+    """[{stage: its command}]: what runs first, and the lanes that run side by side after it, each
+    in order."""
+    text = quickstart_puzzles.commands(config) if config.world == "puzzles" else shop_commands(config)
+    lanes = (lane.strip().splitlines() for lane in text.split("\n\n"))
+    return [dict(line.strip().split(": ", 1) for line in lane) for lane in lanes]
 
 
 def continue_flags(words):
@@ -135,35 +154,85 @@ def continue_flags(words):
     return ["--overwrite"] if words[0] == "-m" else ["--resume"]
 
 
-def run(stage, words):
-    """Print and run one command -> its record {"stage", "command", "seconds"}.
+RUNNING = set()  # the stages' processes
+STOPPED = []  # signals that ended stages, and reasons to begin no other
+RECORDING = threading.Lock()
 
-    Raises UserError if it fails; if a signal stopped it, this process ends as it did.
+
+def stop(number, frame=None):
+    """Begin no other stage; the stages that run finish their step, save and leave."""
+    STOPPED.append(number)
+    if number == signal.SIGTERM:  # Ctrl-C reaches the stages too
+        for process in list(RUNNING):
+            process.terminate()
+
+
+def run(stage, words, threads=1, wrapper=()):
+    """Run one command, and print each line of it behind its stage -> its record {"stage",
+    "command", "seconds"}; None if a signal stopped it.
+
+    wrapper: what runs the command, as in python -m WRAPPER COMMAND. Raises UserError if it fails.
     """
     command = shlex.join(["python", *words])
-    print(f"\n{stage}\n$ {command}", flush=True)
+    print(f"\n{stage} | $ {command}", flush=True)
     begin = time.perf_counter()
     # It holds our lock too: if we are killed and it is not, the next quick start is refused until
     # it ends.
     process = subprocess.Popen(
-        [sys.executable, *words, *continue_flags(words)],
-        env=ENVIRONMENT | os.environ,
+        [sys.executable, *wrapper, *words, *continue_flags(words)],
+        env=ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
         pass_fds=[lock.fileno() for lock in LOCKS],
     )
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the command got it too: it finishes its step and saves
-        status = process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    RUNNING.add(process)
+    for line in process.stdout:
+        print(f"{stage} | {line}", end="", flush=True)
+    status = process.wait()
+    RUNNING.remove(process)
     number = -status if status < 0 else status - 128
     if number in (signal.SIGINT, signal.SIGTERM):
         print(f"stopped in {stage}; the same command continues from here", file=sys.stderr)
-        sys.exit(128 + number)
+        STOPPED.append(number)
+        return None
     if status:
+        stop(signal.SIGTERM)
         raise UserError(f"{stage} ended with status {status}; the same command continues from here")
     return {"stage": stage, "command": command, "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def run_lane(lane, threads, record, file):
+    """Run the stages of a lane that the record, which is kept in a file, does not have."""
+    for stage, line in lane.items():
+        words = shlex.split(line)
+        command = shlex.join(["python", *words])
+        done = {ran["stage"]: ran["command"] for ran in record["stages"]}
+        if done.get(stage) == command:
+            print(f"\n{stage}: done already ($ {command})")
+            continue
+        if stage in done:
+            raise UserError(f"{file}: {stage} was run by another command there; remove that directory or name another")
+        ran = None if STOPPED else run(stage, words, threads)
+        if ran is None:
+            return
+        with RECORDING:
+            record["stages"].append(ran)
+            write_json(file, record)
+
+
+def run_side_by_side(lanes, record, file):
+    """Run lanes at once on a CPU, whose threads they share, and one after another on a GPU, whose
+    memory each plans for itself; if a signal stopped them, end as they did."""
+    at_once = len(lanes) if choose_device("auto").type == "cpu" else 1
+    threads = max(1, torch.get_num_threads() // at_once)
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(run_lane, lane, threads, record, file) for lane in lanes]
+    for lane in running:
+        lane.result()
+    if STOPPED:
+        sys.exit(128 + STOPPED[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,6 +358,32 @@ def table_lines(rows):
     return lines
 
 
+def outside(rows, ranges):
+    """A line for each figure that lies outside the range of other seeds, threads and machines; none
+    for figures without a range."""
+    values = {f"{f['stage']} | {f['figure']}": f["after"]["value"] for f in rows}
+    known = values.keys() & ranges.keys()
+    lines = []
+    for name in values:
+        if name in known and not ranges[name][0] <= values[name] <= ranges[name][1]:
+            low, high = ranges[name]
+            lines.append(f"outside its range: {name}: {values[name]:.3g}, elsewhere {low:.3g} to {high:.3g}")
+    if known and not lines:
+        lines.append(f"all {len(known)} figures that were measured elsewhere lie within their ranges")
+    return lines
+
+
+def product_seconds():
+    """How long a product of two fp32 matrices of 2048 x 2048 takes here, with all threads: times of
+    two machines compare by it."""
+    a, seconds = torch.ones(2048, 2048), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
 def main(config):
     check_ranges(config)
     here = Path(__file__).parent
@@ -300,35 +395,33 @@ def main(config):
     config.out = config.out or ("out/puzzles" if puzzles else "out/quickstart")
     out = Path(config.out)
     file = out / "report.json"
-    if config.report_only:
-        print(report.make(out, read_json(file) if file.exists() else {}))
-        return
 
-    # 1. Run what has not run yet
+    # 1. Run what has not been run yet
     lock_file(out / ".lock", config.out)
     record = read_json(file) if file.exists() else {"stages": []}
-    lines = quickstart_puzzles.command_lines(config) if puzzles else command_lines(config)
-    for stage, line in lines.items():
-        words = shlex.split(line)
-        command = shlex.join(["python", *words])
-        done = {ran["stage"]: ran["command"] for ran in record["stages"]}
-        if done.get(stage) == command:
-            print(f"\n{stage}: done already ($ {command})")
-            continue
-        if stage in done:
-            raise UserError(f"{file}: {stage} was run by another command there; remove that directory or name another")
-        record["stages"].append(run(stage, words))
-        write_json(file, record)
+    first, *lanes = command_lanes(config)
+    n = sum(map(len, (first, *lanes)))
+    print(f"{n} commands, about ten minutes on two cores; run again, it continues where it was interrupted")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    run_side_by_side([first], record, file)
+    run_side_by_side(lanes, record, file)
 
     # 2. Measure, and write the report
+    seconds = {ran["stage"]: ran["seconds"] for ran in record["stages"]}
+    record["seconds"] = sum(map(seconds.get, first)) + max(sum(map(seconds.get, lane)) for lane in lanes)
     found = puzzle_figures(out) if puzzles else figures(out)
     record |= {"figures": found, "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
     write_json(file, record)
-    page = report.make(out, record)
+    page = report.make([out])
     print("\n" + table(table_lines(record["figures"])))
-    seconds = sum(s["seconds"] for s in record["stages"])
     last = "r1" if puzzles else "grpo"
-    print(f"\n{clock_time(seconds)} in all; report: {page}; talk to it: python sample.py --model={out}/{last}")
+    print(
+        f"\n{clock_time(record['seconds'])} in all, on a machine that multiplies two matrices of 2048 x 2048 in "
+        f"{product_seconds():.2f} s; report: {page}; talk to it: python sample.py --model={out}/{last}"
+    )
+    if not config.fast:
+        print("\n".join(outside(record["figures"], read_json(RANGES))))
     failed = [f"{f['stage']}: {f['figure']}" for f in record["figures"] if f["improved"] is False]
     if failed and not config.fast:
         raise UserError(f"no sure improvement, by its 95 % interval, of {'; '.join(failed)}")

@@ -33,13 +33,14 @@ SIZES = {  # {name: flags, and those of a fast run}
         f"--reward={RIGHT} --limit=1000 --best_of=4 --keep_per_prompt=2",
         "--reward=data/rules.py:brief --best_of=4",
     ),
+    "refine": ("--epochs=3", "--val_fraction=0.4"),  # few answers are kept
     "samples": ("--samples_per_problem=8 --max_new_tokens=96", "--samples_per_problem=8 --max_new_tokens=8"),
 }
 MODELS = ("start", "zero", "cold", "first", "refined", "r1", "small_start", "small_rl", "distilled")
 
 
-def command_lines(config):
-    """{stage: its command}, in order."""
+def commands(config):
+    """The lines "stage: its command", in three lanes with a blank line between."""
     out, seed = shlex.quote(config.out), f"--seed={config.seed}"
     size = {name: flags[config.fast] for name, flags in SIZES.items()}
     world = f"{out}/world"
@@ -54,7 +55,7 @@ def command_lines(config):
         f"--out={out}/{name}.json"
         for name in MODELS
     }
-    text = f"""
+    return f"""
         world: -m data.puzzles --out={world} {size["few"]} {seed}
         tokenizer: -m data.tokenizer --data={world}/pretrain.jsonl --vocab_size=327 --out={out}/tokenizer
         base: pretrain.py {pretraining} --depth=2 --width=96 --out={out}/base
@@ -65,7 +66,7 @@ def command_lines(config):
         first: grpo.py --init={out}/cold {rl} {size["half_rl_steps"]} --out={out}/first
         kept: evaluate.py --model={out}/first --data={world}/problems.jsonl {size["keep"]} \
             --max_new_tokens=80 --by=family,level {seed} --kept={out}/kept.jsonl
-        refined: sft.py --init={out}/base --data={out}/kept.jsonl --epochs=3 {tuning} --out={out}/refined
+        refined: sft.py --init={out}/base --data={out}/kept.jsonl {size["refine"]} {tuning} --out={out}/refined
         r1: grpo.py --init={out}/refined {rl} {size["half_rl_steps"]} --out={out}/r1
         distilled: distill.py --init={out}/small_start --teacher={out}/r1 --data={world}/problems.jsonl \
             --max_new_tokens=80 --print_every=10 {size["distill_steps"]} {seed} --out={out}/distilled
@@ -83,8 +84,6 @@ def command_lines(config):
         {measure["small_start"]}
         {measure["small_rl"]}
     """
-    lines = filter(None, map(str.strip, text.splitlines()))
-    return dict(line.split(": ", 1) for line in lines)
 
 
 PASS_1, PASS_8 = (f"problems right, pass@{k} of 8 samples" for k in (1, 8))

@@ -74,9 +74,9 @@ class Config:
     reward: str = ""
     # rows of --data, at most; 0: all
     limit: int = 0
-    # leave bad lines of the data out, and count them
+    # leave out bad lines of the data, and count them
     skip_bad: bool = False
-    # of the completions and the random principles
+    # seed of the completions and of the random principles
     seed: int = 0
     # continue the file in --out, to the same bytes [may change on resume]
     resume: bool = False
@@ -364,6 +364,8 @@ def main(config):
 
     # 3. What came of it
     print(f"\n{show_record(record)}\n\n{config.out}: {record['bytes']:,} bytes in {clock_time(record['seconds'])}")
+    script = "sft.py" if config.mode == "revise" else "dpo.py"
+    print(f"next: python {script} --init={config.policy or 'out/sft'} --data={config.out} --out=out/ai")
     if not record["bytes"]:
         print("warning: no row was written; a lower --min_margin or a larger --max_new_tokens keeps more")
 

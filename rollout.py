@@ -12,6 +12,7 @@ for what has finished every 16 steps only.
 `rollout`, `stream` and `sample_completions` are loops over it; scoring.py rates what they give.
 """
 
+import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ from itertools import compress
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import chat
 from data.pack import Chat, make_completion, pack, rank_span, token_slices
 from kernels._lib import use
 from kernels.attention import WIDTHS
+from kernels.draw import draw, record_draw, wide_dtype
 from kernels.linear import linear
 from model import GPT, KVCache, completion_logprobs, logprobs_no_grad
 from runtime.checkpoint import ADVICE
@@ -33,6 +34,7 @@ from runtime.process import rank, reduce_sum, world_size
 
 PROMPT_TOKENS = 16384  # prompts that are read as one pack
 GRAPH_STEPS = 16  # replays of a captured graph between two looks at what has finished
+NARROWEST = 64  # slots: a step of fewer takes a GPU as long, and a graph of its own
 
 
 @dataclass
@@ -47,81 +49,6 @@ class Sample:
     def __post_init__(self):
         if self.loss_mask is None:
             self.loss_mask = [True] * len(self.tokens)
-
-
-# -------------------------------------------------------------------------------------------------
-# Drawing
-
-
-def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw one token per row of logits [B, V] -> (tokens int64 [B], logp fp32 [B]).
-
-    u [B], uniform in [0, 1): the draw inverts the cumulative distribution, so a row depends on its
-    own u alone. Temperature 0 takes the likeliest token (logp 0: it was certain). top_k keeps the k
-    likeliest tokens, top_p the fewest that hold that much probability (Holtzman et al. 2020, arXiv
-    1904.09751); logp is under what is left. Each of the three is a number for all rows, or a tensor
-    [B, 1] with one per row, of which V and infinity cut nothing.
-    """
-    if isinstance(temperature, torch.Tensor):
-        greedy = temperature[:, 0] == 0
-        tempered = logits.float() / temperature.float().masked_fill(greedy[:, None], 1.0)
-        tokens, logp = draw(tempered, u, 1.0, top_k, top_p)
-        return torch.where(greedy, logits.argmax(-1), tokens), logp.masked_fill(greedy, 0.0)
-    if temperature == 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if isinstance(top_k, torch.Tensor):
-        threshold = logits.sort(descending=True).values.gather(1, top_k.long() - 1)
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    elif 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if isinstance(top_p, torch.Tensor) or top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-        likelier = running_sum(ordered) - ordered  # probability of all likelier tokens
-        cut = (likelier >= top_p) & (likelier > 0)
-        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -torch.inf)
-    p = logits.softmax(-1)
-    tokens = invert(p, u)
-    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
-
-
-def wide_dtype(device):
-    """fp64, or fp32 on Apple's GPUs, which have no fp64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def running_sum(x):
-    """cumsum over the last dimension, in fp64. By products on a GPU: CUDA's own may change its
-    bits."""
-    if x.device.type == "cpu":
-        return x.cumsum(-1, dtype=torch.float64)
-    x = x.to(wide_dtype(x.device))
-    width = int(x.shape[-1] ** 0.5) + 1
-    blocks = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
-    inside = blocks @ x.new_ones(width, width).triu()
-    before = blocks.sum(-1) @ x.new_ones(blocks.shape[-2], blocks.shape[-2]).triu(1)
-    return (inside + before[..., None]).flatten(-2)[..., : x.shape[-1]]
-
-
-def invert(p, u):
-    """The first token whose cumulative probability exceeds u: p fp32 [B, V], u [B] -> int64 [B].
-
-    On a GPU in two levels, blocks and then tokens, so that p is read once.
-    """
-    if p.device.type == "cpu":
-        up_to = running_sum(p)
-        return torch.searchsorted(up_to, u[:, None] * up_to[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
-    width = int(p.shape[-1] ** 0.5) + 1
-    blocks = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width))  # [B, blocks, width]
-    up_to = running_sum(blocks.sum(-1, dtype=wide_dtype(p.device)))  # [B, blocks]
-    target = u.to(up_to.dtype) * up_to[:, -1]
-    block = (up_to <= target[:, None]).sum(-1).clamp(max=up_to.shape[1] - 1)
-    inside = running_sum(blocks[torch.arange(len(p), device=p.device), block])  # [B, width]
-    before = torch.where(block > 0, up_to.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    # Rounding must not carry the rest past the block's last token
-    largest = inside[:, -1] * (1 - torch.finfo(up_to.dtype).eps * 4)
-    rest = torch.minimum(target - before, largest)
-    return block * width + (inside <= rest[:, None]).sum(-1)
 
 
 def logits_of(model, hidden):
@@ -151,7 +78,7 @@ def sampling_weights(model):
         # Rows of the embedding are looked up one by one
         weights |= {name: p.T.contiguous().T for name, p in weights.items() if p.dim() > 1 and name != "embed"}
     copy.load_state_dict(weights, assign=True)
-    copy.cos, copy.sin = model.cos, model.sin
+    copy.cos, copy.sin, copy.exact = model.cos, model.sin, model.exact
     return copy.eval()
 
 
@@ -179,6 +106,22 @@ def affordable_slots(model, length):
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     slot_bytes = 2 * c.layers * length * c.kv_heads * c.head_dim * model.compute_dtype.itemsize
     return max(1, (torch.cuda.mem_get_info(device)[0] + cached) // 2 // slot_bytes)
+
+
+@contextlib.contextmanager
+def unsorted_writes():
+    """Within it PyTorch may use algorithms that it does not call deterministic.
+
+    Here they are: no two writes go to one place. The others sort indices first, and copy the whole
+    cache to write some rows of it.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @dataclass
@@ -221,11 +164,13 @@ class Sampler:
             self.hidden = torch.zeros(slots, model.config.width, dtype=model.compute_dtype)  # after the prompt
             self.u = torch.zeros(slots, length + 1)  # a random number for each token
             self.tokens = torch.zeros(slots, length + 1, dtype=torch.int64)
+            self.last = torch.zeros(slots, dtype=torch.int64)  # the token drawn last
             self.logprobs = torch.zeros(slots, length + 1)
             self.settings = torch.zeros(slots, 3, dtype=wide_dtype(device))
             self.is_stop = torch.zeros(slots, len(self.model.head), dtype=torch.bool)
             self.drawn = torch.zeros(slots, dtype=torch.int64)  # tokens so far
             self.left = torch.zeros(slots, dtype=torch.int64)  # tokens that may follow; none: dead
+            self.rows = torch.arange(slots)
 
         # References, which run if a kernel is off or a head has an odd width, ask for the longest
         # length, which no graph can hold.
@@ -286,11 +231,12 @@ class Sampler:
         Reading gives a request its first token; advancing gives one more, and several on CUDA.
         """
         free = self.slots - len(self.live)
-        # A few at a time: reading one short prompt is hardly faster than reading ten
-        if self.waiting and (not self.live or free >= max(1, self.slots // 8)):
-            self.admit()
-        elif self.live:
-            self.advance()
+        with unsorted_writes():
+            # A few at a time: reading one short prompt is hardly faster than reading ten
+            if self.waiting and (not self.live or free >= max(1, self.slots // 8)):
+                self.admit()
+            elif self.live:
+                self.advance()
         return self.collect()
 
     def admit(self):
@@ -322,7 +268,8 @@ class Sampler:
         to, source = (torch.tensor(list(x), device=self.device) for x in (copies, copies.values()))
         tokens = list(lengths.values())
         self.cache.copy(source, to, torch.tensor(tokens, device=self.device), max(tokens))
-        for x in (self.hidden, self.u, self.tokens, self.logprobs, self.settings, self.is_stop, self.drawn, self.left):
+        numbers = self.u, self.tokens, self.logprobs, self.last, self.drawn, self.left
+        for x in (self.hidden, self.settings, self.is_stop, *numbers):
             x[to] = x[source]
 
     def set_row(self, slot, request):
@@ -336,13 +283,11 @@ class Sampler:
 
     def draw_next(self, hidden, slots):
         """Draw a token for each of `slots`, int64 [b], from the hidden states [b, C] before it."""
-        drawn, left = self.drawn[slots], self.left[slots]
-        column = torch.where(left > 0, drawn, self.length)
         settings = [self.settings[slots, i, None] if x is None else x for i, x in enumerate(self.shared)]
-        token, logp = draw(logits_of(self.model, hidden), self.u[slots, column], *settings)
-        self.tokens[slots, column], self.logprobs[slots, column] = token, logp
-        self.drawn[slots] = drawn + (left > 0)
-        self.left[slots] = (left - 1) * ~self.is_stop[slots, token]
+        u = self.u[slots, self.drawn[slots]]
+        token, logp = draw(logits_of(self.model, hidden), u, *settings)
+        rows = self.is_stop, self.tokens, self.logprobs, self.last, self.drawn, self.left, self.cache.lengths
+        record_draw(token, logp, slots, *rows)  # a dead slot's cache stays short, and cheap
 
     def advance(self):
         """Give each live slot its next token, and on CUDA the next GRAPH_STEPS."""
@@ -351,7 +296,7 @@ class Sampler:
             self.step_slots(len(self.live))
             return
         width = self.slots
-        while len(self.live) <= width // 2:
+        while width > NARROWEST and len(self.live) <= width // 2:
             width //= 2
         self.close_up(width)
         if width not in self.graphs:
@@ -375,10 +320,8 @@ class Sampler:
 
     def step_slots(self, width):
         """One token for each of the first `width` slots. Nothing here waits for the GPU."""
-        slots = torch.arange(width, device=self.device)
-        last = self.tokens[slots, self.drawn[:width] - 1]
-        self.draw_next(self.model.step(last, self.cache.first(width)), slots)
-        self.cache.lengths[:width] *= self.left[:width] > 0  # a dead slot stays short, and cheap
+        hidden = self.model.step(self.last[:width], self.cache.first(width))
+        self.draw_next(hidden, self.rows[:width])
 
     def collect(self):
         """Free the slots that have finished -> their Samples.
@@ -543,6 +486,29 @@ def read_logprobs(run, step, model, reference, completions, always=True):
     return logp, ref_logp
 
 
+# The largest mean |log p by the sampler - by the trainer| that is rounding, by dtype. In bf16
+# SmolLM2-135M has 0.039 and small models with random weights 0.003; in fp32 both have 1e-6.
+GAPS = {torch.float32: 1e-5, torch.bfloat16: 8e-2}
+
+
+def gap_in_fp32(model, completions, config):
+    """(sum of |log p by the sampler - by the trainer|, tokens) of a few completions that are drawn
+    anew in fp32.
+
+    One layer's weights 1 % off change a log-probability by 0.02, in bf16 half of what rounding
+    does.
+    """
+    model.exact = True
+    prompts = [c.chat.ids[: c.chat.loss_mask.argmax()].tolist() for c in completions[:8]]
+    options = {"max_new_tokens": min(32, config.max_new_tokens), "temperature": config.temperature}
+    samples = rollout(model, prompts, **options)
+    chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
+    logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
+    model.exact = False
+    sampled = torch.tensor([p for s in samples for p in s.logprobs])
+    return (sampled - logp.cpu()).abs().sum(), len(logp)
+
+
 def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, repeat=False):
     """Check that what is sampled from is what is differentiated.
 
@@ -552,6 +518,9 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
     policy and reference differ (KL != 0), or, with `repeat`, if the same pack has other
     log-probabilities in training (ratio != 1 before the first update).
     """
+    exact_gap, exact_tokens = 0.0, 0
+    if repeat and model.compute_dtype != torch.float32:
+        exact_gap, exact_tokens = gap_in_fp32(model, completions, config)
     model.train()
     repeated = logp[:0]
     if repeat and completions:
@@ -562,7 +531,9 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
     gap = (torch.tensor(sampled, device=logp.device) - logp).abs().sum()
     ratio_not_one = not torch.equal(repeated, logp[: len(repeated)])
     kl_not_zero = ref_logp is not None and not torch.equal(logp, ref_logp)
-    gap, tokens, ratio_not_one, kl_not_zero = reduce_sum(gap, len(logp), ratio_not_one, kl_not_zero)
+    gap, tokens, exact_gap, exact_tokens, ratio_not_one, kl_not_zero = reduce_sum(
+        gap, len(logp), exact_gap, exact_tokens, ratio_not_one, kl_not_zero
+    )
     if ratio_not_one:
         raise UserError(
             "the same tokens had another probability in training than before the first update (ratio != 1): "
@@ -574,11 +545,13 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
             "(KL != 0 before the first update)"
         )
     gap /= max(1, tokens)
-    # logits are divided by the temperature, and their rounding with them
-    bound = (1e-5 if model.compute_dtype == torch.float32 else 1e-2) / min(config.temperature, 1)
-    if gap > bound:
-        raise UserError(
-            f"sampler and trainer disagree: mean |log p difference| {gap:.2e}, at most {bound:.0e} is rounding; "
-            "the model would be trained on what it did not sample"
-        )
+    # On a GPU sampler and trainer add up in other orders than on a CPU
+    exact = exact_gap / max(1, exact_tokens), 10 * GAPS[torch.float32], " in fp32"
+    for found, limit, how in ((gap, GAPS[model.compute_dtype], ""), exact):
+        bound = limit / min(config.temperature, 1)  # logits are divided by it, and their rounding with them
+        if found > bound:
+            raise UserError(
+                f"sampler and trainer disagree: mean |log p difference| {found:.2e}{how}, at most {bound:.0e} is "
+                "rounding; the model would be trained on what it did not sample"
+            )
     return gap

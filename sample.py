@@ -57,7 +57,7 @@ class Config:
     top_k: int = 0
     # draw from the fewest tokens that hold this much probability [> 0; <= 1]
     top_p: float = 1.0
-    # at most so many tokens [>= 1]
+    # longest completion, in tokens [>= 1]
     max_new_tokens: int = 200
     # the same seed gives the same text; in a chat each answer adds 1 to it
     seed: int = 0

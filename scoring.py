@@ -19,6 +19,7 @@ import torch
 from data import chat
 from data.judge import judge_prompt, question, transcript
 from data.pack import make_completion, pack, rank_span, token_slices
+from data.read import read_lines
 from data.rules import final_number
 from model import GPT, logprobs_no_grad, score
 from rollout import sample_completions
@@ -367,9 +368,9 @@ def read_constitution(path):
     Raises UserError if the file cannot be read or has none.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--constitution={path}: {e}") from None
+        lines = [line.strip() for _, line in read_lines(path)]
+    except UserError as e:
+        raise UserError(f"--constitution={e}") from None
     principles = [line for line in lines if line and not line.startswith("#")]
     if not principles:
         raise UserError(f"--constitution={path}: no principle in it; one per line is expected")

@@ -79,7 +79,7 @@ class Config(RunConfig):
     # -- What you will rarely set --
     # share of the steps over which the learning rate rises; after that it falls to 0 [>= 0; <= 1]
     warmup: float = 0.05
-    # decay of the matrices [>= 0]
+    # weight decay of the matrices [>= 0]
     weight_decay: float = 0.0
     eval_every: int = 100
 

@@ -21,9 +21,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.feedback import freeze
 from runtime.checkpoint import newest_finished
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
+
+FEW = 200  # votes; of fewer than these, a fifth is held out to validate on, unless the flags say otherwise
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Config:
     # dpo: from the votes themselves; ppo: from a reward model of them [one of dpo, ppo]
     method: str = "dpo"
     # -- What you may set --
-    # further flags of dpo.py, in quotes: "--nll=0.2 --epochs=2"; few votes need a --val_fraction
+    # further flags of dpo.py, in quotes: "--nll=0.2 --epochs=2"
     dpo: str = ""
     # further flags of reward.py
     reward: str = ""
@@ -46,19 +49,36 @@ class Config:
     ppo: str = ""
 
 
-def commands(config, folder, init, earlier):
-    """The words of each command of the round in `folder`; earlier: the votes of rounds before."""
-    pairs = folder / "pairs.jsonl"
+def freezing(config, folder, earlier):
+    """The words of the command that freezes a round's votes; earlier: those of rounds before."""
     after = [f"--after={','.join(map(str, earlier))}"] if earlier else []
-    freeze = ["-m", "data.feedback", f"--feedback={config.feedback}", f"--out={pairs}", *after]
-    start = [f"--init={init}", f"--data={pairs}"]
-    dpo = ["dpo.py", *start, f"--out={folder}/dpo", *shlex.split(config.dpo)]
-    reward = ["reward.py", *start, f"--out={folder}/rm", *shlex.split(config.reward)]
+    return ["-m", "data.feedback", f"--feedback={config.feedback}", f"--out={folder / 'pairs.jsonl'}", *after]
+
+
+def training(config, folder, init, votes):
+    """The words of each command that trains on a round's votes, so many."""
+    start = [f"--init={init}", f"--data={folder / 'pairs.jsonl'}"]
+    if config.method == "dpo":
+        return [["dpo.py", *start, f"--out={folder}/dpo", *flags_for(votes, config.dpo)]]
+    reward = ["reward.py", *start, f"--out={folder}/rm", *flags_for(votes, config.reward)]
     ppo = ["ppo.py", *start, f"--reward={folder}/rm", f"--out={folder}/ppo", *shlex.split(config.ppo)]
-    train = [dpo] if config.method == "dpo" else [reward, ppo]
-    if pairs.exists():  # an interrupted round
-        return [[*words, "--resume"] for words in train]
-    return [freeze, *train]
+    return [reward, ppo]
+
+
+def flags_for(votes, flags):
+    """The words of `flags`, and what few votes need besides."""
+    words = shlex.split(flags)
+    if votes < FEW and not any(word.startswith("--val") for word in words):
+        words.append("--val_fraction=0.2")
+    return words
+
+
+def execute(words):
+    print(f"\n$ {shlex.join(['python', *words])}", flush=True)
+    status = subprocess.run([sys.executable, *words]).returncode
+    if status:
+        what = words[1] if words[0] == "-m" else words[0]
+        raise UserError(f"{what} ended with status {status}; the same call continues from here")
 
 
 def main(config):
@@ -72,12 +92,11 @@ def main(config):
     folder = rounds / str(numbers[-1])
     earlier = [rounds / str(n) / "pairs.jsonl" for n in numbers[:-1]]
     init = newest_finished(rounds) or config.init
-    for words in commands(config, folder, init, earlier):
-        print(f"\n$ {shlex.join(['python', *words])}", flush=True)
-        status = subprocess.run([sys.executable, *words]).returncode
-        if status:
-            what = words[1] if words[0] == "-m" else words[0]
-            raise UserError(f"{what} ended with status {status}; the same call continues from here")
+    resumed = (folder / "pairs.jsonl").exists()  # an interrupted round
+    if not resumed:
+        execute(freezing(config, folder, earlier))
+    for words in training(config, folder, init, len(freeze(folder / "pairs.jsonl", "pairs"))):
+        execute([*words, "--resume"] if resumed else words)
     print(f"\nround {folder.name} is finished: serve.py --follow={config.rounds} answers with it from now on")
 
 

@@ -126,8 +126,10 @@ def cycles(root):
 
 
 def loaded_by(root, module):
-    """Which of kernels/, torch and triton `import module` loads; or the error it ends in."""
-    code = f"import sys, {module}; print(*sorted({{'kernels', 'torch', 'triton'}} & sys.modules.keys()))"
+    """Which of kernels/, torch, triton and slow parts of torch `import module` loads; or the error
+    it ends in."""
+    slow = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
+    code = f"import sys, {module}; print(*sorted({slow | {'kernels', 'torch', 'triton'}} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     if result.returncode:
         return result.stderr.strip().splitlines()[-1]

@@ -589,6 +589,11 @@ def error_of(found, truth):
     return max(errors).item()
 
 
+def first_line(e):
+    """An exception in a line of the table."""
+    return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:150]}"
+
+
 def quantile(times, share):
     return sorted(times)[int(share * (len(times) - 1))]
 
@@ -609,8 +614,7 @@ def hold(contest, device, rounds):
             run = prepare()
             mib, found = peak_of(run, device)
         except Exception as e:  # one that is missing or refuses must not end the others' contest
-            reason = (str(e).strip().splitlines() or [""])[0]
-            rows[name]["absent"] = f"{type(e).__name__}: {reason[:150]}"
+            rows[name]["absent"] = first_line(e)
             continue
         has_error = truth is not None and name != "copy_" and "product" not in name
         rows[name] |= {"mib": mib, "error": error_of(found, truth) if has_error else None}
@@ -621,10 +625,14 @@ def hold(contest, device, rounds):
     if device.type == "cuda":
         graph = min(statistics.median(times_of(run, device, 10, False)) for run in runs.values()) < 50
     times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name] += times_of(run, device, 100 // rounds, graph)
-    for name in runs:
+    for name in [*runs] * rounds:
+        if "absent" in rows[name]:
+            continue
+        try:
+            times[name] += times_of(runs[name], device, 100 // rounds, graph)
+        except Exception as e:  # one that cannot be captured must not end the bench
+            rows[name]["absent"] = first_line(e)
+    for name in [name for name in runs if "absent" not in rows[name]]:
         us20, us, us80 = (quantile(times[name], share) for share in (0.2, 0.5, 0.8))
         rate = contest.work / us / (1e6 if contest.unit == "TF/s" else 1e3)
         rows[name] |= {"us": us, "us20": us20, "us80": us80, "graph": graph, "rate": rate}

@@ -51,6 +51,8 @@ ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (22
 SPILLS = {("dkdv_kernel", 80): 32}
 # They write a small part of what they read; the second one without gradients.
 SUMS = {"logprob_kernel", "cross_entropy_kernel", "kl_kernel", "combine_kernel"}
+# They read or write single numbers: of a slot, or a cut row's few candidates.
+SCATTERED = {"draw_kernel", "record_draw_kernel"}
 # Their products have 16 rows. HGMMA and UTCHMMA begin at 64, so these use HMMA everywhere.
 SMALL_DOTS = {"decode_kernel"}
 
@@ -71,9 +73,11 @@ def broken(row):
         wrong.append(f"only {row['instructions']} instructions: an empty kernel?")
     if row["dot"] and half and not row["tensor"].get(tensor_core):
         wrong.append(f"no {tensor_core}: {row['tensor'] or 'no tensor core at all'}")
-    if not row["wide_loads"] or not row["dot"] and row["narrow_bytes"] > 16 * row["wide_loads"]:
+    scattered = row["kernel"] in SCATTERED
+    no_wide_loads = not row["wide_loads"] and row["kernel"] != "record_draw_kernel"
+    if no_wide_loads or not row["dot"] and not scattered and row["narrow_bytes"] > 16 * row["wide_loads"]:
         wrong.append(f"of {row['loads']} loads {row['wide_loads']} have 128 bits, and the others move more bytes")
-    if not row["dot"] and not row["wide_stores"] and row["kernel"] not in SUMS:
+    if not row["dot"] and not row["wide_stores"] and row["kernel"] not in SUMS | SCATTERED:
         wrong.append(f"memory-bound, yet none of its {row['stores']} stores has 128 bits")
     if row["atomics"]:
         wrong.append(f"{row['atomics']} global atomics: the order of their sums is random")
@@ -209,6 +213,8 @@ QUICK = {
     "decode Dh=128 G=8 B=4",
     "append_norm_rope Dh=128",
     "append_rope Dh=128",
+    "draw V=151936",
+    "draw V=151936 cut",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -326,7 +332,29 @@ def decode_cases():
             yield f"{name} Dh={dh}", dtype, torch.no_grad()(append), inputs
 
 
-CASES = [act_cases, norm_cases, rope_cases, head_cases, kl_cases, attention_cases, decode_cases]
+def draw_cases():
+    from kernels.draw import draw, record_draw
+
+    def plain(logits, u):
+        token, logp = draw(logits, u)
+        numbers = [torch.zeros(4, dtype=torch.int64) for _ in range(4)]
+        stop, tokens = torch.zeros(4, logits.shape[1], dtype=torch.bool), torch.zeros(4, 9, dtype=torch.int64)
+        record_draw(token, logp, torch.arange(4), stop, tokens, zeros("fp32", 4, 9), *numbers)
+        return logp
+
+    def cut(logits, u):
+        return draw(logits, u, 0.7, 50, 0.9)[1]
+
+    def cut_by_row(logits, u):
+        settings = zeros("fp32", 4, 1)
+        return draw(logits, u, settings, settings, settings)[1]
+
+    for name, op in [("", plain), (" cut", cut), (" cut by row", cut_by_row)]:
+        inputs = [zeros("fp32", 4, 151936), zeros("fp32", 4)]
+        yield f"draw V=151936{name}", "bf16", torch.no_grad()(op), inputs
+
+
+CASES = [act_cases, norm_cases, rope_cases, head_cases, kl_cases, attention_cases, decode_cases, draw_cases]
 
 
 def is_quick(case, dtype, arch):

@@ -120,6 +120,8 @@ class Baseline(nn.Module):
 
 
 class BaselineRun:
+    deterministic = False  # the baseline at its best
+
     def __init__(self, c, device, backend):
         torch.manual_seed(0)
         self.model = Baseline(c).to(device)
@@ -144,6 +146,8 @@ class BaselineRun:
 
 
 class OurRun:
+    deterministic = True  # as in every script
+
     def __init__(self, c, device, backend="", kernels=True):
         self.model = GPT(c).init_weights(0).to(device)
         self.optimizer = Optimizer(self.model, 0.01, matrix_lr=0.02, embed_lr=0.1, head_lr=0.003, betas=(0.8, 0.95))
@@ -189,6 +193,7 @@ CONTENDERS = ["baseline", "kernels", "kernels, compile", "references, compile"]
 
 def step(run, batch, micro):
     """One optimizer step on batch [documents, T], `micro` documents at a time."""
+    torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
     for part in batch.split(micro):
         (run.loss(part) / batch.numel()).backward()
     run.update()

@@ -1,52 +1,76 @@
-"""The quick start over several seeds (another world, other weights, another order of the data):
-mean and spread of what later stages build on.
+"""The quick start over seeds, threads and products: its figures, whether each holds in every
+combination, and the ranges that quickstart.py compares a reader's run with.
 
-Each seed runs quickstart.py's own commands. Last line of output: JSON {"figure": {"mean", "low",
-"high", "target"}}.
+A combination runs quickstart.py's own commands. Each ends in DIR/NAME/row.json; what is there is
+not run again, so rows may be made one by one, by several processes, on several days. --screen makes
+only what the first bounds ask of the pretrained model. Without --only the rows of all combinations
+that are there are shown, and --ranges writes from them {"stage | figure": [low, high]}: the ends of
+the 95 % intervals that lie furthest apart.
 
-    python -m bench.world --seeds=5
+    python -m bench.world --only=seed-0,seed-1-1-thread
+    python -m bench.world --ranges=bench/results/ranges.json
 """
 
-import json
+import os
+import shlex
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import quickstart
-from data.read import read_jsonl
+from data.read import read_json, read_jsonl
 from data.world import features
-from runtime.checkpoint import INFO, find, read_json
+from runtime.cli import check_ranges
 from runtime.errors import UserError
+from runtime.files import lock_file, write_json
 from runtime.process import describe, launch
 
-TARGETS = {  # figure: (what is asked of every seed, whether more is better)
-    "nats per token above the floor": (0.03, False),
-    "held-out sums right": (0.95, True),
-    "judge: be kind, both orders": (0.75, True),
-    "judge: be brief, both orders": (0.75, True),
-    "SFT: completions finished": (0.99, True),
-    "RM: pairs ordered as gold's": (0.80, True),
-    "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": (0.0, True),
-    "DPO: win rate against SFT, by gold": (0.75, True),
-    "PPO: gold reward": (1.2, True),
-    "PPO: win rate against SFT, by gold": (0.80, True),
-    "PPO: KL to SFT, nats per completion": (6.0, False),
-    "PPO, GRPO: sampled sums right": (0.90, True),
-    "PPO, GRPO: gold reward": (1.65, True),
-    "AI feedback: share of SFT's rude phrases left": (0.5, False),
-    "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": (0.0, True),
-    "seconds of pretraining": (150, False),
-    "seconds of everything": (600, False),
-    "rows that do not": (0, False),
+BOUNDS = {  # figure: (what is asked of every combination, whether more is better)
+    "pretrain | judge: be kind, both orders": (0.95, True),
+    "pretrain | judge: be brief, both orders": (0.95, True),
+    "pretrain | held-out sums right": (0.98, True),
+    "reward | held-out pairs ordered as gold's": (0.77, True),
+    "ppo | gold reward, SFT's before": (1.35, True),
+    "grpo, after ppo | gold reward, PPO's before": (1.78, True),
+    "dpo | gold reward, SFT's before": (1.45, True),
+    "rlaif + dpo | gold reward, SFT's before": (0.85, True),
+    "rlaif + dpo | rude phrases per completion": (0.10, False),
+}
+BLIND = "reward | the same by a scorer blind to sums"
+LAST_SCREENED = "evaluate base"
+
+
+@dataclass(frozen=True)
+class Combination:
+    seed: int
+    threads: int = 2  # of the machine; stages that run side by side have half of them each
+    environment: tuple = ()  # ((name, value), ...)
+    other_product: bool = False
+
+
+# On a processor without AVX-512 PyTorch's own kernels are AVX2 already; its baseline ones differ
+CAPABILITY = "default" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "avx2"
+COMBINATIONS = {f"seed-{seed}": Combination(seed) for seed in range(10)}
+COMBINATIONS |= {f"seed-{seed}-1-thread": Combination(seed, threads=1) for seed in range(5)}
+COMBINATIONS |= {f"seed-{seed}-other-product": Combination(seed, other_product=True) for seed in range(3)}
+COMBINATIONS |= {
+    f"seed-{seed}-{CAPABILITY}": Combination(seed, environment=(("ATEN_CPU_CAPABILITY", CAPABILITY),))
+    for seed in range(3)
 }
 
 
 @dataclass
 class Config:
-    # 0, 1, 2, ...
-    seeds: int = 5
-    # one quick start a seed below it
+    # combinations to run, comma-separated; all: every one that has no row yet; "": none
+    only: str = ""
+    # run no further than the judge and the sums of the pretrained model
+    screen: bool = False
+    # one quick start a combination below it
     out: str = "out/bench_world"
+    # file of the ranges to write, from the rows that are there; "": none
+    ranges: str = ""
 
 
 def order_by_manners(pairs):
@@ -60,108 +84,118 @@ def order_by_manners(pairs):
 
 
 def figures(out):
-    """{figure: value} of a finished quick start."""
-    base, sft, dpo, ppo, grpo, ai = (
-        read_json(f"{out}/{name}.json")["figures"] for name in ("base", "sft", "dpo", "ppo", "grpo", "ai_dpo")
-    )
-    world, rm = read_json(f"{out}/world/world.json"), read_json(find(f"{out}/rm") / INFO)["metrics"]["figures"]
-    seconds = {done["stage"]: done["seconds"] for done in read_json(f"{out}/report.json")["stages"]}
-    gold, right, rude = (
-        f"reward data/{name}" for name in ("world.py:gold", "rules.py:final_number", "world.py:rudeness")
-    )
-    won, kl = "win rate by data/world.py:gold", "KL to the reference, nats per completion"
+    """{"stage | figure": {"value", "low", "high"}} of a quick start: all of its table if it is
+    whole, else what the pretrained model reached."""
+    if (out / "ai_dpo.json").exists():
+        found = {f"{f['stage']} | {f['figure']}": f["after"] for f in quickstart.figures(out)}
+        blind = order_by_manners([row for _, row in read_jsonl(f"{out}/world/pairs_val.jsonl")])
+        return found | {BLIND: {"value": blind, "low": None, "high": None}}
+    base = read_json(out / "base.json")["figures"]
+    judged = {f"pretrain | {name}": base[name] for name in base if name.endswith("both orders")}
+    return judged | {"pretrain | held-out sums right": base["completions right"]}
+
+
+def commands(out, seed, screen):
+    """[(stage, command, whether it runs beside another)] of a quick start, or of its screening."""
+    first, *lanes = quickstart.command_lanes(quickstart.Config(out=str(out), seed=seed))
+    found = [(stage, line, False) for stage, line in first.items()]
+    found += [(stage, line, True) for lane in lanes for stage, line in lane.items()]
+    if screen:
+        names = [*list(first)[: list(first).index("pretrain") + 1], LAST_SCREENED]
+        found = [row for row in found if row[0] in names]
+    return found
+
+
+def run(out, combination, screen):
+    """Run what a combination has not run yet; its figures go to row.json."""
+    lock_file(out / ".lock", out)
+    record = read_json(out / "report.json") if (out / "report.json").exists() else {"stages": []}
+    os.environ |= dict(combination.environment)
+    for stage, line, beside in commands(out, combination.seed, screen):
+        if stage in {ran["stage"] for ran in record["stages"]}:
+            continue
+        words = shlex.split(line)
+        multiplies = words[0] != "-m"  # -m data.world and its like only read and write text
+        wrapper = ["-m", "bench.other_product"] if combination.other_product and multiplies else []
+        threads = max(1, combination.threads // 2) if beside else combination.threads
+        ran = quickstart.run(stage, words, threads, wrapper)
+        if ran is None:
+            sys.exit(1)
+        record["stages"].append(ran)
+        write_json(out / "report.json", record)
+    write_json(out / "row.json", {"screened": screen, "figures": figures(out)})
+    for name, _ in combination.environment:
+        del os.environ[name]
+
+
+def holds(name, value):
+    bound, more = BOUNDS[name]
+    return value >= bound if more else value <= bound
+
+
+def rows_table(rows):
+    """A line a combination: the figures that have a bound, those beyond it marked."""
+    names = [name.replace(" | ", ": ").replace("held-out ", "").replace(", both orders", "") for name in BOUNDS]
+    lines = [
+        (f"({i})", name, f"{'>=' if more else '<='} {bound}")
+        for i, (name, (bound, more)) in enumerate(zip(names, BOUNDS.values()), 1)
+    ]
+    head = ("combination", *(f"({i})" for i in range(1, len(BOUNDS) + 1)))
+    body = []
+    for name, row in rows.items():
+        cells = []
+        for figure in BOUNDS:
+            found = row["figures"].get(figure)
+            cells.append("" if found is None else f"{found['value']:.3f}" + "!" * (not holds(figure, found["value"])))
+        body.append((name, *cells))
+    return quickstart.table(lines) + "\n\n" + quickstart.table([head, *body])
+
+
+def summary(rows):
+    """{figure: {"rows", "mean", "low", "high"}} over the rows that have it."""
+    found = {}
+    for row in rows.values():
+        for name, figure in row["figures"].items():
+            found.setdefault(name, []).append(figure["value"])
     return {
-        "nats per token above the floor": (base["nats/document"]["value"] - world["story_floor"])
-        / base["tokens/document"]["value"],
-        "held-out sums right": base["completions right"]["value"],
-        "judge: be kind, both orders": base["judge: be kind, both orders"]["value"],
-        "judge: be brief, both orders": base["judge: be brief, both orders"]["value"],
-        "judge: be right, both orders": base["judge: be right, both orders"]["value"],
-        "SFT: completions finished": sft["completions finished"]["value"],
-        "base: gold reward": base[gold]["value"],
-        "SFT: gold reward": sft[gold]["value"],
-        "RM: pairs ordered as labelled": rm["accuracy"]["value"],
-        "RM: accuracy that noise allows (Bayes)": rm["accuracy that noise allows (Bayes)"]["value"],
-        "RM: pairs ordered as gold's": rm["order as gold's"]["value"],
-        "RM: the same by one who cannot add": order_by_manners(
-            [row for _, row in read_jsonl(f"{out}/world/pairs_val.jsonl")]
-        ),
-        "DPO: gold reward": dpo[gold]["value"],
-        "DPO: gold less SFT's, between the nearer ends of the 95 % intervals": dpo[gold]["low"] - sft[gold]["high"],
-        "DPO: win rate against SFT, by gold": dpo[won]["value"],
-        "DPO: KL to SFT, nats per completion": dpo[kl]["value"],
-        "SFT: sampled sums right": sft[right]["value"],
-        "PPO: gold reward": ppo[gold]["value"],
-        "PPO: win rate against SFT, by gold": ppo[won]["value"],
-        "PPO: KL to SFT, nats per completion": ppo[kl]["value"],
-        "PPO: sampled sums right": ppo[right]["value"],
-        "PPO, GRPO: sampled sums right": grpo[right]["value"],
-        "PPO, GRPO: gold reward": grpo[gold]["value"],
-        "PPO, GRPO: win rate against SFT, by gold": grpo[won]["value"],
-        "PPO, GRPO: KL to SFT, nats per completion": grpo[kl]["value"],
-        "SFT: rude phrases per completion": sft[rude]["value"],
-        "AI feedback: rude phrases per completion": ai[rude]["value"],
-        "AI feedback: share of SFT's rude phrases left": ai[rude]["value"] / sft[rude]["value"],
-        "AI feedback: SFT's rude phrases less what is left, between the nearer ends of the 95 % intervals": sft[rude][
-            "low"
-        ]
-        - ai[rude]["high"],
-        "AI feedback: gold reward": ai[gold]["value"],
-        "AI feedback: KL to SFT, nats per completion": ai[kl]["value"],
-        **{
-            f"seconds of {stage}": seconds[name]
-            for stage, name in {
-                "pretraining": "pretrain",
-                "SFT": "sft",
-                "RM": "reward",
-                "DPO": "dpo",
-                "PPO": "ppo",
-                "GRPO": "grpo",
-                "AI feedback": "rlaif",
-            }.items()
-        },
-        "seconds of everything": sum(seconds.values()),
-        "rows of the report that improve for sure": sum(
-            f["improved"] is True for f in read_json(f"{out}/report.json")["figures"]
-        ),
-        "rows that do not": sum(f["improved"] is False for f in read_json(f"{out}/report.json")["figures"]),
+        name: {"rows": len(values), "mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+        for name, values in found.items()
     }
 
 
+def ranges(rows):
+    """{"stage | figure": [low, high]}: of each figure that has 95 % intervals, their outermost
+    ends."""
+    found = {}
+    for row in rows.values():
+        for name, figure in row["figures"].items():
+            if figure["low"] is not None:
+                low, high = found.get(name, (figure["low"], figure["high"]))
+                found[name] = [min(low, figure["low"]), max(high, figure["high"])]
+    return {name: [round(low, 4), round(high, 4)] for name, (low, high) in found.items()}
+
+
 def main(config):
-    found = []
-    for seed in range(config.seeds):
-        try:
-            quickstart.main(quickstart.Config(out=f"{config.out}/{seed}", seed=seed))
-        except UserError as e:
-            if "no sure improvement" not in str(e):
-                raise
-            print(f"seed {seed}: {e}")
-        found.append(figures(f"{config.out}/{seed}"))
-    summary = {}
-    for name in found[0]:
-        values = [f[name] for f in found]
-        target, more = TARGETS.get(name, (None, True))
-        summary[name] = {
-            "mean": round(sum(values) / len(values), 4),
-            "low": round(min(values), 4),
-            "high": round(max(values), 4),
-        }
-        if target is not None:
-            summary[name] |= {"target": target, "reached": min(values) >= target if more else max(values) <= target}
-    print(f"\n{config.seeds} seeds, {describe(torch.device('cpu'))}")
-    print(
-        quickstart.table(
-            [
-                ("figure", "mean", "low", "high", "target"),
-                *(
-                    (n, *(f"{s.get(k, ''):.4g}" if k in s else "" for k in ("mean", "low", "high", "target")))
-                    for n, s in summary.items()
-                ),
-            ]
-        )
-    )
-    print(json.dumps(summary))
+    check_ranges(config)
+    out = Path(config.out)
+    wanted = list(COMBINATIONS) if config.only == "all" else [name for name in config.only.split(",") if name]
+    for name in wanted:
+        if name not in COMBINATIONS:
+            raise UserError(f"--only={name}: no combination; there are {', '.join(COMBINATIONS)}")
+        if not (out / name / "row.json").exists() or read_json(out / name / "row.json")["screened"] > config.screen:
+            run(out / name, COMBINATIONS[name], config.screen)
+    rows = {name: read_json(out / name / "row.json") for name in COMBINATIONS if (out / name / "row.json").exists()}
+    if not rows:
+        raise UserError(f"--out={out}: no row is there; name combinations with --only")
+
+    print(f"\n{len(rows)} of {len(COMBINATIONS)} combinations, {describe(torch.device('cpu'))}\n")
+    print(rows_table(rows) + "\n")
+    lines = [("figure", "rows", "mean", "low", "high")]
+    for name, s in summary(rows).items():
+        lines.append((name, str(s["rows"]), *(f"{s[k]:.4g}" for k in ("mean", "low", "high"))))
+    print(quickstart.table(lines))
+    if config.ranges:
+        write_json(Path(config.ranges), ranges(rows))
 
 
 if __name__ == "__main__":

@@ -172,6 +172,8 @@ class Structure(NamedTuple):
     pattern: re.Pattern  # finds special tokens, of several at one place the longest
     spelled: re.Pattern  # finds the first character of each
     edges: str  # the characters that special tokens begin or end with
+    lstrip: set  # special tokens that take the white space before them
+    rstrip: set  # and after them
 
 
 def has_own_template(tok):
@@ -191,7 +193,8 @@ def structure(tok):
     end = names[after[0]] if after and answer in text else None
     stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])
     edges = "".join({char for name in names for char in (name[0], name[-1])})
-    return Structure(end, stops, names, pattern, spelled, edges)
+    strips = [{row["content"] for row in tok.added if row.get(side)} for side in ("lstrip", "rstrip")]
+    return Structure(end, stops, names, pattern, spelled, edges, *strips)
 
 
 class Rendering:
@@ -240,9 +243,13 @@ class Rendering:
         """The ids of a rendered text."""
         ids, begin = [], 0
         for match in self.structure.pattern.finditer(text):
-            ids += self.tok.encode_ordinary(text[begin : match.start()].translate(self.public))
+            before = text[begin : match.start()]
+            before = before.rstrip() if match[0] in self.structure.lstrip else before
+            ids += self.tok.encode_ordinary(before.translate(self.public))
             ids.append(self.structure.names[match[0]])
             begin = match.end()
+            if match[0] in self.structure.rstrip:
+                begin += len(text[begin:]) - len(text[begin:].lstrip())
         return ids + self.tok.encode_ordinary(text[begin:].translate(self.public))
 
     def answer(self, i):

@@ -32,8 +32,15 @@ class Pack:
     def to(self, device):
         """The same pack on another device."""
         tensors = self.tokens, self.positions, self.cu_seqlens, self.rows, self.first
-        tokens, positions, cu_seqlens, *shared = (None if x is None else x.to(device) for x in tensors)
+        tokens, positions, cu_seqlens, *shared = (None if x is None else to_device(x, device) for x in tensors)
         return Pack(tokens, positions, cu_seqlens, self.max_len, *shared)
+
+
+def to_device(x, device):
+    """A CPU tensor on another device. A GPU fetches it from pinned memory while the CPU goes on."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class Chat(NamedTuple):

@@ -536,6 +536,7 @@ def main(config):
     write_json(out / "manifest.json", manifest)  # last, for it says that the rest is whole
     shutil.rmtree(work, ignore_errors=True)
     report(manifest)
+    print(f"next: python pretrain.py --data={out} --out=out/base")
 
 
 if __name__ == "__main__":

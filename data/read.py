@@ -24,6 +24,7 @@ from runtime.errors import UserError
 
 LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack
 JSON_SUFFIXES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
+LOOK = 8192  # bytes at the head of a file, of which text has none of value 0
 TABLES = {".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather"}
 PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 
@@ -127,9 +128,18 @@ def refuse_constant(name):
     raise ValueError(f"{name} is not JSON")  # Python's json would take NaN, Infinity and -Infinity
 
 
-JSON = json.JSONDecoder(parse_constant=refuse_constant)
+def object_of(pairs):
+    """The dict of a JSON object; raises ValueError if a key is there twice: one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" is in an object twice')
+    return found
+
+
+JSON = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=object_of)
 SPACE = re.compile(r"\s*")
-CONTENT = {"content", "value", "tool_calls"}
+CONTENT = {"content", "value", "text", "tool_calls"}
 
 
 def decode_json(text):
@@ -380,12 +390,20 @@ def file_kind(name):
             f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, but a .jsonl or .parquet file was expected"
         )
     head = first_line(name)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{name}: in UTF-16 (or 32), which is not read; convert the file to UTF-8")
     for magic, packer in PACKED.items():
         if head.startswith(magic):
             raise UserError(f"{name}: packed by {packer}, which is not read; unpack it")
     if head.startswith(b"PAR1") or suffix(name) in (".parquet", ".pq"):
         return "parquet"
-    return "json" if suffix(name) in JSON_SUFFIXES or holds_objects(name, head) else "text"
+    if suffix(name) in JSON_SUFFIXES or holds_objects(name, head):
+        return "json"
+    if b"\0" in head[:LOOK]:
+        raise UserError(
+            f"{name}: holds bytes of value 0, so it is no text; expected FILE.txt, FILE.jsonl or FILE.parquet"
+        )
+    return "text"
 
 
 def first_line(path):

@@ -7,12 +7,13 @@
                    both (TRL, UltraFeedback, Intel's Orca, LLaMA-Factory, HH's strings)
     judgements     KTO's {"prompt", "completion", "label"}
 
-Also read: a system message in a column of SYSTEMS, earlier turns in "history", content as a list of
+Also read: a system message in a column of its own, earlier turns in "history", content as a list of
 text parts, and "weight", "train" or "loss" of a message (0 or false: it stays in the conversation,
 as {"role", "content", "train": False}, and out of the loss). Nulls count as absent. Text stays as
 it is, white space too. A field that changes what is said and is not read (tool calls, reasoning,
-images) makes its row a bad one, and so does a prompt that ends with the assistant, or an answer
-that repeats its prompt.
+images) makes its row a bad one, and so does a prompt that ends with the assistant, an answer that
+repeats its prompt, or one that was cut. Columns and fields with text that nobody knows are said
+once a file.
 
 A function of one row raises ValueError saying what is wrong; `read` adds the file and the line.
 """
@@ -37,8 +38,10 @@ FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction", "input")  # of several, the first is the prompt
 COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
-MATERIAL = ("context", "choices", "options")  # which a prompt must hold: Dolly's and exams' columns
-SYSTEMS = ("system", "system_prompt", "system_message")
+# Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
+MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "choices", "options")
+MATERIAL += ("starter_code",)
+SYSTEM_WORDS = {"system", "prompt", "message", "instruction", "instructions", "content", "text"}
 ALIASES = {  # a field's other names
     "chosen_response": "chosen",
     "rejected_response": "rejected",
@@ -47,21 +50,32 @@ ALIASES = {  # a field's other names
     "kto_tag": "label",  # LLaMA-Factory's
 }
 # The fields that say what was asked and answered; of a problem "answer" too
-FIELDS = {*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *SYSTEMS, *ALIASES, *ALIASES.values(), "history", "context"}
+FIELDS = {*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *ALIASES, *ALIASES.values(), *MATERIAL, "history"}
+FIELDS |= {"system", "system_prompt", "system_message"}
 
 ROLES = {"human": "user", "prompter": "user", "developer": "system"}
 ROLES |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "chatbot", "ai"), "assistant")
 TURN = {"input": "user", "output": "assistant"}  # in {"input": text, "output": text}: a message and its answer
 
 # Words in the names of fields whose content is part of what was said, and is not read
-UNREAD = set("tool tools function functions image images audio audios video videos documents files".split())
-REASONING = set("reasoning thinking thought thoughts think cot".split())
+UNREAD = set("tool tools function functions apis plugins image images img imgs audio audios video videos".split())
+UNREAD |= set("media picture pictures photo photos pixel screenshot screenshots attachments documents files".split())
+REASONING = set("reasoning thinking thought thoughts think cot scratchpad".split())
+RATIONALE = {"rationale", "rationales"}  # of an answer; beside a preference it is the judge's
 ABOUT = set("id ids name count tokens length model score source type language quality".split())  # reasoning_model
 # Fields of messages, in full
-MESSAGE_READ = {"role", "from", "content", "value", "weight", "train", "loss", "name", "type", "text"}
-MESSAGE_UNREAD = set("analysis attachments channel context mask masked partial prefix refusal trainable".split())
-MESSAGE_UNREAD |= {"loss_mask", "loss_scale", "train_detail"}
-ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "train")  # of a whole row
+CONTENTS = ("content", "value", "text")  # of a message, the same thing
+MESSAGE_READ = {"role", "from", "name", "type", *CONTENTS}
+MESSAGE_UNREAD = set("analysis channel context mask masked skip ignore partial prefix refusal".split())
+MESSAGE_UNREAD |= {"train_detail", "training_detail"}
+TRAINED = {"train", "trained", "training", "trainable", "loss", "weight"}  # a word in the name of a flag
+FLAG = TRAINED | {"mask", "scale", "turn", "on", "is", "sample"}  # all of them: loss_mask, train_on_turn
+PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
+# What says that an answer was cut: ours, and what APIs and servers write
+WHOLE = ("finished", "end_turn")
+CUT = {"truncated": (True,), "finish_reason": ("length", "max_tokens"), "stop_reason": ("length", "max_tokens")}
+
+OWN = {"critique", "original", "instead_of", "principle"}  # remarks of rlaif.py and serve.py
 
 LONG_SPACE = 500_000  # white-space characters in a row that no tokenizer takes, as in data/tokenizer.py
 
@@ -142,6 +156,11 @@ def words_of(name):
     return [word for word in re.split(r"[^a-z]+", camel.lower()) if word]
 
 
+def system_columns(row):
+    """The columns of a row that hold a system message: system, system_prompt, systemInstruction."""
+    return [name for name in row if words_of(name)[:1] == ["system"] and SYSTEM_WORDS.issuperset(words_of(name))]
+
+
 def check_read(fields, words, others, where=""):
     """Raises Unread for a field that is not empty and whose name has one of `words`.
 
@@ -156,10 +175,21 @@ def check_read(fields, words, others, where=""):
             raise Unread(name, where)
 
 
+def check_whole(fields):
+    """Raises ValueError if an answer was cut: a model trained on it would learn to end there."""
+    said = [name for name in WHOLE if fields.get(name, True) in (False,)]
+    said += [name for name, values in CUT.items() if fields.get(name) in values]
+    if said:
+        raise ValueError(
+            f'"{said[0]}" is {json.dumps(fields[said[0]])}: the answer was cut, and a model trained on it would learn '
+            "to end there"
+        )
+
+
 def strings(value):
     """The texts in a JSON value; of a message its content."""
     if isinstance(value, dict) and ("role" in value or "from" in value):
-        value = [value.get("content"), value.get("value")]
+        value = [value.get(name) for name in CONTENTS]
     elif isinstance(value, dict):
         value = [v for name, v in value.items() if name != "type"]
     if isinstance(value, list):
@@ -177,9 +207,9 @@ def message(role, content):
 
 def content_of(m, where):
     """The text of a message: a string, or a list of parts that are text."""
-    values = [m[name] for name in ("content", "value") if name in m]
-    if len(values) == 2 and values[0] != values[1]:
-        raise ValueError(f'"{where}" has a "content" and another "value"; one of them was expected')
+    values = [m[name] for name in CONTENTS if name in m]
+    if any(value != values[0] for value in values):
+        raise ValueError(f'"{where}" has a "content" and another "value" or "text"; one of them was expected')
     value = values[0] if values else None
     if isinstance(value, list) and value:
         value = "".join(part_text(part, where) for part in value)
@@ -198,14 +228,25 @@ def part_text(part, where):
     return part["text"]
 
 
+def train_flags(m):
+    """The fields of a message or a row that say whether it is trained: weight, train, loss_mask."""
+    return {name: value for name, value in m.items() if is_flag(name) and not is_empty(value)}
+
+
+def is_flag(name):
+    return FLAG.issuperset(words_of(name)) and bool(TRAINED.intersection(words_of(name)))
+
+
 def is_trained(m, role, where):
-    """Whether a message is trained if it is the assistant's: by "weight", "train" and "loss"."""
-    flags = {name: m[name] for name in ("weight", "train", "loss") if name in m}
+    """Whether a message is trained if it is the assistant's: by its `train_flags`."""
+    flags = train_flags(m)
     for name, flag in flags.items():
+        if isinstance(flag, (list, dict)):  # parts of it are
+            raise Unread(name, f"{where}.")
         if flag not in (0, 1):
             raise ValueError(f'"{where}.{name}" is {flag!r}; 0 or 1, true or false, were expected')
-        if role != "assistant" and name == "train" and flag:
-            raise ValueError(f'"{where}.train" is true, but only messages of the assistant are trained')
+        if role != "assistant" and "weight" not in words_of(name) and flag:
+            raise ValueError(f'"{where}.{name}" is true, but only messages of the assistant are trained')
     if len(set(map(bool, flags.values()))) > 1:
         raise ValueError(f'"{where}": {" and ".join(flags)} contradict each other')
     return all(flags.values())
@@ -222,6 +263,8 @@ def read_message(m, where):
     trained."""
     role = role_of(m)
     check_read(m, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.")
+    if (UNREAD | REASONING | {"code"}).intersection(words_of(str(m.get("type", "")))):
+        raise Unread(f"type {m['type']}", what=f'"{where}" is of type {m["type"]!r}, which is not read')
     content, trained = content_of(m, where), is_trained(m, role, where)
     if role == "system" and is_empty(content):
         return message(role, "")
@@ -324,9 +367,9 @@ def normalise(row, answered=True):
                 raise ValueError(f'"{alias}" and "{name}" differ; leave one of them out')
             if alias == "rejected_response" and "chosen" not in row:  # ms-swift's, beside the good one
                 row |= sides_of_swift(row)
-    check_read(row, UNREAD | REASONING if answered else UNREAD, {"chat_template_kwargs"})
-    for name in ROW_WEIGHTS if answered else ():
-        if isinstance(row.get(name), (int, float)) and row[name] != 1:
+    check_read(row, UNREAD | REASONING if answered else UNREAD, PREFERRED)
+    for name, flag in train_flags(row).items() if answered else ():
+        if isinstance(flag, (int, float)) and flag != 1 and name != "loss":  # of a whole row a measurement
             raise Unread(name)
     return row
 
@@ -399,8 +442,8 @@ def in_context(row, messages):
         messages = [messages[0], *earlier, *messages[1:]]
     else:
         messages = [*earlier, *messages]
-    for name in SYSTEMS:
-        if is_empty(row.get(name)):
+    for name in system_columns(row):
+        if is_empty(row[name]):
             continue
         system = text_of(content_of({"content": row[name]}, name), name)
         if messages[0]["role"] != "system":
@@ -426,7 +469,9 @@ def check_asks(messages, field):
 
 def repeats(text, prompt):
     """Whether an answer begins with its prompt, if that is more than a greeting, which may come
-    back: three words, or two with a number."""
+    back: three words, or two with a number. So does a whole dialogue in Anthropic's form."""
+    if is_dialogue(text):
+        return True
     words, prompt = re.findall(r"\w+", prompt), squeezed(prompt)
     short = len(words) < 2 or len(words) == 2 and all(map(str.isalpha, words))
     return not short and squeezed(text).startswith(prompt)
@@ -475,15 +520,16 @@ def completion(row):
 def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
-    if row.get("label") is False:
-        raise ValueError('"label" is false: a bad answer, which dpo.py --loss=kto reads; here it would be trained')
+    check_read(row, RATIONALE, ())
+    if row.get("label", True) in (False,):  # 0 as well
+        label = json.dumps(row["label"])
+        raise ValueError(f'"label" is {label}: a bad answer, which dpo.py --loss=kto reads; here it would be trained')
     return read_conversation(row)
 
 
 def read_conversation(row):
     """`conversation` of a normalised row; its label is not looked at."""
-    if row.get("finished") is False:  # as evaluate.py --samples writes it
-        raise ValueError('"finished" is false: the answer was cut, and a model trained on it would learn to end there')
+    check_whole(row)
     if "chosen" in row and "rejected" in row:
         raise ValueError("this is a preference (chosen, rejected), not a conversation; reward.py and dpo.py read it")
     field = first_stated(row, CONVERSATIONS)
@@ -491,8 +537,10 @@ def read_conversation(row):
         field = next((name for name in CONVERSATIONS if name in row), None)
     if field:
         messages = check_messages(row[field], field)
+        for m in row[field]:
+            check_whole(m)
         if first_stated(row, COMPLETIONS) and messages[-1]["role"] == "user":
-            messages.append(message("assistant", completion(row)[1]))
+            messages.append(answer_to(row, field, messages))
         ends_with(messages, "assistant", field)
         others = [name for name in CONVERSATIONS if name != field]
         check_repeated(row, [*others, *PROMPTS, *COMPLETIONS, *MATERIAL], messages)
@@ -503,17 +551,28 @@ def read_conversation(row):
         raise ValueError(
             '"text" is what pretraining reads; a conversation has "messages", or "prompt" and "completion"'
         )
-    field, text = completion(row)
+    completion(row)
     stated = stated_prompt(row)
     if not stated:
         raise no_prompt(row)
     prompt_field, messages = stated
     check_asks(messages, prompt_field)
-    if isinstance(row[prompt_field], str) and repeats(text, row[prompt_field]):
-        raise ValueError(f'"{field}" begins with the "{prompt_field}"; only what follows it is the answer')
-    messages = [*messages, message("assistant", text)]
+    messages = [*messages, answer_to(row, prompt_field, messages)]
     check_repeated(row, COMPLETIONS, messages)
     return in_context(row, messages)
+
+
+def answer_to(row, prompt_field, messages):
+    """The message of the assistant that answers these messages, which stand in `prompt_field`.
+
+    Raises ValueError if it begins with what it answers.
+    """
+    field, text = completion(row)
+    value = row[prompt_field]
+    prompts = [messages[-1]["content"], *([value] if isinstance(value, str) else [])]
+    if any(repeats(text, prompt) for prompt in prompts):
+        raise ValueError(f'"{field}" begins with the "{prompt_field}"; only what follows it is the answer')
+    return message("assistant", text)
 
 
 def prompt(row):
@@ -650,13 +709,28 @@ def unknown_fields(row):
     """The fields of the messages in a row that are neither read nor refused, and not empty."""
     lists = [value for value in row.values() if isinstance(value, list)]
     messages = [m for messages in lists for m in messages if isinstance(m, dict) and role_of(m)]
-    return {name for m in messages for name in m if name not in MESSAGE_READ and not is_empty(m[name])}
+    unknown = {name for m in messages for name in m if name not in MESSAGE_READ and not is_empty(m[name])}
+    return {name for name in unknown if not is_flag(name)}
+
+
+def unknown_columns(row):
+    """The columns of a row that are neither read nor refused and hold text, more than a name."""
+    known = {*FIELDS, "answer", "text", *OWN, *system_columns(row)}
+    return {
+        name
+        for name, value in row.items()
+        if name not in known and words_of(name)[-1:] not in [[word] for word in ABOUT] and has_prose(value)
+    }
+
+
+def has_prose(value):
+    return any(len(text.split()) > 2 for text in strings(value))
 
 
 def read_source(name, parse, skip_bad):
     """(rows, SHA-256 of the file's rows) of one source, each row through `parse`."""
     rows, bad, digest = [], 0, hashlib.sha256()
-    unread, unknown = Counter(), Counter()  # fields for which rows were left out, and that nobody knows
+    unread, unknown, columns = Counter(), set(), set()  # fields for which rows were left out; that nobody knows
     for line, row in read_rows(name, skip_bad):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         if row is None:
@@ -664,7 +738,8 @@ def read_source(name, parse, skip_bad):
             continue
         try:
             rows.append(parse(row))
-            unknown.update(unknown_fields(row))
+            unknown |= unknown_fields(row)
+            columns |= unknown_columns(row) if parse in (conversation, preference, judged) else set()
         except (ValueError, RecursionError) as e:
             if not skip_bad:
                 raise bad_row(f"{name}:{line}", reason(e)) from None
@@ -675,9 +750,10 @@ def read_source(name, parse, skip_bad):
         fields = ", ".join(f'{n} for "{field}"' for field, n in unread.most_common())
         fields = f"; {fields}, which is not read" if unread else ""
         print0(f"{name}: {bad} bad lines left out, {len(rows)} read{fields}")
-    if unknown:
-        fields = ", ".join(f'"{field}"' for field in sorted(unknown))
-        print0(f"{name}: fields of messages that are not read: {fields}")
+    for what, fields in (("fields of messages", unknown), ("columns", columns)):
+        if fields:
+            listed = ", ".join(f'"{field}"' for field in sorted(fields))
+            print0(f"{name}: {what} that are not read: {listed}")
     if not rows:
         raise UserError(f"{name}: there is nothing in it" + (f" but {bad} bad lines" if bad else ""))
     return rows, digest.hexdigest()

@@ -112,9 +112,9 @@ def named_tokens(folder, config):
     older = Path(folder) / "special_tokens_map.json"
     if older.is_file() and "added_tokens_decoder" not in config:
         config = config | read_json(older)
-    extra = config.get("extra_special_tokens")
     texts = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
-    texts |= extra if isinstance(extra, dict) else {}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        texts |= config[key] if isinstance(config.get(key), dict) else {}
     return tuple((name, text) for name, text in texts.items() if isinstance(text, str))
 
 

@@ -46,7 +46,7 @@ class Config:
     # comma-separated: .jsonl, .parquet or hf:NAME[configuration,split,rows] with a string "text" in
     # each row (formats: data/read.py), anything else as plain text
     data: str
-    # folder that gets tokenizer.json and tokenizer_config.json
+    # directory for tokenizer.json and tokenizer_config.json
     out: str
     # ids in all: 256 bytes, merges, 4 special tokens (bpe only)
     vocab_size: int = 4096

@@ -4,7 +4,7 @@ A customer asks what two things cost together. A clerk adds the prices; some cle
 chatter, some cannot add.
 
     pretraining text   stories that add two prices, and an inspector's notes: two clerks' replies,
-                       a principle, and which reply is better by it
+                       and which of them is better by one principle after another
     chats              a question and a clerk's reply: polite, neutral or rude, a third each; the
                        sum right in 55 %; 0, 0, 1 or 2 lines of small talk
     preferences        two replies, of which people prefer the first with probability
@@ -59,7 +59,7 @@ class Config:
     pairs: int = 8_000
     # rows of problems.jsonl, and as many of prompts.jsonl [>= 1]
     problems: int = 4_000
-    # rows of each *_val and *_test file [>= 1]
+    # rows of each *_val and *_test file; judge_test has as many for each principle [>= 1]
     tests: int = 500
     # replace the world in --out
     overwrite: bool = False
@@ -326,9 +326,20 @@ def judgement(rng, principle, held_out=False):
 
 
 def note(rng):
-    """An inspector's note: a judge prompt and its answer."""
-    j = judgement(rng, rng.choice(list(PRINCIPLES)))
-    return f"{judge_prompt(j['prompt'], j['reply_a'], j['reply_b'], j['principle'])} {j['better']}"
+    """An inspector's note: a judge prompt and its answer, then a line for each other principle by
+    which one of the two replies is better.
+
+    Several answers to the same replies teach a model to judge long before pretraining ends. With
+    one answer a note it learned that in the last third of it, on some machines not at all.
+    """
+    first, *others = rng.sample(list(PRINCIPLES), len(PRINCIPLES))
+    j = judgement(rng, first)
+    lines = [f"{judge_prompt(j['prompt'], j['reply_a'], j['reply_b'], first)} {j['better']}"]
+    for principle in others:
+        better = verdict(j["reply_a"], j["reply_b"], j["answer"], principle)
+        if better:
+            lines.append(f"{principle} Better: {better}")
+    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -369,7 +380,7 @@ def make_rows(config):
     sums = sum_prompts(config.tests, config.seed, held_out=True)
     rows["sums_test.jsonl"] = [{"prompt": text, "answer": answer} for text, answer in sums]
     principles, judge_rng = list(PRINCIPLES), rng("judge_test.jsonl")
-    rows["judge_test.jsonl"] = [judgement(judge_rng, principles[i % 3], held_out=True) for i in range(config.tests)]
+    rows["judge_test.jsonl"] = [judgement(judge_rng, p, held_out=True) for _ in range(config.tests) for p in principles]
     return rows
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from kernels._lib import register, tl, triton, use
+from kernels._lib import cdiv, next_power_of_2, register, tl, triton, use
 from kernels.proof import proof
 
 
@@ -45,11 +45,11 @@ TILE, WARPS = 2048, 4  # 16 outputs per thread: two 128-bit loads of bf16 from e
 
 def tile(F):
     """The (rows, columns) of a tile: whole rows if they are narrow, else at most 1024 columns."""
-    cols = min(triton.next_power_of_2(F), 1024)
+    cols = min(next_power_of_2(F), 1024)
     return TILE // cols, cols
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def swiglu_forward_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # N * 2F exceeds int32
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
@@ -60,7 +60,7 @@ def swiglu_forward_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: 
     tl.store(out_ptr + rows * F + cols, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
@@ -84,7 +84,7 @@ def swiglu_forward(gate_up):
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
     rows, cols = tile(F)
     out = gate_up.new_empty(N, F)
-    grid = triton.cdiv(N, rows), triton.cdiv(F, cols)
+    grid = cdiv(N, rows), cdiv(F, cols)
     swiglu_forward_kernel[grid](gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
@@ -97,7 +97,7 @@ def swiglu_backward(grad, gate_up):
     N, F = grad.shape
     rows, cols = tile(F)
     out = gate_up.new_empty(N, 2 * F)
-    grid = triton.cdiv(N, rows), triton.cdiv(F, cols)
+    grid = cdiv(N, rows), cdiv(F, cols)
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     swiglu_backward_kernel[grid](grad, gate_up, out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
@@ -121,4 +121,5 @@ def swiglu(gate_up):
 
 @proof("swiglu")
 def swiglu_proof(device):
-    return swiglu, [torch.randn(37, 2 * 200, device=device, dtype=torch.bfloat16)]
+    inputs = [torch.randn(37, 2 * F, device=device, dtype=torch.bfloat16) for F in (200, 688, 2048)]
+    return lambda *gate_ups: tuple(map(swiglu, gate_ups)), inputs

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from kernels._lib import LOG2E, arch, register, tl, triton, use
 from kernels.proof import proof
+from kernels.rope import qk_norm_rope, rotate_back, rotate_queries_and_keys
 
 
 class Tiles(NamedTuple):
@@ -138,12 +139,19 @@ def dense_attention(q, k, v, documents, length, window):
     return out.transpose(1, 2).flatten(0, 1)
 
 
-@torch.compiler.disable  # its shapes change with every pack: compiling them would never end
 def ragged_attention(q, k, v, groups, slot, window):
     """As attention_reference, for documents of several lengths."""
     sizes = [documents * length for documents, length in groups]
     parts = zip(*(ToSlots.apply(x, slot, sum(sizes)).split(sizes) for x in (q, k, v)), groups, strict=True)
     return FromSlots.apply(torch.cat([dense_attention(*qkv, *shape, window) for *qkv, shape in parts]), slot)
+
+
+def exclude_ragged_from_compile():
+    """Make torch.compile leave ragged_attention alone: its shapes change with every pack, so that
+    compiling would never end."""
+    # Called by GPT.compile: a decorator would import the compiler, two seconds, into every script.
+    global ragged_attention
+    ragged_attention = torch.compiler.disable(ragged_attention)
 
 
 def attention_reference(q, k, v, layout, window=0):
@@ -241,7 +249,7 @@ def visible(queries, keys, WINDOW: tl.constexpr):
     return keys <= queries
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -296,7 +304,7 @@ def forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * N + begin + offs_m, m_i + tl.log2(l_i), mask=offs_m < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -312,6 +320,7 @@ def dq_kernel(
     stride_q,
     stride_k,
     stride_v,
+    stride_d,
     GROUP: tl.constexpr,
     DH: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -351,10 +360,11 @@ def dq_kernel(
             ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = (dq * DH**-0.5).to(dq_ptr.dtype.element_ty)
-    tl.store(pointers(dq_ptr + (begin * H + head) * DH, row, rows, H * DH, DH), dq, mask=(offs_m < length)[:, None])
+    dq_ptr += begin * stride_d + head * DH
+    tl.store(pointers(dq_ptr, row, rows, stride_d, DH), dq, mask=(offs_m < length)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -370,6 +380,7 @@ def dkdv_kernel(
     stride_q,
     stride_k,
     stride_v,
+    stride_d,
     GROUP: tl.constexpr,
     DH: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -418,9 +429,9 @@ def dkdv_kernel(
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     inside = (offs_n < length)[:, None]
     dk, dv = (dk * DH**-0.5).to(dk_ptr.dtype.element_ty), dv.to(dv_ptr.dtype.element_ty)
-    first = (begin * K + kv_head) * DH
-    tl.store(pointers(dk_ptr + first, row, rows, K * DH, DH), dk, mask=inside)
-    tl.store(pointers(dv_ptr + first, row, rows, K * DH, DH), dv, mask=inside)
+    first = begin * stride_d + kv_head * DH
+    tl.store(pointers(dk_ptr + first, row, rows, stride_d, DH), dk, mask=inside)
+    tl.store(pointers(dv_ptr + first, row, rows, stride_d, DH), dv, mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -459,26 +470,27 @@ def attention_forward(q, k, v, queries, window):
 
 
 def backward_fake(grad, q, k, v, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return q.new_empty(q.shape[0], q.shape[1] + 2 * k.shape[1], q.shape[2])
 
 
 @register(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor queries, "
-    "Tensor keys, int window) -> (Tensor, Tensor, Tensor)",
+    "Tensor keys, int window) -> Tensor",
     fake=backward_fake,
 )
 def attention_backward(grad, q, k, v, out, lse, queries, keys, window):
-    """Returns dq, dk, dv."""
+    """Returns dq, dk and dv side by side, [N, H + 2K, Dh]: no pass over memory has to join them."""
     q, k, v, grad = *map(heads_together, (q, k, v)), grad.contiguous()
     N, H, K = *q.shape[:2], k.shape[1]
-    dq, dk, dv = backward_fake(grad, q, k, v)
-    delta, strides = torch.empty_like(lse), (q.stride(0), k.stride(0), v.stride(0))
+    d_qkv = backward_fake(grad, q, k, v)
+    dq, dk, dv = d_qkv.split([H, K, K], dim=1)
+    delta, strides = torch.empty_like(lse), (q.stride(0), k.stride(0), v.stride(0), d_qkv.stride(0))
     _, for_dkdv, for_dq = blocks(q)
     grid = (len(queries) * (TILE // for_dq[0]) * H,)
     dq_kernel[grid](q, k, v, out, grad, dq, lse, delta, queries, N, H, *strides, **sizes(q, k, window, *for_dq))
     grid = (len(keys) * (TILE // for_dkdv[1]) * K,)
     dkdv_kernel[grid](q, k, v, grad, dk, dv, lse, delta, keys, N, K, *strides, **sizes(q, k, window, *for_dkdv))
-    return dq, dk, dv
+    return d_qkv
 
 
 class Attention(torch.autograd.Function):
@@ -486,25 +498,84 @@ class Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, queries, keys, window):
         out, lse = attention_forward(q, k, v, queries, window)
         ctx.save_for_backward(q, k, v, out, lse, queries, keys)
-        ctx.window = window
+        ctx.window, ctx.heads = window, [q.shape[1], k.shape[1], k.shape[1]]
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return *attention_backward(grad, *ctx.saved_tensors, ctx.window), None, None, None
+        d_qkv = attention_backward(grad, *ctx.saved_tensors, ctx.window)
+        return *d_qkv.split(ctx.heads, dim=1), None, None, None
+
+
+class RopeAttention(torch.autograd.Function):
+    """qk_norm_rope and attention in one: the rotated queries and keys are all that is written in
+    between, and the gradients of queries, keys and values lie side by side from the start."""
+
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps, queries, keys, window):
+        qk = rotate_queries_and_keys(qkv, q_weight, k_weight, cos, sin, heads, eps)  # [N, H + K, Dh]
+        q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, qk.shape[1] :]
+        out, lse = attention_forward(q, k, v, queries, window)
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, qk, out, lse, queries, keys)
+        ctx.heads, ctx.eps, ctx.window = heads, eps, window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, q_weight, k_weight, cos, sin, qk, out, lse, queries, keys = ctx.saved_tensors
+        q, k, v = qk[:, : ctx.heads], qk[:, ctx.heads :], qkv[:, qk.shape[1] :]
+        d_qkv = attention_backward(grad, q, k, v, out, lse, queries, keys, ctx.window)
+        d_weights = rotate_back(d_qkv, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps)
+        dq, dk = (None, None) if q_weight is None else d_weights.to(q_weight.dtype)
+        return d_qkv, dq, dk, None, None, None, None, None, None, None
+
+
+def rope_attention(qkv, q_weight, k_weight, cos, sin, heads, eps, layout, window=0):
+    """qkv [N, H+2K, Dh] -> [N, H, Dh]: kernels/rope.py's qk_norm_rope, then attention."""
+    rope = q_weight, k_weight, cos, sin, heads, eps
+    if isinstance(layout, Tiles) and use("rope_attention", qkv):
+        return RopeAttention.apply(qkv, *rope, *layout, window)
+    kv_heads = (qkv.shape[1] - heads) // 2
+    return attention(*qk_norm_rope(qkv, *rope).split([heads, kv_heads, kv_heads], dim=1), layout, window)
+
+
+# (head width, query heads a key head, window): those of the models that config_for gives, and of
+# Hugging Face's most common ones
+PROOF_HEADS = [(64, 1, 0), (64, 1, 70), (64, 3, 0), (64, 7, 0), (128, 1, 0), (128, 2, 0), (128, 4, 0)]
 
 
 @proof("attention")
 def attention_proof(device):
     cu_seqlens = torch.tensor([0, 1, 150, 150, 230], device=device)
-    cases = [(64, 0), (64, 70), (128, 0)]  # head widths, windows
-    inputs = [torch.randn(230, 2 + 1 + 1, dh, device=device, dtype=torch.bfloat16) for dh, _ in cases]
+    inputs = [torch.randn(230, group + 2, dh, device=device, dtype=torch.bfloat16) for dh, group, _ in PROOF_HEADS]
 
     def run(*qkvs):  # each as the model has it: one tensor
         outs = []
-        for qkv, (dh, window) in zip(qkvs, cases, strict=True):
-            q, k, v = qkv.split([2, 1, 1], dim=1)
+        for qkv, (dh, group, window) in zip(qkvs, PROOF_HEADS, strict=True):
+            q, k, v = qkv.split([group, 1, 1], dim=1)
             outs.append(attention(q, k, v, layout(cu_seqlens, q, dh), window))
         return tuple(outs)
 
     return run, inputs
+
+
+@proof("rope_attention")
+def rope_attention_proof(device):
+    cu_seqlens = torch.tensor([0, 1, 150, 150, 230], device=device)
+    inputs, angles = [], []
+    for dh, group, _ in PROOF_HEADS:
+        inputs += [torch.randn(230, group + 2, dh, device=device).bfloat16()]
+        inputs += [torch.rand(dh, device=device) for _ in range(2)]
+        angles.append(6 * torch.rand(230, dh // 2, device=device))
+
+    def with_and_without_norm(*inputs):
+        outs = []
+        for i, (dh, group, window) in enumerate(PROOF_HEADS):
+            qkv, q_weight, k_weight = inputs[3 * i : 3 * i + 3]
+            rest = angles[i].cos(), angles[i].sin(), group, 1e-6
+            table = layout(cu_seqlens, qkv, dh)
+            outs.append(rope_attention(qkv, q_weight, k_weight, *rest, table, window))
+            outs.append(rope_attention(qkv, None, None, *rest, table, window))
+        return tuple(outs)
+
+    return with_and_without_norm, inputs

@@ -10,8 +10,8 @@ the device and no launch depends on them, so CUDA graphs can hold both ops. Neit
 
 import torch
 
-from kernels._lib import LOG2E, register, sm_count, tl, triton, use
-from kernels.attention import WIDTHS, load_rows
+from kernels._lib import LOG2E, cdiv, next_power_of_2, register, sm_count, tl, triton, use
+from kernels.attention import PROOF_HEADS, WIDTHS, load_rows
 from kernels.proof import proof
 from kernels.rope import normalise_and_rotate
 
@@ -89,7 +89,7 @@ def decode_attention_reference(q, k_cache, v_cache, lengths, window=0, bias=None
 HEADS = 8  # per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "K", "S"])
 def append_rope_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -151,7 +151,7 @@ def append_rope_kernels(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, 
     q = qkv.new_empty(B, heads, Dh)
     weights = (q_weight, k_weight) if norm else (qkv, qkv)  # not read
     tensors = qkv.contiguous(), *weights, cos.contiguous(), sin.contiguous(), q, k_cache, v_cache, lengths
-    sizes, grid = (heads, K, S, *cache_strides(k_cache, v_cache)), (B, triton.cdiv(heads + 2 * K, HEADS))
+    sizes, grid = (heads, K, S, *cache_strides(k_cache, v_cache)), (B, cdiv(heads + 2 * K, HEADS))
     append_rope_kernel[grid](*tensors, *sizes, eps, NORM=norm, DH=Dh, HEADS=HEADS, num_warps=1)
     return q
 
@@ -177,16 +177,16 @@ def count_splits(length, programs, block, sms):
     has room for, or the window, not what the cache holds: that stands on the device, and one CUDA
     graph must serve every length.
     """
-    blocks = triton.cdiv(length, block)
+    blocks = cdiv(length, block)
     if programs >= 0.8 * sms or blocks <= 4:
         return 1
-    fewest = {triton.cdiv(blocks, s): s for s in range(min(32, blocks), 0, -1)}  # {blocks per split: splits}
+    fewest = {cdiv(blocks, s): s for s in range(min(32, blocks), 0, -1)}  # {blocks per split: splits}
     # The share of places that are taken in the waves of programs.
-    busy = {s: programs * s / sms / triton.cdiv(programs * s, sms) for s in sorted(fewest.values())}
+    busy = {s: programs * s / sms / cdiv(programs * s, sms) for s in sorted(fewest.values())}
     return next(s for s in busy if busy[s] >= 0.85 * max(busy.values()))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "S", "window"])
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -275,7 +275,7 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
         *cache_strides(k_cache, v_cache),
         window,
         GROUP=H // K,
-        ROWS=max(16, triton.next_power_of_2(H // K)),
+        ROWS=max(16, next_power_of_2(H // K)),
         DH=Dh,
         SPLITS=splits,
         BLOCK_N=block,
@@ -283,7 +283,7 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
         num_stages=stages,
     )
     if splits > 1:
-        rows = triton.next_power_of_2(splits)
+        rows = next_power_of_2(splits)
         combine_kernel[(B * H,)](parts, lse, out, GROUP=H // K, DH=Dh, SPLITS=splits, ROWS=rows)
     return out
 
@@ -294,28 +294,42 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
 
 @proof("decode_attention")
 def decode_attention_proof(device):
-    shapes = [(3, 8, 64), (3, 400, 2, 64), (3, 400, 2, 64)]
+    inputs = []
+    for dh, group, _ in PROOF_HEADS:
+        shapes = [(3, 2 * group, dh), (3, 400, 2, dh), (3, 400, 2, dh)]
+        inputs += [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
     lengths = torch.tensor([1, 200, 400], device=device)
 
     @torch.no_grad()
-    def run(q, k_cache, v_cache):
-        return tuple(decode_attention(q, k_cache, v_cache, lengths, window) for window in (0, 150))
+    def run(*inputs):
+        outs = []
+        for q, k, v in zip(inputs[::3], inputs[1::3], inputs[2::3]):
+            outs += [decode_attention(q, k, v, lengths, window) for window in (0, 150)]
+            short = k[:, :64], v[:, :64], lengths.clamp(max=64)
+            outs.append(decode_attention(q, *short))  # in one split
+        return tuple(outs)
 
-    return run, [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    return run, inputs
 
 
 @proof("append_rope")
 def append_rope_proof(device):
-    shapes = [(3, 12, 64), (3, 40, 2, 64), (3, 40, 2, 64)]
-    activations = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-    weights, angle = torch.rand(2, 64, device=device), 6 * torch.rand(3, 32, device=device)
+    inputs = []
+    for dh in (64, 128):
+        shapes = [(3, 12, dh), (3, 40, 2, dh), (3, 40, 2, dh)]
+        inputs += [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+        inputs += [torch.rand(dh, device=device) for _ in range(2)]
+    angle = 6 * torch.rand(3, 64, device=device)
     lengths = torch.tensor([0, 7, 39], device=device)
 
     @torch.no_grad()
-    def run(qkv, k_cache, v_cache, q_weight, k_weight):
-        k_cache, v_cache = k_cache.clone(), v_cache.clone()
-        rotation = angle.cos(), angle.sin()
-        q = append_rope(qkv, q_weight, k_weight, *rotation, 8, 1e-6, k_cache, v_cache, lengths)
-        return q, k_cache, v_cache
+    def run(*inputs):
+        outs = []
+        for qkv, k_cache, v_cache, *norms in (inputs[:5], inputs[5:]):
+            rotation = [f(angle[:, : qkv.shape[2] // 2]) for f in (torch.cos, torch.sin)]
+            for weights in (norms, (None, None)):
+                caches = k_cache.clone(), v_cache.clone()
+                outs += [append_rope(qkv, *weights, *rotation, 8, 1e-6, *caches, lengths), *caches]
+        return tuple(outs)
 
-    return run, [*activations, *weights]
+    return run, inputs

@@ -6,7 +6,7 @@ in one pass over memory. Sums are fp32 (fp64 for fp64 input).
 
 import torch
 
-from kernels._lib import register, sm_count, tl, triton, use
+from kernels._lib import cdiv, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.proof import proof
 
 
@@ -67,12 +67,12 @@ PROGRAMS = 4  # of the backward, per multiprocessor
 
 def tile(C, elements):
     """The (rows, columns, warps) of a tile of about `elements` numbers, or of one longer row."""
-    cols = triton.next_power_of_2(C)
+    cols = next_power_of_2(C)
     rows = max(1, elements // cols)
     return rows, cols, min(max(4 * rows * cols // elements, 4), 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_forward_kernel(
     x_ptr, delta_ptr, weight_ptr, total_ptr, y_ptr, rstd_ptr, N, C, eps, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -92,7 +92,7 @@ def rms_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_backward_kernel(
     grad_ptr, d_total_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, N, C, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -132,7 +132,7 @@ def rms_norm_forward(x, delta, weight, eps):
     total, y, rstd = forward_fake(x, delta, weight, eps)
     rows, cols, warps = tile(C, 4096)
     delta = None if delta is None else delta.contiguous()
-    rms_norm_forward_kernel[(triton.cdiv(N, rows),)](
+    rms_norm_forward_kernel[(cdiv(N, rows),)](
         x.contiguous(), delta, weight.contiguous(), total, y, rstd, N, C, eps, ROWS=rows, COLS=cols, num_warps=warps
     )
     return total, y, rstd
@@ -146,7 +146,7 @@ def rms_norm_backward(grad, d_total, x, weight, rstd):
     """x: what was normalised. Returns dx, to which d_total (or None) is added, and dw."""
     N, C = x.shape
     rows, cols, warps = tile(C, 2048)
-    programs = min(triton.cdiv(N, rows), PROGRAMS * sm_count(x.device))
+    programs = min(cdiv(N, rows), PROGRAMS * sm_count(x.device))
     dx, partial = x.new_empty(N, C), x.new_empty(programs, C, dtype=torch.float32)
     d_total = None if d_total is None else d_total.contiguous()
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
@@ -185,17 +185,30 @@ def add_rms_norm(x, delta, weight, eps):
     return add_rms_norm_reference(x, delta, weight, eps)
 
 
-def proof_inputs(device):
-    x, delta, weight = (torch.randn(shape, device=device) for shape in [(37, 200), (37, 200), (200,)])
-    return x.bfloat16(), delta.bfloat16(), weight
+PROOF_WIDTHS = 256, 512, 768, 2048, 4096  # one for each number of columns up to 4096
+
+
+def proof_inputs(device, per_width):
+    """[x, ..., weight] of each width, `per_width` tensors [37, C] and a weight."""
+    inputs = []
+    for C in PROOF_WIDTHS:
+        inputs += [torch.randn(37, C, device=device).bfloat16() for _ in range(per_width)]
+        inputs.append(torch.randn(C, device=device))
+    return inputs
 
 
 @proof("rms_norm")
 def rms_norm_proof(device):
-    x, _, weight = proof_inputs(device)
-    return lambda x, w: rms_norm(x, w, 1e-6), [x, weight]
+    def f(*inputs):
+        return tuple(rms_norm(x, w, 1e-6) for x, w in zip(inputs[::2], inputs[1::2]))
+
+    return f, proof_inputs(device, 1)
 
 
 @proof("add_rms_norm")
 def add_rms_norm_proof(device):
-    return lambda x, delta, w: add_rms_norm(x, delta, w, 1e-6), proof_inputs(device)
+    def f(*inputs):
+        groups = zip(inputs[::3], inputs[1::3], inputs[2::3])
+        return tuple(out for x, delta, w in groups for out in add_rms_norm(x, delta, w, 1e-6))
+
+    return f, proof_inputs(device, 2)

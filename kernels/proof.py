@@ -95,13 +95,25 @@ def proof_key(device):
 def prove(device):
     """Checks every op's kernels on `device`, or reads that they were checked before.
 
-    Switches off the ops that fail, with a warning. Returns {op: what is wrong}; {} on a CPU, where
-    there is nothing to prove. The verdicts lie in ~/.cache/feinschliff ($XDG_CACHE_HOME).
+    Switches off the ops that fail, with a warning, and all of them below sm_80, whose tensor cores
+    know no bf16: kernels compile there, to code that is slower than PyTorch's own. Returns
+    {op: what is wrong}; {} on a CPU, where there is nothing to prove. The verdicts lie in
+    ~/.cache/feinschliff ($XDG_CACHE_HOME).
     """
     if _lib.MODE == "0" or device.type != "cuda":
         return {}
-    for module in ("act", "attention", "decode", "head", "kl", "norm", "rope"):
+    for module in ("act", "attention", "decode", "draw", "head", "kl", "norm", "rope"):
         __import__(f"kernels.{module}")  # each adds its proofs
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        if not _lib.OFF.issuperset(PROOFS):
+            name = torch.cuda.get_device_name(device)
+            print(
+                f"kernels: off on {name} (sm_{capability[0]}{capability[1]}, below sm_80): PyTorch's own ops run",
+                file=sys.stderr,
+            )
+        _lib.OFF.update(PROOFS)
+        return dict.fromkeys(PROOFS, "this GPU is below sm_80")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / f"feinschliff/kernels-{proof_key(device)}.json"
     try:

@@ -7,7 +7,7 @@ Qwen (element i is paired with element i + Dh/2).
 
 import torch
 
-from kernels._lib import register, sm_count, tl, triton, use
+from kernels._lib import cdiv, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.norm import inverse_rms
 from kernels.proof import proof
 
@@ -91,18 +91,19 @@ PROGRAMS = 4  # of the backward, per multiprocessor
 
 
 @triton.jit
-def locate(start, rows_total, H, K, HALF, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where ROWS heads from `start` lie.
+def locate(start, rows_total, R, H, K, HALF, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where ROWS heads from `start` lie, of the first R heads of every token.
 
-    Returns offsets of their first halves and of their angles, masks of what exists and of what is
-    rotated (all but values), and which heads are queries and which are rotated.
+    Returns offsets of their first halves in a tensor of all heads and of their angles, masks of
+    what exists and of what is rotated (all but values), and which heads are queries and which are
+    rotated.
     """
     row = start + tl.arange(0, ROWS)  # N (H+2K) stays below 2^31; times Dh it does not
     cols = tl.arange(0, COLS)
-    token, head = row // (H + 2 * K), row % (H + 2 * K)
+    token, head = row // R, row % R
     is_rotated = (head < H + K)[:, None]
     inside = (row < rows_total)[:, None] & (cols < HALF)[None, :]
-    offsets = row.to(tl.int64)[:, None] * (2 * HALF) + cols[None, :]
+    offsets = (token.to(tl.int64) * (H + 2 * K) + head)[:, None] * (2 * HALF) + cols[None, :]
     angles = token.to(tl.int64)[:, None] * HALF + cols[None, :]
     return offsets, angles, inside, inside & is_rotated, (head < H)[:, None], is_rotated
 
@@ -116,7 +117,7 @@ def head_weights(q_weight_ptr, k_weight_ptr, is_query, offset, HALF, COLS: tl.co
     return tl.where(is_query, q[None, :], k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_total", "R", "H", "K"])
 def qk_norm_rope_forward_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -125,6 +126,7 @@ def qk_norm_rope_forward_kernel(
     sin_ptr,
     out_ptr,
     rows_total,
+    R,
     H,
     K,
     HALF,
@@ -133,7 +135,7 @@ def qk_norm_rope_forward_kernel(
     COLS: tl.constexpr,
 ):
     start = tl.program_id(0) * ROWS
-    offsets, angles, inside, rotated, is_query, is_rotated = locate(start, rows_total, H, K, HALF, ROWS, COLS)
+    offsets, angles, inside, rotated, is_query, is_rotated = locate(start, rows_total, R, H, K, HALF, ROWS, COLS)
     a = tl.load(qkv_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(qkv_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + angles, mask=rotated, other=1.0)  # values: rotated by nothing
@@ -144,11 +146,13 @@ def qk_norm_rope_forward_kernel(
         weight_b = head_weights(q_weight_ptr, k_weight_ptr, is_query, HALF, HALF, COLS)
         a = tl.where(is_rotated, a * rstd * weight_a, a)
         b = tl.where(is_rotated, b * rstd * weight_b, b)
-    tl.store(out_ptr + offsets, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_ptr + offsets + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    rows = start + tl.arange(0, ROWS).to(tl.int64)  # `out` has R heads a token
+    out_ptrs = out_ptr + rows[:, None] * (2 * HALF) + tl.arange(0, COLS)[None, :]
+    tl.store(out_ptrs, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_total", "R", "H", "K"])
 def qk_norm_rope_backward_kernel(
     grad_ptr,
     qkv_ptr,
@@ -159,6 +163,7 @@ def qk_norm_rope_backward_kernel(
     out_ptr,
     dw_ptr,
     rows_total,
+    R,
     H,
     K,
     HALF,
@@ -176,7 +181,7 @@ def qk_norm_rope_backward_kernel(
         dq_a, dq_b = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
         dk_a, dk_b = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
     for start in tl.range(tl.program_id(0) * ROWS, rows_total, tl.num_programs(0) * ROWS):
-        offsets, angles, inside, rotated, is_query, is_rotated = locate(start, rows_total, H, K, HALF, ROWS, COLS)
+        offsets, angles, inside, rotated, is_query, is_rotated = locate(start, rows_total, R, H, K, HALF, ROWS, COLS)
         grad_a = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         grad_b = tl.load(grad_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
         cos = tl.load(cos_ptr + angles, mask=rotated, other=1.0)
@@ -206,51 +211,76 @@ def qk_norm_rope_backward_kernel(
         tl.store(dw_ptr + 3 * HALF + cols, tl.sum(dk_b, 0), mask=cols < HALF)
 
 
-def tile(shape, heads):
-    """qkv's shape -> (all heads, H, K, Dh/2) for the kernels, and a tile's rows and columns."""
+def tile(shape, heads, values=True):
+    """qkv's shape -> (all heads, heads a token, H, K, Dh/2) for the kernels, and a tile's rows and
+    columns. values: whether the kernel goes over them too."""
     N, R, Dh = shape
-    cols = triton.next_power_of_2(Dh // 2)
-    return (N * R, heads, (R - heads) // 2, Dh // 2), max(1, TILE // cols), cols
+    kv_heads, cols = (R - heads) // 2, next_power_of_2(Dh // 2)
+    worked = R if values else R - kv_heads
+    return (N * worked, worked, heads, kv_heads, Dh // 2), max(1, TILE // cols), cols
 
 
-@register(
-    "qk_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, float eps)"
-    " -> Tensor",
-    fake=lambda qkv, *_: qkv.new_empty(qkv.shape),
-)
-def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
-    sizes, rows, cols = tile(qkv.shape, heads)
-    out = qkv.new_empty(qkv.shape)
+ARGS = "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, float eps"
+
+
+def launch_forward(out, qkv, q_weight, k_weight, cos, sin, heads, eps):
+    """Write qkv's first heads, as many as `out` has, into it."""
+    sizes, rows, cols = tile(qkv.shape, heads, values=out.shape == qkv.shape)
     tensors = [None if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, cos, sin)]
-    grid = (triton.cdiv(sizes[0], rows),)
+    grid = (cdiv(sizes[0], rows),)
     qk_norm_rope_forward_kernel[grid](*tensors, out, *sizes, eps, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
 
-def backward_fake(grad, qkv, q_weight, *_):
-    d_weights = grad.new_empty(0 if q_weight is None else (2, grad.shape[2]), dtype=torch.float32)
-    return grad.new_empty(grad.shape), d_weights
+@register(f"qk_norm_rope(Tensor qkv, {ARGS}) -> Tensor", fake=lambda qkv, *_: qkv.new_empty(qkv.shape))
+def qk_norm_rope_forward(qkv, *args):
+    return launch_forward(qkv.new_empty(qkv.shape), qkv, *args)
 
 
-@register(
-    "qk_norm_rope_backward(Tensor grad, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "int heads, float eps) -> (Tensor, Tensor)",
-    fake=backward_fake,
-)
-def qk_norm_rope_backward(grad, qkv, q_weight, k_weight, cos, sin, heads, eps):
-    """Returns d_qkv and both weights' gradients as one fp32 [2, Dh].
+def queries_and_keys(qkv, q_weight, k_weight, cos, sin, heads, eps):
+    return qkv.new_empty(qkv.shape[0], (qkv.shape[1] + heads) // 2, qkv.shape[2])
 
-    Without weights the latter is empty, and qkv is not needed.
-    """
-    sizes, rows, cols = tile(grad.shape, heads)
-    programs = min(triton.cdiv(sizes[0], rows), PROGRAMS * sm_count(grad.device))
-    out = grad.new_empty(grad.shape)
+
+@register(f"rotate_queries_and_keys(Tensor qkv, {ARGS}) -> Tensor", fake=queries_and_keys)
+def rotate_queries_and_keys(qkv, *args):
+    """The first H+K heads of qk_norm_rope(qkv), [N, H+K, Dh]."""
+    return launch_forward(queries_and_keys(qkv, *args), qkv, *args)
+
+
+def weight_gradients(grad, qkv, q_weight, *_):
+    return grad.new_empty(0 if q_weight is None else (2, grad.shape[2]), dtype=torch.float32)
+
+
+def launch_backward(out, grad, qkv, q_weight, k_weight, cos, sin, heads, eps, values):
+    """Write the gradient of qkv into `out`, which may be `grad`; returns those of the weights."""
+    sizes, rows, cols = tile(grad.shape, heads, values)
+    programs = min(cdiv(sizes[0], rows), PROGRAMS * sm_count(grad.device))
     partial = grad.new_empty(0 if q_weight is None else (programs, 2, grad.shape[2]), dtype=torch.float32)
     tensors = [None if x is None else x.contiguous() for x in (grad, qkv, q_weight, k_weight, cos, sin)]
     qk_norm_rope_backward_kernel[(programs,)](
         *tensors, out, partial, *sizes, eps, ROWS=rows, COLS=cols, num_warps=WARPS
     )
-    return out, partial if q_weight is None else partial.sum(0)
+    return partial if q_weight is None else partial.sum(0)
+
+
+@register(
+    f"qk_norm_rope_backward(Tensor grad, Tensor? qkv, {ARGS}) -> (Tensor, Tensor)",
+    fake=lambda grad, *args: (grad.new_empty(grad.shape), weight_gradients(grad, *args)),
+)
+def qk_norm_rope_backward(grad, *args):
+    """Returns d_qkv and both weights' gradients as one fp32 [2, Dh].
+
+    Without weights the latter is empty, and qkv is not needed.
+    """
+    out = grad.new_empty(grad.shape)
+    return out, launch_backward(out, grad, *args, True)
+
+
+@register(f"rotate_back(Tensor(a!) d_qkv, Tensor qkv, {ARGS}) -> Tensor", fake=weight_gradients)
+def rotate_back(d_qkv, *args):
+    """Make the gradient of rotate_queries_and_keys(qkv), the first H+K heads of d_qkv, that of qkv,
+    in place. Returns both weights' gradients as qk_norm_rope_backward does."""
+    return launch_backward(d_qkv, d_qkv, *args, False)
 
 
 class QKNormRope(torch.autograd.Function):
@@ -283,11 +313,17 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps):
 
 @proof("qk_norm_rope")
 def qk_norm_rope_proof(device):
-    shapes = [(37, 6 + 2 * 2, 48), (48,), (48,), (37, 24)]
-    qkv, q_weight, k_weight, angle = (torch.randn(shape, device=device) for shape in shapes)
-    rest = (3 * angle).cos(), (3 * angle).sin(), 6, 1e-6
+    inputs, angles = [], []
+    for dh in (48, 64, 128):
+        inputs += [torch.randn(37, 6 + 2 * 2, dh, device=device).bfloat16()]
+        inputs += [torch.randn(dh, device=device) for _ in range(2)]
+        angles.append(3 * torch.randn(37, dh // 2, device=device))
 
-    def with_and_without_norm(x, q, k):
-        return qk_norm_rope(x, q, k, *rest), qk_norm_rope(x, None, None, *rest)
+    def with_and_without_norm(*inputs):
+        outs = []
+        for x, q, k, angle in zip(inputs[::3], inputs[1::3], inputs[2::3], angles):
+            rest = angle.cos(), angle.sin(), 6, 1e-6
+            outs += [qk_norm_rope(x, q, k, *rest), qk_norm_rope(x, None, None, *rest)]
+        return tuple(outs)
 
-    return with_and_without_norm, [qkv.bfloat16(), q_weight, k_weight]
+    return with_and_without_norm, inputs

@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 
 from runtime.errors import UserError
 
@@ -98,17 +99,22 @@ def read_comment(comment, group):
 def parse_cli(Config, argv=None):
     """Read `--name=value` or `--name value` for every field of `Config`; a bool may stand bare.
 
-    Fields are int, float, str or bool. Raises UserError naming a flag that is unknown, renamed,
-    given twice, lacks a value or has one of the wrong type. `--help` prints the flags and exits.
+    Fields are int, float, str or bool; a field of type list takes the words that are no flags.
+    Raises UserError naming a flag that is unknown, renamed, given twice, lacks a value or has one
+    of the wrong type. `--help` prints the flags and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    values = {}
+    values = {f.name: [] for f in fields.values() if f.type is list}
+    words = next(iter(values.values()), None)
     while argv:
         word = argv.pop(0)
         if word in ("-h", "--help"):
             print_help(Config)
             raise SystemExit(0)
+        if words is not None and not word.startswith("-"):
+            words.append(word)
+            continue
         if not word.startswith("--"):
             raise UserError(f"{word!r}: a flag was expected (--name=value); --help lists them")
         name, equals, text = word[2:].partition("=")
@@ -157,31 +163,45 @@ def check_ranges(config):
     """
     flags = read_flags(type(config))
     for field in dataclasses.fields(config):
-        name, flag, value = field.name, flags[field.name], vars(config)[field.name]
+        name, value = field.name, vars(config)[field.name]
         if value == field.default:
             continue
-        if flag.choices and value not in flag.choices:
-            raise UserError(f"--{name}={value}: expected one of {', '.join(map(repr, flag.choices))}")
-        if field.type is float and value and not TINY <= abs(value) <= HUGE:
-            raise UserError(f"--{name}={value}: a finite number was expected, 0 or {TINY:g} to {HUGE:g} in size")
-        if field.type is int and not 0 <= value < 2**63:
-            raise UserError(f"--{name}={value}: a count was expected, not less than 0 and less than 2^63")
-        for sign, bound in flag.bounds:
-            if not COMPARE[sign](value, bound):
-                raise UserError(f"--{name}={value}: must be {sign} {bound:,.12g}; --help says what it means")
+        if fault := fault_of(value, field.type, flags[name]):
+            raise UserError(f"--{name}={value}: {fault}")
+
+
+def fault_of(value, kind, flag):
+    """Why a flag may not have a value of type `kind`; "" if it may."""
+    if flag.choices and value not in flag.choices:
+        return f"expected one of {', '.join(map(repr, flag.choices))}"
+    if kind is float and value and not TINY <= abs(value) <= HUGE:
+        return f"a finite number was expected, 0 or {TINY:g} to {HUGE:g} in size"
+    if kind is int and not 0 <= value < 2**63:
+        return "a count was expected, not less than 0 and less than 2^63"
+    for sign, bound in flag.bounds:
+        if not COMPARE[sign](value, bound):
+            return f"must be {sign} {bound:,.12g}; --help says what it means"
+    return ""
 
 
 def print_help(Config):
-    """Print the module's docstring, then every flag with its type, help and default, by group."""
+    """Print the module's docstring, then every flag with its type, help and default, by group. A
+    default that the flag may not be given only marks that it was left out, and is not shown."""
     print((inspect.getmodule(Config).__doc__ or "").strip())
     flags = read_flags(Config)
     for group in sorted({flag.group for flag in flags.values()}, key=GROUPS.index):
         print(f"\n{group or 'Flags'}:")
         for field in dataclasses.fields(Config):
             flag = flags[field.name]
-            default = "" if field.default is dataclasses.MISSING else f" (default: {field.default!r})"
-            if flag.group == group:
-                print(f"  --{field.name:<22} {field.type.__name__:<6} {flag.help}{default}")
+            if flag.group != group:
+                continue
+            name, default = f"--{field.name}", f" (default: {field.default!r})"
+            if field.type is list:
+                name, default = f"{field.name.upper()} ...", ""
+            elif field.default is dataclasses.MISSING or fault_of(field.default, field.type, flag):
+                default = ""
+            line = f"  {name:<24} {field.type.__name__:<6} {flag.help}{default}"
+            print(textwrap.fill(line, 100, subsequent_indent=" " * 34))
 
 
 def launch(main, Config):

@@ -39,6 +39,7 @@ from runtime.shard import is_sharded
 TOLERANCE = 1.15  # a run is refused only if it needs more than this times what is there
 FRAGMENTS = 3  # on a CPU a run may hold this times its plan if freed memory is kept: see give_back_freed_memory
 SLOTS = 128  # rollout's default
+DEFAULT_MICRO_BATCH = 16384  # tokens
 
 
 class Meter(TorchDispatchMode):
@@ -83,8 +84,9 @@ def head_scratch(func, given):
         return 0
     scratch, matrices = 0, [x for x in given if x.dim() == 2]
     for hidden, weight in zip(matrices[::2], matrices[1::2]):  # linear_kl has those of two models
-        chunk = max(128 * len(weight), 512 * 2**20 // hidden.element_size())
-        scratch += hidden.element_size() * (weight.numel() + min(chunk, len(hidden) * len(weight)))
+        size = 4 if func.name() == "feinschliff::linear_logprob" else hidden.element_size()  # of a logit
+        chunk = max(128 * len(weight), 512 * 2**20 // size)
+        scratch += hidden.element_size() * weight.numel() + size * min(chunk, len(hidden) * len(weight))
     return scratch
 
 
@@ -226,7 +228,8 @@ def kv_cache(config, device, slots, length, optimizer):
     item_size = 2 if device.type == "cuda" else 4
     slot = 2 * item_size * config.layers * length * config.kv_heads * config.head_dim
     if device.type == "cuda":  # rollout takes fewer slots if they would fill more than half of what is free
-        half = (torch.cuda.mem_get_info(device)[0] - optimizer) // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free as well
+        half = (torch.cuda.mem_get_info(device)[0] + cached - optimizer) // 2
         return min(slots * slot, max(slot, half))
     return slots * slot
 
@@ -269,9 +272,13 @@ def check(run, trained, items, lengths, step_tokens, batch_flag="", **options):
     plan_of = functools.cache(functools.partial(plan, run, trained, items, lengths, step_tokens, **options))
     config = run.config
     try:
+        if not config.micro_batch_tokens:
+            config.micro_batch_tokens = proposed_micro_batch(run.device, plan_of, config, step_tokens)
+            print0(f"memory: --micro_batch_tokens={config.micro_batch_tokens} is what fits")
         phases = plan_of(config.micro_batch_tokens, config.checkpoint_activations)
     except RuntimeError as e:  # what fake tensors cannot do; a real error will show at the first step
         reason = str(e).strip().split("\n")[0]
+        config.micro_batch_tokens = config.micro_batch_tokens or DEFAULT_MICRO_BATCH
         print0(f"memory: not planned, because this model or loss reads its own values ({type(e).__name__}: {reason})")
         return
     name, largest = max(phases.items(), key=lambda phase: total(phase[1]))
@@ -302,6 +309,22 @@ def check(run, trained, items, lengths, step_tokens, batch_flag="", **options):
     if need > TOLERANCE * available and not compiled:
         raise UserError(text)
     print0(f"warning: {text}")
+
+
+def proposed_micro_batch(device, plan_of, config, step_tokens):
+    """The micro_batch_tokens for --micro_batch_tokens=0: this rank's share of a step, halved until
+    the plan leaves a GPU a tenth of its memory. On a CPU, which larger ones do not make faster, at
+    most DEFAULT_MICRO_BATCH."""
+    tokens = -(-int(step_tokens) // world_size())
+    if device.type != "cuda":
+        return min(tokens, DEFAULT_MICRO_BATCH)
+    while tokens > 1024:
+        largest = max(plan_of(tokens, config.checkpoint_activations).values(), key=total)
+        loaded = sum(size for part, size in largest.items() if part.endswith("parameters"))
+        if total(largest) <= 0.9 * available_memory(device, loaded):
+            break
+        tokens = -(-tokens // 2)
+    return tokens
 
 
 def check_rollout(run, trained, tok, rows, completions_per_update, completions, frozen):

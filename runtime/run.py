@@ -18,6 +18,7 @@ import datetime
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -75,7 +76,7 @@ class RunConfig:
     # more time, the same result [may change on resume]
     checkpoint_activations: bool = False
     # -- What you will rarely set --
-    # of everything random: the order of the data, what is held out, samples, fresh weights
+    # seed of everything random: the order of the data, what is held out, samples, fresh weights
     seed: int = 0
     # auto, cpu, cuda, cuda:1, mps [may change on resume]
     device: str = "auto"
@@ -132,7 +133,7 @@ class RolloutConfig(RunConfig):
     # drop bad lines of the data, and count them
     skip_bad: bool = False
     # -- What you will rarely set --
-    # of sampling, and so of every log-probability [> 0]
+    # temperature of sampling, and so of every log-probability [> 0]
     temperature: float = 1.0
     # seconds that a FUNCTION may take over one completion [> 0; may change on resume]
     reward_timeout: float = 60.0
@@ -458,8 +459,18 @@ class Run:
         if self.save_due(step):
             self.save(step, model, tok, models or {}, info)
         self.metrics = {}
-        if self.stop.leaving and step < self.total_steps:
+        if step == self.total_steps:
+            self.say_what_next()
+        elif self.stop.leaving:
             self.stop.leave(step)
+
+    def say_what_next(self):
+        """Print where the result is, and what to type next."""
+        out, use = shlex.quote(self.config.out), "sample.py --model="
+        if self.stage == "reward":
+            use = f"ppo.py --init={shlex.quote(self.config.init)} --data=prompts.jsonl --out=out/ppo --reward="
+        seconds = clock_time(time.perf_counter() - self.log_file.began)
+        print0(f"finished in {seconds}: {out}; its curves: python report.py {out}; next: python {use}{out}")
 
     def save(self, step, model, tok, models, info):
         """Save a checkpoint; the best so far by val_loss is kept next to the newest.
@@ -599,8 +610,8 @@ def clear_run(path, overwrite):
 
 
 class Log:
-    """log.jsonl, one line a step, and samples.txt of a run; a line on the terminal every
-    `print_every` steps.
+    """log.jsonl, one line a step, and samples.txt of a run; a line on the terminal at the first
+    step and every `print_every` steps.
 
     A failed write loses nothing: the text waits in memory for the next one. Only rank 0 writes.
     """
@@ -641,7 +652,7 @@ class Log:
         if self.peak:
             record["mfu"] = round(tokens * flops_per_token / seconds / (self.peak * world_size()), 4)
         self.write(record)
-        if step % self.print_every == 0 or step == self.total_steps:
+        if step % self.print_every == 0 or step in (self.start + 1, self.total_steps):  # the first tells how long
             left = (now - self.began) / (step - self.start) * (self.total_steps - step)
             values = [f"{k} {v:.4f}" if k == "loss" else f"{k} {v:.4g}" for k, v in printed.items()]
             values.append(f"{record['tokens_per_s']:,.0f} tok/s")

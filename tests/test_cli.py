@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
+import grpo
 import pretrain
 from runtime.checkpoint import check_same_run
 from runtime.cli import GROUPS, RENAMED, check_ranges, launch, parse_cli, read_flags
@@ -13,7 +14,7 @@ from runtime.errors import UserError
 from runtime.run import RunConfig
 
 SCRIPTS = ["pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rlaif", "evaluate", "sample", "quickstart"]
-SCRIPTS += ["data.tokenizer", "data.prepare", "data.world"]
+SCRIPTS += ["distill", "sharpen", "serve", "export", "data.tokenizer", "data.prepare", "data.world", "data.feedback"]
 
 
 @dataclass
@@ -168,6 +169,8 @@ def test_help_shows_every_flag_by_group_with_its_type_and_default(capsys, word):
         parse_cli(Stage, ["--out=a", word])
     shown = capsys.readouterr().out
     assert e.value.code == 0 and shown.startswith("The command line: a dataclass")
+    assert max(map(len, shown.splitlines())) <= 100
+    shown = re.sub(r"\n {34}", " ", shown)  # long lines are folded
     groups = dict(re.findall(r"^(What you .*):\n((?:  --.*\n)+)", shown, flags=re.M))
     assert list(groups) == GROUPS[:3]
     assert re.search(r"^  --out +str +directory of the run \[may change on resume\]$", groups[GROUPS[0]], flags=re.M)
@@ -175,6 +178,16 @@ def test_help_shows_every_flag_by_group_with_its_type_and_default(capsys, word):
     assert re.search(r"^  --resume +bool +.* \(default: False\)$", groups[GROUPS[1]], flags=re.M)
     assert re.search(r"^  --save_every +int +steps between .* \(default: 100\)$", groups[GROUPS[2]], flags=re.M)
     assert len(re.findall("^  --", shown, flags=re.M)) == len(fields(Stage))
+
+
+def test_help_shows_what_a_recipe_sets_and_no_default_that_only_marks_what_is_left_out(capsys):
+    with pytest.raises(SystemExit):
+        parse_cli(grpo.Config, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, value in grpo.DEFAULT_RECIPE.items():
+        (help_text,) = re.findall(rf"--{name} \w+ (\(recipe: .*?)(?= --\w+ (?:str|int|float|bool) | What you)", shown)
+        recipe = re.match(r"\(recipe: (.*?)\)", help_text)[1]
+        assert type(value)(recipe) == value and "(default:" not in help_text, name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -220,12 +220,19 @@ def test_a_round_trains_on_the_new_votes_from_the_newest_model(tmp_path, fork, m
     assert status == 1 and "no pairs to freeze" in output and "data.feedback ended with status 1" in output
     # the next round begins from the first one's model, with the votes that came since
     config = sharpen.Config(**{name: str(value) for name, value in flags.items()})
-    freeze, train = sharpen.commands(config, rounds / "2", first, [rounds / "1/pairs.jsonl"])
-    assert f"--after={rounds}/1/pairs.jsonl" in freeze and f"--init={first}" in train
+    assert f"--after={rounds}/1/pairs.jsonl" in sharpen.freezing(config, rounds / "2", [rounds / "1/pairs.jsonl"])
+    (train,) = sharpen.training(config, rounds / "2", first, votes=4)
+    assert f"--init={first}" in train and train[-1] == "--val_fraction=0.2"  # a twentieth of few is one row, or none
+    assert "--val_fraction=0.2" not in sharpen.training(config, rounds / "2", first, votes=200)[0]
+    # an interrupted round is resumed, not frozen again
     (rounds / "2").mkdir()
-    write_rows(rounds / "2/pairs.jsonl", votes[5:])  # an interrupted round is resumed, not frozen again
-    reward, ppo = sharpen.commands(sharpen.Config(init="x", method="ppo"), rounds / "2", first, [])
-    assert reward[0] == "reward.py" and reward[-1] == ppo[-1] == "--resume" and f"--reward={rounds}/2/rm" in ppo
+    write_rows(rounds / "2/pairs.jsonl", votes[5:])
+    output = succeeds(start(fork, sharpen, **flags, dpo="--steps=1 --device=cpu --val_fraction=0.5"))
+    assert "dpo.py" in output and "--resume" in output and "data.feedback" not in output
+    assert newest_finished(rounds) == rounds / "2/dpo/step_000001"
+    reward, ppo = sharpen.training(sharpen.Config(init="x", method="ppo"), rounds / "3", first, votes=9)
+    assert reward[0] == "reward.py" and reward[-1] == "--val_fraction=0.2"
+    assert ppo[0] == "ppo.py" and f"--reward={rounds}/3/rm" in ppo and "--val_fraction=0.2" not in ppo
 
 
 def test_the_newest_finished_run_is_found(tmp_path):

@@ -1,5 +1,6 @@
 """The house: nobody imports upwards or in a circle, and what must stay light loads no kernels."""
 
+import pytest
 from conftest import ROOT
 
 from bench.house import count_tokens, cycles, imports, loaded_by, upward_imports
@@ -15,6 +16,12 @@ def test_data_and_the_command_line_load_neither_torch_nor_triton():
     modules = "data.world, data.tokenizer, data.prepare, runtime.cli, runtime.files"
     assert loaded_by(ROOT, modules) == "neither kernels nor torch nor triton"
     assert loaded_by(ROOT, "data.pack, data.chat, data.rows, data.corpus") == "torch"  # for its tensors
+
+
+def test_a_script_starts_without_the_compiler_and_without_sharding():
+    """They double the time that `python sample.py` takes to start."""
+    pytest.importorskip("triton")
+    assert loaded_by(ROOT, "evaluate, sample, ppo, pretrain, rlaif, serve") == "kernels torch triton"
 
 
 def house(tmp_path, **files):

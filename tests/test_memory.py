@@ -322,3 +322,28 @@ def test_a_run_that_does_not_fit_is_refused_and_with_the_flag_it_names_holds_wha
     planned = float(re.search(r"memory: ([\d,]+) MB of", output)[1].replace(",", "")) * 1e6
     grown = int(re.search(r"grew by (\d+)", output)[1])
     assert grown > 500e6 and 0.85 < planned / grown < 1.15, (planned, grown)
+
+
+# --------------------------------------------------------------------------------------------------
+# --micro_batch_tokens=0
+
+
+def test_the_micro_batch_is_what_fits_into_a_gpu(monkeypatch):
+    def plan_of(tokens, checkpoint_activations):
+        return {"training": {"parameters": 100, "activations": tokens}, "reading": {"parameters": 100}}
+
+    monkeypatch.setattr(memory, "available_memory", lambda device, loaded: 40_000)
+    proposed = [
+        memory.proposed_micro_batch(torch.device(device), plan_of, Config(), step_tokens)
+        for device, step_tokens in [("cuda", 131_072), ("cuda", 9_001), ("cuda", 10**9), ("cpu", 131_072), ("cpu", 700)]
+    ]
+    assert proposed == [32_768, 9_001, 30_518, 16_384, 700]
+
+
+def test_a_run_trains_with_the_proposed_micro_batch(make_model, capsys):
+    model, config = make_model(), Config(micro_batch_tokens=0)
+    run = SimpleNamespace(device=CPU, config=config)
+    trained = [(model, Optimizer(model, 0.1), loss)]
+    memory.check(run, trained, make_items(DENSE), DENSE, 512)
+    assert config.micro_batch_tokens == 512
+    assert "memory: --micro_batch_tokens=512 is what fits" in capsys.readouterr().out

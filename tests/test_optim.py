@@ -263,3 +263,11 @@ def test_warm_up_stable_decay():
     assert all(wsd(step, 7, 0, 0) == 1.0 for step in range(7))
     short = [wsd(step, 5, 10, 10) for step in range(5)]
     assert 0 < min(short) and max(short) < 1
+
+
+def test_parameters_of_one_rate_and_decay_are_one_group(make_model):
+    model = make_model(tied=False)
+    groups = Optimizer(model, 0.01, embed_lr=0.3, head_lr=0.02, weight_decay=0.1).adamw.param_groups
+    found = sorted((group["lr"], group["weight_decay"], len(group["params"])) for group in groups)
+    matrices, gains = 4 * 2, 4 * 2 + 1  # of two layers
+    assert found == [(0.01, 0.0, gains), (0.01, 0.1, matrices), (0.02, 0.1, 1), (0.3, 0.1, 1)]

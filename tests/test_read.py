@@ -166,8 +166,22 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, capsys):
         ("a.jsonl.gz", gzip.compress(b"x" * 10_000, mtime=0)[:-12], "damaged gzip data"),
         ("a.txt", gzip.compress(os.urandom(9000).hex().encode())[:5000], "damaged gzip data"),
         ("a.txt.gz", gzip.compress("ok\nü".encode("latin-1")), "a.txt.gz:2: byte 3 of the file is not UTF-8"),
+        ("a.jsonl", LINES.encode("utf-16"), "in UTF-16 .*convert the file to UTF-8"),
+        ("a.txt", LINES.encode("utf-16-be").join([b"\xfe\xff", b""]), "in UTF-16 "),
+        ("a.db", b"SQLite format 3\0", "holds bytes of value 0, so it is no text"),
+        ("a.tgz", gzip.compress(b"a.txt\0\0ustar", mtime=0), "holds bytes of value 0"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', 'a.jsonl:1: "text" is in an object twice'),
+        ("a.json", b'[{"text": "a",\n"n": {"x": 1, "x": 1}}]', '"x" is in an object twice'),
     ],
-    ids=["csv", "tsv", "zstd", "bzip2", "zip", "cut", "cut text", "latin-1"],  # xdist's workers must agree on them
+    ids=["csv", "tsv", "zstd", "bzip2", "zip", "cut", "cut text", "latin-1"]
+    + [
+        "utf-16",
+        "utf-16 text",
+        "database",
+        "tar",
+        "a key twice",
+        "a key twice, spanning lines",
+    ],  # xdist's workers must agree on them
 )
 def test_what_is_no_data_file_is_named(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)

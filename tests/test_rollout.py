@@ -11,16 +11,14 @@ from runs import check_sampler
 
 from data import chat, tokenizer
 from data.pack import make_completion, pack
+from kernels.draw import draw, invert, running_sum
 from model import GPT, KVCache, logprobs, logprobs_no_grad
 from rollout import (
     GRAPH_STEPS,
     Sample,
     Sampler,
-    draw,
-    invert,
     logits_of,
     rollout,
-    running_sum,
     sample_completions,
     sampling_weights,
     stream,
@@ -293,6 +291,16 @@ def test_what_is_written_so_far_can_be_read(make_model):
         longest = max(written[s.request], key=len)
         assert all(tokens == s.tokens[: len(tokens)] for tokens in written[s.request])
         assert len(longest) == len(s.tokens) - 1 and sampler.written(s.request) == []
+
+
+def test_sampling_leaves_pytorchs_determinism_as_it_was(make_model):
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        rollout(make_model(), [[1, 2]], max_new_tokens=2)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_damaged_weights_are_reported_instead_of_sampled(make_model):

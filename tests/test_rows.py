@@ -93,6 +93,14 @@ CONVERSATIONS = {
         {"system": "s", "messages": turns("a", "b", system="s")},
         turns("a", "b", system="s"),
     ),
+    "a system message in the column of an API": (
+        {"systemInstruction": "s", "System": "s", "system_fingerprint": "fp_1", "prompt": "a", "completion": "b"},
+        turns("a", "b", system="s"),
+    ),
+    "text as the content": (
+        {"messages": [{"role": "prompter", "text": "a"}, {"role": "assistant", "text": "b", "type": "message"}]},
+        turns("a", "b"),
+    ),
     "an empty system message": (
         {"messages": [{"role": "system", "content": ""}, *turns("a", "b")]},
         turns("a", "b"),
@@ -421,6 +429,21 @@ def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
     assert len(rows.read(path, rows.prompt)[0]) == 3  # as a question it is as good as any
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"finished": 0}, {"end_turn": False}, {"truncated": True}]
+    + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")],
+)
+def test_whatever_says_that_an_answer_was_cut_is_read(said):
+    (name,) = said
+    whole = {name: {"finished": True, "end_turn": True, "truncated": False}.get(name, "stop")}
+    for row in ({"prompt": "q", "completion": "It is 4"} | said, {"messages": [Q, A | said]}):
+        with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
+            rows.conversation(row)
+        assert rows.prompt(row) == turns("q")
+    assert rows.conversation({"messages": [Q, A | whole]} | whole) == PLAIN
+
+
 # -------------------------------------------------------------------------------------------------
 # What a bad row yields: an error that names the file, the line and the field
 
@@ -502,6 +525,9 @@ UNREAD_MESSAGES = {  # of the assistant: a field, what it may hold; each with a 
     "video": "a.mp4",
     "documents": [{"text": "so"}],
     "refusal": "no",
+    "scratchpad": "so",
+    "attachments": ["a.pdf"],
+    "skip": True,
     "prefix": True,
     "mask": 1,
     "train_detail": [{"begin_offset": 0}],
@@ -516,11 +542,20 @@ UNREAD_ROWS = {
     "reasoning_content": "so",
     "thinking_trajectories": ["so"],
     "documents": ["so"],
+    "media": ["a.mp3"],
+    "img": "a.png",
+    "attachments": ["a.pdf"],
+    "ctxs": [{"id": 1, "text": "so"}],
+    "passage": "so",
+    "starter_code": "so",
+    "tie": True,
     "chat_template_kwargs": {"enable_thinking": False},
     "history": "q a",
     "context": "so",
     "weight": 0.5,
+    "sample_weight": 0,
     "train": False,
+    "is_train": False,
 }
 
 
@@ -559,7 +594,8 @@ def test_no_column_that_says_something_is_ignored(field):
         (rows.judged, {"prompt": "q", "completion": "a", "label": True}),
         (rows.preference, {"query": "q"} | pair),
     ]
-    if field not in ("reasoning_content", "thinking_trajectories", "weight", "train"):  # these are of the answer
+    of_the_answer = "reasoning_content", "thinking_trajectories", "weight", "sample_weight", "train", "is_train"
+    if field not in of_the_answer:
         cases += [(rows.prompt, row) for row in talks] + [(rows.problem, {"question": "q", "answer": "5"})]
     for parse, row in cases:
         with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
@@ -586,6 +622,35 @@ def test_fields_of_messages_that_nobody_knows_are_said_once_a_file(tmp_path, cap
     assert out == f'{tmp_path}/a.jsonl: fields of messages that are not read: "country", "header", "toxic"\n'
 
 
+def test_columns_with_text_that_nobody_knows_are_said_once_a_file(tmp_path, capsys):
+    remark = {"persona": "You are a pirate.", "category": "open qa", "source_id": "one two three", "score": 4}
+    pair = {"chosen": "b", "rejected": "c"}
+    for i, (parse, row) in enumerate([(rows.conversation, {"messages": PLAIN}), (rows.preference, pair)]):
+        path = write(tmp_path / f"{i}.jsonl", [row | remark | ({"prompt": "a"} if i else {})] * 9)
+        assert len(rows.read(path, parse)[0]) == 9
+        assert capsys.readouterr().out == f'{path}: columns that are not read: "persona"\n'
+        rows.read(path, rows.prompt_only)  # a reward reads what it likes
+        assert capsys.readouterr().out == ""
+
+
+def test_the_reason_for_an_answer_is_unread_and_that_of_a_judge_is_not():
+    with pytest.raises(rows.Unread, match='"rationale" says something'):
+        rows.conversation({"prompt": "a", "completion": "b", "rationale": "so"})
+    assert rows.preference({"prompt": "a", "chosen": "b", "rejected": "c", "rationale": "so"})
+
+
+@pytest.mark.parametrize("kind", ["tool_call", "function_call", "reasoning", "image", "code"])
+def test_a_message_of_another_type_is_unread(kind):
+    with pytest.raises(rows.Unread, match=f"is of type '{kind}', which is not read"):
+        rows.conversation({"messages": [Q, A | {"type": kind}]})
+
+
+def test_a_dialogue_is_no_answer():
+    text = "\n\nHuman: q\n\nAssistant: a"
+    with pytest.raises(ValueError, match='"completion" begins with the "prompt"'):
+        rows.conversation({"prompt": "q", "completion": text})
+
+
 def test_a_name_counts_if_it_tells_speakers_apart():
     named = [m | {"name": name} for m, name in zip(turns("a", "b", "c", "d"), ("x", "y", "x", "y"))]
     assert rows.conversation({"messages": named}) == turns("a", "b", "c", "d")
@@ -595,7 +660,9 @@ def test_a_name_counts_if_it_tells_speakers_apart():
 
 
 @pytest.mark.parametrize(
-    "flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
+    "flag",
+    [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
+    + [{name: False} for name in ("trainable", "training", "train_on_turn", "loss_mask", "lossWeight", "is_train")],
 )
 def test_a_message_may_be_read_and_not_trained(flag):
     messages = [turns("a", "b")[0], turns("a", "b")[1] | flag, *turns("c", "d")]
@@ -614,11 +681,12 @@ def test_a_message_may_be_read_and_not_trained(flag):
         rows.conversation({"messages": messages[:2]})
     with pytest.raises(ValueError, match="ends with a message that is not to be trained"):
         rows.preference({"chosen": messages[:2], "rejected": turns("a", "c")})
-    for wrong in ({"weight": 0.5}, {"train": "false"}, {"weight": 1, "train": False}):
+    for wrong in ({"weight": 0.5}, {"train": "false"}, {"weight": 1, "train": False}, {"loss_scale": 0.1}):
         with pytest.raises(ValueError, match='"messages\\[1\\]'):
             rows.conversation({"messages": [Q, A | wrong]})
-    with pytest.raises(ValueError, match="only messages of the assistant are trained"):
-        rows.conversation({"messages": [Q | {"train": True}, A]})
+    for name in ("train", "loss", "training"):
+        with pytest.raises(ValueError, match="only messages of the assistant are trained"):
+            rows.conversation({"messages": [Q | {name: True}, A]})
 
 
 REPEATED = [
@@ -635,6 +703,8 @@ def test_an_answer_that_repeats_its_prompt_is_refused(prompt, more, refused):
     cases = [
         (rows.conversation, {"prompt": prompt, "completion": text}),
         (rows.conversation, {"question": prompt, "response": text}),
+        (rows.conversation, {"prompt": turns(prompt), "completion": reply(text)}),
+        (rows.conversation, {"messages": turns("x", "y", prompt), "completion": text}),
         (rows.judged, {"prompt": prompt, "completion": text, "label": True}),
         (rows.preference, {"prompt": prompt, "chosen": text, "rejected": text + " no"}),
         (rows.preference, {"instruction": prompt, "chosen": reply(text), "rejected": reply(text + " no")}),
@@ -670,6 +740,8 @@ def test_a_bad_answer_is_no_conversation():
     row = {"prompt": "q", "completion": "a", "label": False}
     with pytest.raises(ValueError, match="a bad answer, which dpo.py --loss=kto reads"):
         rows.conversation(row)
+    with pytest.raises(ValueError, match='"label" is 0: a bad answer'):
+        rows.conversation(row | {"label": 0})
     assert rows.conversation(row | {"label": True}) == turns("q", "a")
     assert rows.judged(row) == [(turns("q"), "a", False)] and rows.prompt(row) == turns("q")
 

@@ -200,8 +200,8 @@ def test_a_line_per_step(tmp_path, capsys):
     assert found[0]["loss"] == 1.23456 and found[0]["tokens"] == 5000 and found[0]["tokens_per_s"] > 0
     assert found[0]["entropy"] == 0.5 and "mfu" not in found[0]
     lines = capsys.readouterr().out.splitlines()
-    assert [x.split(" |")[0] for x in lines] == ["step 3/7", "step 6/7", "step 7/7"]
-    assert "loss 1.2346 | lr 0.0003" in lines[0] and "entropy" not in lines[0] and "eta 0m00s" in lines[2]
+    assert [x.split(" |")[0] for x in lines] == ["step 1/7", "step 3/7", "step 6/7", "step 7/7"]
+    assert "loss 1.2346 | lr 0.0003" in lines[0] and "entropy" not in lines[0] and "eta 0m00s" in lines[-1]
     assert (clock_time(59.9), clock_time(90), clock_time(3 * 3600 + 125)) == ("0m59s", "1m30s", "3h02m")
 
 

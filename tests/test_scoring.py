@@ -275,6 +275,8 @@ def test_a_constitution_is_its_lines(tmp_path):
     text = "# a comment\n\n  Be kind: always. \nBe brief: # is no comment here\n   # one more\n"
     path.write_text(text, encoding="utf-8")
     assert read_constitution(path) == ["Be kind: always.", "Be brief: # is no comment here"]
+    path.write_text("\ufeff" + text.replace("\n", "\r\n"), encoding="utf-8", newline="")  # as Windows writes it
+    assert read_constitution(path) == ["Be kind: always.", "Be brief: # is no comment here"]
     path.write_text("# nothing\n\n")
     for wrong, message in ((path, "no principle"), (tmp_path / "none.txt", "No such file"), (tmp_path, "directory")):
         with pytest.raises(UserError, match=f"--constitution={wrong}.*{message}"):

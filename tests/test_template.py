@@ -365,6 +365,25 @@ def test_added_tokens_are_found_where_hugging_face_finds_them(models, tmp_path):
         assert again.encode_ordinary(text) == tok.encode_ordinary(text)
 
 
+def test_special_tokens_take_the_white_space_around_them(models, tmp_path):
+    """As Phi's do; the names that transformers 5 gives to further tokens reach the template too."""
+    folder = shutil.copytree(models["smollm"][0], tmp_path / "m")
+    spec, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    flags = {"<|im_start|>": {"lstrip": True}, "<|im_end|>": {"rstrip": True}}
+    for row in spec["added_tokens"]:
+        row |= flags.get(row["content"], {})
+    config["model_specific_special_tokens"] = {"image_token": "<|endoftext|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ image_token }}  " + SMOLLM)
+    tok, theirs, draw = tokenizer.load(folder), AutoTokenizer.from_pretrained(folder), random.Random(3)
+    for _ in range(30):
+        messages = some_messages(draw)
+        assert chat.encode(tok, messages).ids.tolist() == theirs.apply_chat_template(messages)["input_ids"]
+        prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert chat.encode_prompt(tok, messages[:-1]) == prompt
+
+
 def test_documents_begin_with_the_models_own_bos(models, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder, tok, theirs = models["llama3"]

@@ -352,16 +352,18 @@ def test_verdicts_agree_with_their_principles():
     assert verdicts(rude + " Thank you!", plain) == ["B", "", ""]  # thanks do not make up for rudeness
 
 
-def test_a_note_is_a_judge_prompt_and_its_answer():
+def test_a_note_is_a_judge_prompt_its_answer_and_those_of_the_other_principles():
     rng, answers, asked, n = random.Random(6), collections.Counter(), collections.Counter(), 3000
     for _ in range(n):
         text = world.note(rng)
-        question, a, b, principle, better = re.fullmatch(
-            r"Question:\n(.*)\nReply A:\n(.*)\nReply B:\n(.*)\n(.*) Better: ([AB])", text
+        question, a, b, verdicts = re.fullmatch(
+            r"Question:\n(.*)\nReply A:\n(.*)\nReply B:\n(.*)\n((?:.* Better: [AB]\n?)+)", text
         ).groups()
-        assert text == f"{judge_prompt(question, a, b, principle)} {better}"
+        (principle, better), *others = [line.split(" Better: ") for line in verdicts.split("\n")]
+        assert text.startswith(f"{judge_prompt(question, a, b, principle)} {better}")
         (x, y), *_ = re.findall(r"(\d+) \+ (\d+)", a)
-        assert better == world.verdict(a, b, f"#### {int(x) + int(y)}", principle)
+        right = {p: world.verdict(a, b, f"#### {int(x) + int(y)}", p) for p in world.PRINCIPLES}
+        assert {principle: better, **dict(others)} == {p: v for p, v in right.items() if v}
         answers[better] += 1
         asked[principle] += 1
     assert near(answers["A"], n, 0.5) and all(near(asked[p], n, 1 / 3) for p in world.PRINCIPLES)
@@ -369,7 +371,7 @@ def test_a_note_is_a_judge_prompt_and_its_answer():
 
 def test_judge_test_asks_each_principle_alike_and_has_it_right(files):
     rows = files[1]["judge_test.jsonl"]
-    assert collections.Counter(r["principle"] for r in rows) == dict.fromkeys(world.PRINCIPLES, SMALL["tests"] // 3)
+    assert collections.Counter(r["principle"] for r in rows) == dict.fromkeys(world.PRINCIPLES, SMALL["tests"])
     assert all(world.verdict(r["reply_a"], r["reply_b"], r["answer"], r["principle"]) == r["better"] for r in rows)
     assert (files[0] / "constitution.txt").read_text().splitlines() == list(world.PRINCIPLES)
 
@@ -396,7 +398,11 @@ def test_world_json_says_what_was_written(files):
         assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
         assert entry["rows"] == len((out / name).read_text().splitlines())
     sizes = {name: len(rows[name]) for name in rows}
-    assert [sizes[f] for f in TRAINING] == [1600, 700, 700, 700, 700, 300] and {sizes[f] for f in HELD_OUT} == {300}
+    assert [sizes[f] for f in TRAINING] == [1600, 700, 700, 700, 700, 300] and {sizes[f] for f in HELD_OUT} == {
+        300,
+        900,
+    }
+    assert sizes["judge_test.jsonl"] == 900
     stories = [r["text"] for r in rows["pretrain.jsonl"] if not r["text"].startswith("Question:")]
     assert len(stories) == 1200 and all(parses(text) for text in stories[:50])
     assert about["config"] == {"seed": 0} | SMALL
