@@ -38,6 +38,8 @@ EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 TEMPLATES = "tests/test_template.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
 DISTILL, KL = "tests/test_distill.py", "tests/test_kl.py"
+PUZZLES = "tests/test_puzzles.py"
+KEPT = f"{EVALUATE}::test_the_right_answers_are_kept_as_conversations_for_sft"
 GUARD = "tests/test_guard.py"
 CUDA = "tests/test_emulated_cuda.py"
 MUTANTS = [
@@ -1226,6 +1228,34 @@ MUTANTS = [
     ("compared_runs_on_plots_of_their_own", "report.py", 'if run["title"] != name:', "if False:", REPORT),
     ("comparison_over_the_report", "report.py", '"comparison.html" if', '"report.html" if', REPORT),
     ("long_curve_whole", "report.py", "len(values), MAX_POINTS, dtype", "len(values), len(values), dtype", REPORT),
+    # Learning to reason
+    (
+        "pass_at_k_if_all_are",
+        "grpo.py",
+        "right.any(1)",
+        "right.all(1)",
+        f"{GRPO}::test_the_shares_of_groups_say_why_they_teach_nothing",
+    ),
+    ("kept_twice", "evaluate.py", " and text not in mine", "", KEPT),
+    (
+        "kept_without_an_end",
+        "evaluate.py",
+        "if is_right and sample.finished and",
+        "if is_right and",
+        KEPT,
+    ),
+    ("kept_without_a_limit", "evaluate.py", " and len(mine) < config.keep_per_prompt", "", KEPT),
+    (
+        "groups_of_the_last_field",
+        "evaluate.py",
+        'label += f", {field}',
+        'label = f", {field}',
+        f"{EVALUATE}::test_problems_are_judged_by_a_checker_and_told_apart_by_fields",
+    ),
+    ("target_not_checked", "data/puzzles.py", "value(found) == int(target)", "True", PUZZLES),
+    ("numbers_used_twice", "data/puzzles.py", "sorted(used) == sorted(numbers)", "set(used) == set(numbers)", PUZZLES),
+    ("steps_not_checked", "data/puzzles.py", "bool(steps) and all(", "bool(steps) or all(", PUZZLES),
+    ("held_out_in_training", "data/puzzles.py", "is_held_out(question) == held_out", "True", PUZZLES),
 ]
 
 

@@ -98,7 +98,7 @@ def draw(runs, file):
         figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
         lengths = axes.twinx()
         for number, run in enumerate(runs):
-            log = read_run(Path(run) / "zero/log.jsonl")["log"]
+            log = [record for record in read_run(Path(run) / "zero/log.jsonl")["log"] if "loss" in record]
             for where, name, colour, label in (
                 (axes, "reward", "#3d9a50", "share right"),
                 (lengths, "completion_tokens", "#d9822b", "tokens per answer"),

@@ -317,6 +317,9 @@ def ends_in_five(prompt, completion, row):
     assert isinstance(row["level"], int)
     return row["finished"] and completion.endswith("5")
 
+def says_five(prompt, completion, row):
+    return completion.endswith("5")
+
 def length(prompt, completion, row):
     return len(completion)
 """
@@ -360,7 +363,7 @@ def test_the_right_answers_are_kept_as_conversations_for_sft(make_model, tmp_pat
     (tmp_path / "own.py").write_text(CHECKERS)
     data = [{"prompt": f"q{i}", "level": i % 2} for i in range(16)]
     flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", data), "max_new_tokens": 6, "seed": 3}
-    flags |= {"reward": f"{tmp_path}/own.py:ends_in_five", "best_of": 8, "by": "level"}
+    flags |= {"reward": f"{tmp_path}/own.py:says_five", "best_of": 8, "by": "level"}
     measure(tmp_path, **flags, kept=tmp_path / "new/kept.jsonl", keep_per_prompt=2)
     conversations = [rows.prompt(row) for row in data]
     _, samples, texts = sample_completions(model, TOK, conversations, max_new_tokens=6, n=8, seed=3)
@@ -370,6 +373,7 @@ def test_the_right_answers_are_kept_as_conversations_for_sft(make_model, tmp_pat
     expected = [(f"q{i}", text) for i, some in enumerate(right) for text in list(dict.fromkeys(some))[:2]]
     kept = rows.read(str(tmp_path / "new/kept.jsonl"), rows.conversation)[0]
     assert [tuple(m["content"] for m in messages) for messages in kept] == expected
+    assert any(text.endswith("5") and not s.finished for s, text in zip(samples, texts, strict=True))
     assert any(len(set(some)) > 2 for some in right) and any(len(set(some)) < len(some) for some in right)
     assert not all(right)
     printed = capsys.readouterr().out
