@@ -499,7 +499,8 @@ def gap_in_fp32(model, completions, config):
     does.
     """
     model.exact = True
-    prompts = [c.chat.ids[: c.chat.loss_mask.argmax()].tolist() for c in completions[:8]]
+    some = [c for c in completions if c.n_tokens][:8]
+    prompts = [c.chat.ids[: c.chat.loss_mask.argmax()].tolist() for c in some]
     options = {"max_new_tokens": min(32, config.max_new_tokens), "temperature": config.temperature}
     samples = rollout(model, prompts, **options)
     chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
