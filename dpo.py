@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from data import chat, kto
+from data.pack import to_device
 from figures import agreement
 from model import completion_logprob_sums
 from optim import Optimizer, wsd
@@ -196,10 +197,10 @@ def item_logps(model, items):
 @torch.no_grad()
 def all_logps(model, items, micro_batch_tokens):
     """fp32 [n, 2] on the CPU: `item_logps` without gradients; the ranks share the work."""
-    found = torch.zeros(len(items), 2)
+    found = torch.zeros(len(items), 2, device=model.embed.device)
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
-        found[part] = item_logps(model, items[part]).cpu()
-    return torch.tensor(reduce_sum(*found.flatten())).view_as(found).float()
+        found[part] = item_logps(model, items[part])
+    return torch.tensor(reduce_sum(*found.flatten().tolist())).view_as(found).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,10 +213,10 @@ def item_losses(model, items, label_probs, ref_logps, kl, config):
 
     kl: kto's z; None for the other losses.
     """
-    label_probs, ref_logps = label_probs.to(model.embed.device), ref_logps.to(model.embed.device)
+    label_probs, ref_logps = (to_device(x, model.embed.device) for x in (label_probs, ref_logps))
     if config.loss == "kto":
         return kto_item_losses(model, items, label_probs > 0.5, ref_logps[:, 0], kl, config)
-    loss, lengths = LOSSES[config.loss], completion_lengths(items).to(model.embed.device)
+    loss, lengths = LOSSES[config.loss], to_device(completion_lengths(items), model.embed.device)
     logps = item_logps(model, items)  # [P, 2]
     compared = logps - ref_logps if "ratio" in loss.compares else logps
     if loss.compares.startswith("mean"):
@@ -251,7 +252,7 @@ def run_batch(model, items, label_probs, ref_logps, config):
     compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient of the mean
     loss."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
-    total, margins = torch.zeros(3, device=model.embed.device), torch.zeros(len(items))
+    total, margins = (torch.zeros(n, device=model.embed.device) for n in (3, len(items)))
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
         batch = items[part], label_probs[part], ref_logps[part]
         losses, compared, margins_of_part = item_losses(model, *batch, kl, config)
@@ -259,8 +260,8 @@ def run_batch(model, items, label_probs, ref_logps, config):
         if torch.is_grad_enabled():
             loss.backward()
         total += torch.stack([loss.detach(), *compared.sum(0)])
-        margins[part] = margins_of_part.cpu()
-    loss, chosen, rejected, *margins = reduce_sum(*total, *margins)
+        margins[part] = margins_of_part
+    loss, chosen, rejected, *margins = reduce_sum(*total.tolist(), *margins.tolist())
     n_chosen = n_rejected = len(items)
     if config.loss == "kto":
         n_chosen = int((label_probs > 0.5).sum())

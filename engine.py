@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 import tiktoken
+import torch
 
 from model import GPT
 from rollout import Sampler, affordable_slots
@@ -57,6 +58,8 @@ class ModelThread(threading.Thread):
         self.busy, self.events, self.last_told = [], [], 0.0
 
     def run(self):
+        # On a CPU a core is left for the event loop: threads that wait for a busy one only spin
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         while True:
             while not self.busy or not self.inbox.empty():
                 method, *arguments = self.inbox.get()
@@ -106,14 +109,30 @@ class ModelThread(threading.Thread):
         """Tell what has been drawn of completions that are read as they come."""
         self.last_told = time.monotonic()
         for served in self.busy:
-            sampler = served.sampler
-            for slot, request in sampler.live.items():
+            known = {}  # {slot: how many of its tokens have been told}
+            for slot, request in served.sampler.live.items():
+                job, _ = served.writing[request.id]
+                if job.in_pieces and job.told[request.id] < request.drawn:
+                    known[slot] = job.told[request.id]
+            for slot, (tokens, logprobs) in written_since(served.sampler, known).items():
+                request = served.sampler.live[slot]
                 job, i = served.writing[request.id]
-                new = slice(job.told[request.id], request.drawn)
-                if job.in_pieces and new.start < new.stop:
-                    tokens, logprobs = sampler.tokens[slot, new].tolist(), sampler.logprobs[slot, new].tolist()
-                    self.events.append((job, (i, tokens, logprobs, None)))
-                    job.told[request.id] = request.drawn
+                self.events.append((job, (i, tokens, logprobs, None)))
+                job.told[request.id] = request.drawn
+
+
+def written_since(sampler, known):
+    """{slot: (tokens, logprobs)} that live requests have beyond the first known[slot].
+
+    Copied together: on a GPU each copy waits for the steps that are under way.
+    """
+    if not known:
+        return {}
+    new = {slot: sampler.live[slot].drawn - start for slot, start in known.items()}
+    slots, starts = torch.tensor([*known.items()], device=sampler.device).T[:, :, None]  # [known, 1] each
+    columns = (starts + torch.arange(max(new.values()), device=sampler.device)).clamp(max=sampler.length)
+    tokens, logprobs = sampler.tokens[slots, columns].tolist(), sampler.logprobs[slots, columns].tolist()
+    return {slot: (t[:n], logp[:n]) for (slot, n), t, logp in zip(new.items(), tokens, logprobs)}
 
 
 def hand_out(events):

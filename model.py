@@ -251,6 +251,8 @@ class GPT(nn.Module):
         self.dropout = 0.0
         # Keep each block's input only, and compute the block again in the backward.
         self.checkpoint_activations = False
+        # Compute in fp32 on CUDA too: rollout.py's check of sampler against trainer.
+        self.exact = False
         cos, sin = rotary_tables(c)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -281,7 +283,7 @@ class GPT(nn.Module):
 
     @property
     def compute_dtype(self):
-        return torch.bfloat16 if self.embed.is_cuda else self.embed.dtype
+        return torch.bfloat16 if self.embed.is_cuda and not self.exact else self.embed.dtype
 
     def compile(self):
         """torch.compile the forward, but for attention over documents of several lengths."""

@@ -199,7 +199,7 @@ def add_gradients(policy, critic, completions, n_tokens, config, center):
     completion tokens on all ranks. Returns {figure: mean over all ranks}."""
     policy.train()
     critic.train()
-    sums, max_ratio = torch.zeros(len(UPDATE_STATS), device=policy.embed.device), 0.0
+    sums, max_ratio = (torch.zeros(n, device=policy.embed.device) for n in (len(UPDATE_STATS), 1))
     for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
         chats = [c.chat for c in completions[part]]
         old_logp, old_value, advantages, returns = (
@@ -216,8 +216,8 @@ def add_gradients(policy, critic, completions, n_tokens, config, center):
             approx_kl = ratio - 1 - (logp - old_logp)
             clipped = ((ratio - 1).abs() > config.clip_ratio).float()
             sums += torch.stack([x.sum() for x in (losses, value_losses, approx_kl, clipped, ratio)]) / n_tokens
-            max_ratio = max(max_ratio, ratio.max().item())
-    means = dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))
+            max_ratio = torch.maximum(max_ratio, ratio.max())
+    means, max_ratio = dict(zip(UPDATE_STATS, reduce_sum(*sums.tolist()), strict=True)), max_ratio.item()
     return means | {"max_ratio": max(reduce_sum(*[max_ratio * (r == rank()) for r in range(world_size())]))}
 
 

@@ -54,8 +54,6 @@ class Config:
     seed: int = 0
     # a tiny run of every row, for tests: it shows that everything works, not that it learns
     fast: bool = False
-    # run nothing: make DIR/report.html of the runs and evaluations in --out
-    report_only: bool = False
     # when all is done, serve the result, to be talked to and voted on
     serve: bool = False
 
@@ -63,8 +61,9 @@ class Config:
 SIZES = {  # {name: flags, and those of a fast run}
     "few": ("", "--stories=600 --notes=200 --chats=200 --pairs=100 --problems=50 --tests=40"),
     "steps": ("--steps=600 --batch_tokens=3072", "--steps=20 --batch_tokens=1024"),
-    "ppo_steps": ("--steps=24", "--steps=2"),
-    "grpo_steps": ("--steps=40", "--steps=2"),
+    "ppo_steps": ("--steps=24", "--steps=2 --prompts_per_step=8 --eval_prompts=8"),
+    "grpo_steps": ("--steps=40", "--steps=2 --prompts_per_step=2 --eval_prompts=8"),
+    "weak_epochs": ("--epochs=30", "--epochs=2"),
     "ai_steps": ("--steps=60", "--steps=2"),
     # a model that has hardly been trained ends no completion and judges none
     "judged": (
@@ -108,7 +107,7 @@ def shop_commands(config):
             {size["min_accuracy"]} --out={out}/ppo
         grpo: grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --kl=k2 --beta=0.02 \
             --data={world}/problems.jsonl {rl} {size["grpo_steps"]} --out={out}/grpo
-        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 --epochs=30 \
+        weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 {size["weak_epochs"]} \
             --print_every=25 {seed} --out={out}/weak_rm
         best of n, weak: evaluate.py --model={out}/sft {measure} --reward={out}/weak_rm,{gold} {size["best_of"]} \
             --out={out}/best_weak.json
@@ -166,11 +165,11 @@ def stop(number, frame=None):
             process.terminate()
 
 
-def run(stage, words, threads=1):
+def run(stage, words, threads=1, wrapper=()):
     """Run one command, and print each line of it behind its stage -> its record {"stage",
     "command", "seconds"}; None if a signal stopped it.
 
-    Raises UserError if it fails.
+    wrapper: what runs the command, as in python -m WRAPPER COMMAND. Raises UserError if it fails.
     """
     command = shlex.join(["python", *words])
     print(f"\n{stage} | $ {command}", flush=True)
@@ -178,7 +177,7 @@ def run(stage, words, threads=1):
     # It holds our lock too: if we are killed and it is not, the next quick start is refused until
     # it ends.
     process = subprocess.Popen(
-        [sys.executable, *words, *continue_flags(words)],
+        [sys.executable, *wrapper, *words, *continue_flags(words)],
         env=ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -394,9 +393,6 @@ def main(config):
     config.out = config.out or ("out/puzzles" if puzzles else "out/quickstart")
     out = Path(config.out)
     file = out / "report.json"
-    if config.report_only:
-        print(report.make(out, read_json(file) if file.exists() else {}))
-        return
 
     # 1. Run what has not run yet
     lock_file(out / ".lock", config.out)
@@ -413,7 +409,7 @@ def main(config):
     found = puzzle_figures(out) if puzzles else figures(out)
     record |= {"figures": found, "code": checkpoint.code_hash(), **describe(choose_device("auto"))}
     write_json(file, record)
-    page = report.make(out, record)
+    page = report.make([out])
     print("\n" + table(table_lines(record["figures"])))
     last = "r1" if puzzles else "grpo"
     print(

@@ -23,14 +23,18 @@ SIZES = {  # {name: flags, and those of a fast run}
         "--texts=40000 --problems=3000 --tests=300",
         "--texts=600 --answers=60 --chains=40 --problems=60 --tests=20",
     ),
-    "pretrain_steps": ("--steps=400", "--steps=20"),
-    "rl_steps": ("--steps=50", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
-    "distill_steps": ("--steps=50", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
+    "pretrain_steps": ("--steps=800", "--steps=20"),
+    "rl_steps": (
+        "--steps=80 --prompts_per_step=32 --eval_prompts=64",
+        "--steps=2 --prompts_per_step=4 --eval_prompts=8",
+    ),
+    "distill_steps": ("--steps=80", "--steps=2 --prompts_per_step=4 --eval_prompts=8"),
     # a model that has hardly been trained is never right
     "keep": (
         f"--reward={RIGHT} --limit=1000 --best_of=4 --keep_per_prompt=2",
         "--reward=data/rules.py:brief --best_of=4",
     ),
+    "refine": ("", "--val_fraction=0.4"),  # few answers are kept
     "samples": ("--samples_per_problem=8 --max_new_tokens=96", "--samples_per_problem=8 --max_new_tokens=8"),
 }
 MODELS = ("start", "zero", "cold", "first", "refined", "r1", "small_start", "small_rl", "distilled")
@@ -43,9 +47,9 @@ def commands(config):
     world = f"{out}/world"
     pretraining = f"--data={world}/pretrain.jsonl --tokenizer={out}/tokenizer --context=256 --batch_tokens=2048 "
     pretraining += f"--val_fraction=0.01 --print_every=50 {size['pretrain_steps']} {seed}"
-    tuning = f"--print_every=10 --eval_every=10 --max_new_tokens=64 {seed}"
+    tuning = f"--print_every=20 --eval_every=20 --max_new_tokens=64 {seed}"
     rl = f"--data={world}/problems.jsonl --reward={RIGHT} --monitor={STEPS_RIGHT} "
-    rl += f"--max_new_tokens=80 --print_every=10 --eval_prompts=64 {size['rl_steps']} {seed}"
+    rl += f"--max_new_tokens=80 --print_every=10 {size['rl_steps']} {seed}"
     measure = {
         name: f"evaluate {name}: evaluate.py --model={out}/{name} --problems={world}/problems_test.jsonl "
         f"--checker={RIGHT},{STEPS_RIGHT} --by=family,level {size['samples']} {seed} "
@@ -55,15 +59,15 @@ def commands(config):
     return f"""
         world: -m data.puzzles --out={world} {size["few"]} {seed}
         tokenizer: -m data.tokenizer --data={world}/pretrain.jsonl --vocab_size=327 --out={out}/tokenizer
-        base: pretrain.py {pretraining} --depth=3 --width=96 --out={out}/base
-        small: pretrain.py {pretraining} --depth=2 --width=64 --out={out}/small
-        small_start: sft.py --init={out}/small --data={world}/answers.jsonl {tuning} --out={out}/small_start
+        base: pretrain.py {pretraining} --depth=2 --width=96 --out={out}/base
+        small: pretrain.py {pretraining} --depth=2 --width=48 --heads=3 --out={out}/small
+        small_start: sft.py --init={out}/small --data={world}/answers.jsonl --epochs=2 {tuning} --out={out}/small_start
 
         cold: sft.py --init={out}/base --data={world}/chains.jsonl --epochs=4 {tuning} --out={out}/cold
         first: grpo.py --init={out}/cold {rl} --out={out}/first
         kept: evaluate.py --model={out}/first --data={world}/problems.jsonl {size["keep"]} \
             --max_new_tokens=80 --by=family,level {seed} --kept={out}/kept.jsonl
-        refined: sft.py --init={out}/base --data={out}/kept.jsonl {tuning} --out={out}/refined
+        refined: sft.py --init={out}/base --data={out}/kept.jsonl {size["refine"]} {tuning} --out={out}/refined
         r1: grpo.py --init={out}/refined {rl} --out={out}/r1
         distilled: distill.py --init={out}/small_start --teacher={out}/r1 --data={world}/problems.jsonl \
             --max_new_tokens=80 --print_every=10 {size["distill_steps"]} {seed} --out={out}/distilled
@@ -73,7 +77,7 @@ def commands(config):
         {measure["first"]}
         {measure["refined"]}
 
-        start: sft.py --init={out}/base --data={world}/answers.jsonl {tuning} --out={out}/start
+        start: sft.py --init={out}/base --data={world}/answers.jsonl --epochs=2 {tuning} --out={out}/start
         zero: grpo.py --init={out}/start {rl} --out={out}/zero
         small_rl: grpo.py --init={out}/small_start {rl} --out={out}/small_rl
         {measure["start"]}

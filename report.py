@@ -1,18 +1,20 @@
-"""The report of any set of runs below one directory, as one HTML file that needs nothing else: no
-network, readable on a phone, in light and in dark.
+"""The report of runs, as one HTML file that needs nothing else: no network, readable on a phone, in
+light and in dark.
 
-It shows what is there: the stages a quick start ran (report.json), the curves of runs
-(*/log.jsonl), figures of evaluate.py with their 95 % intervals (*.json), completions of the same
-prompts (*_answers.jsonl), where every checkpoint came from. Charts need matplotlib (pip install
-matplotlib).
+It shows what is there: the stages of a quick start (report.json), the curves of runs (log.jsonl),
+figures of evaluate.py with their 95 % intervals (*.json), completions of the same prompts
+(*_answers.jsonl), where every checkpoint came from. Several directories are compared: their curves
+share a plot. The page is report.html in the directory, or comparison.html in the one that several
+share; its template is web/report.html. Charts need matplotlib (pip install matplotlib).
 
-    python quickstart.py --report_only=True --out=DIR
+    python report.py out/quickstart
+    python report.py out/sft out/sft_long      # two runs, or two quick starts: curves on one plot
 """
 
-import contextlib
+import dataclasses
 import io
-import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from jinja2 import Environment
 
 from data.read import read_json, read_jsonl
 from runtime import checkpoint
+from runtime.cli import launch
 from runtime.errors import UserError
 from runtime.files import replace_text
 from runtime.run import clock_time
@@ -31,13 +34,25 @@ try:
 except ImportError:
     matplotlib = None
 
+HERE = Path(__file__).parent
+# {"STAGE: FIGURE": [low, high]} of quick starts with other seeds and on other machines
+RANGES = HERE / "bench/results/ranges.json"
 GOLD = "data/world.py:gold"
 KL = "KL to the reference, nats per completion"
-INK = "#123456"  # stands for the page's own text colour, which light and dark choose
-COLOURS = ("#3b76c4", "#d9822b", "#3d9a50", "#b5476b", "#7d5bbe", "#8a6d3b", "#2a9d8f", "#c0392b")
-CHART = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
-CHART |= {"axes.spines.top": False, "axes.spines.right": False}
+MAX_POINTS = 300  # of a curve, so that a page with a hundred long runs stays small
+# The page has its own colours, for light and for dark. The lines' differ in lightness too, so that
+# a reader who sees few colours can tell them apart.
+INK = "#123456"
+COLOURS = {f"#00000{n}": f"var(--c{n})" for n in range(1, 7)}
+CHART = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "legend.fontsize": 8.5}
+CHART |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.4}
 CHART |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+
+
+@dataclasses.dataclass
+class Config:
+    # directories: a run's own, or one with runs in it, as a quick start makes it
+    directories: list = dataclasses.field(default_factory=list)
 
 
 def show(figure):
@@ -50,13 +65,21 @@ def show(figure):
 # What is there
 
 
-def read_all(out, pattern, read):
-    """{file: read(file)} of the files below `out` that match, by age. What cannot be read is left
-    out, and a line says so."""
-    found = {}
-    for file in sorted(filter(Path.is_file, out.glob(pattern)), key=lambda file: file.stat().st_mtime):
+def common(directories):
+    return Path(os.path.commonpath(directories))
+
+
+def read_all(directories, pattern, read):
+    """{name: read(file)} of the files of the directories that match, in each by age. A file is
+    called by its path below what the directories share, without the end that the pattern names.
+    What cannot be read is left out, and a line says so."""
+    root, files, found = common(directories), [], {}
+    for directory in directories:
+        files += sorted(filter(Path.is_file, directory.glob(pattern)), key=os.path.getmtime)
+    for file in files:
+        name = str(file.relative_to(root)).removesuffix(pattern.strip("*")).strip("/") or root.name
         try:
-            found[file] = read(file)
+            found[name] = read(file)
         except UserError as e:  # of an evaluation that was interrupted, or not one of ours
             print(f"left out: {e}")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -65,16 +88,25 @@ def read_all(out, pattern, read):
 
 
 def read_run(log):
-    """{"log", "info"} of a run: the numbers of its log, line by line, and what its newest
-    checkpoint says of it."""
+    """{"log", "info", "figures"} of a run: the numbers of its log, line by line, and what its
+    newest checkpoint says of it."""
     lines = [row for _, row in read_jsonl(log, skip_bad=True)]
     if None in lines:
         print(f"left out: {lines.count(None)} damaged lines of {log}")
     numbers = [{name: float(x) for name, x in line.items() if isinstance(x, int | float)} for line in lines if line]
     steps = checkpoint.steps_in(log.parent)
     info = checkpoint.read_info(steps[-1]) if steps else {}
-    check_figures(info.get("metrics", {}).get("figures", {}))
-    return {"log": numbers, "info": info}
+    figures = check_figures(info.get("metrics", {}).get("figures", {}))
+    return {"log": numbers, "info": info, "figures": figures}
+
+
+def find_runs(directories):
+    """{name: run}. Plots show a run by its "title": those that have the same are compared."""
+    own = read_all(directories, "log.jsonl", read_run)
+    runs = own | read_all(directories, "*/log.jsonl", read_run)
+    for name, run in runs.items():
+        run["title"] = "" if name in own and len(directories) > 1 else Path(name).name
+    return runs
 
 
 def check_figures(figures):
@@ -82,6 +114,14 @@ def check_figures(figures):
     for figure in figures.values():
         show(figure)
     return figures
+
+
+def read_record(file):
+    """What quickstart.py wrote: {"stages", "figures", hardware and versions}."""
+    record = read_json(file)
+    for row in record.get("figures", []):
+        check_figures({"before": row["before"], "after": row["after"]})
+    return record
 
 
 def read_figures(file):
@@ -95,15 +135,15 @@ def read_answers(file):
     return {json.dumps(row["prompt"]): row for _, row in read_jsonl(file)}
 
 
-def read_completions(out):
-    """[(prompt, {name: row})] of the first six prompts that every model of evaluate.py --samples
+def read_completions(directories):
+    """[(prompt, {name: row})] of the first five prompts that every model of evaluate.py --samples
     has completed."""
-    files, by_prompt = read_all(out, "*_answers.jsonl", read_answers), {}
-    for file, rows in files.items():
+    answers, by_prompt = read_all(directories, "*_answers.jsonl", read_answers), {}
+    for name, rows in answers.items():
         for prompt, row in rows.items():
-            by_prompt.setdefault(prompt, {})[file.stem.removesuffix("_answers")] = row
-    shared = [(json.loads(prompt), rows) for prompt, rows in by_prompt.items() if len(rows) == len(files)]
-    return shared[:6]
+            by_prompt.setdefault(prompt, {})[name] = row
+    shared = [(json.loads(prompt), rows) for prompt, rows in by_prompt.items() if len(rows) == len(answers)]
+    return shared[:5]
 
 
 def read_feedback(file):
@@ -114,53 +154,92 @@ def read_feedback(file):
 
 
 # --------------------------------------------------------------------------------------------------
-# Charts
-
-
-@contextlib.contextmanager
-def chart(charts, caption, label_x, label_y):
-    """Axes to draw on; if something was drawn, (caption, SVG) is added to `charts`."""
-    with matplotlib.rc_context(CHART | {"svg.hashsalt": caption}):
-        figure = Figure(figsize=(4.4, 3.1), layout="constrained")
-        axes = figure.subplots()
-        yield axes
-        if not axes.has_data():
-            return
-        axes.set(xlabel=label_x, ylabel=label_y)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=7.5)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    charts.append((caption, svg[svg.index("<svg") :].replace(INK, "currentColor")))
+# Curves
 
 
 def series(log, x, y):
-    """([x], [y]) of the lines of a run's log that have both."""
-    rows = [r for r in log if x in r and y in r]
+    """([x], [y]) of the lines of a run's log that have both: its steps, or for val_loss its
+    validations."""
+    rows = [r for r in log if x in r and y in r and ("val_loss" in r) == (y == "val_loss")]
     return [r[x] for r in rows], [r[y] for r in rows]
+
+
+def quantities(log):
+    """What shows a run's course: its loss, or for reinforcement learning its reward and every
+    part of it."""
+    names = list(dict.fromkeys(name for row in log for name in row))
+    if "reward" not in names:
+        return [name for name in ("loss", "val_loss") if name in names]
+    reward = series(log, "step", "reward")
+    parts = [name for name in names if re.search("[/:]", name) and series(log, "step", name)[1] not in ([], reward[1])]
+    return ["reward", *parts]
+
+
+def short(quantity):
+    """data/world.py:gold -> gold"""
+    return re.split("[/:]", quantity)[-1]
 
 
 def smooth(values):
     """Running mean over a twentieth of the values, so that a curve shows its course and not its
-    noise."""
+    noise; at most MAX_POINTS of it."""
     n = max(1, len(values) // 20)
-    return [np.mean(values[max(0, i - n) : i]) for i in range(1, len(values) + 1)]
+    ends = np.unique(np.linspace(1, len(values), MAX_POINTS, dtype=int))
+    return [np.mean(values[max(0, end - n) : end]) for end in ends]
 
 
-def curves(runs):
-    """Every run's course: its loss, or for reinforcement learning its reward."""
+# --------------------------------------------------------------------------------------------------
+# Charts. A plot is {caption: lines}, a line (label, [x], [y]) or (label, [x], *intervals(figures))
+
+
+def draw(plots, label_x):
+    """[(caption, SVG)] of all plots that have something to show."""
     charts = []
-    for (name, run), colour in zip(runs.items(), itertools.cycle(COLOURS)):
-        is_rl = any("reward" in r and "loss" in r for r in run["log"])
-        quantity = "reward" if is_rl else "loss"
-        caption = f"{name}: reward" if is_rl else f"{name}: loss, and on held-out data (dots)"
-        with chart(charts, caption, "step", quantity) as axes:
-            steps, values = series(run["log"], "step", quantity)
-            axes.plot(steps, smooth(values), color=colour, linewidth=1.3)
-            if not is_rl:
-                axes.plot(*series(run["log"], "step", "val_loss"), "o", markersize=3, color=INK)
+    styles = matplotlib.cycler(linestyle=["-", "--", "-."] * 2) + matplotlib.cycler(color=list(COLOURS))
+    for caption, lines in plots.items():
+        lines = [line for line in lines if len(line[1])]
+        if lines:
+            with matplotlib.rc_context(CHART | {"svg.hashsalt": caption, "axes.prop_cycle": styles}):
+                charts.append((caption, svg_of(lines, label_x)))
     return charts
+
+
+def svg_of(lines, label_x):
+    figure = Figure(figsize=(4.0, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(label_x)
+    for (label, x, y, *bars), marker in zip(lines, "osD^vP*X" * len(lines)):
+        few = len(x) < 20
+        axes.errorbar(smooth(x), smooth(y), *bars, marker=marker if few else "", markersize=3, label=label)
+    if len(lines) > 1:
+        axes.legend()
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
+    for placeholder, colour in (COLOURS | {INK: "currentColor"}).items():
+        svg = svg.replace(placeholder, colour)
+    return svg
+
+
+def intervals(figures):
+    """([value], [to the interval's lower end, to its upper end]) of figures; nan for those without
+    an interval."""
+    value, low, high = np.array([[f["value"], f["low"], f["high"]] for f in figures], dtype=float).T
+    return value, [value - low, high - value]
+
+
+def curves(runs, x):
+    """The course of the runs along x, a plot for each run; runs of one title are compared in a plot
+    for each quantity."""
+    plots = {}
+    for name, run in runs.items():
+        of_run = quantities(run["log"])
+        for quantity in of_run:
+            caption, label = f"{name}: {of_run[0]}", short(quantity)
+            if run["title"] != name:
+                caption, label = f"{run['title']}: {label}".removeprefix(": "), name
+            plots.setdefault(caption, []).append((label, *series(run["log"], x, quantity)))
+    return plots
 
 
 def best_of(figures, what):
@@ -174,246 +253,94 @@ def best_of(figures, what):
     return kl, values
 
 
-def plot_intervals(axes, x, figures, **style):
-    """Plot figures at `x`, with bars for those that have an interval."""
-    value, low, high = np.array([[f["value"], f["low"], f["high"]] for f in figures], dtype=float).T  # None: nan
-    axes.errorbar(x, value, [value - low, high - value], **style)
-
-
-def frontier(charts, runs, evaluations):
+def frontier(evaluations):
     """True reward against KL to the fine-tuned model, of every method."""
-    caption = (
-        "What completions are truly worth against how far the model has moved from the fine-tuned one: points are "
-        "finished models, with 95 % intervals"
-    )
-    with chart(charts, caption, "KL per completion", "gold") as axes:
-        for (name, figures), colour in zip(evaluations.items(), itertools.cycle(COLOURS)):
-            gold = figures.get(f"reward {GOLD}")
-            if gold and KL in figures:
-                plot_intervals(axes, figures[KL]["value"], [gold], fmt="o", color=colour, markersize=5, label=name)
-            x, y = best_of(figures, GOLD)
-            if len(x) > 1:
-                axes.plot(x, y, ".--", color=colour, label=f"{name}: best of 1, 2, 4 ...", linewidth=1)
-        for (name, run), colour in zip(runs.items(), itertools.cycle(COLOURS[::-1])):
-            x, y = series(run["log"], "kl", GOLD)
-            # only runs from the fine-tuned model itself: others have another zero
-            if len(x) > 1 and len(run["info"].get("lineage", [])) == 2:
-                label = f"{name} in training"
-                axes.plot(smooth(x), smooth(y), color=colour, linewidth=0.8, alpha=0.6, label=label)
-
-
-def proxy_and_gold(charts, name, figures):
-    """Best-of-n by a reward model: what it says of the best, and what that is worth."""
-    rewards = [n.removeprefix("best of 1: ") for n in figures if n.startswith("best of 1: ")]
-    proxies = [n for n in rewards if n != GOLD and not n.startswith("KL")]
-    if GOLD in rewards and proxies:
-        proxy = Path(proxies[0]).name
-        caption = f"{name}: best of n by {proxy}. If its score rises and gold does not, it is exploited"
-        with chart(charts, caption, "KL: log n - (n-1)/n", "reward of the best") as axes:
-            axes.plot(*best_of(figures, proxies[0]), ".-", color=COLOURS[1], label="its own score")
-            axes.plot(*best_of(figures, GOLD), ".-", color=COLOURS[0], label="gold")
-
-
-def calibration(charts, figures):
-    """How often a reward model is right against how sure it is."""
-    bins = {float(m[1]): f for n, f in figures.items() if (m := re.match(r"right where it says ([\d.]+) ", n))}
-    caption = "Calibration of the reward model on held-out pairs: on the line it is as often right as it says"
-    with chart(charts, caption, "says it is right", "is right") as axes:
-        if bins:
-            axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.6)
-            plot_intervals(axes, list(bins), bins.values(), fmt="o-", color=COLOURS[2], markersize=4)
-
-
-def reward_charts(runs, evaluations):
-    """What is told of reward, by every evaluation and reward model."""
-    charts = []
-    frontier(charts, runs, evaluations)
+    lines = []
     for name, figures in evaluations.items():
-        proxy_and_gold(charts, name, figures)
+        gold = figures.get(f"reward {GOLD}")
+        if gold and KL in figures:
+            lines.append((name, [figures[KL]["value"]], *intervals([gold])))
+        lines.append((f"{name}, best of n", *best_of(figures, GOLD)))
+    return {"What completions are truly worth (gold), with 95 % intervals": lines}
+
+
+def exploitation(evaluations):
+    """Best of n by a reward: what it says of the best, and what that is worth."""
+    plots = {}
+    for name, figures in evaluations.items():
+        for proxy in [n.removeprefix("best of 1: ") for n in figures if n.startswith("best of 1: ")]:
+            line = best_of(figures, proxy)
+            if proxy != GOLD and line[0] and not proxy.startswith("KL"):
+                gold = ("gold", *best_of(figures, GOLD))
+                plots[f"{name}: best of n by {short(proxy)}"] = [(f"{short(proxy)} says", *line), gold]
+    return plots
+
+
+def calibration(runs):
+    """How often a reward model is right against how sure it is."""
+    plots = {}
     for name, run in runs.items():
-        figures = run["info"].get("metrics", {}).get("figures")
-        if figures and name != "weak_rm":
-            calibration(charts, figures)
-    return charts
+        says = re.compile(r"right where it says ([\d.]+) ")
+        bins = {float(m[1]): figure for what, figure in run["figures"].items() if (m := says.match(what))}
+        if bins:
+            lines = [("right", list(bins), *intervals(bins.values())), ("as it says", [0.5, 1], [0.5, 1])]
+            plots[f"{name}: calibration on held-out pairs"] = lines
+    return plots
+
+
+def charts(runs, evaluations):
+    """{section of the page: [(caption, SVG)]}"""
+    learned = {name: run for name, run in runs.items() if "reward" in quantities(run["log"])}
+    lengths = [(name, *series(run["log"], "step", "completion_tokens")) for name, run in learned.items()]
+    reward = draw(curves(learned, "kl") | frontier(evaluations), "KL per completion")
+    reward += draw(exploitation(evaluations), "KL: log n - (n-1)/n") + draw(calibration(runs), "how sure it is")
+    learning, lengths = draw(curves(runs, "step"), "step"), draw({"Tokens per completion": lengths}, "step")
+    return {"learning": learning, "reward": reward, "lengths": lengths}
 
 
 # --------------------------------------------------------------------------------------------------
-# The page. Jinja escapes what files and models say
+# The page
 
-PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-    """\
-{% macro table(head) %}
-<div class="wide"><table><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{{ caller() }}</tbody></table></div>
-{% endmacro %}
-{% macro section(title, charts) %}
-{% if charts %}
-<h2>{{ title }}</h2><div class="charts">
-{% for caption, svg in charts %}
-<figure role="img" aria-label="{{ caption }}">{{ svg | safe }}<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-</div>
-{% endif %}
-{% endmacro %}
-<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Feinschliff: {{ out.name }}</title><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #60656c; --paper: #fbfbfa; --line: #d9dce0;
---good: #1d7a3a; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a0a6ad; --paper: #16181b; --line: #363b41;
---good: #63c782; --bad: #ff8a80 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem 1rem 4rem; color: var(--ink); background: var(--paper);
-font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.7rem; margin: 1rem 0 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem;
-border-bottom: 1px solid var(--line) }
-p { max-width: 46rem } .soft { color: var(--soft) } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; width: 100% } th, td { text-align: left;
-padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n { white-space: nowrap; font-variant-numeric: tabular-nums } code { font-size: .85em; overflow-wrap: anywhere }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) }
-@media (max-width: 40rem) { table { font-size: .8rem } td.n { white-space: normal } td, th { padding-right: .5rem }
-td code { font-size: .75em } }
-svg { width: 100%; height: auto } .good { color: var(--good) } .bad { color: var(--bad) }
-details { margin: .4rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
-</style></head><body>
-<h1>Feinschliff</h1>
-<p class="soft">Train, refine, sharpen: the report of {{ out }}.
-{% set machine = record if record.hardware else runs.values() | map(attribute="info") | select | first | default({}) %}
-{% for name in ["hardware", "torch", "python", "device"] if name in machine %}
-{{- ", " if not loop.first }}{{ name }} {{ machine[name] }}
-{%- endfor %}
-{{- ", code " ~ record.code[:8] if record.code }}</p>
 
-{% if record.figures %}
-<h2>What each stage did, on prompts that training never saw</h2>
-{% call table(["stage", "figure", "before", "after [95 %]", "bound"]) %}
-{% for f in record.figures %}
-<tr><td><b>{{ f.stage }}</b></td><td>{{ f.figure }}</td><td class="n">{{ show(f.before) }}</td>
-<td class="n">{{ show(f.after) }}
-{% if f.improved is true %}<span class="good" title="the interval excludes no change">✓</span>
-{% elif f.improved is false %}<span class="bad" title="the interval includes no change">✗</span>
-{% endif %}
-</td><td>{{ f.bound }}</td></tr>
-{% endfor %}
-{% endcall %}
-{% endif %}
+def make(directories):
+    """Write report.html into the directory, or comparison.html into the one that several share;
+    return its path. Raises UserError if nothing is there to report."""
+    directories = [Path(os.path.abspath(directory)) for directory in directories]
+    for directory in directories:
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; name one with runs in it, or a run's own")
+    root, runs = common(directories), find_runs(directories)
+    evaluations = {name: found for name, found in read_all(directories, "*.json", read_figures).items() if found}
+    completions = read_completions(directories)
+    if not (runs or evaluations or completions):
+        raise UserError(f"{root}: nothing to report: no run (log.jsonl) and no evaluation (*.json) is there")
+    page = TEMPLATE.render(
+        directories=directories,
+        record={} if len(directories) > 1 else read_all(directories, "report.json", read_record).get(root.name, {}),
+        ranges=read_json(RANGES) if RANGES.exists() else {},
+        evaluations=evaluations,
+        feedback=read_all(directories, "*.log.jsonl", read_feedback),
+        completions=completions,
+        runs=runs,
+        charts=charts(runs, evaluations) if matplotlib else {},
+    )
+    file = root / ("comparison.html" if len(directories) > 1 else "report.html")
+    replace_text(file, page)
+    return file
 
-{% if record.stages %}
-<h2>Commands: {{ clock_time(record.stages | sum(attribute="seconds")) }} in all</h2>
-{% call table(["stage", "minutes", "command"]) %}
-{% for s in record.stages %}
-<tr><td>{{ s.stage }}</td><td class="n">{{ "%.1f" % (s.seconds / 60) }}</td><td><code>{{ s.command }}</code></td></tr>
-{% endfor %}
-{% endcall %}
-{% endif %}
 
-{{ section("Reward, and what it costs", charts) }}
-
-{% set judged %}
-{% for name, figures in evaluations.items() %}
-{% for figure, value in figures.items() if figure.startswith("judge") %}
-<tr><td>{{ name }}</td><td>{{ figure.removeprefix("judge: ") }}</td><td class="n">{{ show(value) }}</td></tr>
-{% endfor %}
-{% endfor %}
-{% for file, (sums, counts) in feedback.items() %}
-{% set name = file.stem.removesuffix(".log") %}
-{% for figure, (total, n) in sums.items() if n %}
-<tr><td>{{ name }}</td><td>{{ figure }}</td><td class="n">{{ "%.3g" % (total / n) }} of {{ "{:,}".format(n) }}</td></tr>
-{% endfor %}
-{% for figure, n in counts.items() %}
-<tr><td>{{ name }}</td><td>{{ figure }}</td><td class="n">{{ "{:,}".format(n) }}</td></tr>
-{% endfor %}
-{% endfor %}
-{% endset %}
-{% if judged | trim %}
-<h2>The judge</h2>
-{% call table(["model or pairs", "agreement with the truth, and what was counted", ""]) %}{{ judged }}{% endcall %}
-{% endif %}
-
-{% if completions %}
-<h2>The same prompts, completed by every stage</h2>
-{% for prompt, rows in completions %}
-<details{{ " open" if loop.index < 3 }}>
-<summary>
-{{- prompt if prompt is string or prompt is not iterable else ((prompt | list | last) or {}).content }}</summary>
-{% call table(["model", "completion", "gold"]) %}
-{% for name, row in rows.items() %}
-<tr><td><b>{{ name }}</b></td><td>{{ row.completion }}
-{% if not row.get("finished", true) %}<span class="soft">(unfinished)</span>
-{% endif %}
-</td><td class="n">
-{%- for field, gold in row.items() if field.endswith(":gold") and gold is number %}
-{{- "%.2f" % gold if loop.first }}{% endfor %}
-</td></tr>
-{% endfor %}
-{% endcall %}
-</details>
-{% endfor %}
-{% endif %}
-
-{{ section("Learning curves", curves) }}
-{% if runs %}
-{% if not can_draw %}
-<p>Charts need matplotlib: pip install matplotlib, then this command again.</p>
-{% endif %}
-<h2>Where every model came from</h2>
-{% call table(["lineage (SHA-256 of weights)", "steps", "data (SHA-256)", "code"]) %}
-{% for name, run in runs.items() if run.info %}
-<tr><td>
-{%- for parent in run.info.lineage %}
-{{ parent.stage | default(Path(parent.path).name) }} <code>{{ parent.weights[:8] }}</code> → {% endfor -%}
-<b>{{ name }}</b></td><td>{{ run.info.step }}</td><td>
-{%- for path, digest in run.info.data.items() %}
-{{ Path(path).name }} <code>{{ (digest | string)[:8] }}</code>{% if not loop.last %}<br>{% endif %}
-{% endfor -%}
-</td><td><code>{{ (run.info.code | default("") | string)[:8] }}</code></td></tr>
-{% endfor %}
-{% endcall %}
-{% endif %}
-
-{% if evaluations %}
-<h2>All figures</h2>
-<details><summary>{{ evaluations.values() | map("length") | sum }} figures of {{ evaluations | length }} evaluations
-</summary>
-{% call table(["evaluation", "figure", "value [95 %]"]) %}
-{% for name, figures in evaluations.items() %}
-{% for figure, value in figures.items() %}
-<tr><td>{{ name }}</td><td>{{ figure }}</td><td class="n">{{ show(value) }}</td></tr>
-{% endfor %}
-{% endfor %}
-{% endcall %}
-</details>
-{% endif %}
-</body></html>
-""",
-    globals={"show": show, "clock_time": clock_time, "Path": Path},
+# Escapes what files and models say
+ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+TEMPLATE = ENVIRONMENT.from_string(
+    (HERE / "web/report.html").read_text(), globals={"clock_time": clock_time, "Path": Path, "can_draw": matplotlib}
 )
 
 
-def make(out, record):
-    """Write DIR/report.html and return its path.
+def main(config):
+    if not config.directories:
+        raise UserError("name a directory of runs: python report.py out/quickstart; several are compared")
+    print(make(config.directories))
 
-    record: what quickstart.py knows: {"stages", "figures", hardware and versions}; {} for other
-    runs."""
-    runs = {log.parent.name: run for log, run in read_all(out, "*/log.jsonl", read_run).items()}
-    evaluations = {file.stem: figures for file, figures in read_all(out, "*.json", read_figures).items() if figures}
-    completions = read_completions(out)
-    if not (runs or evaluations or completions):
-        raise UserError(
-            f"--out={out}: nothing to report: no run (*/log.jsonl) and no evaluation (*.json of evaluate.py) is there"
-        )
-    page = PAGE.render(
-        out=out,
-        record=record,
-        charts=reward_charts(runs, evaluations) if matplotlib else [],
-        feedback=read_all(out, "*.log.jsonl", read_feedback),
-        completions=completions,
-        runs=runs,
-        curves=curves(runs) if matplotlib else [],
-        can_draw=matplotlib is not None,
-        evaluations=evaluations,
-    )
-    replace_text(out / "report.html", page)
-    return out / "report.html"
+
+if __name__ == "__main__":
+    launch(main, Config)

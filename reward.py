@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from data import chat
-from data.pack import Chat, pack
+from data.pack import Chat, pack, to_device
 from figures import agreement, preference_figures, show
 from model import GPT, score
 from optim import Optimizer, wsd
@@ -121,7 +121,8 @@ def item_lengths(items):
 def run_batch(model, items, label_probs, micro_batch_tokens, margin=0.0, smoothing=0.0):
     """(mean loss, margins float64 [P] on the CPU) of a batch, which the ranks share. With gradients
     enabled, adds up the gradient of this rank's part."""
-    total, found = torch.zeros((), device=model.embed.device), torch.zeros(len(items))
+    total, found = torch.zeros((), device=model.embed.device), torch.zeros(len(items), device=model.embed.device)
+    label_probs = to_device(label_probs, model.embed.device)
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         margins = score_margins(model, items[part])
         losses = preference_loss(margins, label_probs[part].to(margins), margin, smoothing)
@@ -129,8 +130,8 @@ def run_batch(model, items, label_probs, micro_batch_tokens, margin=0.0, smoothi
         if torch.is_grad_enabled():
             loss.backward()
         total += loss.detach()
-        found[part] = margins.detach().cpu()
-    loss, *margins = reduce_sum(total, *found)
+        found[part] = margins.detach()
+    loss, *margins = reduce_sum(total, *found.tolist())
     return loss, np.array(margins)
 
 

@@ -132,7 +132,7 @@ class Server:
         completions = [Completion(served.tok, hidden, asked.stop) for _ in range(n)]
         if asked.stream:
             return EventStream(self.stream(asked, job, completions))
-        await finish_or_leave(request, self.collect(job, completions))
+        await finish_or_leave(request.receive, self.collect(job, completions))
         return JSONResponse(whole_answer(asked, served.name, completions, usage_of(prompts, completions)))
 
     async def progress(self, job, completions):
@@ -291,7 +291,9 @@ async def run(config, models, journal, device, listening):
     server = Server(config, models, journal, thread)
     if config.follow:
         threading.Thread(target=follow, args=(server, config.follow), daemon=True).start()
-    settings = {"http": Impatient, "ws": "none", "lifespan": "off", "log_level": "warning", "server_header": False}
+    settings = {"http": Impatient, "ws": "none", "lifespan": "off", "proxy_headers": False, "server_header": False}
+    # What strangers send wrongly is told to them, not to the terminal
+    settings |= {"log_level": "error", "access_log": False}
     limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": 1000, "timeout_graceful_shutdown": 2}
     where = f"http://{config.host}:{listening.getsockname()[1]}"
     print0(f"{', '.join(served.name for served in models)}: talk to it at {where}, by programs at {where}/v1")

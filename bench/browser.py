@@ -89,12 +89,16 @@ def start_server(**flags):
     address = f"http://127.0.0.1:{flags.setdefault('port', free_port())}"
     command = [sys.executable, "serve.py", *(f"--{name}={value}" for name, value in flags.items())]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
-    wait_until_it_answers(process, address)
+    try:
+        wait_until_it_answers(process, address)
+    except BaseException:
+        process.kill()
+        raise
     return process, address
 
 
 def wait_until_it_answers(process, address):
-    for _ in range(600):
+    for _ in range(6000):  # a busy machine takes a minute to import torch
         try:
             return urllib.request.urlopen(f"{address}/", timeout=5).read()
         except OSError:

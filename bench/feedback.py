@@ -80,7 +80,7 @@ def rows_of(path):
 def post(address, path, body):
     """The JSON answer; tries until a server answers, as the page does with a vote."""
     data = json.dumps(body).encode()
-    for _ in range(600):
+    for _ in range(6000):
         try:
             return json.load(urllib.request.urlopen(urllib.request.Request(address + path, data), timeout=60))
         except urllib.error.HTTPError as e:
@@ -184,7 +184,7 @@ class Server:
 
     def wait_for(self, name):
         """Wait until the newest checkpoint below `name` answers."""
-        for _ in range(600):
+        for _ in range(6000):
             model = json.load(urllib.request.urlopen(f"{self.address}/v1/models"))["data"][0]["id"]
             if name in model:
                 return

@@ -1,25 +1,28 @@
 """serve.py under load, against rollout() on the same requests without a server.
 
 64 clients on raw sockets ask for --seconds, each at once again when it is answered; clients, server
-and model share this machine. First whole answers, then streamed ones. Meanwhile others misbehave:
-100 connections say nothing, one does not read, and broken JSON, huge bodies and floods of headers
-come in. Measured: tokens a second, and the same over those of `rollout` on the requests that were
-answered; the time to the first token; errors; and the server's memory over --requests requests.
-Last line of output: JSON.
+and model share this machine. Whole answers, streamed ones, and the same requests without a server
+take turns, --parts times. Then others misbehave meanwhile: 100 connections say nothing, one does
+not read, and broken JSON, huge bodies and floods of headers come in. Last, the server's memory is
+watched over --requests short requests.
+
+Two shares of offline speed are printed: of tokens a second, and of tokens a second of the
+processor, which other work on the machine disturbs less. Last line of output: JSON.
 
     python -m bench.load --model=out/quickstart/sft --data=out/quickstart/world/prompts.jsonl
 """
 
 import contextlib
 import json
+import math
+import os
 import re
 import selectors
 import socket
 import statistics
-import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.browser import start_server
@@ -39,12 +42,16 @@ class Config:
     data: str
     # clients that ask at once [>= 1]
     clients: int = 64
-    # of each of the two measurements [> 0]
+    # of whole answers, and as many of streamed ones [> 0]
     seconds: float = 60.0
-    # over which the memory is watched; 0: not
-    requests: int = 10_000
+    # turns that these are cut into [>= 1]
+    parts: int = 3
     # longest answer [>= 1]
     max_tokens: int = 64
+    # over which the memory is watched; 0: not
+    requests: int = 10_000
+    # longest answer of these [>= 1]
+    short: int = 4
 
 
 class Client:
@@ -74,50 +81,78 @@ class Client:
         return self.buffer.endswith(b"0\r\n\r\n")
 
 
-def body_of(config, prompts, number, stream):
-    fields = {"messages": prompts[number % len(prompts)], "seed": number, "max_tokens": config.max_tokens}
+@dataclass
+class Load:
+    """What came of some load."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    cpu: float = 0.0  # seconds of the processor that the server took
+    first: list = field(default_factory=list)  # seconds to each first token; of a whole answer, to all of it
+    numbers: list = field(default_factory=list)  # of the requests
+
+    def __add__(self, other):
+        return Load(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+
+def body_of(prompts, number, max_tokens, stream):
+    fields = {"messages": prompts[number % len(prompts)], "seed": number, "max_tokens": max_tokens}
     if stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
     return json.dumps(fields).encode()
 
 
-def load(config, port, prompts, stream, seconds, most=sys.maxsize):
-    """(tokens, seconds, seconds to each first token, numbers of the requests) of so much load."""
-    select, asked, tokens, first, answered = selectors.DefaultSelector(), 0, 0, [], []
-    begin = time.perf_counter()
-    for _ in range(config.clients):
-        client = Client(port, select)
-        client.ask(asked, body_of(config, prompts, asked, stream))
+def cpu_of(pid):
+    """Seconds of the processor that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(clients, server, port, prompts, max_tokens, stream=False, seconds=math.inf, most=math.inf):
+    """The Load of so many clients, who ask for so long or so often; all that is asked is answered.
+
+    Raises UserError if an answer is an error.
+    """
+    select, result, begin, cpu = selectors.DefaultSelector(), Load(), time.perf_counter(), cpu_of(server.pid)
+    asked = 0
+
+    def ask(client):
+        nonlocal asked
+        client.ask(asked, body_of(prompts, asked, max_tokens, stream))
         asked += 1
-    while time.perf_counter() < begin + seconds and len(answered) < most:
+
+    for _ in range(clients):
+        ask(Client(port, select))
+    while len(result.numbers) < asked:
         for key, _ in select.select(timeout=1):
             client = key.data
             if not client.read():
                 continue
             if b" 200 OK" not in client.buffer[:20] or b'"error"' in client.buffer:
                 raise UserError(f"an answer under load: {client.buffer[-300:]}")
-            tokens += int(re.findall(rb'"completion_tokens":(\d+)', client.buffer)[-1])
-            first.append(client.first or time.perf_counter() - client.begin)
-            answered.append(client.number)
-            client.ask(asked, body_of(config, prompts, asked, stream))
-            asked += 1
-    spent = time.perf_counter() - begin
+            result.tokens += int(re.findall(rb'"completion_tokens":(\d+)', client.buffer)[-1])
+            result.first.append(client.first or time.perf_counter() - client.begin)
+            result.numbers.append(client.number)
+            if time.perf_counter() < begin + seconds and asked < most:
+                ask(client)
     for key in list(select.get_map().values()):
         key.data.socket.close()
-    return tokens, spent, first, answered
+    result.seconds, result.cpu = time.perf_counter() - begin, cpu_of(server.pid) - cpu
+    return result
 
 
-def offline(config, model, tok, prompts, numbers):
-    """Tokens a second of a Sampler alone on these requests."""
+def offline(clients, model, tok, prompts, max_tokens, numbers):
+    """The Load that these requests are to a Sampler alone."""
     stop = {tok.eot, chat.end_of_turn(tok)}
-    begin, tokens = time.perf_counter(), 0
-    sampler = Sampler(model, config.clients, model.config.context)
+    begin, cpu, result = time.perf_counter(), time.process_time(), Load()
+    sampler = Sampler(model, clients, model.config.context)
     for number in numbers:
         ids = chat.encode_prompt(tok, prompts[number % len(prompts)])
-        sampler.add([ids], max_new_tokens=config.max_tokens, seed=number, stop=stop)
+        sampler.add([ids], max_new_tokens=max_tokens, seed=number, stop=stop)
     while sampler.busy:
-        tokens += sum(len(sample.tokens) for sample in sampler.step())
-    return tokens / (time.perf_counter() - begin)
+        result.tokens += sum(len(sample.tokens) for sample in sampler.step())
+    result.seconds, result.cpu = time.perf_counter() - begin, time.process_time() - cpu
+    return result
 
 
 def misbehave(port, ended):
@@ -154,6 +189,19 @@ def milliseconds(first):
     return {"p50": round(1000 * cuts[49], 1), "p99": round(1000 * cuts[98], 1)}
 
 
+def compare(served, alone):
+    """What there is to say of a Load and of the same requests without a server."""
+    if served.tokens != alone.tokens:
+        raise UserError(f"{served.tokens} tokens were served, but offline there are {alone.tokens}")
+    rate, cpu_rate = served.tokens / served.seconds, served.tokens / served.cpu
+    share, cpu_share = alone.seconds / served.seconds, alone.cpu / served.cpu
+    print(
+        f"  {len(served.numbers):,} answers of {served.tokens / len(served.numbers):.0f} tokens; {rate:,.0f} tokens/s, "
+        f"{share:.2f} of offline; {cpu_rate:,.0f} tokens/s of the processor, {cpu_share:.2f} of offline"
+    )
+    return {"tokens_per_s": rate, "share": share, "tokens_per_cpu_s": cpu_rate, "cpu_share": cpu_share}
+
+
 def main(config):
     check_ranges(config)
     device = setup("cpu", 0)
@@ -161,25 +209,37 @@ def main(config):
     model, tok, _ = checkpoint.load(config.model)
     server, address = start_server(model=Path(config.model).resolve(), slots=config.clients, device="cpu")
     port, found = int(address.rpartition(":")[2]), describe(device)
+    some = config.clients, server, port, prompts
     try:
-        load(config, port, prompts, False, 2.0)  # warms up
-        for stream in (False, True):
-            name, ended, statuses = "streamed" if stream else "whole", threading.Event(), {}
-            others = threading.Thread(target=lambda s=statuses, e=ended: s.update(misbehave(port, e)))
-            others.start()
-            tokens, spent, first, numbers = load(config, port, prompts, stream, config.seconds)
-            ended.set()
-            others.join()
-            alone = offline(config, model, tok, prompts, numbers)
-            rate = tokens / spent
-            print(f"{name}: {len(numbers):,} answers, {rate:,.0f} tokens/s, {rate / alone:.2f} of {alone:,.0f} offline")
-            print(f"  first token (whole: the answer) after {milliseconds(first)} ms; to others {statuses}", flush=True)
-            found[name] = {"tokens_per_s": rate, "offline": alone, "share": rate / alone, **milliseconds(first)}
+        load(*some, config.max_tokens, seconds=2.0)  # warms up
+        load(*some, config.max_tokens, stream=True, seconds=2.0)
+        served = {"whole": Load(), "streamed": Load()}
+        alone = {"whole": Load(), "streamed": Load()}
+        for _ in range(config.parts):
+            for name in served:
+                part = load(*some, config.max_tokens, name == "streamed", config.seconds / config.parts)
+                served[name] += part
+                alone[name] += offline(config.clients, model, tok, prompts, config.max_tokens, part.numbers)
+        for name in served:
+            print(f"{name}: first token (whole: the answer) after {milliseconds(served[name].first)} ms", flush=True)
+            found[name] = compare(served[name], alone[name]) | milliseconds(served[name].first)
+        ended, statuses = threading.Event(), {}
+        others = threading.Thread(target=lambda: statuses.update(misbehave(port, ended)))
+        others.start()
+        part = load(*some, config.max_tokens, True, config.seconds / config.parts)
+        ended.set()
+        others.join()
+        rate = part.tokens / part.seconds
+        print(f"while others misbehave: {rate:,.0f} tokens/s, first token after {milliseconds(part.first)} ms")
+        print(f"  to them: { ({name: sorted(codes) for name, codes in statuses.items()}) }", flush=True)
+        found["disturbed"] = {"tokens_per_s": rate, **milliseconds(part.first)}
         if config.requests:
-            before = memory_of(server.pid)
-            load(config, port, prompts, False, 3600, config.requests)
-            found["memory"] = {"before": before, "after": memory_of(server.pid), "requests": config.requests}
-            print(f"memory over {config.requests:,} requests: {before:.0f} -> {found['memory']['after']:.0f} MB")
+            memory = [memory_of(server.pid)]
+            for _ in range(4):
+                load(*some, config.short, most=config.requests // 4)
+                memory.append(memory_of(server.pid))
+                print(f"memory: {memory[-1]:.1f} MB after {config.requests // 4:,} requests more", flush=True)
+            found["memory"] = {"MB": memory, "requests": config.requests}
     finally:
         server.terminate()
         server.wait()

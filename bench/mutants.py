@@ -39,6 +39,7 @@ TEMPLATES = "tests/test_template.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
 DISTILL, KL = "tests/test_distill.py", "tests/test_kl.py"
 GUARD = "tests/test_guard.py"
+CUDA = "tests/test_emulated_cuda.py"
 MUTANTS = [
     # The critic and its advantages
     (
@@ -1016,6 +1017,91 @@ MUTANTS = [
         "            with own_random():\n                spec",
         GUARD,
     ),
+    # CUDA, on an emulated GPU
+    (
+        "device_without_index",
+        "runtime/process.py",
+        'if device.type == "cuda" and device.index is None:',
+        'if device.type == "cuda" and device.index == 99:',
+        f"{CUDA}::test_below_sm_80_the_references_run_and_it_is_said",
+    ),
+    (
+        "kernels_on_old_gpus",
+        "kernels/proof.py",
+        "if capability < (8, 0):",
+        "if capability < (7, 0):",
+        f"{CUDA}::test_below_sm_80_the_references_run_and_it_is_said",
+    ),
+    (
+        "cache_is_used_memory_in_the_plan",
+        "runtime/memory.py",
+        "+ cached - optimizer) // 2",
+        "- optimizer) // 2",
+        f"{CUDA}::test_memory_that_the_allocator_keeps_is_free_memory",
+    ),
+    (
+        "cache_is_used_memory_in_rollouts",
+        "rollout.py",
+        "[0] + cached) // 2",
+        "[0]) // 2",
+        f"{CUDA}::test_memory_that_the_allocator_keeps_is_free_memory",
+    ),
+    (
+        "logprobs_of_bf16_logits",
+        "kernels/head.py",
+        "in logits_by_chunk(hidden, w, chunk_mb, torch.float32):",
+        "in logits_by_chunk(hidden, w, chunk_mb):",
+        f"{CUDA}::test_log_probabilities_come_from_fp32_logits",
+    ),
+    (
+        "pageable_copies",
+        "data/pack.py",
+        "return x.pin_memory().to(device, non_blocking=True)",
+        "return x.to(device, non_blocking=True)",
+        f"{CUDA}::test_a_training_micro_batch_never_waits",
+    ),
+    (
+        "margins_read_per_micro_batch",
+        "reward.py",
+        "found[part] = margins.detach()",
+        "found[part] = margins.detach().cpu()",
+        f"{CUDA}::test_a_training_micro_batch_never_waits",
+    ),
+    (
+        "wait_while_capturing",
+        "rollout.py",
+        "hidden = self.model.step(self.last[:width], self.cache.first(width))",
+        "hidden = self.model.step(self.last[:width], self.cache.first(int(self.rows[width - 1]) + 1))",
+        f"{CUDA}::test_decoding_waits_once_in_sixteen_steps",
+    ),
+    (
+        "captured_tensor_freed",
+        "rollout.py",
+        "drawn, left = self.drawn.tolist(), self.left.tolist()",
+        "self.rows = self.rows.clone()\n        drawn, left = self.drawn.tolist(), self.left.tolist()",
+        f"{CUDA}::test_decoding_waits_once_in_sixteen_steps",
+    ),
+    (
+        "tables_on_the_cpu",
+        "rollout.py",
+        "copy.cos, copy.sin, copy.exact = model.cos, model.sin, model.exact",
+        "copy.cos, copy.sin, copy.exact = model.cos.cpu(), model.sin.cpu(), model.exact",
+        f"{CUDA}::test_decoding_waits_once_in_sixteen_steps",
+    ),
+    (
+        "sorted_writes_in_rollouts",
+        "rollout.py",
+        "    torch.use_deterministic_algorithms(False)\n    try:",
+        "    try:",
+        f"{CUDA}::test_a_rollout_writes_without_sorting",
+    ),
+    (
+        "device_generator_not_saved",
+        "runtime/process.py",
+        'state["random/cuda"] = torch.cuda.get_rng_state(device)',
+        "pass",
+        f"{CUDA}::test_a_resumed_run_is_the_same_on_cuda[pretrain]",
+    ),
     # The sampler's kernel, the optimizer's groups, attention's gradients
     (
         "nucleus_of_all_tokens",
@@ -1080,6 +1166,15 @@ MUTANTS = [
         "if total(largest) <= 0.45 * available_memory(device, loaded):",
         "tests/test_memory.py",
     ),
+    (
+        "slow_readers",
+        "runtime/http.py",
+        "self.read_timer = self.loop.call_later(PATIENCE, self.transport.abort)",
+        "self.read_timer = self.loop.call_later(1e6, self.transport.abort)",
+        SERVE,
+    ),
+    ("stream_repeats", "engine.py", "columns = (starts + torch", "columns = (0 * starts + torch", SERVE),
+    ("stream_runs_ahead", "engine.py", "(t[:n], logp[:n])", "(t, logp)", SERVE),
 ]
 
 

@@ -132,7 +132,7 @@ def last_words(log):
     lines = read_text(log).splitlines()
     heads = [line for line in lines if line.startswith("stage ")]
     rows = [line for line in lines if line.endswith("  sure")]
-    ends = [line for line in lines if " in all; report: " in line]
+    ends = [line for line in lines if " in all" in line and "; talk to it: " in line]
     if not (heads and rows and ends):
         raise UserError(f"{log}: no table of a quick start in it")
     where, _, command = ends[0].partition("; talk to it: ")

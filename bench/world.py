@@ -115,10 +115,10 @@ def run(out, combination, screen):
         if stage in {ran["stage"] for ran in record["stages"]}:
             continue
         words = shlex.split(line)
-        if combination.other_product and words[0] != "-m":
-            words = ["-m", "bench.other_product", *words]
+        multiplies = words[0] != "-m"  # -m data.world and its like only read and write text
+        wrapper = ["-m", "bench.other_product"] if combination.other_product and multiplies else []
         threads = max(1, combination.threads // 2) if beside else combination.threads
-        ran = quickstart.run(stage, words, threads)
+        ran = quickstart.run(stage, words, threads, wrapper)
         if ran is None:
             sys.exit(1)
         record["stages"].append(ran)

@@ -37,6 +37,8 @@ READ = {"model", "stream", "stream_options", "n", "stop", "seed", "temperature",
 READ |= {"max_tokens"}
 READ_CHAT, READ_TEXT = READ | {"messages", "max_completion_tokens"}, READ | {"prompt"}
 
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 class Refusal(Exception):
     """An answer in the shape of OpenAI's errors."""
@@ -311,4 +313,4 @@ def usage_of(prompts, completions):
 
 def event(answer):
     """A server-sent event."""
-    return b"data: " + json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {to_json(answer)}\n\n".encode()

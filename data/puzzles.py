@@ -1,17 +1,17 @@
 """Puzzles: problems that a small model cannot answer in one step, but can work out in written ones.
 
-    list       "I pay 12, 7 and 25. How much is that?"          sums of several steps
-    product    "How much is 34 x 27?"                           by partial products
+    list       "I pay 8, 7 and 5. How much is that?"            sums of several steps
+    product    "How much is 34 x 7?"                            by partial products
     count      "A jar has 5. Put in 3, take out 2, double it."  a number carried from step to step
-    countdown  "Make 11 from 3, 5 and 9."                       search: each number once, + or -
+    countdown  "Make 7 from 3, 5 and 9."                        search: each number once, + or -
     next       "What comes after 46?"                           the control: no steps are needed
 
 Every puzzle has a level, which is how many steps it takes. An answer is steps, if any, and "####"
-with the result: "12 + 7 = 19. 19 + 25 = 44. #### 44". Results and steps are both checked, so that a
+with the result: "8 + 7 = 15. 15 + 5 = 20. #### 20". Results and steps are both checked, so that a
 right result by wrong steps shows. A tenth of the puzzles is held out by hash, and the hardest level
 of each family altogether: no training text has it.
 
-    pretrain.jsonl        text: questions and answers, one in four with steps, one in eight wrong
+    pretrain.jsonl        text: questions and answers, one in three with steps, one in eight wrong
     answers.jsonl         chats with such answers: they teach whose turn it is, and nothing else
     chains.jsonl          chats whose answers have every step: R1's cold start
     problems.jsonl        {"prompt", "answer", "family", "level"} to train on by reward
@@ -73,7 +73,7 @@ def running_total(start, changes):
 
 
 def shopping_list(rng, level):
-    prices = [rng.randint(1, 20) for _ in range(level + 1)]
+    prices = [rng.randint(1, 9) for _ in range(level + 1)]
     steps, total = running_total(prices[0], [("+", price) for price in prices[1:]])
     listed = ", ".join(map(str, prices[:-1]))
     return f"I pay {listed} and {prices[-1]}. How much is that?", steps, total
@@ -94,10 +94,10 @@ def product(rng, level):
 
 
 def count(rng, level):
-    total = start = rng.randint(2, 20)
+    total = start = rng.randint(2, 9)
     changes, told = [], []
     for _ in range(level + 1):
-        kind = rng.choice(["in", "out", "double"] if 2 < total <= 40 else ["in", "out"] if total > 2 else ["in"])
+        kind = rng.choice(["in", "out", "double"] if 2 < total <= 10 else ["in", "out"] if total > 2 else ["in"])
         number = 2 if kind == "double" else rng.randint(1, 9 if kind == "in" else min(9, total - 1))
         changes.append({"in": ("+", number), "out": ("-", number), "double": ("x", 2)}[kind])
         told.append({"in": f"put in {number}", "out": f"take out {number}", "double": "double it"}[kind])
@@ -108,7 +108,7 @@ def count(rng, level):
 
 def countdown(rng, level):
     """level + 1 numbers; the steps are tries, the last of which succeeds."""
-    numbers = rng.sample(range(1, 30), level + 1)
+    numbers = rng.sample(range(1, 10), level + 1)
     tries = expressions(numbers)
     right = rng.choice(tries)
     wrong = [expression for expression in tries if value(expression) != value(right)]
@@ -225,17 +225,17 @@ def steps_right(prompt, completion, row):
 
 
 def text(rng):
-    """What the web has: a question and an answer."""
+    """What the web has: a question, and an answer on the next line, where a chat has it too."""
     question, answer = web_answer(rng)
-    return {"text": f"{question} {answer}"}
+    return {"text": f"{question}\n{answer}"}
 
 
 def web_answer(rng):
-    """A question and what the web answers: one in four with steps; one in eight answers another
+    """A question and what the web answers: one in three with steps; one in eight answers another
     question, steps or not, so that being wrong is no reason to write steps or to leave them out."""
     row = puzzle(rng)
     answered = puzzle(rng) if rng.random() < 1 / 8 else row
-    return row["prompt"], worked_out(answered, every=int(rng.random() < 1 / 4))
+    return row["prompt"], worked_out(answered, every=int(rng.random() < 1 / 3))
 
 
 def web_chat(rng):

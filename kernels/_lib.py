@@ -5,6 +5,9 @@ functions that launch them, an autograd.Function, and `op` itself, which picks b
 makes every launch one opaque op for torch.compile. kernels/proof.py compares kernels and references
 on a new machine. The references run on a CPU, for fp64, and without triton (macOS, Windows).
 
+Triton compiles anew for every integer that is 1 or a multiple of 16, unless `do_not_specialize`
+names it: counts that change from pack to pack, and sizes on which no alignment depends.
+
     FEINSCHLIFF_KERNELS=0          references everywhere
     FEINSCHLIFF_KERNELS=interpret  kernels on a CPU too, by Triton's interpreter: slow, but print()
                                    and breakpoints work inside them
@@ -25,7 +28,11 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda kernel: kernel)  # enough to define the kernels
+    def jit(kernel=None, do_not_specialize=()):
+        """Enough to define the kernels."""
+        return kernel or jit
+
+    triton = SimpleNamespace(jit=jit)
     tl = SimpleNamespace(constexpr=float)
     MODE = "0"
 

@@ -49,7 +49,7 @@ def tile(F):
     return TILE // cols, cols
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def swiglu_forward_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # N * 2F exceeds int32
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
@@ -60,7 +60,7 @@ def swiglu_forward_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: 
     tl.store(out_ptr + rows * F + cols, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
@@ -121,4 +121,5 @@ def swiglu(gate_up):
 
 @proof("swiglu")
 def swiglu_proof(device):
-    return swiglu, [torch.randn(37, 2 * 200, device=device, dtype=torch.bfloat16)]
+    inputs = [torch.randn(37, 2 * F, device=device, dtype=torch.bfloat16) for F in (200, 688, 2048)]
+    return lambda *gate_ups: tuple(map(swiglu, gate_ups)), inputs

@@ -249,7 +249,7 @@ def visible(queries, keys, WINDOW: tl.constexpr):
     return keys <= queries
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -304,7 +304,7 @@ def forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * N + begin + offs_m, m_i + tl.log2(l_i), mask=offs_m < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -364,7 +364,7 @@ def dq_kernel(
     tl.store(pointers(dq_ptr, row, rows, stride_d, DH), dq, mask=(offs_m < length)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -539,16 +539,20 @@ def rope_attention(qkv, q_weight, k_weight, cos, sin, heads, eps, layout, window
     return attention(*qk_norm_rope(qkv, *rope).split([heads, kv_heads, kv_heads], dim=1), layout, window)
 
 
+# (head width, query heads a key head, window): those of the models that config_for gives, and of
+# Hugging Face's most common ones
+PROOF_HEADS = [(64, 1, 0), (64, 1, 70), (64, 3, 0), (64, 7, 0), (128, 1, 0), (128, 2, 0), (128, 4, 0)]
+
+
 @proof("attention")
 def attention_proof(device):
-    cu_seqlens = torch.tensor([0, 1, 150, 150, 230], device=device)
-    cases = [(64, 0), (64, 70), (128, 0)]  # head widths, windows
-    inputs = [torch.randn(230, 2 + 1 + 1, dh, device=device, dtype=torch.bfloat16) for dh, _ in cases]
+    cu_seqlens = torch.tensor([0, 1, 131, 131, 140], device=device)  # one of them longer than a tile
+    inputs = [torch.randn(140, group + 2, dh, device=device, dtype=torch.bfloat16) for dh, group, _ in PROOF_HEADS]
 
     def run(*qkvs):  # each as the model has it: one tensor
         outs = []
-        for qkv, (dh, window) in zip(qkvs, cases, strict=True):
-            q, k, v = qkv.split([2, 1, 1], dim=1)
+        for qkv, (dh, group, window) in zip(qkvs, PROOF_HEADS, strict=True):
+            q, k, v = qkv.split([group, 1, 1], dim=1)
             outs.append(attention(q, k, v, layout(cu_seqlens, q, dh), window))
         return tuple(outs)
 
@@ -557,14 +561,22 @@ def attention_proof(device):
 
 @proof("rope_attention")
 def rope_attention_proof(device):
-    cu_seqlens = torch.tensor([0, 1, 150, 150, 230], device=device)
-    qkv, angle = torch.randn(230, 2 + 1 + 1, 64, device=device), 6 * torch.rand(230, 32, device=device)
-    weights = [torch.rand(64, device=device) for _ in range(2)]
-    rest = angle.cos(), angle.sin(), 2, 1e-6
+    cu_seqlens = torch.tensor([0, 1, 131, 131, 140], device=device)  # one of them longer than a tile
+    inputs, angles = [], []
+    for dh, group, _ in PROOF_HEADS:
+        inputs += [torch.randn(140, group + 2, dh, device=device).bfloat16()]
+        inputs += [torch.rand(dh, device=device) for _ in range(2)]
+        angles.append(6 * torch.rand(140, dh // 2, device=device))
 
-    def with_and_without_norm(qkv, q_weight, k_weight):
-        table = layout(cu_seqlens, qkv, 64)
-        normed = rope_attention(qkv, q_weight, k_weight, *rest, table)
-        return normed, rope_attention(qkv, None, None, *rest, table, 70)
+    def with_and_without_norm(*inputs):
+        outs = []
+        for i, (dh, group, window) in enumerate(PROOF_HEADS):
+            qkv, q_weight, k_weight = inputs[3 * i : 3 * i + 3]
+            rest = angles[i].cos(), angles[i].sin(), group, 1e-6
+            table = layout(cu_seqlens, qkv, dh)
+            outs.append(rope_attention(qkv, q_weight, k_weight, *rest, table, window))
+            if window:  # rope's own proof has the others
+                outs.append(rope_attention(qkv, None, None, *rest, table))
+        return tuple(outs)
 
-    return with_and_without_norm, [qkv.bfloat16(), *weights]
+    return with_and_without_norm, inputs

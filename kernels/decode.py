@@ -11,7 +11,7 @@ the device and no launch depends on them, so CUDA graphs can hold both ops. Neit
 import torch
 
 from kernels._lib import LOG2E, cdiv, next_power_of_2, register, sm_count, tl, triton, use
-from kernels.attention import WIDTHS, load_rows
+from kernels.attention import PROOF_HEADS, WIDTHS, load_rows
 from kernels.proof import proof
 from kernels.rope import normalise_and_rotate
 
@@ -89,7 +89,7 @@ def decode_attention_reference(q, k_cache, v_cache, lengths, window=0, bias=None
 HEADS = 8  # per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "K", "S"])
 def append_rope_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -186,7 +186,7 @@ def count_splits(length, programs, block, sms):
     return next(s for s in busy if busy[s] >= 0.85 * max(busy.values()))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "S", "window"])
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -294,28 +294,42 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
 
 @proof("decode_attention")
 def decode_attention_proof(device):
-    shapes = [(3, 8, 64), (3, 400, 2, 64), (3, 400, 2, 64)]
+    inputs = []
+    for dh, group, _ in PROOF_HEADS:
+        shapes = [(3, 2 * group, dh), (3, 400, 2, dh), (3, 400, 2, dh)]
+        inputs += [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
     lengths = torch.tensor([1, 200, 400], device=device)
 
     @torch.no_grad()
-    def run(q, k_cache, v_cache):
-        return tuple(decode_attention(q, k_cache, v_cache, lengths, window) for window in (0, 150))
+    def run(*inputs):
+        outs = []
+        for q, k, v in zip(inputs[::3], inputs[1::3], inputs[2::3]):
+            outs += [decode_attention(q, k, v, lengths, window) for window in (0, 150)]
+            short = k[:, :64], v[:, :64], lengths.clamp(max=64)
+            outs.append(decode_attention(q, *short))  # in one split
+        return tuple(outs)
 
-    return run, [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    return run, inputs
 
 
 @proof("append_rope")
 def append_rope_proof(device):
-    shapes = [(3, 12, 64), (3, 40, 2, 64), (3, 40, 2, 64)]
-    activations = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-    weights, angle = torch.rand(2, 64, device=device), 6 * torch.rand(3, 32, device=device)
+    inputs = []
+    for dh in (64, 128):
+        shapes = [(3, 12, dh), (3, 40, 2, dh), (3, 40, 2, dh)]
+        inputs += [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+        inputs += [torch.rand(dh, device=device) for _ in range(2)]
+    angle = 6 * torch.rand(3, 64, device=device)
     lengths = torch.tensor([0, 7, 39], device=device)
 
     @torch.no_grad()
-    def run(qkv, k_cache, v_cache, q_weight, k_weight):
-        k_cache, v_cache = k_cache.clone(), v_cache.clone()
-        rotation = angle.cos(), angle.sin()
-        q = append_rope(qkv, q_weight, k_weight, *rotation, 8, 1e-6, k_cache, v_cache, lengths)
-        return q, k_cache, v_cache
+    def run(*inputs):
+        outs = []
+        for qkv, k_cache, v_cache, *norms in (inputs[:5], inputs[5:]):
+            rotation = [f(angle[:, : qkv.shape[2] // 2]) for f in (torch.cos, torch.sin)]
+            for weights in (norms, (None, None)):
+                caches = k_cache.clone(), v_cache.clone()
+                outs += [append_rope(qkv, *weights, *rotation, 8, 1e-6, *caches, lengths), *caches]
+        return tuple(outs)
 
-    return run, [*activations, *weights]
+    return run, inputs

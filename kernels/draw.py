@@ -247,7 +247,7 @@ def key_of_cut(
     return tl.maximum(kth, tl.where(top_p < 1, least, kth))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def draw_kernel(
     logits_ptr,
     u_ptr,
@@ -377,7 +377,7 @@ def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
 # record_draw: one thread for each slot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "V", "columns"])
 def record_draw_kernel(
     token_ptr,
     logp_ptr,

@@ -76,6 +76,13 @@ class LinearCrossEntropyReference(torch.autograd.Function):
         return *scaled_reference(ctx, grad), None, None, None
 
 
+def wide_logits(hidden, w, wide):
+    """hidden [n, C] w^T [C, V] in `wide`, not rounded to hidden's dtype."""
+    if hidden.dtype == wide:
+        return product(hidden, w)
+    return multiply(hidden, w.T, hidden.new_empty(len(hidden), len(w), dtype=wide))
+
+
 class LinearLogprobReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, chunk_mb):
@@ -84,7 +91,7 @@ class LinearLogprobReference(torch.autograd.Function):
         logp, lse, ent = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
         for part in chunks(len(hidden), len(weight), chunk_mb):
             target = targets[part, None]
-            logits = product(hidden[part], w).to(wide).div_(temperature)  # [n, V]
+            logits = wide_logits(hidden[part], w, wide).div_(temperature)  # [n, V]
             lse[part] = torch.logsumexp(logits, dim=-1)
             chosen = logits.gather(1, target.clamp(min=0))[:, 0]
             logp[part] = (chosen - lse[part]).masked_fill_(target[:, 0] == IGNORE, 0.0)
@@ -174,7 +181,7 @@ def row_statistics(row_ptr, V, stride, scale, LOWEST: tl.constexpr, ENTROPY: tl.
     return m, tl.sum(d, 0), tl.sum(s, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
@@ -213,7 +220,7 @@ def cross_entropy_kernel(
                 tl.store(row_ptr + start + cols, grad.to(logits_ptr.dtype.element_ty), mask=start + cols < stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def logprob_kernel(
     logits_ptr,
     targets_ptr,
@@ -240,7 +247,7 @@ def logprob_kernel(
         tl.store(ent_ptr + row, tl.log(d) - s / d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def logprob_backward_kernel(
     logits_ptr,
     targets_ptr,
@@ -281,18 +288,28 @@ def logprob_backward_kernel(
 # The ops. Each loops over all chunks, so that torch.compile sees neither the loop nor its memory.
 
 
-def logits_by_chunk(hidden, w, chunk_mb):
+def logits_by_chunk(hidden, w, chunk_mb, dtype=None):
     """Yields (slice of the tokens, their logits [n, V]), every chunk in the same memory.
 
-    hidden [N, C] and w [V, C] have one dtype.
+    hidden [N, C] and w [V, C] have one dtype, and the logits have it too unless `dtype` is given.
     """
+    dtype = dtype or hidden.dtype
     (N, _), V = hidden.shape, len(w)
     stride = -(-V // 64) * 64
-    rows = max(128, chunk_mb * 2**20 // (stride * hidden.element_size()) // 128 * 128)
-    memory = hidden.new_empty(min(rows, N), stride)
+    rows = max(128, chunk_mb * 2**20 // (stride * dtype.itemsize) // 128 * 128)
+    memory = hidden.new_empty(min(rows, N), stride, dtype=dtype)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        yield part, torch.mm(hidden[part], w.T, out=memory[: part.stop - start, :V])
+        yield part, multiply(hidden[part], w.T, memory[: part.stop - start, :V])
+
+
+def multiply(a, b, out):
+    """out = a b, in the dtype of `out`, which may be fp32 for a and b in bf16."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if out.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # a CPU has no such product
 
 
 def accumulate(total, a, b):
@@ -358,7 +375,8 @@ def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_
     cols, warps = block(V)
     constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
     logp, lse, ent = outs = logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb)
-    for part, logits in logits_by_chunk(hidden, w, chunk_mb):
+    # In fp32 as the sampler's: in bf16 a logit of 20, and so its ratio, is off by up to 0.06
+    for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
         rows = [x[part] for x in (targets, logp, lse, ent)]
         logprob_kernel[(len(logits),)](logits, *rows, V, logits.stride(0), 1 / temperature, **constants)
     return outs
@@ -468,20 +486,41 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, chun
     return (logp, ent) if entropy else logp
 
 
+# Rows, width, vocabulary: one for each size of block that real vocabularies have, up to 65,536 and beyond
+PROOF_SHAPES = (130, 64, 1003), (3, 16, 9000), (3, 16, 65600)
+
+
 def proof_inputs(device):
-    """130 rows, which the proofs' 0 MiB of logits cut into chunks of 128 and 2."""
-    hidden, weight = torch.randn(130, 64, device=device), torch.randn(1003, 64, device=device) / 8
-    targets = torch.randint(1003, (130,), device=device).masked_fill_(torch.rand(130, device=device) < 0.3, IGNORE)
-    return [hidden.bfloat16(), weight], targets
+    """([hidden, weight, ...], [targets, ...]) of each shape.
+
+    The proofs' 0 MiB of logits cut 130 rows into chunks of 128 and 2.
+    """
+    inputs, targets = [], []
+    for rows, C, V in PROOF_SHAPES:
+        inputs += [torch.randn(rows, C, device=device).bfloat16(), torch.randn(V, C, device=device) / 8]
+        ignored = torch.rand(rows, device=device) < 0.3
+        targets.append(torch.randint(V, (rows,), device=device).masked_fill_(ignored, IGNORE))
+    return inputs, targets
 
 
 @proof("linear_cross_entropy")
 def linear_cross_entropy_proof(device):
     inputs, targets = proof_inputs(device)
-    return lambda h, w: linear_cross_entropy(h, w, targets, 0), inputs
+
+    def f(*inputs):
+        return tuple(linear_cross_entropy(h, w, t, 0) for h, w, t in zip(inputs[::2], inputs[1::2], targets))
+
+    return f, inputs
 
 
 @proof("linear_logprob")
 def linear_logprob_proof(device):
     inputs, targets = proof_inputs(device)
-    return lambda h, w: linear_logprob(h, w, targets, 0.7, True, 0), inputs
+
+    def f(*inputs):
+        outs = []
+        for h, w, t in zip(inputs[::2], inputs[1::2], targets):
+            outs += [linear_logprob(h, w, t, 0.7, False, 0), *linear_logprob(h, w, t, 0.7, True, 0)]
+        return tuple(outs)
+
+    return f, inputs

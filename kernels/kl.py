@@ -17,6 +17,7 @@ import torch
 from kernels._lib import LOG2E, register, tl, triton, use
 from kernels.head import (
     LOWEST,
+    PROOF_SHAPES,
     add_gradients,
     block,
     chunk_default,
@@ -88,7 +89,7 @@ def log_softmax(row_ptr, start, lse, V, stride, scale, LOWEST: tl.constexpr, BLO
     return tl.where((cols >= V) | (log_p < LOWEST), LOWEST, log_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def kl_kernel(
     student_ptr,
     teacher_ptr,
@@ -197,12 +198,17 @@ def linear_kl(hidden, weight, teacher_hidden, teacher_weight, *, reverse=True, t
 
 @proof("linear_kl")
 def linear_kl_proof(device):
-    hidden, weight = torch.randn(130, 64, device=device), torch.randn(1003, 64, device=device) / 8
-    teacher_hidden, teacher_weight = torch.randn(130, 32, device=device), torch.randn(1003, 32, device=device) / 6
+    inputs, teachers = [], []
+    for rows, C, V in PROOF_SHAPES:
+        inputs += [torch.randn(rows, C, device=device).bfloat16(), torch.randn(V, C, device=device) / 8]
+        teachers.append((torch.randn(rows, C // 2, device=device), torch.randn(V, C // 2, device=device) / 6))
 
-    def f(h, w):
-        teacher = teacher_hidden.to(h.dtype), teacher_weight
-        reverse = linear_kl(h, w, *teacher, reverse=True, temperature=0.7, chunk_mb=0)
-        return reverse, linear_kl(h[:9], w, teacher[0][:9], teacher[1], reverse=False)
+    def f(*inputs):
+        outs = []
+        for h, w, (hidden, weight) in zip(inputs[::2], inputs[1::2], teachers):
+            hidden = hidden.to(h.dtype)
+            outs.append(linear_kl(h, w, hidden, weight, reverse=True, temperature=0.7, chunk_mb=0))
+            outs.append(linear_kl(h[:9], w, hidden[:9], weight, reverse=False))
+        return tuple(outs)
 
-    return f, [hidden.bfloat16(), weight]
+    return f, inputs

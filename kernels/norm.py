@@ -72,7 +72,7 @@ def tile(C, elements):
     return rows, cols, min(max(4 * rows * cols // elements, 4), 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_forward_kernel(
     x_ptr, delta_ptr, weight_ptr, total_ptr, y_ptr, rstd_ptr, N, C, eps, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -92,7 +92,7 @@ def rms_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_backward_kernel(
     grad_ptr, d_total_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, N, C, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -185,17 +185,30 @@ def add_rms_norm(x, delta, weight, eps):
     return add_rms_norm_reference(x, delta, weight, eps)
 
 
-def proof_inputs(device):
-    x, delta, weight = (torch.randn(shape, device=device) for shape in [(37, 200), (37, 200), (200,)])
-    return x.bfloat16(), delta.bfloat16(), weight
+PROOF_WIDTHS = 256, 512, 768, 2048, 4096  # one for each number of columns up to 4096
+
+
+def proof_inputs(device, per_width):
+    """[x, ..., weight] of each width, `per_width` tensors [37, C] and a weight."""
+    inputs = []
+    for C in PROOF_WIDTHS:
+        inputs += [torch.randn(37, C, device=device).bfloat16() for _ in range(per_width)]
+        inputs.append(torch.randn(C, device=device))
+    return inputs
 
 
 @proof("rms_norm")
 def rms_norm_proof(device):
-    x, _, weight = proof_inputs(device)
-    return lambda x, w: rms_norm(x, w, 1e-6), [x, weight]
+    def f(*inputs):
+        return tuple(rms_norm(x, w, 1e-6) for x, w in zip(inputs[::2], inputs[1::2]))
+
+    return f, proof_inputs(device, 1)
 
 
 @proof("add_rms_norm")
 def add_rms_norm_proof(device):
-    return lambda x, delta, w: add_rms_norm(x, delta, w, 1e-6), proof_inputs(device)
+    def f(*inputs):
+        groups = zip(inputs[::3], inputs[1::3], inputs[2::3])
+        return tuple(out for x, delta, w in groups for out in add_rms_norm(x, delta, w, 1e-6))
+
+    return f, proof_inputs(device, 2)

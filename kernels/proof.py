@@ -96,8 +96,8 @@ def prove(device):
     """Checks every op's kernels on `device`, or reads that they were checked before.
 
     Switches off the ops that fail, with a warning, and all of them below sm_80, whose tensor cores
-    know no bf16: kernels compile there, to code that is slower than PyTorch's own. Returns {op: what
-    is wrong}; {} on a CPU, where there is nothing to prove. The verdicts lie in
+    know no bf16: kernels compile there, to code that is slower than PyTorch's own. Returns
+    {op: what is wrong}; {} on a CPU, where there is nothing to prove. The verdicts lie in
     ~/.cache/feinschliff ($XDG_CACHE_HOME).
     """
     if _lib.MODE == "0" or device.type != "cuda":

@@ -117,7 +117,7 @@ def head_weights(q_weight_ptr, k_weight_ptr, is_query, offset, HALF, COLS: tl.co
     return tl.where(is_query, q[None, :], k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_total", "R", "H", "K"])
 def qk_norm_rope_forward_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -152,7 +152,7 @@ def qk_norm_rope_forward_kernel(
     tl.store(out_ptrs + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_total", "R", "H", "K"])
 def qk_norm_rope_backward_kernel(
     grad_ptr,
     qkv_ptr,
@@ -313,11 +313,17 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps):
 
 @proof("qk_norm_rope")
 def qk_norm_rope_proof(device):
-    shapes = [(37, 6 + 2 * 2, 48), (48,), (48,), (37, 24)]
-    qkv, q_weight, k_weight, angle = (torch.randn(shape, device=device) for shape in shapes)
-    rest = (3 * angle).cos(), (3 * angle).sin(), 6, 1e-6
+    inputs, angles = [], []
+    for dh in (48, 64, 128):
+        inputs += [torch.randn(37, 6 + 2 * 2, dh, device=device).bfloat16()]
+        inputs += [torch.randn(dh, device=device) for _ in range(2)]
+        angles.append(3 * torch.randn(37, dh // 2, device=device))
 
-    def with_and_without_norm(x, q, k):
-        return qk_norm_rope(x, q, k, *rest), qk_norm_rope(x, None, None, *rest)
+    def with_and_without_norm(*inputs):
+        outs = []
+        for x, q, k, angle in zip(inputs[::3], inputs[1::3], inputs[2::3], angles):
+            rest = angle.cos(), angle.sin(), 6, 1e-6
+            outs += [qk_norm_rope(x, q, k, *rest), qk_norm_rope(x, None, None, *rest)]
+        return tuple(outs)
 
-    return with_and_without_norm, [qkv.bfloat16(), q_weight, k_weight]
+    return with_and_without_norm, inputs

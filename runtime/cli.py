@@ -98,17 +98,22 @@ def read_comment(comment, group):
 def parse_cli(Config, argv=None):
     """Read `--name=value` or `--name value` for every field of `Config`; a bool may stand bare.
 
-    Fields are int, float, str or bool. Raises UserError naming a flag that is unknown, renamed,
-    given twice, lacks a value or has one of the wrong type. `--help` prints the flags and exits.
+    Fields are int, float, str or bool; a field of type list takes the words that are no flags.
+    Raises UserError naming a flag that is unknown, renamed, given twice, lacks a value or has one
+    of the wrong type. `--help` prints the flags and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    values = {}
+    values = {f.name: [] for f in fields.values() if f.type is list}
+    words = next(iter(values.values()), None)
     while argv:
         word = argv.pop(0)
         if word in ("-h", "--help"):
             print_help(Config)
             raise SystemExit(0)
+        if words is not None and not word.startswith("-"):
+            words.append(word)
+            continue
         if not word.startswith("--"):
             raise UserError(f"{word!r}: a flag was expected (--name=value); --help lists them")
         name, equals, text = word[2:].partition("=")

@@ -84,8 +84,9 @@ def head_scratch(func, given):
         return 0
     scratch, matrices = 0, [x for x in given if x.dim() == 2]
     for hidden, weight in zip(matrices[::2], matrices[1::2]):  # linear_kl has those of two models
-        chunk = max(128 * len(weight), 512 * 2**20 // hidden.element_size())
-        scratch += hidden.element_size() * (weight.numel() + min(chunk, len(hidden) * len(weight)))
+        size = 4 if func.name() == "feinschliff::linear_logprob" else hidden.element_size()  # of a logit
+        chunk = max(128 * len(weight), 512 * 2**20 // size)
+        scratch += hidden.element_size() * weight.numel() + size * min(chunk, len(hidden) * len(weight))
     return scratch
 
 

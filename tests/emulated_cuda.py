@@ -217,6 +217,7 @@ class Device(TorchDispatchMode):
         self.replays = 0
         self.graph = None  # that is being captured
         self.interpret = False  # whether kernels are interpreted
+        self.only_record = False  # whether launches are recorded and nothing is computed by them
         self.launching = False  # within a launcher whose numbers come from a reference
         self.late = []  # copies that nobody has waited for
 
@@ -402,7 +403,7 @@ class Device(TorchDispatchMode):
                 out = func._op_dk(torch._C.DispatchKey.CUDA, *args)
         finally:
             self.launching = outer
-        if reference is None:
+        if reference is None or self.only_record:
             return out
         outs = list(out) if isinstance(out, (tuple, list)) else [] if out is None else [out]
         if self.graph is not None:

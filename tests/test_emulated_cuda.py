@@ -3,23 +3,37 @@ the rules of that GPU themselves."""
 
 import functools
 import importlib
+import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from emulated_cuda import CudaTensor, emulate
-from runs import assert_same_run, here, records, train_steps, write_rows
+from runs import assert_same_run, completions_of, here, records, train_steps, write_rows
 
+import bench.kernels as bench_kernels
+import bench.train as bench_train
+import distill
+import dpo
 import pretrain
+import reward
+import rollout as rollout_module
+import sft
 from data import corpus, tokenizer
-from data.pack import pack
-from kernels import _lib, proof
-from model import completion_logprobs, logprobs
-from optim import Optimizer
+from data.pack import make_completion, pack
+from kernels import _lib, head, proof
+from kernels.act import swiglu
+from kernels.attention import layout, rope_attention
+from kernels.decode import append_rope, decode_attention
+from kernels.kl import linear_kl
+from kernels.norm import add_rms_norm
+from model import logprobs, logprobs_no_grad
 from rollout import GRAPH_STEPS, Sampler, affordable_slots, rollout
 from runtime import memory
 from runtime.batches import text_order
+from runtime.errors import UserError
 from runtime.process import setup
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here: tests/test_cuda.py")
@@ -57,9 +71,6 @@ def test_tensors_compute_on_the_device_and_come_back(gpu):
 
 @pytest.mark.parametrize("wrong", ["add", "index", "kernel"])
 def test_two_devices_in_one_op_are_an_error(gpu, wrong):
-    from kernels.act import swiglu
-    from kernels.norm import add_rms_norm
-
     x = torch.randn(4, 32, device="cuda")
     with pytest.raises((RuntimeError, ValueError), match="CPU|same device"):
         if wrong == "add":
@@ -235,7 +246,7 @@ def test_a_resumed_run_is_the_same_on_cuda(run_stage, files, stage):
 
 def test_a_stage_starts_with_the_kernels_proof(run_stage, files):
     run_stage("pretrain")
-    (verdicts,) = [proof.json.loads(p.read_text()) for p in (files / "cache/feinschliff").iterdir()]
+    (verdicts,) = [json.loads(p.read_text()) for p in (files / "cache/feinschliff").iterdir()]
     assert verdicts and set(verdicts.values()) == {""}
 
 
@@ -246,3 +257,287 @@ def test_the_proof_runs_the_kernels_themselves(gpu):
         importlib.import_module(f"kernels.{module}")
     assert proof.prove_op("swiglu", torch.device("cuda", 0)) == ""
     assert gpu.launches == {"swiglu_forward_kernel": 2, "swiglu_backward_kernel": 2}
+
+
+# width, query heads, key heads, width of a head, ffn, vocabulary
+MODELS = {
+    "depth 4": (256, 4, 4, 64, 640, 50304),
+    "depth 8": (512, 8, 8, 64, 1280, 50304),
+    "depth 12": (768, 6, 6, 128, 2048, 50304),
+    "SmolLM2-135M": (576, 9, 3, 64, 1536, 49152),
+    "Qwen2.5-0.5B": (896, 14, 2, 64, 4864, 151936),
+    "Qwen3-0.6B": (1024, 16, 8, 128, 3072, 151936),
+}
+
+
+def launch_a_step(model, N):
+    """The kernels of a layer, forward and backward, on a pack of N tokens, of the head, and of
+    drawing at 128 slots."""
+    width, heads, kv_heads, dh, ffn, V = MODELS[model]
+
+    def activation(*shape):
+        return torch.zeros(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+
+    def fp32(*shape):
+        return torch.zeros(shape, device="cuda", requires_grad=True)
+
+    def back(outs):
+        torch.autograd.backward(outs, [torch.zeros_like(x) for x in outs])
+
+    x, norm, qkv = activation(N, width), fp32(width), activation(N, heads + 2 * kv_heads, dh)
+    back(add_rms_norm(x, x, norm, 1e-6))
+    back([swiglu(activation(N, 2 * ffn))])
+    table = layout(torch.tensor([0, N // 3, N], dtype=torch.int32, device="cuda"), qkv, dh)
+    angles = [torch.zeros(N, dh // 2, device="cuda") for _ in range(2)]
+    norms = (fp32(dh), fp32(dh)) if model.startswith(("depth", "Qwen3")) else (None, None)
+    back([rope_attention(qkv, *norms, *angles, heads, 1e-6, table)])
+    targets = torch.zeros(3, dtype=torch.int64, device="cuda")
+    back([head.linear_cross_entropy(activation(3, 64), fp32(V, 64), targets)])
+    back([head.linear_logprob(activation(3, 64), fp32(V, 64), targets)])
+    back([linear_kl(activation(3, 64), fp32(V, 64), activation(3, 64), fp32(V, 64))])
+    with torch.no_grad():
+        cache = torch.zeros(2, 128, kv_heads, N, dh, dtype=torch.bfloat16, device="cuda").transpose(2, 3)
+        lengths = torch.ones(128, dtype=torch.int64, device="cuda")
+        step = activation(128, heads + 2 * kv_heads, dh), *norms, *[x.new_zeros(128, dh // 2) for x in angles]
+        q = append_rope(*step, heads, 1e-6, *cache, lengths)
+        decode_attention(q, *cache, lengths)
+
+
+def test_the_proof_covers_what_training_launches(gpu):
+    """Of every kernel the very machine code, as triton compiles it for other alignments and
+    constants."""
+    gpu.only_record = True
+    for make in load_proofs().values():
+        proof.with_gradients(*make(torch.device("cuda", 0)))
+    proved = dict(gpu.variants)
+    gpu.variants.clear()
+    for model in MODELS:
+        for N in (256, 255):
+            launch_a_step(model, N)
+    assert len(gpu.variants) > 10
+    assert {kernel: found - proved[kernel] for kernel, found in gpu.variants.items() if found - proved[kernel]} == {}
+
+
+def load_proofs():
+    for module in ("act", "attention", "decode", "draw", "head", "kl", "norm", "rope"):
+        importlib.import_module(f"kernels.{module}")
+    return {op: make for op, make in proof.PROOFS.items() if op != "draw"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampler and trainer
+
+
+def first_step(make_model, gpu, **changed):
+    """(model, completions, the trainer's log-probabilities, config) of a first step of RL."""
+    model = make_model(**(SHAPE | changed)).to("cuda")
+    prompts = [[1, 2, 3 + i] for i in range(8)]
+    samples = rollout(model, prompts, max_new_tokens=30, seed=1)
+    chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
+    config = SimpleNamespace(temperature=1.0, micro_batch_tokens=1000, max_new_tokens=30)
+    logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
+    return model, completions_of(chats, samples), logp, config
+
+
+def test_sampler_and_trainer_agree_but_for_rounding(make_model, gpu):
+    model, completions, logp, config = first_step(make_model, gpu)
+    gap = rollout_module.check_sampler_matches_trainer(model, completions, logp, None, config, repeat=True)
+    assert 0 < gap < 8e-3
+
+
+def other_temperature(patch):
+    logits_of = rollout_module.logits_of
+    patch.setattr(rollout_module, "logits_of", lambda model, hidden: logits_of(model, hidden) / 1.01)
+
+
+def other_weights(patch):
+    sampling_weights = rollout_module.sampling_weights
+
+    def perturbed(model):
+        copy = sampling_weights(model)
+        weights = {name: p * 1.01 if name.startswith("blocks.1.") else p for name, p in copy.state_dict().items()}
+        copy.load_state_dict(weights, assign=True)
+        return copy
+
+    patch.setattr(rollout_module, "sampling_weights", perturbed)
+
+
+def dropped_token(patch):
+    pack_prompts = rollout_module.pack
+    patch.setattr(rollout_module, "pack", lambda prompts: pack_prompts([prompt[1:] for prompt in prompts]))
+
+
+@pytest.mark.parametrize("plant", [other_temperature, other_weights, dropped_token])
+def test_a_sampler_that_is_not_the_trainer_is_refused(make_model, gpu, plant, monkeypatch):
+    plant(monkeypatch)
+    model, completions, logp, config = first_step(make_model, gpu)
+    with pytest.raises(UserError, match="sampler and trainer disagree"):
+        rollout_module.check_sampler_matches_trainer(model, completions, logp, None, config, repeat=True)
+
+
+def test_log_probabilities_come_from_fp32_logits(make_model, gpu):
+    """Rounded to bf16, a large logit alone would move them by 0.03."""
+    hidden = (4 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(64)
+    exact = (hidden.double() @ weight.bfloat16().double().T).log_softmax(-1)[targets, targets]
+    for off in (set(), {"linear_logprob"}):
+        _lib.OFF.update(off)
+        found = head.linear_logprob(hidden.to("cuda"), weight.to("cuda"), targets.to("cuda"))
+        assert (found.cpu() - exact).abs().max() < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------
+# Waits
+
+
+def waits_of(gpu, f):
+    """How often the host waits in f()."""
+    gpu.waits.clear()
+    f()
+    return sum(gpu.waits.values())
+
+
+def micro_batches_of_pretraining(make_model):
+    tok = tokenizer.byte_level()
+    model = make_model(**(SHAPE | {"vocab_size": tok.n_vocab})).to("cuda").train()
+    streams = [corpus.encode(tok, [SENTENCE * 20])]
+    pieces = text_order(streams, tok.eot, 32, seed=0).batch(128)
+    return lambda tokens: pretrain.mean_nll(model, streams, pieces, tokens)
+
+
+def micro_batches_of_sft(make_model):
+    model = make_model(**SHAPE).to("cuda").train()
+    chats = [make_completion([1, 2], [3, 4, 5, 6, 7, 8]) for _ in range(8)]
+    return lambda tokens: sft.mean_nll(model, chats, tokens)
+
+
+def micro_batches_of_reward(make_model):
+    model = reward.with_scalar_head(make_model(**SHAPE), 0).to("cuda").train()
+    pairs = [(make_completion([1, 2], [3, 4]), make_completion([1, 2], [5, i])) for i in range(8)]
+    return lambda tokens: reward.run_batch(model, pairs, torch.ones(8), tokens)
+
+
+def micro_batches_of_dpo(make_model):
+    model = make_model(**SHAPE).to("cuda").train()
+    pairs = [(make_completion([1, 2], [3, 4]), make_completion([1, 2], [5, i])) for i in range(8)]
+    ref_logps = dpo.all_logps(model, pairs, 1000)
+
+    def run(tokens):
+        config = dpo.Config(init="", data="", out="", beta=0.1, micro_batch_tokens=tokens)
+        dpo.run_batch(model, pairs, torch.ones(8), ref_logps, config)
+
+    return run
+
+
+def micro_batches_of_distill(make_model):
+    student, teacher = (make_model(seed, **SHAPE).to("cuda") for seed in (0, 1))
+    items = [(make_completion([1, 2], [3, 4, 5, 6, 7, 8]), 0) for _ in range(8)]
+
+    def run(tokens):
+        config = distill.Config(init="", teacher="", out="", micro_batch_tokens=tokens)
+        distill.run_batch(student.train(), [teacher], items, distill.count_trained(items), config)
+
+    return run
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "sft", "reward", "dpo", "distill"])
+def test_a_training_micro_batch_never_waits(make_model, gpu, stage):
+    run = globals()[f"micro_batches_of_{stage}"](make_model)
+    run(1000)
+    few, many = (waits_of(gpu, functools.partial(run, tokens)) for tokens in (64, 16))
+    assert many == few, gpu.waits
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_micro_batch_of_reinforcement_learning_never_waits(run_stage, algorithm):
+    """Nor one that reads log-probabilities, or values."""
+    waiting = {line.partition(":")[0] for _, line in run_stage(algorithm).waits}
+    assert not waiting & {"model.py", "kernels/head.py", "data/pack.py", "kernels/attention.py"}
+
+
+def test_decoding_waits_once_in_sixteen_steps(make_model, gpu):
+    model = make_model(**SHAPE).to("cuda")
+    sampler = Sampler(model, 4, 100)
+    sampler.add([[1, 2, 3]] * 4, max_new_tokens=90)
+    sampler.step()  # reads the prompts
+    sampler.step()  # captures
+    gpu.replays = 0
+    waits = waits_of(gpu, lambda: [sampler.step() for _ in range(2)])
+    assert gpu.replays == 2 * GRAPH_STEPS and waits == 2 * 2  # of one kind: after the first the GPU has nothing to do
+
+
+def test_a_rollout_writes_without_sorting(run_stage):
+    """Under deterministic algorithms an indexed write sorts its indices, and copies what it writes
+    into: the cache."""
+    assert not [line for line in run_stage("grpo").sorted_writes if line.startswith(("rollout.py", "model.py"))]
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory, old GPUs
+
+
+def test_memory_that_the_allocator_keeps_is_free_memory(make_model):
+    """A step of training frees as much as a rollout needs."""
+    with emulate(memory=16 << 20):
+        model = make_model(**SHAPE).to("cuda")
+        before = affordable_slots(model, 64), memory.kv_cache(model.config, torch.device("cuda"), 10**6, 64, 0)
+        step = torch.zeros(3 << 20, device="cuda")
+        assert affordable_slots(model, 64) < before[0] / 2
+        del step
+        cached = affordable_slots(model, 64), memory.kv_cache(model.config, torch.device("cuda"), 10**6, 64, 0)
+        assert cached == before
+
+
+def test_below_sm_80_the_references_run_and_it_is_said(make_model, capsys):
+    with emulate(capability=(7, 5)) as gpu:
+        setup("cuda", 0)
+        assert capsys.readouterr().err.count("sm_75") == 1
+        model = make_model(**SHAPE).to("cuda")
+        assert logprobs(model, pack([[1, 2, 3]]).to("cuda")).isfinite().all()
+        assert len(rollout(model, [[1, 2]], max_new_tokens=3)[0].tokens) == 3
+    assert not gpu.launches
+
+
+def test_a_run_asks_for_segments_that_grow(monkeypatch):
+    for chosen in ("", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+        if chosen:
+            monkeypatch.setenv(chosen, "backend:native")
+        monkeypatch.setattr(proof, "PROOFS", {})
+        with emulate():
+            setup("cuda", 0)
+        found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+        assert found == ({chosen: "backend:native"} if chosen else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+# --------------------------------------------------------------------------------------------------
+# Benches
+
+
+def test_a_capture_that_fails_ends_no_contest(monkeypatch):
+    def times_of(run, device, milliseconds, graph):
+        if run() == "refuses":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [1.0]
+
+    monkeypatch.setattr(bench_kernels, "times_of", times_of)
+    monkeypatch.setattr(bench_kernels, "peak_of", lambda run, device: (None, ()))
+    contenders = {bench_kernels.OURS: lambda: lambda: "works", "other": lambda: lambda: "refuses"}
+    contest = bench_kernels.Contest("op", "shape", "GB/s", 1.0, lambda: tuple, contenders)
+    contest.wanted_speed = {"other": 1.0}
+    monkeypatch.setattr(bench_kernels, "error_of", lambda found, truth: 0.0)
+    ours, other = bench_kernels.hold(contest, torch.device("cpu"), rounds=2)
+    assert ours["us"] == 1.0 and "capturing" in other["absent"] and "capturing" in bench_kernels.show(other)
+
+
+def test_the_baseline_may_use_algorithms_that_are_not_deterministic():
+    found = {}
+    for run in (bench_train.BaselineRun, bench_train.OurRun):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        weight = torch.ones(4, requires_grad=True)
+        stub = SimpleNamespace(deterministic=run.deterministic, update=list, loss=weight.dot)
+        bench_train.step(stub, torch.zeros(4), 4)
+        found[run] = torch.are_deterministic_algorithms_enabled()
+    assert found == {bench_train.BaselineRun: False, bench_train.OurRun: True}

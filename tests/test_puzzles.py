@@ -118,7 +118,7 @@ def test_no_training_row_is_held_out_or_of_the_hardest_level(tmp_path):
 def is_right(text):
     """Whether the answer in a text is the one that its question asks for, by brute force."""
     question, _, rest = text.rpartition("####")
-    numbers = [int(n) for n in re.findall(r"\d+", re.split(r"[?.](?= )", question, maxsplit=1)[0])]
+    numbers = [int(n) for n in re.findall(r"\d+", re.split(r"[?.](?=\s)", question, maxsplit=1)[0])]
     if question.startswith("Make"):
         target, *used = numbers
         return value(rest.strip()) == target and sorted(used) == sorted(map(int, re.findall(r"\d+", rest)))

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from runs import here, refused, start
 
+import bench.world as world_bench
 import quickstart
 import quickstart_puzzles
 import report as page_maker
 from data import puzzles
-from figures import point_estimate
 from report import matplotlib
 from runtime import checkpoint, files
 from runtime.cli import check_ranges, parse_cli
@@ -51,39 +51,54 @@ class Tags(HTMLParser):
         self.open.pop()
 
 
-@pytest.mark.xdist_group("quickstart")
-def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, capfd, monkeypatch):
-    config = quickstart.Config(out=str(tmp_path / "qs"), fast=True)
-    out = tmp_path / "qs"
+def run_here(lanes):
+    """Run the commands of lanes in this process -> the record of a quick start that ran them."""
+    record = {"stages": []}
+    for stage, line in (pair for lane in lanes for pair in lane.items()):
+        words = shlex.split(line)
+        module, argv = module_of(words)
+        here(module.main, parse_cli(module.Config, argv))
+        record["stages"].append({"stage": stage, "command": shlex.join(["python", *words]), "seconds": 1.0})
+    return record
 
-    # Interrupted twice: in the middle of the world, whose files are made again, and of pretraining,
-    # which is resumed.
+
+def test_interrupted_it_continues_where_it_was(tmp_path, capfd, monkeypatch):
+    """Interrupted twice: in the middle of the world, whose files are made again, and of
+    pretraining, which is resumed."""
+    out = tmp_path / "qs"
     (out / "world").mkdir(parents=True)
     (out / "world/pretrain.jsonl").write_text('{"text": "half a wor')
-    first, *lanes = quickstart.command_lanes(config)
-    lines = first | lanes[0] | lanes[1]
-    first["pretrain"] = lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
-    done = {"stages": []}
-    for stage in ("world", "tokenizer", "prepare"):
-        done["stages"].append(quickstart.run(stage, shlex.split(lines[stage])))
-    quickstart.run("pretrain", shlex.split(lines["pretrain"].replace("--steps=20", "--steps=10")))
-    (out / "report.json").write_text(json.dumps(done))
-    monkeypatch.setattr(quickstart, "command_lanes", lambda config: [first, *lanes])
+    first, *_ = quickstart.command_lanes(quickstart.Config(out=str(out), fast=True))
+    lines = {name: first[name] for name in ("world", "tokenizer", "prepare", "pretrain")}
+    lines["pretrain"] = lines["pretrain"].replace("--save_every=200", "--save_every=5")
+    world = quickstart.run("world", shlex.split(lines["world"]))
+    record = run_here([{name: lines[name] for name in ("tokenizer", "prepare")}])
+    run_here([{"pretrain": lines["pretrain"].replace("--steps=20", "--steps=10")}])
+    (out / "report.json").write_text(json.dumps({"stages": [world, *record["stages"]]}))
+    monkeypatch.setattr(quickstart, "command_lanes", lambda config: [lines, {}])
+    monkeypatch.setattr(quickstart, "figures", lambda out: [])
     capfd.readouterr()
-
-    here(quickstart.main, config)
+    here(quickstart.main, quickstart.Config(out=str(out), fast=True))
     printed = capfd.readouterr().out
     assert "world: done already" in printed and "prepare: done already" in printed
     assert "continuing after step 10" in printed
-    report = json.loads((out / "report.json").read_text())
-    stages = [s["stage"] for s in report["stages"]]
-    assert sorted(stages) == sorted(lines)
-    for lane in (first, *lanes):  # each in order, whatever ran beside it
-        assert [stage for stage in stages if stage in lane] == list(lane)
-    seconds = {s["stage"]: s["seconds"] for s in report["stages"]}
-    assert report["seconds"] < sum(seconds.values()) and report["seconds"] > sum(seconds[s] for s in first)
     steps = [r["step"] for r in map(json.loads, (out / "base/log.jsonl").read_text().splitlines()) if "loss" in r]
     assert steps == list(range(1, 21))
+    assert [ran["stage"] for ran in json.loads((out / "report.json").read_text())["stages"]] == list(lines)
+
+
+def test_it_ends_in_the_table_and_the_report_of_one_run(tmp_path, capfd):
+    out = tmp_path / "qs"
+    config = quickstart.Config(out=str(out), fast=True)
+    lanes = quickstart.command_lanes(config)
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps(run_here(lanes)))
+    capfd.readouterr()
+    here(quickstart.main, config)  # nothing is left to run
+    printed = capfd.readouterr().out
+    assert printed.count("done already") == sum(map(len, lanes)) and "story loss" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["seconds"] == len(lanes[0]) + max(map(len, lanes[1:]))  # lanes run side by side
     figures = {(f["stage"], f["figure"]): f for f in report["figures"]}
     loss = figures["pretrain", "story loss, nats per token"]
     assert 0 < loss["after"]["value"] < loss["before"]["value"] and loss["improved"]  # even 20 steps learn something
@@ -98,7 +113,7 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
     )
     check_page(
         (out / "report.html").read_text(),
-        ["grpo.py --init=", "Calibration", "best of 1, 2", "pretrain", "The same prompts"],
+        ["grpo.py --init=", "best of n by rm", "pretrain", "The same prompts", "calibration on held-out pairs"],
     )
     for run, parents in {
         "sft": ["pretrain"],
@@ -111,35 +126,34 @@ def test_interrupted_and_run_again_it_ends_in_the_report_of_one_run(tmp_path, ca
         assert [p["stage"] for p in info["lineage"]] == parents
     assert report["code"] and report["torch"]
 
-    here(quickstart.main, config)  # a third time: nothing is left to do, and the table is printed again
-    printed = capfd.readouterr().out
-    assert printed.count("done already") == len(lines) and "story loss" in printed
-
     # A report of runs alone: a directory that no quick start made.
     (tmp_path / "mine").mkdir()
     for name in ("sft", "grpo"):
         (tmp_path / "mine" / name).symlink_to(out / name)
-    here(quickstart.main, quickstart.Config(out=str(tmp_path / "mine"), report_only=True))
+    page_maker.make([tmp_path / "mine"])
     check_page((tmp_path / "mine/report.html").read_text(), ["grpo: reward", "sft: loss"])
 
 
-def test_the_table_of_puzzles_compares_each_model_with_what_it_started_from():
-    names = [
-        quickstart_puzzles.PASS_1,
-        quickstart_puzzles.PASS_8,
-        "tokens per sample",
-        "samples: data/puzzles.py:steps_right",
-    ]
-    labels = ["", *(f", family {name}" for name in puzzles.FAMILIES)]
-    figures = {name + label: point_estimate(0.25) for name in names for label in labels}
-    found = {model: figures for model in quickstart_puzzles.MODELS}
-    rows = quickstart_puzzles.cells(found)
-    assert {stage for stage, *_ in rows} == set(quickstart_puzzles.COMPARED)
-    for stage, figure, before, after, bound, change in rows:
-        made = quickstart.row(stage, figure, quickstart.look_up(before, found), quickstart.look_up(after, found))
-        assert made["before"] == made["after"] == point_estimate(0.25)
-        assert (bound == "0.250, pass@8 before") == figure.startswith("right, pass@1")
-        assert (change == "rises") == (stage == "r1-zero" and figure == "right, pass@1")
+def test_the_world_of_puzzles_ends_in_the_table_of_its_models(tmp_path):
+    """All of its commands, in this process, and what is measured of them."""
+    out = tmp_path / "puzzles"
+    run_here(quickstart.command_lanes(quickstart.Config(world="puzzles", out=str(out), fast=True)))
+    figures = {(f["stage"], f["figure"]): f for f in quickstart.puzzle_figures(out)}
+    for stage, (before, after) in quickstart_puzzles.COMPARED.items():
+        for side, model in (("before", before), ("after", after)):
+            measured = json.loads((out / f"{model}.json").read_text())["figures"]
+            assert figures[stage, "right, pass@1"][side] == measured[quickstart_puzzles.PASS_1]
+            assert figures[stage, "tokens per answer"][side] == measured["tokens per sample"]
+    assert {f"right, pass@1, family {name}" for name in puzzles.FAMILIES} <= {name for _, name in figures}
+    lineage = {"r1": ["pretrain", "sft"], "distilled": ["pretrain", "sft"], "first": ["pretrain", "sft"]}
+    for run, parents in lineage.items():
+        info = json.loads((checkpoint.find(out / run) / checkpoint.INFO).read_text())
+        assert [p["stage"] for p in info["lineage"]] == parents
+    kept = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
+    assert kept and all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in kept)
+    (out / "report.json").write_text(json.dumps({"stages": [], "figures": list(figures.values())}))
+    page = page_maker.make([out]).read_text()
+    check_page(page, ["zero: reward", "small_rl: reward", "pass@8 before"])
 
 
 def test_puzzles_are_not_served(tmp_path):
@@ -170,8 +184,14 @@ def test_every_command_is_one_that_a_user_can_type(world):
         words = shlex.split(line)
         assert words[0] == "-m" or words[0].endswith(".py"), stage
         assert stage == "sample" or any("out/a b" in word for word in words)
-        module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
-        check_ranges(parse_cli(importlib.import_module(module).Config, argv))
+        module, argv = module_of(words)
+        check_ranges(parse_cli(module.Config, argv))
+
+
+def module_of(words):
+    """(the module that a command runs, its flags)"""
+    module, *argv = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+    return importlib.import_module(module), argv
 
 
 def test_another_command_of_the_same_stage_is_refused(tmp_path):
@@ -241,24 +261,6 @@ def test_two_quick_starts_do_not_share_a_directory(fork, tmp_path):
         files.LOCKS.pop().close()
 
 
-def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nothing to report"):
-        here(quickstart.main, quickstart.Config(out=str(tmp_path), report_only=True))
-
-
-def test_what_people_and_models_say_is_text_in_the_report(tmp_path):
-    evil = "<script>alert(1)</script> & <b>"
-    (tmp_path / "m_answers.jsonl").write_text(
-        json.dumps({"prompt": evil, "completion": evil, "finished": False}) + "\n"
-    )
-    page = page_maker.make(tmp_path, {}).read_text()
-    assert (
-        "<script" not in page
-        and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page
-        and "unfinished" in page
-    )
-
-
 def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatch):
     """After all rows have run, the table shown and the report written."""
     before = {"value": 0.3, "low": 0.2, "high": 0.4}
@@ -273,3 +275,38 @@ def test_a_stage_whose_interval_holds_no_change_is_an_error(tmp_path, monkeypatc
     assert "✗" in (tmp_path / "report.html").read_text()
     found[0]["improved"] = True
     here(quickstart.main, quickstart.Config(out=str(tmp_path)))
+
+
+def test_a_screening_is_what_the_judge_needs_and_a_whole_row_every_stage(tmp_path):
+    screened = [stage for stage, _, _ in world_bench.commands(tmp_path, 0, True)]
+    assert screened == ["world", "tokenizer", "prepare", "pretrain", "evaluate base"]
+    whole = world_bench.commands(tmp_path, 0, False)
+    first, *lanes = quickstart.command_lanes(quickstart.Config(out=str(tmp_path)))
+    assert {stage for stage, _, beside in whole if beside} == {*lanes[0], *lanes[1]}
+    assert {stage for stage, _, _ in whole} == {*first, *lanes[0], *lanes[1]}
+
+
+def test_bounds_and_ranges_name_figures_of_the_table():
+    asked = {" | ".join(cell.strip() for cell in line.split("|")[:2]) for line in quickstart.TABLE.split("\n") if line}
+    judged = {name for name in world_bench.BOUNDS if "judge: " in name}
+    assert len(judged) == 2 and set(world_bench.BOUNDS) - judged <= asked
+    for name, (low, high) in json.loads(quickstart.RANGES.read_text()).items():
+        assert (name in asked or "judge: " in name) and low <= high
+
+
+def test_a_range_spans_the_intervals_of_all_rows_and_what_breaks_a_bound_is_marked():
+    kind, sums = "pretrain | judge: be kind, both orders", "pretrain | held-out sums right"
+    rows = {
+        "seed 0": {"figures": {kind: {"value": 0.96, "low": 0.94, "high": 0.98}}},
+        "seed 1": {
+            "figures": {
+                kind: {"value": 0.90, "low": 0.88, "high": 0.92},
+                sums: {"value": 0.99, "low": 0.98, "high": 1.0},
+                "tokenizer | bytes per token": {"value": 2.76, "low": None, "high": None},
+            }
+        },
+    }
+    assert world_bench.ranges(rows) == {kind: [0.88, 0.98], sums: [0.98, 1.0]}
+    assert world_bench.summary(rows)[kind] == {"rows": 2, "mean": pytest.approx(0.93), "low": 0.90, "high": 0.96}
+    *_, first, second = world_bench.rows_table(rows).splitlines()
+    assert first.split() == ["seed", "0", "0.960"] and second.split() == ["seed", "1", "0.900!", "0.990"]

@@ -475,8 +475,8 @@ def test_a_report_shows_what_a_file_says_and_does_not_obey_it():
     parent = {"path": "<script>", "weights": "<script>"}
     info = {"lineage": [parent], "data": {"<script>": "<script>"}, "step": 1, "code": "<script>"}
     info |= {"stage": "sft", "config": {}}
-    nothing = {"out": Path("out"), "record": {}, "evaluations": {}, "feedback": {}}
-    page = report.PAGE.render(runs={"<script>": {"info": info}}, **nothing)
+    nothing = {"directories": [Path("<script>")], "record": {}, "evaluations": {}, "feedback": {}, "charts": {}}
+    page = report.TEMPLATE.render(runs={"<script>": {"info": info, "log": []}}, **nothing)
     assert "<script" not in page and page.count("&lt;script&gt;") > 4
 
 

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+import uvicorn
 from conftest import random_model
 from hypothesis import HealthCheck, given, settings, strategies as st
 from runs import refused, save, start, wait_until
@@ -345,25 +346,33 @@ def test_idle_and_slow_clients_are_dropped_and_others_are_served(serving, models
 
 def test_one_who_does_not_read_is_dropped(monkeypatch):
     monkeypatch.setattr(http, "PATIENCE", 0.05)
-    sent = []
 
-    async def send(message):
-        sent.append(message["type"])
-        if len(sent) == 2:  # as uvicorn's when the buffers of the connection are full
-            await asyncio.Event().wait()
+    async def serve_and_read_nothing():
+        given_up = asyncio.Event()
 
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        try:
-            while True:
-                await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        finally:
-            sent.append("the answer is given up")
+        async def events():
+            try:
+                while True:
+                    yield b"x" * 2**16
+            finally:
+                given_up.set()
 
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-    guard = http.Guard(app, serve.Config(model=""))
-    asyncio.run(asyncio.wait_for(guard(scope, None, send), timeout=5))
-    assert sent == ["http.response.start", "http.response.body", "the answer is given up"]
+        async def app(scope, receive, send):
+            await http.EventStream(events())(scope, receive, send)
+
+        settings = uvicorn.Config(app, http=http.Impatient, lifespan="off", log_level="error")
+        with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
+            server = uvicorn.Server(settings)
+            running = asyncio.create_task(server.serve(sockets=[listening]))
+            client.connect(listening.getsockname())
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            try:
+                await asyncio.wait_for(given_up.wait(), timeout=20)
+            finally:
+                server.should_exit = server.force_exit = True
+                await running
+
+    asyncio.run(serve_and_read_nothing())
 
 
 def test_large_and_broken_requests_are_refused_and_others_are_served(server):
