@@ -1197,7 +1197,7 @@ MUTANTS = [
     (
         "determinism_lost_by_sampling",
         "rollout.py",
-        "        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)",
+        "        torch.set_deterministic_debug_mode(mode)",
         "        pass",
         "tests/test_rollout.py",
     ),
