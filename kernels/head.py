@@ -486,8 +486,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, chun
     return (logp, ent) if entropy else logp
 
 
-# Rows, width, vocabulary: one for each size of block that real vocabularies have, up to 65,536 and
-# beyond
+# Rows, width, vocabulary: one for each size of block that real vocabularies have
 PROOF_SHAPES = (130, 64, 1003), (3, 16, 9000), (3, 16, 65600)
 
 

@@ -292,9 +292,9 @@ def launch_a_step(model, N):
     norms = (fp32(dh), fp32(dh)) if model.startswith(("depth", "Qwen3")) else (None, None)
     back([rope_attention(qkv, *norms, *angles, heads, 1e-6, table)])
     targets = torch.zeros(3, dtype=torch.int64, device="cuda")
-    back([head.linear_cross_entropy(activation(3, 64), fp32(V, 64), targets)])
-    back([head.linear_logprob(activation(3, 64), fp32(V, 64), targets)])
-    back([linear_kl(activation(3, 64), fp32(V, 64), activation(3, 64), fp32(V, 64))])
+    back([head.linear_cross_entropy(activation(3, 16), fp32(V, 16), targets)])
+    back([head.linear_logprob(activation(3, 16), fp32(V, 16), targets)])
+    back([linear_kl(activation(3, 16), fp32(V, 16), activation(3, 16), fp32(V, 16))])
     with torch.no_grad():
         cache = torch.zeros(2, 128, kv_heads, N, dh, dtype=torch.bfloat16, device="cuda").transpose(2, 3)
         lengths = torch.ones(128, dtype=torch.int64, device="cuda")
@@ -385,6 +385,8 @@ def test_log_probabilities_come_from_fp32_logits(make_model, gpu):
         _lib.OFF.update(off)
         found = head.linear_logprob(hidden.to("cuda"), weight.to("cuda"), targets.to("cuda"))
         assert (found.cpu() - exact).abs().max() < 1e-4
+    (launched,) = gpu.variants["logprob_kernel"]
+    assert launched[0][:2] == ("logits_ptr", "torch.float32")
 
 
 # --------------------------------------------------------------------------------------------------
