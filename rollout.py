@@ -115,13 +115,12 @@ def unsorted_writes():
     Here they are: no two writes go to one place. The others sort indices first, and copy the whole
     cache to write some rows of it.
     """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
 
 
 @dataclass
@@ -499,7 +498,8 @@ def gap_in_fp32(model, completions, config):
     does.
     """
     model.exact = True
-    prompts = [c.chat.ids[: c.chat.loss_mask.argmax()].tolist() for c in completions[:8]]
+    some = [c for c in completions if c.n_tokens][:8]
+    prompts = [c.chat.ids[: c.chat.loss_mask.argmax()].tolist() for c in some]
     options = {"max_new_tokens": min(32, config.max_new_tokens), "temperature": config.temperature}
     samples = rollout(model, prompts, **options)
     chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]

@@ -486,7 +486,9 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, chun
     return (logp, ent) if entropy else logp
 
 
-PROOF_SHAPES = (130, 1003), (3, 50304), (3, 151936)  # rows, vocabulary
+# Rows, width, vocabulary: one for each size of block that real vocabularies have, up to 65,536 and
+# beyond
+PROOF_SHAPES = (130, 64, 1003), (3, 16, 9000), (3, 16, 65600)
 
 
 def proof_inputs(device):
@@ -495,8 +497,8 @@ def proof_inputs(device):
     The proofs' 0 MiB of logits cut 130 rows into chunks of 128 and 2.
     """
     inputs, targets = [], []
-    for rows, V in PROOF_SHAPES:
-        inputs += [torch.randn(rows, 64, device=device).bfloat16(), torch.randn(V, 64, device=device) / 8]
+    for rows, C, V in PROOF_SHAPES:
+        inputs += [torch.randn(rows, C, device=device).bfloat16(), torch.randn(V, C, device=device) / 8]
         ignored = torch.rand(rows, device=device) < 0.3
         targets.append(torch.randint(V, (rows,), device=device).masked_fill_(ignored, IGNORE))
     return inputs, targets

@@ -199,9 +199,9 @@ def linear_kl(hidden, weight, teacher_hidden, teacher_weight, *, reverse=True, t
 @proof("linear_kl")
 def linear_kl_proof(device):
     inputs, teachers = [], []
-    for rows, V in PROOF_SHAPES:
-        inputs += [torch.randn(rows, 64, device=device).bfloat16(), torch.randn(V, 64, device=device) / 8]
-        teachers.append((torch.randn(rows, 32, device=device), torch.randn(V, 32, device=device) / 6))
+    for rows, C, V in PROOF_SHAPES:
+        inputs += [torch.randn(rows, C, device=device).bfloat16(), torch.randn(V, C, device=device) / 8]
+        teachers.append((torch.randn(rows, C // 2, device=device), torch.randn(V, C // 2, device=device) / 6))
 
     def f(*inputs):
         outs = []

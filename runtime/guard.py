@@ -8,7 +8,9 @@ Out of reach: code that ends this process itself (os._exit, a crash in C). What 
 complete then, and --resume continues from it.
 """
 
+import builtins
 import contextlib
+import decimal
 import gc
 import io
 import locale
@@ -17,6 +19,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -102,6 +105,41 @@ def set_deterministic(flags):
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def autocast():
+    return [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+
+
+def set_autocast(flags):
+    for kind, enabled in zip(("cpu", "cuda"), flags, strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+
+
+def mkldnn():
+    return torch.backends.mkldnn.enabled
+
+
+def set_mkldnn(enabled):
+    torch.backends.mkldnn.enabled = enabled
+
+
+def hooks():
+    """What Python calls for an error, and what the run calls to speak and to save."""
+    return sys.excepthook, threading.excepthook, builtins.print, builtins.open
+
+
+def set_hooks(functions):
+    sys.excepthook, threading.excepthook, builtins.print, builtins.open = functions
+
+
+def decimal_context():
+    return decimal.getcontext().copy()
+
+
+def set_threshold(counts):
+    """The counts at which the garbage collector runs."""
+    gc.set_threshold(*counts)
+
+
 # What a run needs: to be stopped, to notice a late call, to wait for children, to lose its reader
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGPIPE")  # some systems lack some
 SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
@@ -135,6 +173,43 @@ def set_timers(values):
         signal.setitimer(which, *value)
 
 
+def blocking():
+    """{descriptor: whether a write waits for its reader}; asyncio has them not wait."""
+    return {number: os.get_blocking(number) for number in (0, 1, 2) if is_open(number)}
+
+
+def set_blocking(flags):
+    for number, waits in flags.items():
+        if is_open(number):
+            os.set_blocking(number, waits)
+
+
+def limits():
+    """{resource: (soft, hard)} of the process."""
+    return {which: resource.getrlimit(which) for which in LIMITS}
+
+
+def set_limits(values):
+    """Raises UserError if a hard limit was lowered, which only root can raise again."""
+    for which, value in values.items():
+        try:
+            resource.setrlimit(which, value)
+        except (ValueError, OSError):
+            raise UserError(
+                "it lowered a limit of the process (resource.setrlimit), which cannot be raised again: do that in a "
+                "child process"
+            ) from None
+
+
+def affinity():
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0)
+
+
+def set_affinity(cores):
+    os.sched_setaffinity(0, cores)
+
+
 KEPT = [  # (read, set): as before after each call and after the import
     (sys.gettrace, sys.settrace),
     (sys.getprofile, sys.setprofile),
@@ -147,10 +222,23 @@ KEPT = [  # (read, set): as before after each call and after the import
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (autocast, set_autocast),
+    (mkldnn, set_mkldnn),
+    (hooks, set_hooks),
+    (decimal_context, decimal.setcontext),
+    (gc.get_threshold, set_threshold),
+    (sys.getswitchinterval, sys.setswitchinterval),
     (deterministic, set_deterministic),
 ]
 if os.name == "posix":
-    KEPT += [(timers, set_timers), (blocked_signals, set_blocked_signals)]
+    import resource
+
+    LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+    KEPT += [(timers, set_timers), (blocked_signals, set_blocked_signals), (blocking, set_blocking)]
+    KEPT += [(limits, set_limits)]
+if sys.platform == "linux":
+    KEPT += [(affinity, set_affinity)]
 KEPT += [(signal_handlers, set_signal_handlers)]  # after the timers: none may go off without its handler
 KEPT_BY_BATCH = [  # slower to read; and the file may set them as it is imported, for what it imports
     (warning_filters, set_warning_filters),
@@ -226,11 +314,20 @@ class MarkedStream(io.TextIOBase):
     def fileno(self):
         return self.stream.fileno()
 
+    @property
+    def encoding(self):
+        return self.stream.encoding
+
+    @property
+    def buffer(self):
+        return MarkedBytes(self)
+
     def write(self, text):
         *lines, self.unfinished = re.split(r"\r\n?|\n", self.unfinished + text)
         for line in lines:
             with contextlib.suppress(BrokenPipeError):  # the reader has left: our own next line ends the run
-                print(f"{self.mark} {line}", file=self.stream, flush=True)
+                self.stream.write(f"{self.mark} {line}\n")
+                self.stream.flush()
         return len(text)
 
     def end(self):
@@ -239,15 +336,30 @@ class MarkedStream(io.TextIOBase):
             self.write("\n")
 
 
+class MarkedBytes(io.RawIOBase):
+    """Passes bytes on to a MarkedStream, as text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.text.write(bytes(data).decode("utf-8", "replace"))
+        return len(data)
+
+
 @contextlib.contextmanager
 def marked_output(mark):
     """What the body prints is marked; it reads nothing from the terminal.
 
-    sys.stdout, sys.stderr and descriptors 1 and 2 are the same afterwards. What a child process or
-    C writes to the descriptors goes out without a mark.
+    The streams and descriptors 0 to 2 are the same afterwards. What a child process or C writes to
+    the descriptors goes out without a mark. Raises UserError if the run's other descriptors were
+    closed.
     """
     before = sys.stdin, sys.stdout, sys.stderr
-    descriptors = {number: os.dup(number) for number in (1, 2) if is_open(number)}
+    descriptors = {number: os.dup(number) for number in (0, 1, 2) if is_open(number)}
     marked = [MarkedStream(stream, mark) for stream in before[1:]]
     sys.stdin, sys.stdout, sys.stderr = io.StringIO(), *marked
     try:
@@ -255,8 +367,11 @@ def marked_output(mark):
     finally:
         sys.stdin, sys.stdout, sys.stderr = before
         for number, copy in descriptors.items():
-            os.dup2(copy, number)
-            os.close(copy)
+            try:
+                os.dup2(copy, number)
+                os.close(copy)
+            except OSError:
+                raise UserError("it closed files of the run (os.close, os.closerange): do that in a child") from None
         for stream in marked:
             stream.end()
 

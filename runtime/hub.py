@@ -28,7 +28,9 @@ QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|SCB|weight_format|absmax|quant_map|nested_\w+|quant_state\.\S+|"
     r"(weight|input|output|k|v)_(scale(_\w+)?|zero_point|packed|shape|g_idx))$"
 )
-ADAPTER = re.compile(r"lora_|lokr_|hada_|\.base_layer\.|modules_to_save")  # PEFT's names
+ADAPTER = re.compile(  # PEFT's names
+    r"lora_|lokr_|hada_|ia3_|oft_|vera_|boft_|\.base_layer\.|modules_to_save|prompt_(encoder|embeddings)"
+)
 ADAPTER_CONFIG = "adapter_config.json"
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llamas keep a table that config.json gives as well
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -311,18 +313,19 @@ def check_tensors(folder, where, c):
     Raises UserError if one is missing, or if one is left over with which the model would compute
     something else: quantised, of an adapter, of a further layer, a bias. Names the others, which
     belong to heads and towers beside this GPT."""
-    if (folder / ADAPTER_CONFIG).exists():
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG}: an adapter lies beside the weights, and is not read; merge it "
-            "(merge_and_unload of PEFT) and save the model again"
-        )
+    for path in (folder / ADAPTER_CONFIG, *folder.glob("adapter_model*")):
+        if path.exists():
+            raise UserError(
+                f"{path}: an adapter lies beside the weights, and is not read; merge it (merge_and_unload of PEFT) and "
+                "save the model again"
+            )
     for name, file in where.items():
         if QUANTISED.search(name):
             raise UserError(f"{file}: tensor {name}: quantised weights are not read; take the model without it")
         if ADAPTER.search(name):
             raise UserError(
-                f"{file}: tensor {name} is of an adapter (LoRA) that nobody merged; without it the model would be "
-                "another one: merge it (merge_and_unload of PEFT) and save the model again"
+                f"{file}: tensor {name} is of an adapter (LoRA or another) that nobody merged; without it the model "
+                "would be another one: merge it (merge_and_unload of PEFT) and save the model again"
             )
     expected = [name for row in parameter_table(c).values() for name in row.hf_names]
     for name in expected:
@@ -331,6 +334,12 @@ def check_tensors(folder, where, c):
     used = {*expected, "lm_head.weight"} if c.tied and not c.scalar_head else set(expected)
     left_over = [name for name in where if name not in used and not DERIVED.search(name)]
     for name in left_over:
+        for other in used.intersection(where):
+            if name.endswith(f".{other}"):
+                raise UserError(
+                    f"{where[name]}: tensor {name} is {other} once more; only one of them is this model's: take the "
+                    "other out"
+                )
         if name.startswith("model.") or name.endswith(".bias"):
             raise UserError(
                 f"{where[name]}: tensor {name} is not used by a model with this config.json ({c.layers} layers); "

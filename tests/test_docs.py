@@ -198,8 +198,9 @@ def numbers_of(logs):
 def test_every_figure_is_in_the_log_beside_it(page):
     """A number with a decimal point in a section that links logs (of the story: anywhere) is a
     number of those logs, rounded, also as a percentage."""
-    checked, text = 0, read(page)
-    for heading, text in {"all": text}.items() if page == "docs/story.md" else sections(text).items():
+    checked = 0
+    parts = {"all": read(page)} if page == "docs/story.md" else sections(read(page))
+    for heading, text in parts.items():
         logs = tuple(sorted(set(re.findall(r"bench/results/([\w.]+)", text))))
         if not logs:
             continue

@@ -1,11 +1,15 @@
 """runtime/guard.py: what a user's reward does to the process is undone or one line, by the kind."""
 
+import builtins
+import decimal
 import gc
 import locale
 import os
 import random
+import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from decimal import Decimal
@@ -35,7 +39,7 @@ def write_reward(folder, body, head=HEAD):
     return f"{folder}/mine.py:reward"
 
 
-def score(name, timeout=5.0, n=1):
+def score(name, timeout=30.0, n=1):
     """What a reward says of n completions "A", "AA", ... to one prompt of three messages."""
     rewards = load_rewards(name, torch.device("cpu"), 1000, timeout=timeout)
     row = ([{"role": "user", "content": "q"}] * 3, {"id": 7, "tests": ["a", "b"]})
@@ -169,6 +173,17 @@ CHANGES = {
     "alarm": "signal.alarm(1)",
     "profiling timer": "signal.setitimer(signal.ITIMER_PROF, 30)",
     "trace": "sys.settrace(print); sys.setprofile(None)",
+    "autocast": "torch.set_autocast_enabled('cpu', True)",
+    "anomaly": "torch.autograd.set_detect_anomaly(True)",
+    "product of another library": "torch.backends.mkldnn.enabled = not torch.backends.mkldnn.enabled",
+    "error hooks": "sys.excepthook = threading.excepthook = print",
+    "print and open": "import builtins; print('x', end=''); builtins.print = builtins.open = None",
+    "decimals": "import decimal; decimal.getcontext().prec = 2",
+    "collector's counts": "gc.set_threshold(1)",
+    "switches of threads": "sys.setswitchinterval(2)",
+    "writes that do not wait": "os.set_blocking(2, not os.get_blocking(2))",
+    "limits": "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (9, r.getrlimit(r.RLIMIT_FSIZE)[1]))",
+    "cores": "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
 }
 
 
@@ -180,6 +195,10 @@ def settings():
     python += [locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile()]
     numbers = [np.geterr(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()]
     numbers += [torch.get_num_threads(), torch.get_float32_matmul_precision(), guard.deterministic()]
+    numbers += [torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(), torch.backends.mkldnn.enabled]
+    python += [sys.excepthook, threading.excepthook, builtins.print, builtins.open, sys.getswitchinterval()]
+    python += [decimal.getcontext().prec, gc.get_threshold(), os.get_blocking(2), os.sched_getaffinity(0)]
+    python += [resource.getrlimit(resource.RLIMIT_FSIZE)]
     return [handlers, timers, signal.pthread_sigmask(signal.SIG_BLOCK, ()), python, numbers]
 
 
@@ -221,6 +240,7 @@ def test_an_import_changes_no_directory_but_what_it_sets_for_libraries_stays(tmp
 def test_what_a_reward_prints_is_marked_and_ends_its_line(tmp_path, capsys):
     body = (
         "print('one\\ntwo')\nprint('three', end='')\nsys.stderr.write('10%\\r20%')\n"
+        "sys.stdout.buffer.write(sys.stdout.encoding.encode() * 0 + b' four')\n"
         "sys.stdout = sys.stderr = None\nreturn 1.0"
     )
     name = write_reward(tmp_path, body, "print('as it loads', end='')\n" + HEAD)
@@ -228,15 +248,29 @@ def test_what_a_reward_prints_is_marked_and_ends_its_line(tmp_path, capsys):
     assert score(name, n=2) == [1.0, 1.0] and (sys.stdin, sys.stdout, sys.stderr) == streams
     out, err = capsys.readouterr()
     mark = "[mine.py:reward] "
-    assert out == f"{mark}as it loads\n" + f"{mark}one\n{mark}two\n{mark}three\n" * 2
+    assert out == f"{mark}as it loads\n" + f"{mark}one\n{mark}two\n{mark}three four\n" * 2
     assert err == f"{mark}10%\n{mark}20%\n" * 2
 
 
 def test_descriptors_that_a_reward_closes_or_leads_elsewhere_are_as_before(tmp_path):
-    for i, body in enumerate(("os.close(1)\nos.close(2)", "os.dup2(os.open(os.devnull, 1), 1)", "sys.stdout.close()")):
+    for i, body in enumerate(
+        ("os.close(0)", "os.close(1)\nos.close(2)", "os.dup2(os.open(os.devnull, 1), 1)", "sys.stdout.close()")
+    ):
         sys.modules.pop(f"{tmp_path}/mine.py", None)
         name = write_reward(tmp_path, f"{body}\nreturn 1.0")
         assert Child(tmp_path / f"{i}", lambda name=name: print(score(name, n=2))).wait(8) == (0, "[1.0, 1.0]\n")
+
+
+def test_what_cannot_be_undone_names_the_reward(tmp_path):
+    """In a child, whose files these are."""
+
+    def run(name, error):
+        with pytest.raises(UserError, match=f"^--reward={name}: {error}.*for the completion 'A'"):
+            score(name)
+
+    name = write_reward(tmp_path, "os.closerange(3, 256)\nreturn 1.0")
+    said = "it closed files of the run"
+    assert Child(tmp_path / "output", lambda: run(name, said)).wait(20)[0] == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,6 +329,6 @@ def test_what_cannot_become_a_number_names_the_reward(tmp_path, value):
 def test_a_guard_costs_little(tmp_path):
     name = write_reward(tmp_path, "return 1.0")
     score(name)
-    began = time.perf_counter()
+    began = time.process_time()
     score(name, n=500)
-    assert (time.perf_counter() - began) / 500 < 1e-3  # 1e-4 on an idle core
+    assert (time.process_time() - began) / 500 < 1e-3  # 1e-4 on an idle core

@@ -334,6 +334,11 @@ Q, EMBED, HEAD = "model.layers.1.self_attn.q_proj", "model.embed_tokens.weight",
         (f"base_model.model.{Q}.lora_B.default.weight", torch.bfloat16, "LoRA.*merge"),
         (f"{Q}.base_layer.weight", torch.float32, "LoRA.*merge"),
         ("base_model.model.lm_head.modules_to_save.weight", torch.float32, "LoRA.*merge"),
+        ("base_model.prompt_encoder.default.embedding.weight", torch.float32, "adapter.*merge"),
+        (f"{Q}.ia3_l.default", torch.float32, "adapter.*merge"),
+        (f"{Q}.oft_r", torch.float32, "adapter.*merge"),
+        ("ema.model.norm.weight", torch.float32, "is model.norm.weight once more"),
+        (f"base_model.model.{Q}.weight", torch.float32, f"is {Q}.weight once more"),
         # GPTQ and AWQ, bitsandbytes (8 and 4 bits), fp8, compressed-tensors
         (f"{Q}.qweight", torch.int32, "quantised"),
         (f"{Q}.scales", torch.float16, "quantised"),
@@ -466,7 +471,10 @@ def test_adapters_and_pickles_are_named(untrusted, tmp_path):
     (untrusted / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="adapter_config.json: an adapter .* merge"):
         load(untrusted)
-    (untrusted / "adapter_config.json").unlink()
+    (untrusted / "adapter_config.json").rename(untrusted / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="adapter_model.safetensors: an adapter .* merge"):
+        load(untrusted)
+    (untrusted / "adapter_model.safetensors").unlink()
     (untrusted / "model.safetensors").rename(untrusted / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin: a pickle"):
         load(untrusted)
