@@ -23,7 +23,7 @@ SIZES = {  # {name: flags, and those of a fast run}
         "--texts=40000 --problems=3000 --tests=300",
         "--texts=600 --answers=60 --chains=40 --problems=60 --tests=20",
     ),
-    "pretrain_steps": ("--steps=800", "--steps=20"),
+    "pretrain_steps": ("--steps=800 --batch_tokens=2048", "--steps=5 --batch_tokens=512"),
     "prompts": ("--prompts_per_step=32 --eval_prompts=64", "--prompts_per_step=4 --eval_prompts=8"),
     "rl_steps": ("--steps=80", "--steps=2"),
     "half_rl_steps": ("--steps=40", "--steps=1"),  # twice in R1, so that it has as many as R1-Zero
@@ -44,7 +44,7 @@ def commands(config):
     out, seed = shlex.quote(config.out), f"--seed={config.seed}"
     size = {name: flags[config.fast] for name, flags in SIZES.items()}
     world = f"{out}/world"
-    pretraining = f"--data={world}/pretrain.jsonl --tokenizer={out}/tokenizer --context=256 --batch_tokens=2048 "
+    pretraining = f"--data={world}/pretrain.jsonl --tokenizer={out}/tokenizer --context=256 "
     pretraining += f"--val_fraction=0.01 --print_every=50 {size['pretrain_steps']} {seed}"
     tuning = f"--print_every=20 --eval_every=20 --max_new_tokens=64 {seed}"
     rl = f"--data={world}/problems.jsonl --reward={RIGHT} --monitor={STEPS_RIGHT} "
