@@ -12,10 +12,9 @@ worth the same teaches nothing and is left out, also of the mean that the papers
 (recipe) as a paper has them, unless they are given:
 
     deepseekmath  + beta k3; the mean over each completion first; one update (2402.03300, 4.2)
-    r1            the same with a clip of 10, a small beta, minibatches, and a reference that is
-                  renewed every 400 steps (2501.12948, as in Nature 645, 2025)
-    dr_grpo       no std and no division by length: neither favours short right nor long wrong
-                  completions (Liu et al. 2025, 2503.20783)
+    r1            the same with a clip of 10, a small beta, minibatches, and a new reference every
+                  400 steps (2501.12948, as in Nature 645, 2025)
+    dr_grpo       no std, no division by length, which favours long wrong completions (2503.20783)
     dapo          minibatches, refilled groups, a penalty near the limit (Yu et al., 2503.14476)
     cispo         the ratio is a clipped weight: no token loses its gradient (MiniMax, 2506.13585)
     gspo          one ratio per completion, not per token (Zheng et al. 2025, 2507.18071)
@@ -166,8 +165,7 @@ def differs(rewards):
 
 
 def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
-    """fp32 [M]: the weight of each token's loss, so that their sum is the loss.
-
+    """fp32 [M]: the weight of each token's loss, so that their sum is the loss. By the kinds,
     token: 1 / n_tokens (DAPO, eq. 8); sequence: 1 / (n_completions length) (GRPO); constant: 1 /
     (n_completions max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks."""
     if kind == "token":

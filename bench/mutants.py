@@ -1236,6 +1236,7 @@ MUTANTS = [
         "right.all(1)",
         f"{GRPO}::test_the_shares_of_groups_say_why_they_teach_nothing",
     ),
+    ("dpo_norm_of_sums", "dpo.py", 'Loss(dpo_loss, 5.0, "mean_logratio")', 'Loss(dpo_loss, 5.0, "logratio")', DPO),
     ("kept_twice", "evaluate.py", " and text not in mine", "", KEPT),
     (
         "kept_without_an_end",
