@@ -245,11 +245,23 @@ def numbers(rng, n):
     return [(10 + int(i) // 90, 10 + int(i) % 90) for i in pairs]
 
 
+SHOWN = (23, 45), (61, 17)  # answered in every prompt, so that the model knows the form
+
+
+def sum_prompt(a, b):
+    """A conversation that asks for a + b, after two such questions with their answers."""
+    messages = []
+    for x, y in SHOWN:
+        messages.append({"role": "user", "content": f"What is {x} + {y}?"})
+        messages.append({"role": "assistant", "content": f"{x} + {y} = {x + y}"})
+    return [*messages, {"role": "user", "content": f"What is {a} + {b}?"}]
+
+
 def write_sums(folder, seed):
     """OUT/sums_train.jsonl and sums_test.jsonl: {"prompt", "answer"}, no sum in both."""
-    pairs = numbers(np.random.default_rng(seed), 2200)
+    pairs = numbers(np.random.default_rng(seed), 2100)
     for name, part in (("train", pairs[:2000]), ("test", pairs[2000:])):
-        rows = [{"prompt": f"{a}+{b}=? Reply with the number only.", "answer": str(a + b)} for a, b in part]
+        rows = [{"prompt": sum_prompt(a, b), "answer": str(a + b)} for a, b in part]
         replace_text(folder / f"sums_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
