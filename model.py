@@ -285,10 +285,10 @@ class GPT(nn.Module):
     def compute_dtype(self):
         return torch.bfloat16 if self.embed.is_cuda and not self.exact else self.embed.dtype
 
-    def compile(self):
+    def compile(self, **options):
         """torch.compile the forward, but for attention over documents of several lengths."""
         exclude_ragged_from_compile()
-        super().compile()
+        super().compile(**options)
 
     def forward(self, pack, cache=None, slots=None):
         """hidden [N, C] of a Pack. With a KVCache, document d is also written into slot `slots[d]`

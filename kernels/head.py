@@ -112,7 +112,7 @@ class LinearLogprobReference(torch.autograd.Function):
         for part in chunks(len(hidden), len(weight), ctx.chunk_mb):
             x, target = hidden[part], targets[part, None]
             g = (d_logp[part, None] * (target != IGNORE)).to(lse.dtype)  # [n, 1]
-            log_p = product(x, w).to(lse.dtype).div_(ctx.temperature).sub_(lse[part, None])
+            log_p = wide_logits(x, w, lse.dtype).div_(ctx.temperature).sub_(lse[part, None])
             p = log_p.exp()
             d_logits = p * -g  # g (1[target] - p) - d_ent p (log p + H)
             d_logits.scatter_add_(1, target.clamp(min=0), g)
@@ -312,6 +312,13 @@ def multiply(a, b, out):
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # a CPU has no such product
 
 
+def rounded(logits, dtype):
+    """The logits [n, V] in `dtype`, their rows as far apart as before."""
+    if logits.dtype == dtype:
+        return logits
+    return logits.new_empty(len(logits), logits.stride(0), dtype=dtype)[:, : logits.shape[1]].copy_(logits)
+
+
 def accumulate(total, a, b):
     """total += a b, in fp32 for every dtype of a and b: no chunk is rounded to bf16."""
     if a.dtype == total.dtype:
@@ -401,10 +408,11 @@ def linear_logprob_backward(
     cols, warps = block(V)
     constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
     d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
-    for part, logits in logits_by_chunk(hidden, w, chunk_mb):
+    # The logits of the forward again, in fp32: others would not fit their log-sum-exp
+    for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
         rows = [x[part] for x in (targets, d_logp, d_ent, lse, ent)]
         logprob_backward_kernel[(len(logits),)](logits, *rows, V, logits.stride(0), 1 / temperature, **constants)
-        add_gradients(logits, part, hidden, w, d_hidden, d_weight)
+        add_gradients(rounded(logits, hidden.dtype), part, hidden, w, d_hidden, d_weight)
     return d_hidden, d_weight
 
 

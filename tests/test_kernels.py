@@ -868,6 +868,11 @@ def test_opcheck_of_every_registered_op(device):
             (qkv, qkv, qw, qw, cos, cos, 2, 1e-6),
             (qkv, None, None, None, cos, cos, 2, 1e-6),
         ],
+        rope.rotate_queries_and_keys: [(qkv, qw, qw, cos, cos, 2, 1e-6), (qkv, None, None, cos, cos, 2, 1e-6)],
+        rope.rotate_back: [
+            (qkv.clone(), qkv, qw, qw, cos, cos, 2, 1e-6),
+            (qkv.clone(), qkv, None, None, cos, cos, 2, 1e-6),
+        ],
         head.linear_cross_entropy_forward: [
             (hidden, weight, targets, 0, True, True),
             (hidden.bfloat16(), weight, targets, 64, False, False),
@@ -924,6 +929,7 @@ def proofs(kernels_run, monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "PROOFS", {op: partial(counted, op, proof.PROOFS[op]) for op in count})
     monkeypatch.setattr(_lib, "OFF", set())
     monkeypatch.setattr(proof, "proof_key", lambda device: "this_gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return SimpleNamespace(type="cuda"), count
 
