@@ -282,7 +282,7 @@ def test_compiled_training_gives_the_same_losses(train, tmp_path):
 @pytest.mark.parametrize(
     "flag, value",
     [
-        *[("depth", 0), ("context", 0), ("batch_tokens", -1), ("micro_batch_tokens", -1), ("micro_batch_tokens", 0)],
+        *[("depth", 0), ("context", 0), ("batch_tokens", -1), ("micro_batch_tokens", -1)],
         *[("steps", -1), ("seed", -1), ("seed", 10**20), ("width", -1), ("window", -1), ("window_every", 0)],
         *[("lr", 0.0), ("lr", math.inf), ("embed_lr", -1.0), ("head_lr", math.inf), ("norm_lr", -0.1)],
         *[("weight_decay", -0.1), ("max_grad_norm", -1.0), ("max_grad_norm", math.inf), ("momentum", 1.0)],
