@@ -146,14 +146,15 @@ def linear_logprob_reference(hidden, weight, targets, temperature=1.0, entropy=F
 LOWEST = -2e30  # stands for -inf, because 0 * -inf would be nan
 
 
-def block(V):
+def block(V, dtype=torch.bfloat16):
     """The (columns, warps) of a program: 16 numbers per thread at a time.
 
     Programs are few and large, because a row is read twice and the second time should find it in
     L2, which holds 260 rows of 64k bf16 logits (two programs per multiprocessor) or 130 of twice
-    that.
+    that. Of fp32 logits, more than 4096 need more registers than there are.
     """
-    cols = min(next_power_of_2(V), 8192 if V <= 65536 else 16384)
+    limit = 8192 if V <= 65536 else 16384
+    cols = min(next_power_of_2(V), 4096 if dtype == torch.float32 else limit)
     return cols, max(4, cols // 512)
 
 
@@ -379,7 +380,7 @@ def logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb):
 def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_mb):
     """Returns logp, lse and the entropy (empty if not wanted), each fp32 [N]."""
     V, w, targets = len(weight), weight.to(hidden.dtype), targets.contiguous()
-    cols, warps = block(V)
+    cols, warps = block(V, torch.float32)
     constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
     logp, lse, ent = outs = logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb)
     # In fp32 as the sampler's: in bf16 a logit of 20, and so its ratio, is off by up to 0.06
@@ -405,7 +406,7 @@ def linear_logprob_backward(
     """Returns d_hidden and d_weight, empty if not wanted."""
     V, w = len(weight), weight.to(hidden.dtype)
     targets, d_logp, d_ent = (x.contiguous() for x in (targets, d_logp, d_ent))
-    cols, warps = block(V)
+    cols, warps = block(V, torch.float32)
     constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
     d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
     # The logits of the forward again, in fp32: others would not fit their log-sum-exp
