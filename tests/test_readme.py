@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -135,12 +136,21 @@ def test_a_command_runs(line, root, monkeypatch):
             assert (root / flag.removeprefix("--out=")).exists()
 
 
+def answers_at(url):
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
 def test_the_server_starts(root, fork, monkeypatch):
     monkeypatch.chdir(ROOT)
     (line,) = [line for line in commands() if "serve.py" in line]
     flags = dict(flag[2:].split("=", 1) for flag in words_in(line, root)[1:])
     child = start(fork, serve, **flags)
     wait_until(lambda: "http://" in child.output(), child)
+    (where,) = re.findall(r"http://[\d.]+:\d+/v1", child.output())
+    wait_until(lambda: answers_at(f"{where}/models"), child)
     child.send(signal.SIGINT)
     assert child.wait()[0] in (0, 130)
 
