@@ -89,6 +89,8 @@ def shop_commands(config):
     weak_pairs = f"--data={world}/pairs_few.jsonl --val={world}/pairs_val.jsonl"
     measure = f"--data={world}/prompts_test.jsonl --max_new_tokens=64 {seed}"
     gold = "data/world.py:gold"
+    # grpo, --advantage=dr_grpo: in a group whose sums are all right only the reward model tells answers
+    # apart; divided by their std, its small differences would count as much as right against wrong
     rewards = f"{gold},data/world.py:rudeness,data/rules.py:final_number,{out}/rm"
     against = f"--problems={world}/problems_test.jsonl {measure} --reward={rewards}"
     rl = f"--monitor={gold} --max_new_tokens=64 --print_every=10 {seed}"
@@ -107,8 +109,8 @@ def shop_commands(config):
 
         ppo: ppo.py --init={out}/sft --reward={out}/rm --data={world}/prompts.jsonl {rl} {size["ppo_steps"]} \
             {size["min_accuracy"]} --out={out}/ppo
-        grpo: grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --kl=k2 --beta=0.02 \
-            --data={world}/problems.jsonl {rl} {size["grpo_steps"]} --out={out}/grpo
+        grpo: grpo.py --init={out}/ppo --reward=data/rules.py:final_number,{out}/rm*0.3 --advantage=dr_grpo --kl=k2 \
+            --beta=0.02 --data={world}/problems.jsonl {rl} {size["grpo_steps"]} --out={out}/grpo
         weak reward: reward.py --init={out}/sft {weak_pairs} --lr=1.5e-3 --max_new_tokens=64 {size["weak_epochs"]} \
             --print_every=25 {seed} --out={out}/weak_rm
         best of n, weak: evaluate.py --model={out}/sft {measure} --reward={out}/weak_rm,{gold} {size["best_of"]} \
