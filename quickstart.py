@@ -89,8 +89,8 @@ def shop_commands(config):
     weak_pairs = f"--data={world}/pairs_few.jsonl --val={world}/pairs_val.jsonl"
     measure = f"--data={world}/prompts_test.jsonl --max_new_tokens=64 {seed}"
     gold = "data/world.py:gold"
-    # grpo, --advantage=dr_grpo: in a group whose sums are all right only the reward model tells answers
-    # apart; divided by their std, its small differences would count as much as right against wrong
+    # grpo, --advantage=dr_grpo: in a group whose sums are all right only the reward model tells
+    # answers apart; over their std, its small differences would count as much as right and wrong
     rewards = f"{gold},data/world.py:rudeness,data/rules.py:final_number,{out}/rm"
     against = f"--problems={world}/problems_test.jsonl {measure} --reward={rewards}"
     rl = f"--monitor={gold} --max_new_tokens=64 --print_every=10 {seed}"
