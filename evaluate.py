@@ -436,8 +436,8 @@ def write_samples(config, sampled):
     replace_text(config.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
 
 
-def main(config):
-    # 1. The flags and the model
+def check_flags(config):
+    """Raises UserError for flags that are out of range, or that need another one."""
     check_ranges(config)
     for flag in ("reward", "reference", "samples", "kept"):
         if vars(config)[flag] and not config.data:
@@ -459,6 +459,11 @@ def main(config):
             raise UserError(f"--reward={config.reward}: a weight means nothing here; --best_of chooses by the first")
         if name.startswith("judge:") and (config.best_of < 2 or config.reference):
             raise UserError(f"--reward={name}: a judge compares: --best_of must be 2 or more, without --reference")
+
+
+def main(config):
+    # 1. The flags and the model
+    check_flags(config)
     device = setup(config.device, config.seed)
     model, tok, info = checkpoint.load(config.model, device)
     model.eval()

@@ -491,8 +491,8 @@ GAPS = {torch.float32: 1e-5, torch.bfloat16: 8e-2}
 
 
 def gap_in_fp32(model, completions, config):
-    """(sum of |log p by the sampler - by the trainer|, tokens) of a few completions that are drawn
-    anew in fp32.
+    """(sum of |log p by the sampler - by the trainer|, tokens) of a few completions to the same
+    prompts, drawn in fp32.
 
     One layer's weights 1 % off change a log-probability by 0.02, in bf16 half of what rounding
     does.

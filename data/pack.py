@@ -37,7 +37,7 @@ class Pack:
 
 
 def to_device(x, device):
-    """A CPU tensor on another device. A GPU fetches it from pinned memory while the CPU goes on."""
+    """A CPU tensor on another device. A GPU fetches it from pinned memory without a wait."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -5,7 +5,7 @@ functions that launch them, an autograd.Function, and `op` itself, which picks b
 makes every launch one opaque op for torch.compile. kernels/proof.py compares kernels and references
 on a new machine. The references run on a CPU, for fp64, and without triton (macOS, Windows).
 
-Triton compiles anew for every integer that is 1 or a multiple of 16, unless `do_not_specialize`
+Triton compiles again for every integer that is 1 or a multiple of 16, unless `do_not_specialize`
 names it: counts that change from pack to pack, and sizes on which no alignment depends.
 
     FEINSCHLIFF_KERNELS=0          references everywhere

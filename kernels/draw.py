@@ -25,9 +25,9 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     logp is under what is left. Each of the three is a number for all rows, or a tensor [B, 1] with
     one per row, of which V and infinity cut nothing.
 
-    The kernel keeps all tokens that are as likely as the last one kept; the reference breaks such
-    ties by the order of the ids if top_p cuts.
-    """
+    The kernel takes temperatures between 0 and 1e-6 for 1e-6. It keeps all tokens that are as
+    likely as the last one kept; the reference breaks such ties by the order of the ids if top_p
+    cuts."""
     settings = temperature, top_k, top_p
     per_row = any(isinstance(x, torch.Tensor) for x in settings)
     if not use("draw", logits) or (not per_row and temperature == 0):
@@ -145,6 +145,7 @@ def record_draw_reference(token, logp, slots, is_stop, tokens, logprobs, last, d
 # of the row (candidates), and among them the logit is found exactly, by bisecting its bit pattern.
 
 LOWEST = -2e30  # stands for -inf
+COLDEST = 1e-6  # lower temperatures count as this one: levels of z must fit into an int32
 BINS = 32
 NONE = -(2**31)  # below every level, and no more than any key
 BLOCK, WARPS = 8192, 16
@@ -247,18 +248,11 @@ def key_of_cut(
     return tl.maximum(kth, tl.where(top_p < 1, least, kth))
 
 
-@triton.jit(do_not_specialize=["top_k"])
-def draw_kernel(
-    logits_ptr,
-    u_ptr,
-    settings_ptr,
-    candidates_ptr,
-    tokens_ptr,
-    logp_ptr,
+@triton.jit
+def first_pass(
+    row_ptr,
     V,
-    temperature,
-    top_k,
-    top_p,
+    scale,
     LOWEST: tl.constexpr,
     BINS: tl.constexpr,
     NONE: tl.constexpr,
@@ -266,14 +260,8 @@ def draw_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * V
-    if settings_ptr is not None:
-        temperature = tl.load(settings_ptr + 3 * row)
-        top_k = tl.load(settings_ptr + 3 * row + 1)
-        top_p = tl.load(settings_ptr + 3 * row + 2)
-    greedy = temperature == 0
-    scale = LOG2E / tl.where(greedy, 1.0, temperature)
+    """(tops, sums, counts, masses, highest): each block's maximum and sum [PARTS]; of the BINS
+    highest levels the tokens and their probability, and the highest one."""
     part, bins = tl.arange(0, PARTS), tl.arange(0, BINS)
     tops, sums = tl.full([PARTS], LOWEST, tl.float32), tl.zeros([PARTS], tl.float32)
     counts, masses = tl.zeros([BINS], tl.int32), tl.zeros([BINS], tl.float32)
@@ -296,32 +284,93 @@ def draw_kernel(
                 p = tl.where(in_bin, tl.exp2(z - (highest - depth).to(tl.float32)), 0.0)
                 counts += tl.where(bin, tl.sum(in_bin.to(tl.int32), 0), 0)
                 masses += tl.where(bin, tl.sum(p, 0), 0.0)
+    return tops, sums, counts, masses, highest
+
+
+@triton.jit
+def second_pass(
+    row_ptr,
+    candidates_ptr,
+    weights,
+    low,
+    high,
+    total,
+    V,
+    scale,
+    top_k,
+    top_p,
+    m,
+    LOWEST: tl.constexpr,
+    NONE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(key, weights): the least key that is kept among the logits of levels `low` to `high`, which
+    are copied to the candidates, and the kept probability of each block [PARTS]."""
+    part = tl.arange(0, PARTS)
+    n, above, starts = 0, 0, tl.zeros([PARTS], tl.int32)
+    for start in tl.range(0, V, BLOCK):
+        z, cols = load_block(row_ptr, start, V, scale, LOWEST, BLOCK)
+        level, here = level_of(z), part == start // BLOCK
+        kept, candidate = (cols < V) & (level > high), (cols < V) & (level >= low) & (level <= high)
+        weights = tl.where(here, tl.sum(tl.where(kept, tl.exp2(z - m), 0.0), 0), weights)
+        above += tl.sum(kept.to(tl.int32), 0)
+        starts = tl.where(here, n, starts)
+        tl.store(candidates_ptr + n + tl.cumsum(candidate.to(tl.int32), 0) - 1, z, mask=candidate)
+        n += tl.sum(candidate.to(tl.int32), 0)
+    tl.debug_barrier()  # every thread sees all candidates
+    key = key_of_cut(candidates_ptr, n, above, tl.sum(weights, 0), total, V, top_k, top_p, m, NONE, BLOCK)
+    for i in tl.range(0, tl.cdiv(V, BLOCK)):
+        begin = tl.sum(tl.where(part == i, starts, 0), 0)
+        end = tl.where((i + 1) * BLOCK < V, tl.sum(tl.where(part == i + 1, starts, 0), 0), n)
+        _count, mass = tally(candidates_ptr + begin, end - begin, key, m, BLOCK)
+        weights += tl.where(part == i, mass, 0.0)
+    return key, weights
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def draw_kernel(
+    logits_ptr,
+    u_ptr,
+    settings_ptr,
+    candidates_ptr,
+    tokens_ptr,
+    logp_ptr,
+    V,
+    temperature,
+    top_k,
+    top_p,
+    COLDEST: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BINS: tl.constexpr,
+    NONE: tl.constexpr,
+    CUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * V
+    if settings_ptr is not None:
+        temperature = tl.load(settings_ptr + 3 * row)
+        top_k = tl.load(settings_ptr + 3 * row + 1)
+        top_p = tl.load(settings_ptr + 3 * row + 2)
+    greedy = temperature == 0
+    scale = LOG2E / tl.where(greedy, 1.0, tl.maximum(temperature, COLDEST))
+    tops, sums, counts, masses, highest = first_pass(row_ptr, V, scale, LOWEST, BINS, NONE, CUT, PARTS, BLOCK)
     m = tl.max(tops, 0)
     weights = sums * tl.exp2(tops - m)  # [PARTS] probability of each block, times a constant
     low, high, key = NONE, NONE, tl.cast(NONE, tl.int64)
     if CUT:
-        depths = (highest + bins) & (BINS - 1)
+        depths = (highest + tl.arange(0, BINS)) & (BINS - 1)
         masses *= tl.exp2((highest - depths).to(tl.float32) - m)
         total = tl.sum(weights, 0)
         low, high = levels_of_cut(counts, masses, depths, highest, total, V, top_k, top_p, BINS, NONE)
         candidates_ptr += row * V
-        n, above, starts = 0, 0, tl.zeros([PARTS], tl.int32)
-        for start in tl.range(0, V, BLOCK):
-            z, cols = load_block(row_ptr, start, V, scale, LOWEST, BLOCK)
-            level, here = level_of(z), part == start // BLOCK
-            kept, candidate = (cols < V) & (level > high), (cols < V) & (level >= low) & (level <= high)
-            weights = tl.where(here, tl.sum(tl.where(kept, tl.exp2(z - m), 0.0), 0), weights)
-            above += tl.sum(kept.to(tl.int32), 0)
-            starts = tl.where(here, n, starts)
-            tl.store(candidates_ptr + n + tl.cumsum(candidate.to(tl.int32), 0) - 1, z, mask=candidate)
-            n += tl.sum(candidate.to(tl.int32), 0)
-        tl.debug_barrier()  # every thread sees all candidates
-        key = key_of_cut(candidates_ptr, n, above, tl.sum(weights, 0), total, V, top_k, top_p, m, NONE, BLOCK)
-        for i in tl.range(0, tl.cdiv(V, BLOCK)):
-            begin = tl.sum(tl.where(part == i, starts, 0), 0)
-            end = tl.where((i + 1) * BLOCK < V, tl.sum(tl.where(part == i + 1, starts, 0), 0), n)
-            _count, mass = tally(candidates_ptr + begin, end - begin, key, m, BLOCK)
-            weights += tl.where(part == i, mass, 0.0)
+        key, weights = second_pass(
+            row_ptr, candidates_ptr, weights, low, high, total, V, scale, top_k, top_p, m, LOWEST, NONE, PARTS, BLOCK
+        )
+    # The block in which u falls
+    part = tl.arange(0, PARTS)
     weights = tl.where(greedy, (tops == m).to(tl.float32), weights)
     up_to = tl.cumsum(weights, 0)
     total = tl.max(up_to, 0)
@@ -329,6 +378,7 @@ def draw_kernel(
     last = tl.max(tl.where(weights > 0, part, 0), 0)
     block = tl.minimum(tl.sum((up_to <= target).to(tl.int32), 0), last)
     rest = target - tl.max(tl.where(part < block, up_to, 0.0), 0)
+    # The token in it
     z, cols = load_block(row_ptr, block * BLOCK, V, scale, LOWEST, BLOCK)
     kept = (cols < V) & (z > LOWEST)
     if CUT:
@@ -355,7 +405,8 @@ def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
     tokens, logp = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B, dtype=torch.float32)
     candidates = logits.new_empty((B, V) if cut else 1, dtype=torch.float32)
     block = min(BLOCK, next_power_of_2(V))
-    constants = dict(LOWEST=LOWEST, BINS=BINS, NONE=NONE, CUT=cut, BLOCK=block, num_warps=max(4, block // 512))
+    constants = dict(COLDEST=COLDEST, LOWEST=LOWEST, BINS=BINS, NONE=NONE, CUT=cut)
+    constants |= dict(BLOCK=block, num_warps=max(4, block // 512))
     draw_kernel[(B,)](
         logits.contiguous(),
         u.contiguous(),
@@ -445,9 +496,20 @@ def draw_proof(device):
     per_row = [torch.tensor(x, device=device)[:, None] for x in ([1.0, 0.7, 0.0, 1.0, 1.5], [9, 3003, 1, 40, 3003])]
     top_p = torch.tensor([0.9, 0.5, torch.inf, torch.inf, 0.95], device=device)[:, None]
 
+    def recorded(token, logp):
+        """The rows of a sampler after one more draw: a live one, one that stops, three dead
+        ones."""
+        numbers = torch.tensor([[1, 1, 1, 1, 1], [4, 1, 0, 0, 0], [7, 7, 7, 7, 7]], device=device)
+        drawn, left, lengths = numbers.unbind()
+        is_stop = torch.zeros(5, 3003, dtype=torch.bool, device=device)
+        tokens, last = numbers.new_zeros(5, 9), numbers.new_zeros(5)
+        logprobs, slots = torch.zeros(5, 9, device=device), torch.arange(5, device=device).flip(0)
+        record_draw(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left, lengths)
+        return [tokens, logprobs, last, drawn, left, lengths]
+
     @torch.no_grad()
     def run(logits):
-        found = [draw(logits, u), draw(logits, u, 0.8, 50, 0.9), draw(logits, u, *per_row, top_p)]
-        return tuple(x.float() for pair in found for x in pair)
+        found = [*draw(logits, u), *draw(logits, u, 0.8, 50, 0.9), *draw(logits, u, *per_row, top_p)]
+        return tuple(x.float() for x in [*found, *recorded(*found[:2])])
 
     return run, [6 * torch.randn(5, 3003, device=device)]

@@ -64,12 +64,12 @@ def setup(device, seed):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         # cuBLAS repeats itself bit for bit only with this
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-            # Packs of ever other sizes would leave holes that nothing fits into
+            # Packs of changing sizes would leave holes that nothing fits into
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        torch.cuda.set_device(device)  # CUDA reads the variables when it starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     # a debugging aid that comes with the line above and costs a pass over every tensor
     torch.utils.deterministic.fill_uninitialized_memory = False

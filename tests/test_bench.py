@@ -8,9 +8,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import rollout
-from bench import peers, preference, products, rl, rollout as bench_rollout
+from bench import mutants, peers, preference, products, rl, rollout as bench_rollout
 from data.pack import Chat, pack
 from model import config_for, logprobs
 from runtime.errors import UserError
@@ -243,3 +244,11 @@ def test_both_libraries_multiply_and_are_timed(capsys):
     assert {(row["rows"], row["product"]) for row in found} == {
         (rows, name) for rows in (1, 20) for name in ("y", "yt", "dx", "dW")
     } and all(row["plain"] > 0 < row["onednn"] for row in found)
+
+
+def test_every_mutant_can_be_planted():
+    """Its text is once in its file, and no two have one name."""
+    names = [name for name, *_ in mutants.MUTANTS]
+    assert len(set(names)) == len(names)
+    wrong = {name: file for name, file, old, *_ in mutants.MUTANTS if (ROOT / file).read_text().count(old) != 1}
+    assert not wrong

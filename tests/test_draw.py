@@ -44,6 +44,13 @@ def test_draws_of_the_whole_distribution(device, V, temperature):
     check(device, logits, torch.tensor([0.0, 0.1, 0.5, 0.77, 0.9, 0.999]), temperature)
 
 
+@pytest.mark.parametrize("settings", [(1e-30,), (1e-30, 5), (1e-9, 0, 0.9)])
+def test_the_likeliest_of_negative_logits_is_drawn_at_the_lowest_temperatures(device, settings):
+    logits, u = some(300)
+    tokens, logp = check(device, logits - 20, u, *settings)
+    assert tokens.tolist() == logits.argmax(-1).tolist() and logp.eq(0).all()
+
+
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (40, 1.0), (0, 0.9), (0, 0.0), (40, 0.8)])
 def test_draws_of_a_cut_distribution(device, top_k, top_p):
     check(device, *some(200, B=1, seed=top_k), 0.8, top_k, top_p)
