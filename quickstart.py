@@ -403,8 +403,7 @@ def main(config):
     record = read_json(file) if file.exists() else {"stages": []}
     first, *lanes = command_lanes(config)
     n = sum(map(len, (first, *lanes)))
-    minutes = 20 if puzzles else 10
-    print(f"{n} commands, about {minutes} minutes on two cores; run again, it continues where it was interrupted")
+    print(f"{n} commands, 10 to 30 minutes on two cores; run again, it continues where it was interrupted")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     run_side_by_side([first], record, file)
