@@ -225,11 +225,10 @@ def run_lane(lane, threads, record, file):
 
 
 def run_side_by_side(lanes, record, file):
-    """Run lanes at once on a CPU, whose threads they share, and one after another on a GPU, whose
-    memory each plans for itself; if a signal stopped them, end as they did."""
-    at_once = len(lanes) if choose_device("auto").type == "cpu" else 1
-    threads = max(1, torch.get_num_threads() // at_once)
-    with ThreadPoolExecutor(at_once) as pool:
+    """Run lanes at once, the CPU's threads shared between them; if a signal stopped them, end as
+    they did."""
+    threads = max(1, torch.get_num_threads() // len(lanes))
+    with ThreadPoolExecutor(len(lanes)) as pool:
         running = [pool.submit(run_lane, lane, threads, record, file) for lane in lanes]
     for lane in running:
         lane.result()

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels.attention
 import kernels.draw
-from bench.predict import GPUS, SHAPES, Config as Predicted, decode_row, training_row
+from bench.predict import GPUS, SHAPES, Config as Predicted, decode_floor, decode_row, training_row
 from data.pack import IGNORE, next_tokens, pack, to_device
 from kernels.attention import attention, layout
 from kernels.draw import draw
@@ -222,29 +222,38 @@ def micro(device, tiny):
 
 
 def decode(device, tiny):
-    known, name = predicted_for(device), "Qwen3-0.6B"
-    layers, width, heads, kv_heads, head_dim, ffn, vocab = (1, 32, 2, 1, 16, 48, 61) if tiny else SHAPES[name]
-    held, steps = (8, 4) if tiny else (400, 64)
-    c = GPTConfig(vocab, layers, width, heads, kv_heads, head_dim, ffn, context=1024, tied=True)
-    model = GPT(c).init_weights(0).to(device)
-    for slots in (2, 4) if tiny else (64, 128, 256):
+    for name in ("toy",) if tiny else ("Qwen2.5-0.5B", "Qwen3-0.6B"):
+        shape = (1, 32, 2, 1, 16, 48, 61) if tiny else SHAPES[name]
+        for slots in (2, 4) if tiny else (64, 128, 256):
+            decode_rows(device, name, shape, slots, *((8, 4) if tiny else (400, 64)))
 
-        def measure(slots=slots):
-            sampler = Sampler(model, slots, held + 4 * steps)
-            sampler.add([[i % vocab] * held for i in range(slots)], max_new_tokens=4 * steps)
-            sampler.step(), sampler.step()  # reads the prompts; captures
-            wait(device)
-            begin, before = time.perf_counter(), sampler.drawn.sum().item()
-            while sampler.drawn.sum().item() < before + slots * steps:
-                sampler.step()
-            s = time.perf_counter() - begin
-            drawn = sampler.drawn.sum().item() - before
-            return f"{1e3 * s * slots / drawn:.2f} ms a step, {drawn / s:,.0f} tok/s"
 
-        row(f"{'a toy' if tiny else name}, {slots} slots, {held} tokens held", measure)
-        if not tiny:
-            said = decode_row(name, GPUS[known], slots, held)
-            print(f"  predicted for {known}: {said['step_ms']:.2f} ms, {said['tokens_per_s']:,.0f} tok/s", flush=True)
+def decode_rows(device, name, shape, slots, held, steps):
+    """Print what a decode step took, and what was predicted."""
+    gpu = predicted_for(device)
+    layers, width, heads, kv_heads, head_dim, ffn, vocab = shape
+
+    def measure():
+        c = GPTConfig(vocab, layers, width, heads, kv_heads, head_dim, ffn, context=1024, tied=True)
+        model = GPT(c).init_weights(0).to(device)
+        sampler = Sampler(model, slots, held + 4 * steps)
+        sampler.add([[i % vocab] * held for i in range(slots)], max_new_tokens=4 * steps)
+        sampler.step(), sampler.step()  # reads the prompts; captures
+        wait(device)
+        begin, before = time.perf_counter(), sampler.drawn.sum().item()
+        while sampler.drawn.sum().item() < before + slots * steps:
+            sampler.step()
+        s = time.perf_counter() - begin
+        drawn = sampler.drawn.sum().item() - before
+        floor = decode_floor(model, slots, held + steps // 2) / GPUS[gpu].bytes_per_s
+        per_step = s * slots / drawn
+        return f"{1e3 * per_step:.2f} ms a step, {drawn / s:,.0f} tok/s, {floor / per_step:.0%} of floor"
+
+    row(f"{name}, {slots} slots, {held} tokens held", measure)
+    if name in SHAPES:
+        said = decode_row(name, GPUS[gpu], slots, held)
+        figures = f"{said['step_ms']:.2f} ms, {said['tokens_per_s']:,.0f} tok/s, {said['of_floor']:.0%} of floor"
+        print(f"  predicted for {gpu}: {figures}", flush=True)
 
 
 PARTS = {"smoke": smoke, "floors": floors, "sweep": sweep, "profile": profiled, "micro": micro, "decode": decode}

@@ -67,7 +67,11 @@ class GPU:
     dollars_per_hour: float  # assumed; rent changes by the week
 
 
-GPUS = {"H100": GPU(3.35e12, 989e12, 80, 2.5), "4090": GPU(1.008e12, 165.2e12, 24, 0.35)}
+GPUS = {
+    "H100": GPU(3.35e12, 989e12, 80, 2.5),
+    "H200": GPU(4.8e12, 989e12, 141, 3.5),
+    "4090": GPU(1.008e12, 165.2e12, 24, 0.35),
+}
 
 # Shares of the data sheet's figures that kernels reach.
 STREAM = 0.806  # bytes of an elementwise kernel
@@ -395,18 +399,28 @@ def record_decode(shape, slots, **settings):
     return recorder.ops, model
 
 
+def kept_bytes(c, slots, held):
+    """Bytes of keys and values that a layer reads in a decode step, in bf16."""
+    return 2 * 2 * c.kv_heads * c.head_dim * held * slots
+
+
+def decode_floor(model, slots, held):
+    """The least bytes of a decode step: weights, keys and values read once, in bf16."""
+    weights = 2 * sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    return weights + model.config.layers * kept_bytes(model.config, slots, held)
+
+
 def decode_row(name, gpu, slots, held):
     """What is predicted of a decode step, beside the least that the memory allows."""
     ops, model = record_decode(SHAPES[name], slots)
     c = model.config
-    kept = 2 * 2 * c.kv_heads * c.head_dim * held * slots  # bytes of keys and values a layer reads
+    kept = kept_bytes(c, slots, held)
     for op in ops:
         if op.part == "decode_attention":
             op.bytes = kept
         rate(op, gpu)
     seconds = sum(op.seconds for op in ops)
-    weights = 2 * sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    floor = (weights + c.layers * kept) / gpu.bytes_per_s
+    floor = decode_floor(model, slots, held) / gpu.bytes_per_s
     launches = sum(op.launches for op in ops)
     per_layer = sum(op.launches for op in ops if op.part in IN_LAYER or op.part == "products") // c.layers
     return {

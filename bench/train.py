@@ -8,8 +8,8 @@ process, so that a throttling GPU slows all alike:
     baseline             a plain nanoGPT-style script, written below: dense batches, PyTorch's
                          attention, logits whole, AdamW fused, autocast, torch.compile
     kernels              model.py and optim.py (Muon + AdamW) as pretrain.py runs them
-    kernels, compile     the same with --compile
-    references, compile  the same, the kernels switched off
+    kernels+compile      the same with --compile
+    references+compile   the same, the kernels switched off
 
 The batch of a step is the same for all; a contender that runs out of memory halves its micro-batch,
 and the table says so. MFU counts 6 operations per weight and token and causal attention's products,
@@ -53,6 +53,8 @@ class Config:
     batch_tokens: int = 131072
     # tokens at once, at first
     micro_batch_tokens: int = 32768
+    # comma-separated, the baseline first
+    contenders: str = "baseline,kernels,kernels+compile,references+compile"
     # timed steps of each contender
     steps: int = 5
     # one toy size: times mean nothing
@@ -181,10 +183,7 @@ def make(contender, shape, device, backend):
         return BaselineRun(shape, device, backend)
     if contender == "kernels":
         return OurRun(shape, device)
-    return OurRun(shape, device, backend, kernels=contender == "kernels, compile")
-
-
-CONTENDERS = ["baseline", "kernels", "kernels, compile", "references, compile"]
+    return OurRun(shape, device, backend, kernels=contender == "kernels+compile")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,12 +236,14 @@ def contest(depth, context, config, device):
     batch = torch.randint(vocab, (documents, context), generator=torch.Generator().manual_seed(0))
     first_micro = max(1, min(documents, config.micro_batch_tokens // context))
     rows, runs = {}, {}
-    for name in CONTENDERS:
+    for name in config.contenders.split(","):
         row = {"depth": depth, "context": context, "contender": name}
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         try:
+            begin = time.perf_counter()
             run = make(name, shape, device, backend)
             micro, peak = fit(run, batch, first_micro, device)
+            print(f"{name}: compiled and warm after {time.perf_counter() - begin:.0f} s", flush=True)
         except Exception as e:  # out of memory at one document, or its compiler fails: that must not end the rest
             reason = (str(e).strip().splitlines() or [""])[0][:150]
             rows[name] = row | {"absent": f"{type(e).__name__}: {reason}"}

@@ -174,7 +174,7 @@ def test_what_is_wanted_is_judged():
 def test_the_bench_of_training_runs(tmp_path, capsys):
     train_bench.main(train_bench.Config(tiny=True, device="cpu", out=str(tmp_path)))
     rows = json.loads((tmp_path / "train_cpu.json").read_text())["rows"]
-    contenders = ["baseline", "kernels", "kernels, compile", "references, compile"]
+    contenders = ["baseline", "kernels", "kernels+compile", "references+compile"]
     assert [row["contender"] for row in rows] == contenders and all(row["tokens_per_s"] > 0 for row in rows)
     assert "tokens/s" in capsys.readouterr().out
 
