@@ -1201,6 +1201,20 @@ MUTANTS = [
         "tests/test_draw.py",
     ),
     (
+        "draws_by_fused_operations",
+        "kernels/draw.py",
+        ", enable_fp_fusion=False)",
+        ")",
+        "tests/test_sass.py::test_every_kernel_compiles_and_no_rule_is_broken",
+    ),
+    (
+        "proof_asks_what_no_pytorch_has",
+        "kernels/proof.py",
+        "versions += [torch.cuda.get_device_name(device)]",
+        "versions += [torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()]",
+        f"{CUDA}::test_every_stage_runs_on_cuda",
+    ),
+    (
         "drawn_past_its_stop",
         "kernels/draw.py",
         "left = tl.where(stop, 0, left - 1)",

@@ -7,7 +7,7 @@ recorded instead of launched, so what is checked here is what is launched there.
 garbage; only widths, dtypes and alignments matter. `broken` judges each row. This needs nothing but
 the triton wheel, whose own ptxas, cuobjdump and nvdisasm do the work.
 
-    python -m bench.sass               sm_80, sm_90, sm_100; exit status 1 if a rule is broken
+    python -m bench.sass               sm_80, 89, 90, 100, 120; exit status 1 if a rule is broken
     python -m bench.sass --quick       what the tests run: the cases in QUICK
     bash bench/sass.sh                 under the oldest and the newest triton of pyproject.toml
 """
@@ -30,7 +30,7 @@ from runtime.errors import UserError
 
 @dataclass
 class Config:
-    # 80, 90 or 100; 0: all three
+    # 80, 89, 90, 100 or 120; 0: all of them
     arch: int = 0
     # cases whose name begins with this: attention, linear, ...
     only: str = ""
@@ -41,8 +41,14 @@ class Config:
 
 
 # architecture: (shared memory a block may have, in bytes; the tensor cores' instruction;
-# multiprocessors of A100, H100, B200)
-ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (227 * 1024, "UTCHMMA", 148)}
+# multiprocessors of A100, RTX 4090, H100, B200, RTX 5090)
+ARCHS = {
+    80: (163 * 1024, "HMMA", 108),
+    89: (99 * 1024, "HMMA", 128),
+    90: (227 * 1024, "HGMMA", 132),
+    100: (227 * 1024, "UTCHMMA", 148),
+    120: (99 * 1024, "HMMA", 170),
+}
 
 # --------------------------------------------------------------------------------------------------
 # The rules
@@ -51,6 +57,8 @@ ARCHS = {80: (163 * 1024, "HMMA", 108), 90: (227 * 1024, "HGMMA", 132), 100: (22
 SPILLS = {("dkdv_kernel", 80): 32}
 # They write a small part of what they read; the second one without gradients.
 SUMS = {"logprob_kernel", "cross_entropy_kernel", "kl_kernel", "combine_kernel"}
+# Their products and sums must be rounded one by one, as they are written.
+UNFUSED = {"draw_kernel"}
 # They read or write single numbers: of a slot, or a cut row's few candidates.
 SCATTERED = {"draw_kernel", "record_draw_kernel"}
 # Their products have 16 rows. HGMMA and UTCHMMA begin at 64, so these use HMMA everywhere.
@@ -79,6 +87,8 @@ def broken(row):
         wrong.append(f"of {row['loads']} loads {row['wide_loads']} have 128 bits, and the others move more bytes")
     if not row["dot"] and not row["wide_stores"] and row["kernel"] not in SUMS | SCATTERED:
         wrong.append(f"memory-bound, yet none of its {row['stores']} stores has 128 bits")
+    if row["fused"] and row["kernel"] in UNFUSED:
+        wrong.append("products and sums may be fused, which rounds differently from what is written")
     if row["atomics"]:
         wrong.append(f"{row['atomics']} global atomics: the order of their sums is random")
     return wrong
@@ -120,7 +130,7 @@ def compile_only():
 
     driver = StubDriver()
     _lib.use = lambda op, x: x.dtype != torch.float64
-    _lib.arch = lambda device: driver.arch
+    _lib.arch = lambda device: _lib.family(divmod(driver.arch, 10))
     _lib.sm_count = lambda device: ARCHS[driver.arch][2]
     triton.runtime.driver.set_active(driver)
     recorded, run = [], JITFunction.run
@@ -381,7 +391,7 @@ def compile_all(archs, only="", quick=False):
                 seen.add(compiled.hash)
                 m = compiled.metadata
                 row = {"kernel": kernel.__name__, "case": case, "dtype": dtype, "arch": m.target.arch}
-                row |= {"warps": m.num_warps, "stages": m.num_stages, "smem": m.shared}
+                row |= {"warps": m.num_warps, "stages": m.num_stages, "smem": m.shared, "fused": m.enable_fp_fusion}
                 row |= {"tmem": getattr(m, "tmem_size", None) or 0, "dot": "tt.dot" in compiled.asm["ttir"]}
                 row |= read_machine_code(compiled)
                 rows.append(row | {"broken": broken(row)})

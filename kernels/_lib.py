@@ -95,14 +95,14 @@ def register(schema, fake):
 
 @functools.cache
 def arch(device):
-    """The architecture whose block sizes this device uses.
+    """The architecture whose block sizes this device uses."""
+    return family(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 80
 
-    80 (Ampere, Ada and every unknown one), 90 (Hopper) or 100 (Blackwell).
-    """
-    if device.type != "cuda":
-        return 80
-    capability = torch.cuda.get_device_capability(device)
-    return {(9, 0): 90, (10, 0): 100, (10, 3): 100}.get(capability, 80)
+
+def family(capability):
+    """80 (Ampere and every unknown one), 89 (Ada, and Blackwell's consumer GPUs), 90 (Hopper) or
+    100 (Blackwell)."""
+    return {(8, 9): 89, (12, 0): 89, (12, 1): 89, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get(capability, 80)
 
 
 @functools.cache

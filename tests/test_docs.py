@@ -194,7 +194,7 @@ def numbers_of(logs):
     return [float(number.replace(",", "")) for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/story.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/gpu.md", "docs/story.md"])
 def test_every_figure_is_in_the_log_beside_it(page):
     """A number with a decimal point in a section that links logs (of the story: anywhere) is a
     number of those logs, rounded, also as a percentage."""
@@ -212,7 +212,7 @@ def test_every_figure_is_in_the_log_beside_it(page):
             known = numbers_of(logs)
             assert any(abs(value - x) <= 0.5001 * step for x in [*known, *(100 * x for x in known)]), (heading, number)
             checked += 1
-    assert checked > 20
+    assert checked > 15
 
 
 def test_the_table_of_features_counts_right():
