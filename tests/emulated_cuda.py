@@ -128,8 +128,10 @@ def to(self, *args, **kwargs):
 
 
 def tensor(data, *, device=None, **options):
-    """torch.tensor"""
-    made = CPU_TENSOR(data, device=on_host(device if device is None else torch.device(device)), **options)
+    """torch.tensor. The device is always told: a `with device:` around this, as of the memory plan,
+    would tell PyTorch's own to make it on a GPU."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    made = CPU_TENSOR(data, device=on_host(device), **options)
     return made.to(device) if is_cuda_device(device) else made
 
 

@@ -1,5 +1,5 @@
-"""Nothing is ever lost: one seed of bench/faults.py, every stage under every fault, and a signal to
-a script as a user types it."""
+"""Nothing is ever lost: one seed of the rows of bench/faults.py that differ between stages, and a
+signal to a script as a user types it. bench/faults.py runs them all."""
 
 import signal
 import subprocess
@@ -10,8 +10,16 @@ import pytest
 from bench import faults
 
 ELSEWHERE = ("torchrun", "typed_again")  # start many processes: only bench/faults.py runs them
-# The same code in every stage (runtime/run.py, checkpoint.py): tested in the one with most to lose
-SHARED = ("sigint", "two_signals", "flipped", "missing", "truncated", "no_permission", "two_runs")
+# The same code in every stage (runtime/run.py, checkpoint.py, process.py): tested in one
+SHARED = {
+    **dict.fromkeys(("sigint", "two_signals", "flipped", "missing", "truncated"), "sft"),
+    **dict.fromkeys(("no_permission", "two_runs", "full_disk", "changed_data", "rank_killed"), "sft"),
+    **dict.fromkeys(("sigterm", "shard_killed"), "pretrain"),
+    "rank_stopped": "sft",
+}
+# What a killed stage, and one that goes on with other ranks, computes is also in its own tests
+# (test_a_killed_run..., test_one_process_micro_batches_and_two_processes_agree)
+SAMPLED = {"kill": ("sft", "rlaif", "grpo"), "other_ranks": ("sft", "reward", "dpo")}
 # The same guard in every stage (test_guard.py): tested where it is cheap, and in two that train
 USERS_REWARDS = {
     *(("evaluate", f"reward_{what}") for what in ("exits", "moves", "prints")),
@@ -24,7 +32,9 @@ def rows():
     found = []
     for stage in faults.STAGES:
         for fault in faults.FAULTS:
-            if not faults.applies(stage, fault) or fault in ELSEWHERE or (fault in SHARED and stage != "ppo"):
+            if not faults.applies(stage, fault) or fault in ELSEWHERE or stage != SHARED.get(fault, stage):
+                continue
+            if stage not in SAMPLED.get(fault, faults.STAGES):
                 continue
             if fault.startswith("reward_") and (stage, fault) not in USERS_REWARDS:
                 continue

@@ -65,7 +65,7 @@ def run_python(*args, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90])  # bench/sass.sh: all of sass.ARCHS
 def test_every_kernel_compiles_and_no_rule_is_broken(arch, tmp_path):
     run_python("-m", "bench.sass", "--quick", f"--arch={arch}", f"--out={tmp_path / 'rows.json'}")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -130,7 +130,7 @@ def sparingly(megabytes=200):
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 2  # on an idle core half a second; crowded ones differ by a factor of two
 
 
 def refuses(path, read, *args, names=()):
