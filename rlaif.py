@@ -20,7 +20,6 @@ must not be the policy that is trained. The judge as a reward, without pairs: --
 """
 
 import math
-import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from data import chat, rows
-from data.judge import judge_prompt, question, transcript
+from data.judge import judge_prompt, other_fields, question, reply_pair, swap_sides, transcript
 from figures import label_margins, show_record, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
@@ -94,32 +93,11 @@ class Config:
 CRITIQUE = "Think of this principle: {principle}\nIn which ways does your last answer go against it?"
 REVISION = """Now rewrite that answer so that it follows the principle: {principle}
 Write the new answer and nothing else."""
-# Fields that a written row has in other words
-REPLACED = rows.FIELDS | set("reply_a reply_b better probability principle verdicts original critique".split())
-
-
-def other_fields(row):
-    """What a row has besides its question and its replies: the "answer" of a problem, say."""
-    return {name: value for name, value in row.items() if name not in REPLACED}
 
 
 def random_principles(n, principles, seed, first):
     """int64 [n]: indices of principles for n rows, each by the seed and the row's number alone."""
     return np.array([np.random.default_rng([seed, first + i]).integers(principles) for i in range(n)])
-
-
-def reply_pair(row):
-    """A preference, or {"prompt", "reply_a", "reply_b"} and perhaps "better": "A" or "B" -> Pair.
-
-    Reply A is the chosen one; the probability is nan if the row does not say which is better.
-    """
-    if "reply_a" not in row and "reply_b" not in row:
-        if "chosen" not in rows.normalise(row):
-            raise ValueError(f"no pair of replies in the fields {rows.names(row)}; --policy=CHECKPOINT samples them")
-        return rows.preference(row)
-    a, b = (rows.text_of(row.get(name), name) for name in ("reply_a", "reply_b"))
-    label = {"A": 1.0, "B": 0.0}.get(str(row.get("better")), math.nan)
-    return rows.Pair(rows.prompt(row), a, b, label, row)
 
 
 def sampled_pairs(config, model, tok, batch, first):
@@ -232,12 +210,6 @@ def preferences(config, pairs, p, principles, known):
             preference["principle"] = principles[by[0]]
         written.append(preference | row)
     return written, counts, verdict_values(p, margins, probability, kept, known, principles)
-
-
-def swap_sides(row):
-    """What a row says of its two sides, "gold_chosen" for example, said of the other one."""
-    other = {"chosen": "rejected", "rejected": "chosen"}
-    return {re.sub("chosen|rejected", lambda side: other[side[0]], name): value for name, value in row.items()}
 
 
 def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):

@@ -1,4 +1,10 @@
-"""What a judge or a reward reads: a comparison of two replies as text. Pure functions of text."""
+"""What a judge or a reward reads, a comparison of two replies as text, and the rows of AI feedback.
+Pure functions."""
+
+import math
+import re
+
+from data import rows
 
 
 def judge_prompt(prompt, reply_a, reply_b, principle):
@@ -16,3 +22,32 @@ def transcript(messages):
     if len(messages) == 1:
         return messages[-1]["content"]
     return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+# Fields that a written row has in other words
+REPLACED = rows.FIELDS | set("reply_a reply_b better probability principle verdicts original critique".split())
+
+
+def reply_pair(row):
+    """A preference, or {"prompt", "reply_a", "reply_b"} and perhaps "better": "A" or "B" -> Pair.
+
+    Reply A is the chosen one; the probability is nan if the row does not say which is better.
+    """
+    if "reply_a" not in row and "reply_b" not in row:
+        if "chosen" not in rows.normalise(row):
+            raise ValueError(f"no pair of replies in the fields {rows.names(row)}; --policy=CHECKPOINT samples them")
+        return rows.preference(row)
+    a, b = (rows.text_of(row.get(name), name) for name in ("reply_a", "reply_b"))
+    label = {"A": 1.0, "B": 0.0}.get(str(row.get("better")), math.nan)
+    return rows.Pair(rows.prompt(row), a, b, label, row)
+
+
+def other_fields(row):
+    """What a row has besides its question and its replies: the "answer" of a problem, say."""
+    return {name: value for name, value in row.items() if name not in REPLACED}
+
+
+def swap_sides(row):
+    """What a row says of its two sides, "gold_chosen" for example, said of the other one."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {re.sub("chosen|rejected", lambda side: other[side[0]], name): value for name, value in row.items()}

@@ -217,7 +217,7 @@ def test_every_figure_is_in_the_log_beside_it(page):
 
 def test_the_table_of_features_counts_right():
     """Ours only where a test or a bench shows it, and as many as there are."""
-    text = sections(read("README.md"))["Beside others"]
+    text = sections(read("README.md"))["Comparison"]
     rows = [line.split(" | ") for line in text.splitlines() if line.count(" | ") == 6][1:]
     ours = {row[0]: row[1] for row in rows}
     assert all(re.search(r"\]\((?:tests|bench)/", cell) for name, cell in ours.items() if name != "lines of Python")

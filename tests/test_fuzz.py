@@ -21,6 +21,7 @@ import evaluate
 import figures
 import rlaif
 from data import chat, corpus, prepare, rows, shards, tokenizer
+from data.judge import reply_pair
 from data.read import read_jsonl, read_texts
 from runtime.checkpoint import find, load, load_state
 from runtime.cli import check_ranges, parse_cli, read_flags
@@ -174,7 +175,7 @@ ROWS = [
     REPLIES,
     {"prompt": "2 + 2 =", "answer": "4"},
 ]
-PARSERS = [rows.conversation, rows.problem, rows.prompt_only, rows.preference, rows.judged, rlaif.reply_pair]
+PARSERS = [rows.conversation, rows.problem, rows.prompt_only, rows.preference, rows.judged, reply_pair]
 
 
 def check_messages(messages):
@@ -237,8 +238,8 @@ def test_what_the_search_found_in_preferences(gold):
     assert np.isnan(rows.gold_margin(pair.row)) and rows.gold_margin(GRADED) == 1
     use(rows.preference, pair)
     use(rows.preference, rows.preference(GRADED | {"gold_chosen": 0.5}))
-    assert np.isnan(rlaif.reply_pair(REPLIES | {"better": gold}).probability)
-    assert rlaif.reply_pair(REPLIES).probability == 1
+    assert np.isnan(reply_pair(REPLIES | {"better": gold}).probability)
+    assert reply_pair(REPLIES).probability == 1
 
 
 @few(120)

@@ -13,7 +13,7 @@ from runs import SMALL, here, refused, save, start, succeeds, write_rows
 
 import rlaif
 from data import chat, rows, tokenizer
-from data.judge import judge_prompt
+from data.judge import judge_prompt, reply_pair
 from data.pack import pack
 from data.world import PRINCIPLES, pair
 from figures import label_margins
@@ -98,7 +98,7 @@ def soft(margin):
 
 def judged(some, by, asked=None, **flags):
     """`preferences` of these rows, by the taste of a judge."""
-    pairs = [rlaif.reply_pair(row) for row in some]
+    pairs = [reply_pair(row) for row in some]
     margins = [[taste(p, pair.chosen) - taste(p, pair.rejected) for p in by] for pair in pairs]
     p = soft(np.array(margins, dtype=np.float64))
     if asked is not None:
@@ -165,7 +165,7 @@ def test_a_pair_of_replies_says_what_is_wrong():
         ({"prompt": "q", "answer": "a"}, "no pair of replies in the fields prompt, answer"),
     ]:
         with pytest.raises(ValueError, match=why):
-            rlaif.reply_pair(row)
+            reply_pair(row)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_verdicts_are_the_models_own_probabilities(make_model):
 def test_a_batch_counts_ties_and_pairs_that_are_too_long(make_model):
     judge = ending(make_model, 5, context=150), TOK, {}
     texts = [("same", "same"), ("a", "b" * 200), ("aaa", "bbb")]
-    batch = [rlaif.reply_pair({"prompt": "q", "reply_a": a, "reply_b": b}) for a, b in texts]
+    batch = [reply_pair({"prompt": "q", "reply_a": a, "reply_b": b}) for a, b in texts]
     config = rlaif.Config("", "", "", min_margin=0.0)
     written, counts, _ = rlaif.judge_batch(config, None, judge, [LONG], [], batch, 0)
     assert len(written) == 1 and {written[0]["chosen"], written[0]["rejected"]} == {"aaa", "bbb"}
