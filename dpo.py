@@ -4,8 +4,7 @@
     with      logratio(y) = log pi(y | x) - log pi_ref(y | x)
 
 The reference is the model at the start, or --reference, frozen; its log-probabilities are computed
-once. log pi
-sums over a completion's tokens, its end of turn included. --loss chooses among
+once. log pi sums over a completion's tokens, its end of turn included. --loss chooses among
 
     dpo       as above                               (Rafailov et al. 2023, arXiv 2305.18290)
     dpo_norm  logratios per token                    (Tulu 3: Lambert et al. 2024, 2411.15124)
@@ -78,8 +77,8 @@ class Config(RunConfig):
     steps: int = 0
     # pairs (kto: completions) per optimizer step, over all ranks [>= 1]
     batch_size: int = 64
-    # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2, fitted on the embedded world
-    # at width 128 and extrapolated to others [>= 0]
+    # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2, fitted on the quick start's
+    # world at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
     # longest prompt with completion in tokens, longer pairs are dropped; 0: the model's
     context: int = 0
@@ -115,7 +114,7 @@ def cdpo_loss(chosen, rejected, beta, label_probs=1.0, smoothing=0.1):
 
 def ipo_loss(chosen, rejected, beta, label_probs=1.0):
     """(h - (p - 1/2) / beta)^2, h the difference of the logratios *per token* (as its authors do
-    in TRL): arXiv 2310.12036, eq. 17; with p = 1 the aim is 1/(2 beta)."""
+    in TRL): arXiv 2310.12036, eq. 17; with p = 1 the target is 1/(2 beta)."""
     return (chosen - rejected - (label_probs - 0.5) / beta) ** 2
 
 
@@ -130,7 +129,7 @@ def orpo_loss(chosen, rejected, beta, label_probs=1.0):
     """-mean logp(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = P/(1 -
     P) and log P the mean logp: arXiv 2403.07691, eq. 6 and 7."""
     mean_logps = torch.stack([chosen, rejected])
-    log_odds = mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-1e-6)))  # also where log P is near 0
+    log_odds = mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-1e-6)))  # clamped: finite where P is near 1
     return -chosen + beta * dpo_loss(*log_odds, 1.0, label_probs)
 
 
@@ -147,7 +146,7 @@ def kto_loss(logratio, is_good, kl, beta, desirable=1.0, undesirable=1.0):
 class Loss(NamedTuple):
     function: Callable  # of (chosen, rejected, beta, label_probs, and the flags below)
     beta: float  # default of --beta
-    compares: str  # of two completions: logratio or, without a reference, logp; mean_...: per token
+    compares: str  # logratio, or logp: without a reference; mean_logratio, mean_logp: per token
     flags: tuple = ()  # flags that only this loss reads
     takes_nll: bool = True
 
@@ -175,8 +174,8 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Items: two completions each, (Chat, Chat), the chosen and the rejected one. For kto: the
-# completion that was judged, and one to another prompt, used only for its z.
+# Items: (Chat, Chat), the chosen and the rejected completion to a prompt. For kto: the completion
+# that was judged, and the same prompt with another prompt's completion, used only for its z.
 
 
 def item_lengths(items):
@@ -196,7 +195,7 @@ def item_logps(model, items):
 
 @torch.no_grad()
 def all_logps(model, items, micro_batch_tokens):
-    """fp32 [n, 2] on the CPU: `item_logps` without gradients; the ranks share the work."""
+    """fp32 [n, 2] on the CPU: `item_logps` without gradients. Each rank fills in its share."""
     found = torch.zeros(len(items), 2, device=model.embed.device)
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
         found[part] = item_logps(model, items[part])
@@ -299,7 +298,8 @@ def main(config):
     if config.compile:
         model.compile()
     if config.loss != "kto":
-        longer = -completion_lengths(train).diff().mean()
+        chosen, rejected = completion_lengths(train).unbind(1)
+        longer = (chosen - rejected).mean()
         print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
     print0(f"{steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     saved = {"optimizer": optimizer, "order": order}
@@ -315,7 +315,7 @@ def main(config):
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, means["loss"], [grad_norm], sides)
-        loss, chosen, rejected, accuracy = means.values()
+        loss, chosen, rejected, accuracy = means.values()  # in the order of run_batch
         rewards = {"chosen_reward": config.beta * chosen, "rejected_reward": config.beta * rejected}
         rewards |= {"margin": config.beta * (chosen - rejected), "accuracy": accuracy}
         rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}

@@ -1,5 +1,5 @@
-"""Sharpen: GRPO, reinforcement learning without a critic: a completion is as good as it is better
-than the others of the same prompt.
+"""Sharpen: GRPO, reinforcement learning without a critic: a completion's advantage is how much its
+reward exceeds that of the others to the same prompt.
 
     A_i = (r_i - mean(r)) / std(r)        over the G completions of one prompt
     L   = -mean_t min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A)
@@ -7,9 +7,8 @@ than the others of the same prompt.
 
 DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can
 check (data/rules.py): R1 learned to reason by it (2501.12948). A group whose completions are all
-worth the same teaches nothing and is left out, also of the mean that the papers take over it;
---refill samples others in its place. L is the default recipe's. --recipe sets the flags marked
-(recipe) as a paper has them, unless they are given:
+worth the same teaches nothing and is left out (papers count it in the mean); --refill replaces it.
+--recipe sets the flags marked (recipe) as a paper has them, unless they are given:
 
     deepseekmath  + beta k3; the mean over each completion first; one update (2402.03300, 4.2)
     r1            the same with a clip of 10, a small beta, minibatches, and a new reference every
@@ -20,10 +19,10 @@ worth the same teaches nothing and is left out, also of the mean that the papers
     gspo          one ratio per completion, not per token (Zheng et al. 2025, 2507.18071)
     v3.2          no std, an unbiased KL, bad completions far off the policy masked (2512.02556)
 
---kl names the estimator that is added to the loss, times --beta, by what its gradient is. With
-d = log pi - log pi_ref, k2 = d^2 / 2 has that of KL(pi || ref) on fresh samples; k3 = e^-d - 1 + d,
-the paper's, that of KL(ref || pi); unbiased = ratio k3 (v3.2's) that of KL(pi || ref), off-policy
-too. k1 = d has none. Left out: process rewards, asynchronous sampling.
+--kl names the estimator that is added to the loss, times --beta; they differ in their gradients.
+With d = log pi - log pi_ref, k2 = d^2 / 2 has that of KL(pi || ref) on fresh samples; k3 = e^-d - 1
++ d, the paper's, that of KL(ref || pi); unbiased = ratio k3 (v3.2's) that of KL(pi || ref),
+off-policy too. k1 = d has none. Left out: process rewards, asynchronous sampling.
 
     python grpo.py --init=out/sft --data=sums.jsonl --reward=data/rules.py:final_number --out=out/rl
 """
@@ -206,7 +205,7 @@ def completion_means(x, lengths):
 POLICY_LOSSES = {"clip": clip_loss, "cispo": cispo_loss, "gspo": gspo_loss}
 
 
-def on_policy(logp, old_logp, advantages, lengths, limit):
+def off_policy_weights(logp, old_logp, advantages, lengths, limit):
     """fp32 [M]: 0 for completions with A < 0 and mean(old_logp - logp) > limit, else 1 (2512.02556,
     whose limit is unpublished; the recipe's 0.5 is TRL's)."""
     drift = completion_means((old_logp - logp).detach(), lengths)
@@ -244,7 +243,8 @@ def roll_out(model, tok, rewards, order, train, step, config, time_phase):
         scoring.score_batch(rewards, more)
         if config.overlong == "punish":
             for c in more:
-                c.score += overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
+                c.penalty = overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
+                c.score += c.penalty
         time_phase("scoring")
         completions += more
         n_prompts += missing
@@ -263,17 +263,17 @@ def group_scores(completions, config):
 
 
 def find_advantages(completions, config):
-    """(trained, groups): the completions that teach, with their advantages; and of each completion
-    what its group is, {"zero_variance", "all_right", "all_wrong", "all_cut", "pass_at_1",
-    "pass_at_k": [D]}.
+    """(trained, groups): the completions that teach, with their advantages; and statistics of the
+    groups, repeated for each completion, {"zero_variance", "all_right", ...: [D]}.
 
     Groups of zero variance teach nothing, nor do completions without an end with --overlong=mask.
-    Right is what is worth more than 0: pass_at_1 is the share of it, pass_at_k whether any is. A
-    group is all right or all wrong if it is all worth the same."""
+    Right is what is worth more than 0, whatever its length costs: pass_at_1 is the share of it,
+    pass_at_k whether any is. A group is all right or all wrong if it is all worth the same."""
     scores = group_scores(completions, config)
     advantages = group_advantages(scores, config.advantage).flatten().float()
+    penalties = torch.tensor([c.penalty for c in completions], dtype=torch.float64).view_as(scores)
     finished = torch.tensor([c.sample.finished for c in completions]).view_as(scores)
-    equal, right = ~differs(scores), scores > 0
+    equal, right = ~differs(scores), scores > penalties
     groups = {"zero_variance": equal, "all_right": equal & right[:, 0], "all_wrong": equal & ~right[:, 0]}
     groups |= {"all_cut": ~finished.any(1), "pass_at_1": right.double().mean(1), "pass_at_k": right.any(1)}
     groups = {name: values.repeat_interleave(config.group_size).tolist() for name, values in groups.items()}
@@ -290,7 +290,7 @@ UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
 
 def add_gradients(model, completions, n_tokens, n_completions, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
-    tokens in `n_completions` completions on all ranks. Returns {name: mean over all ranks}.
+    tokens in `n_completions` completions on all ranks. Returns its loss, and means over its tokens.
 
     Completions without "old_logp" get what this pass finds."""
     model.train()
@@ -305,7 +305,7 @@ def add_gradients(model, completions, n_tokens, n_completions, config):
         known = logp, old_logp, advantages, lengths
         losses, ratio = POLICY_LOSSES[config.policy_loss](*known, config.clip_low, config.clip_high)
         if config.off_policy_mask:
-            losses = losses * on_policy(*known, config.off_policy_mask)
+            losses = losses * off_policy_weights(*known, config.off_policy_mask)
         if config.kl != "none":
             ref_logp = get_per_token(model, micro_batch, "ref_logp")
             losses = losses + config.beta * kl_loss(logp, ref_logp, torch.exp(logp - old_logp), config.kl)
@@ -349,7 +349,7 @@ def main(config):
         trained, groups = find_advantages(completions, config)
         chats = [c.chat for c in trained]
 
-        # 3. Log-probabilities [M] before the update, which a single one finds in its own pass
+        # 3. Log-probabilities [M] before the update; a single one finds its own, with a ratio of 1
         single_update = config.epochs * config.minibatches == 1
         _, ref_logp = read_logprobs(run, step, model, reference, trained, always=not single_update)
 
@@ -364,22 +364,22 @@ def main(config):
             grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
             run.require_finite(step, stats["loss"], [grad_norm], chats)
             updates.append(stats)
-        logp = get_per_token(model, trained, "old_logp")
+        logp = get_per_token(model, trained, "old_logp")  # from before the update
         gap = check_sampler_matches_trainer(model, trained, logp, ref_logp=None, config=config)
         run.time_phase("update")
 
         # 5. Log, validate, save
-        punished = config.overlong == "punish"
-        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, punished, **groups)
+        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, config.overlong == "punish", **groups)
         metrics |= mean_updates(updates, UPDATE_STATS)
         metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log_rollout(step, model, chats, config.epochs + 2 / 3, metrics)
+        # forward and backward passes; a forward pass alone, a third: sampling, ref_logp, old_logp
+        passes = config.epochs + (1 + bool(reference) + (not single_update)) / 3
+        run.log_rollout(step, model, chats, passes, metrics)
         renewed = config.reference_every and step >= config.reference_every
         if renewed and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
         if run.eval_due(step):
-            judged = val, config, config.beta
-            run.validated(step, *scoring.validate_policy(model, reference, tok, rewards, *judged))
+            run.validated(step, *scoring.validate_policy(model, reference, tok, rewards, val, config, config.beta))
         run.end_step(step, model, tok, {"reference": reference} if renewed else {})
 
 

@@ -48,7 +48,7 @@ class GPTConfig:
     ffn: int
     context: int = 1024  # longest document the rotary tables reach
     window: int = 0  # tokens that a token sees in a windowed layer, itself included; 0: no layer has one
-    window_every: int = 1  # which layers are windowed: every n-th, from the first
+    window_every: int = 1  # which layers are windowed: every n-th, from the first; 2: layers 0, 2, 4, ...
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()  # Llama 3's: (factor, low_freq_factor, high_freq_factor, original context)
     norm_eps: float = 1e-6
@@ -89,11 +89,11 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
     multiple = 16 if width < 512 else 128  # what the matrix units like
     ffn = ffn or 8 * width // 3 // multiple * multiple
     c = GPTConfig(vocab_size, depth, width, heads, kv_heads, head_dim, ffn, **options)
-    c.window_every = min(c.window_every, depth) if c.window else 1  # so that config.json gives it back
+    c.window_every = min(c.window_every, depth) if c.window else 1  # as config.json will be read again
     return c
 
 
-class Row(NamedTuple):
+class ParameterInfo(NamedTuple):
     """What optimizer, checkpoint and export need to know about a parameter."""
 
     rows: list  # rows of each matrix that is stacked in it
@@ -102,25 +102,28 @@ class Row(NamedTuple):
 
 
 def parameter_table(c):
-    """{parameter name: Row} of a GPT with this config. Every parameter must be here: see
+    """{parameter name: ParameterInfo} of a GPT with this config. Every parameter must be here: see
     hub.check_parameters."""
-    block = {"attn_norm": Row([c.width], ["input_layernorm.weight"])}
-    block["attn.qkv"] = Row(c.qkv_rows, [f"self_attn.{x}_proj.weight" for x in "qkv"], muon=True)
+    block = {"attn_norm": ParameterInfo([c.width], ["input_layernorm.weight"])}
+    block["attn.qkv"] = ParameterInfo(c.qkv_rows, [f"self_attn.{x}_proj.weight" for x in "qkv"], muon=True)
     if c.qkv_bias:
-        block["attn.qkv_bias"] = Row(c.qkv_rows, [f"self_attn.{x}_proj.bias" for x in "qkv"])
+        block["attn.qkv_bias"] = ParameterInfo(c.qkv_rows, [f"self_attn.{x}_proj.bias" for x in "qkv"])
     if c.qk_norm:
-        block["attn.q_norm"] = Row([c.head_dim], ["self_attn.q_norm.weight"])
-        block["attn.k_norm"] = Row([c.head_dim], ["self_attn.k_norm.weight"])
-    block["attn.out"] = Row([c.width], ["self_attn.o_proj.weight"], muon=True)
-    block["mlp_norm"] = Row([c.width], ["post_attention_layernorm.weight"])
-    block["mlp.gate_up"] = Row([c.ffn, c.ffn], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], muon=True)
-    block["mlp.down"] = Row([c.width], ["mlp.down_proj.weight"], muon=True)
+        block["attn.q_norm"] = ParameterInfo([c.head_dim], ["self_attn.q_norm.weight"])
+        block["attn.k_norm"] = ParameterInfo([c.head_dim], ["self_attn.k_norm.weight"])
+    block["attn.out"] = ParameterInfo([c.width], ["self_attn.o_proj.weight"], muon=True)
+    block["mlp_norm"] = ParameterInfo([c.width], ["post_attention_layernorm.weight"])
+    block["mlp.gate_up"] = ParameterInfo([c.ffn, c.ffn], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], muon=True)
+    block["mlp.down"] = ParameterInfo([c.width], ["mlp.down_proj.weight"], muon=True)
 
-    table = {"embed": Row([c.vocab_size], ["model.embed_tokens.weight"]), "norm": Row([c.width], ["model.norm.weight"])}
+    table = {
+        "embed": ParameterInfo([c.vocab_size], ["model.embed_tokens.weight"]),
+        "norm": ParameterInfo([c.width], ["model.norm.weight"]),
+    }
     if c.scalar_head:
-        table["score"] = Row([1], ["score.weight"])
+        table["score"] = ParameterInfo([1], ["score.weight"])
     elif not c.tied:
-        table["untied_head"] = Row([c.vocab_size], ["lm_head.weight"])
+        table["untied_head"] = ParameterInfo([c.vocab_size], ["lm_head.weight"])
     for i in range(c.layers):
         for name, row in block.items():
             hf_names = [f"model.layers.{i}.{hf_name}" for hf_name in row.hf_names]
@@ -129,8 +132,8 @@ def parameter_table(c):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm. What a token sees is up to `view`: a PackView or a
-    StepView."""
+    """Grouped-query attention with QK-norm. `view`, a PackView or a StepView, decides which tokens
+    attend to which."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -154,7 +157,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * c.ffn, c.width))  # the gate, then what it gates
+        self.gate_up = nn.Parameter(torch.empty(2 * c.ffn, c.width))  # the gate's rows, then those of up
         self.down = nn.Parameter(torch.zeros(c.width, c.ffn))
 
     def forward(self, x):
@@ -172,7 +175,7 @@ class Block(nn.Module):
 
     def forward(self, x, delta, view, dropout):
         """x [N, C] and what is still to be added to it -> the same, one block further."""
-        x, y = add_rms_norm(x, delta, self.attn_norm, self.norm_eps)
+        x, y = add_rms_norm(x, delta, self.attn_norm, self.norm_eps)  # x + delta, and its norm
         delta = F.dropout(self.attn(y, view), dropout)
         x, y = add_rms_norm(x, delta, self.mlp_norm, self.norm_eps)
         return x, F.dropout(self.mlp(y), dropout)
@@ -187,7 +190,8 @@ class PackView:
     def __init__(self, model, pack, x, cache, slots):
         self.pack, self.cache = pack, cache
         if pack.rows is not None:
-            x = x[:1].expand(len(pack.rows), -1)  # as many as the documents have tokens
+            # x [N, C] has a shared prompt once; the layout is of the whole documents
+            x = x[:1].expand(len(pack.rows), -1)
         self.layout = layout(pack.cu_seqlens, x, model.config.head_dim)
         self.cos, self.sin = model.cos[pack.positions], model.sin[pack.positions]  # [N, Dh/2]
         if cache is not None:
@@ -318,7 +322,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, length):
         """FLOPs of forward and backward per token of a document of `length` tokens: 6 per weight
-        that is multiplied, and attention's two products."""
+        that is multiplied, and 6 per channel and token for attention's two products: a token sees
+        half of the document on average. A window is not counted."""
         c = self.config
         weights = sum(p.numel() for p in self.parameters())
         if not c.tied or c.scalar_head:
@@ -382,9 +387,9 @@ def hidden_before_targets(model, chats):
     trained on.
 
     The hidden state at index t - 1 predicts token t: a prompt's last token predicts the first of
-    the completion. Only these rows reach the head; including prompts would make a DPO step 8 %
-    slower if they were a quarter of the tokens. A prompt that several chats begin with is computed
-    once, except in attention."""
+    the completion. A prompt that several chats begin with is computed once, except in attention.
+    Only these rows reach the head: with prompts of a quarter of the tokens, a DPO step would take
+    8 % longer otherwise."""
     pack, targets = pack_chats(chats)
     rows = (targets != IGNORE).nonzero()[:, 0]  # found on the CPU, which avoids a wait for the device
     targets, pack = targets[rows], share_prompts(pack, chats)
@@ -429,7 +434,8 @@ def score(model, pack):
 
 
 def state_values(critic, chats):
-    """fp32 [M]: the scalar head before each completion token, where the policy decides on it."""
+    """fp32 [M]: V of the state before each completion token, read at the token before it, where
+    the policy predicts that token."""
     hidden, _ = hidden_before_targets(critic, chats)
     return (hidden.to(critic.score.dtype) @ critic.score[0]).float()
 

@@ -11,11 +11,13 @@ by steps that stay near the policy that sampled (Schulman et al. 2017, 1707.0634
 1 roll out: the policy completes prompts. 2 score: the reward at the end-of-turn token, minus a
 penalty if the completion never ended. 3 advantages: each token's reward is -beta (log pi - log
 pi_ref), and the last token's also includes the score; a critic V predicts the rewards still to
-come, and the advantage is how far the outcome exceeds that (GAE). The KL has no gradient of its
-own: it acts through the advantages. V starts as the reward model, which already predicts the final
-score. 4 update: both learn from these completions, a few times over, until the policy has moved too
-far from the one that sampled (--stop_kl). Sampler and trainer are the same distribution, and that
-is checked.
+come, and the advantage is how far the outcome exceeds that (GAE), whitened over the batch. The KL
+has no gradient of its own: it acts through the advantages. V starts as the reward model, which
+already predicts the final score. 4 update: both learn from these completions, a few times over,
+until the policy has moved too far from the one that sampled (--stop_kl). 5 log, adapt beta,
+validate, save.
+
+The sampler's log-probabilities must equal the trainer's; every step checks that.
 
 `center` is the mean score that a reward model was given at its training: it is subtracted from
 scores and from values, so that both are measured from the same zero.
@@ -99,8 +101,8 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# The algorithm. Of D completions of M tokens in all, what belongs to tokens is fp32 [M], completion
-# after completion; lengths: the tokens of each, [D].
+# The algorithm. What belongs to tokens is fp32 [M]: those of all D completions, one completion
+# after another. lengths [D]: the tokens of each.
 
 
 def token_rewards(scores, logp, ref_logp, lengths, beta):
@@ -109,7 +111,7 @@ def token_rewards(scores, logp, ref_logp, lengths, beta):
     No gradient flows through it: the KL is part of the reward, and so of the advantages.
     """
     rewards = -beta * (logp - ref_logp)
-    last = torch.tensor(np.cumsum(lengths) - 1, device=logp.device)
+    last = torch.tensor(np.cumsum(lengths, dtype=np.int64) - 1, device=logp.device)
     return rewards.index_add(0, last, torch.as_tensor(scores).to(rewards))
 
 
@@ -218,7 +220,9 @@ def add_gradients(policy, critic, completions, n_tokens, config, center):
             sums += torch.stack([x.sum() for x in (losses, value_losses, approx_kl, clipped, ratio)]) / n_tokens
             max_ratio = torch.maximum(max_ratio, ratio.max())
     means, max_ratio = dict(zip(UPDATE_STATS, reduce_sum(*sums.tolist()), strict=True)), max_ratio.item()
-    return means | {"max_ratio": max(reduce_sum(*[max_ratio * (r == rank()) for r in range(world_size())]))}
+    # The largest of all ranks, by a sum to which each rank adds its own in its own place
+    of_ranks = reduce_sum(*[max_ratio if r == rank() else 0.0 for r in range(world_size())])
+    return means | {"max_ratio": max(of_ranks)}
 
 
 def main(config):
@@ -230,7 +234,7 @@ def main(config):
     reference = run.load_reference(policy, tok)
     scoring.refuse_weak_reward_models(config.reward, config.min_accuracy)
     options = config.constitution, config.reward_timeout, config.monitor
-    rewards = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
+    scorers = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
     critic, center = load_critic(run, policy, tok)
     train, val, hashes = chat.read_prompts(config, tok, policy.config.context)
 
@@ -255,16 +259,16 @@ def main(config):
         run.time_phase("rollout")
 
         # 2. Score: what the reward says of each completion
-        scoring.score_batch(rewards, completions)
+        scoring.score_batch(scorers, completions)
         for c in completions:
             c.score -= config.unfinished_penalty * (not c.sample.finished)
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
-        logp, ref_logp = read_logprobs(run, step, policy, reference, completions)
+        logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # kept as old_logp, too
         gap = check_sampler_matches_trainer(policy, completions, logp, ref_logp=None, config=config)
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
-        rewarded = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
-        advantages, returns = gae(rewarded, values, lengths, config.gamma, config.lam)
+        rewards = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
+        advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
         advantages = whiten(advantages)
         set_per_token(completions, values=values, advantages=advantages, returns=returns)
         run.time_phase("scoring")
@@ -279,6 +283,7 @@ def main(config):
                 optimizer.zero_grad()  # neither this minibatch nor the rest takes a step
                 critic_optimizer.zero_grad()
                 break
+            # sums the gradients over the ranks, clips, steps, clears them
             norms = [o.step(lr_scale, config.max_grad_norm) for o in (optimizer, critic_optimizer)]
             run.require_finite(step, stats["loss"] + stats["value_loss"], norms, chats, advantages=advantages)
             updates.append(stats)
@@ -289,13 +294,13 @@ def main(config):
         metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
         metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
         metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
-        # 2 models x --epochs forward and backward, and 5 forward passes: sampling, old_logp,
-        # ref_logp, reward, values
+        # FLOPs, in forward and backward passes of one model: 2 models x --epochs, and 5 times a
+        # forward pass, a third of that: sampling, old_logp, ref_logp, reward, values
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
         beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):
-            prices = {"kl_coef": beta.value, "penalty": config.unfinished_penalty}
-            run.validated(step, *scoring.validate_policy(policy, reference, tok, rewards, val, config, **prices))
+            costs = {"kl_coef": beta.value, "penalty": config.unfinished_penalty}
+            run.validated(step, *scoring.validate_policy(policy, reference, tok, scorers, val, config, **costs))
         run.end_step(step, policy, tok, {"critic": critic}, critic_center=center)
 
 

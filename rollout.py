@@ -406,11 +406,12 @@ class Completion:
     """A completion that PPO or GRPO learns from."""
 
     index: int  # among the completions of all ranks in this step; those to one prompt are neighbours
-    row: tuple  # (messages, row)
+    row: tuple  # (messages, the line of the data as a dict)
     chat: Chat  # the prompt and the completion
     sample: Sample
     text: str
     score: float = 0.0
+    penalty: float = 0.0  # for its length, at most 0, which the score includes
     parts: dict = None  # {reward: what it says}
     per_token: dict = field(default_factory=dict)  # {name: fp32 [n_tokens]}
 

@@ -1203,9 +1203,16 @@ MUTANTS = [
     (
         "draws_by_fused_operations",
         "kernels/draw.py",
-        ", enable_fp_fusion=False)",
-        ")",
+        "max(4, block // 512), **UNFUSED)",
+        "max(4, block // 512))",
         "tests/test_sass.py::test_every_kernel_compiles_and_no_rule_is_broken",
+    ),
+    (
+        "maximum_of_masked_scores",
+        "kernels/attention.py",
+        "m_i = tl.full([BLOCK_M], -1e20, tl.float32)",
+        "m_i = tl.full([BLOCK_M], -1e30, tl.float32)",
+        "tests/test_attention.py::test_rows_without_a_key_in_a_block_bear_fused_arithmetic",
     ),
     (
         "proof_asks_what_no_pytorch_has",

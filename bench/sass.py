@@ -58,7 +58,7 @@ SPILLS = {("dkdv_kernel", 80): 32}
 # They write a small part of what they read; the second one without gradients.
 SUMS = {"logprob_kernel", "cross_entropy_kernel", "kl_kernel", "combine_kernel"}
 # Their products and sums must be rounded one by one, as they are written.
-UNFUSED = {"draw_kernel"}
+UNFUSED = {"draw_kernel", "logprob_kernel", "logprob_backward_kernel", "kl_kernel"}
 # They read or write single numbers: of a slot, or a cut row's few candidates.
 SCATTERED = {"draw_kernel", "record_draw_kernel"}
 # Their products have 16 rows. HGMMA and UTCHMMA begin at 64, so these use HMMA everywhere.

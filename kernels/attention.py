@@ -281,7 +281,9 @@ def forward_kernel(
     rows, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     offs_m = row + rows
     q = load_rows(q_ptr + begin * stride_q + head * DH, row, rows, length, stride_q, DH, True)
-    m_i = tl.full([BLOCK_M], -1e30, tl.float32)
+    # Far above a masked score and far below all others: p = 0 in a row that has seen no key. If m
+    # were the masked score, a fused s * SCALE - m would be its rounding, 1e21, and p infinite.
+    m_i = tl.full([BLOCK_M], -1e20, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DH], tl.float32)
     # With a window no row sees the keys before `low`, without one every row does.
@@ -293,7 +295,6 @@ def forward_kernel(
             s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if masked:
                 s = tl.where(visible(offs_m[:, None], n + offs_n[None, :], WINDOW), s, -1e30)
-            # A row that has seen no key adds nonsense, which alpha = 0 removes at its first key.
             m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
             p = tl.exp2(s * SCALE - m_new[:, None])
             alpha = tl.exp2(m_i - m_new)

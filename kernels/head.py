@@ -13,7 +13,7 @@ matrix products; the kernels do what lies between them.
 
 import torch
 
-from kernels._lib import LOG2E, next_power_of_2, register, tl, triton, use
+from kernels._lib import LOG2E, UNFUSED, next_power_of_2, register, tl, triton, use
 from kernels.linear import product
 from kernels.proof import proof
 
@@ -381,7 +381,7 @@ def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_
     """Returns logp, lse and the entropy (empty if not wanted), each fp32 [N]."""
     V, w, targets = len(weight), weight.to(hidden.dtype), targets.contiguous()
     cols, warps = block(V, torch.float32)
-    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
+    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps, **UNFUSED)
     logp, lse, ent = outs = logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb)
     # In fp32 as the sampler's: in bf16 a logit of 20, and so its ratio, is off by up to 0.06
     for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
@@ -407,7 +407,7 @@ def linear_logprob_backward(
     V, w = len(weight), weight.to(hidden.dtype)
     targets, d_logp, d_ent = (x.contiguous() for x in (targets, d_logp, d_ent))
     cols, warps = block(V, torch.float32)
-    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps)
+    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps, **UNFUSED)
     d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
     # The logits of the forward again, in fp32: others would not fit their log-sum-exp
     for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):

@@ -14,7 +14,7 @@ are formed while they are there, as in kernels/head.py. The teacher gets no grad
 
 import torch
 
-from kernels._lib import LOG2E, register, tl, triton, use
+from kernels._lib import LOG2E, UNFUSED, register, tl, triton, use
 from kernels.head import (
     LOWEST,
     PROOF_SHAPES,
@@ -153,7 +153,8 @@ def linear_kl_forward(
     """Returns the sum of the KL and, already, its gradients."""
     V, w, teacher_w = len(weight), weight.to(hidden.dtype), teacher_weight.to(hidden.dtype)
     cols, warps = block(V)
-    constants = dict(LOWEST=LOWEST, REVERSE=reverse, GRAD=want_hidden or want_weight, BLOCK=cols, num_warps=warps)
+    constants = dict(LOWEST=LOWEST, REVERSE=reverse, GRAD=want_hidden or want_weight)
+    constants |= dict(BLOCK=cols, num_warps=warps, **UNFUSED)
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
     d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
     student_chunks = logits_by_chunk(hidden, w, chunk_mb)

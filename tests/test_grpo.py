@@ -247,9 +247,9 @@ def test_gspo_has_one_ratio_per_completion():
 def test_off_policy_completions_that_are_worse_teach_nothing():
     lengths, logp, _, advantages = three_completions()
     drift = torch.tensor([9.0, 9.0, 0.6, 0.6, 0.6, 0.6, 0.6, 0.9, 0.0, 0.0], dtype=torch.float64)
-    kept = grpo.on_policy(logp, logp.detach() + drift, advantages, lengths, 0.5)
+    kept = grpo.off_policy_weights(logp, logp.detach() + drift, advantages, lengths, 0.5)
     assert kept.tolist() == [1, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # good ones may drift; 0.3 on average is within 0.5
-    assert grpo.on_policy(logp, logp.detach() - drift, advantages, lengths, 0.5).tolist() == [1] * 10
+    assert grpo.off_policy_weights(logp, logp.detach() - drift, advantages, lengths, 0.5).tolist() == [1] * 10
     assert not kept.requires_grad
 
 
@@ -524,6 +524,10 @@ def test_completions_near_the_limit_are_punished_in_the_score(files):
     punished, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="punish", overlong_share=0.25)
     penalties = [grpo.overlong_penalty(len(c.sample.tokens), 4, 0.25) for c in plain]
     assert [c.score for c in punished] == pytest.approx([c.score + p for c, p in zip(plain, penalties, strict=True)])
+    for c, before in zip(punished, plain, strict=True):  # what is right stays right, however long
+        assert (c.score > c.penalty) == (before.score > 0)
+    found = [grpo.find_advantages(some, configure(group_size=4))[1] for some in (plain, punished)]
+    assert found[0]["pass_at_1"] == found[1]["pass_at_1"] and any(found[0]["pass_at_1"])
     assert min(penalties) < 0 == max(penalties)
 
 
