@@ -1,14 +1,14 @@
 """The optimizer: Muon for the trunk's matrices, AdamW for everything else, and the learning-rate
 schedule.
 
-    Muon:   M <- mu M + (1 - mu) G
+    Muon:   M <- mu M + (1 - mu) G, and with this new M
             W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) polar((1 - mu) G + mu M)
     AdamW:  W <- (1 - lr wd) W - lr m / (sqrt(v) + eps)
             m, v: bias-corrected running means of G and G^2
 
 polar(U S V^T) = U V^T, by Newton-Schulz iterations: an update that moves all directions of a matrix
 equally far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Data parallelism lives
-here too: one all-reduce of all gradients, laid flat, inside `step`. Of a sharded model
+here too: one all-reduce of all gradients, laid flat, inside `step`. With a sharded model
 (runtime/shard.py) each rank keeps the state of its own shards, and Newton-Schulz gathers one
 parameter at a time."""
 
@@ -81,7 +81,7 @@ def sync_gradients(parameters):
 
 class Optimizer:
     """Muon for the trunk's matrices if `matrix_lr` is given, AdamW for the rest; with `matrix_lr=0`
-    AdamW for all.
+    AdamW for all. weight_decay: of Muon's matrices, or without Muon of all matrices.
 
     lr: AdamW's peak rate; embed_lr and head_lr replace it for the embedding and the output matrix
     if not 0. watch: names; after each step `watched_norms[name]` is the gradient norm, summed over
@@ -104,7 +104,7 @@ class Optimizer:
     ):
         table, named = parameter_table(model.config), dict(model.named_parameters())
         self.named = {name: named[name] for name in [*table, *named] if name in named}
-        self.rows = {}  # {matrix that Muon updates: rows of each matrix stacked in it}
+        self.rows = {}  # {matrix that Muon updates: rows of each matrix stacked in it, q, k and v say}
         if matrix_lr:
             self.rows = {name: row.rows for name, row in table.items() if row.muon}
         self.momenta = {name: torch.zeros_like(self.named[name]) for name in self.rows}

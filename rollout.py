@@ -1,12 +1,12 @@
 """Sampling: completions drawn from the model through a cache of keys and values.
 
-    p(token) = softmax(logits / temperature), cut to the `top_k` likeliest tokens or to the fewest
+    p(token) = softmax(logits / temperature), cut to the `top_k` likeliest tokens, then to the fewest
     that hold `top_p`. Sample.logprobs are logarithms of this very distribution.
 
 `Sampler` is continuous batching: B slots, each writing one completion. Prompts of any length are
 read as one pack; the samples of one prompt share that reading, its keys and values are copied. A
-slot that finishes is given to a waiting request. If none waits, the live slots close up, so that no
-step works for dead ones. On CUDA a step is one captured graph, drawing included, and the CPU looks
+slot that finishes is given to a waiting request. If none waits, the live slots close up, so that a
+step works for few dead ones. On CUDA a step is one captured graph, drawing included, and the CPU looks
 for what has finished every 16 steps only.
 
 `rollout`, `stream` and `sample_completions` are loops over it; scoring.py rates what they give.
@@ -52,7 +52,7 @@ class Sample:
 
 
 def logits_of(model, hidden):
-    """fp32 [B, V]. On CUDA bf16 is multiplied and fp32 comes out, as in the head that trains."""
+    """fp32 [B, V]. On CUDA a product of bf16 with fp32 output, as in the head that trains."""
     if hidden.is_cuda:
         return torch.mm(hidden, model.head.T.to(hidden.dtype), out_dtype=torch.float32)
     return linear(hidden, model.head)
@@ -245,7 +245,8 @@ class Sampler:
         for slot in new:
             self.live[slot] = self.waiting.popleft()
         prompts = {slot: request.prompt for slot, request in self.live.items()}
-        holder = {prompt: slot for slot, prompt in reversed(prompts.items())}  # its first slot
+        # The first slot of each prompt, perhaps one that has long been live: it has been read there
+        holder = {prompt: slot for slot, prompt in reversed(prompts.items())}
         unread = [slot for slot in new if holder[prompts[slot]] == slot]
         for part in token_slices([len(prompts[slot]) for slot in unread], PROMPT_TOKENS):
             slots = torch.tensor(unread[part], device=self.device)
@@ -421,7 +422,7 @@ class Completion:
 
 
 def complete_rows(model, tok, rows, step, config, first=0):
-    """[Completion]: --group_size to each row that this rank takes of a step's.
+    """[Completion]: --group_size for each row of this rank's share of a step's rows.
 
     rows: [(messages, row)] of all ranks; first: how many prompts the step has had before. config: a
     RolloutConfig. They are the same for any number of ranks.
@@ -528,7 +529,7 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
         chats = [c.chat for c in completions]
         part = token_slices([len(c.ids) for c in chats], config.micro_batch_tokens)[0]
         repeated = completion_logprobs(model, chats[part], config.temperature).detach()
-    sampled = [logp for c in completions for logp in compress(c.sample.logprobs, c.sample.loss_mask)]
+    sampled = [x for c in completions for x in compress(c.sample.logprobs, c.sample.loss_mask)]
     gap = (torch.tensor(sampled, device=logp.device) - logp).abs().sum()
     ratio_not_one = not torch.equal(repeated, logp[: len(repeated)])
     kl_not_zero = ref_logp is not None and not torch.equal(logp, ref_logp)
