@@ -1,13 +1,13 @@
 """Sampling: completions drawn from the model through a cache of keys and values.
 
-    p(token) = softmax(logits / temperature), cut to the `top_k` likeliest tokens, then to the fewest
-    that hold `top_p`. Sample.logprobs are logarithms of this very distribution.
+    p(token) = softmax(logits / temperature), cut to the `top_k` likeliest tokens, then to the
+    fewest that hold `top_p`. Sample.logprobs are logarithms of this very distribution.
 
 `Sampler` is continuous batching: B slots, each writing one completion. Prompts of any length are
 read as one pack; the samples of one prompt share that reading, its keys and values are copied. A
 slot that finishes is given to a waiting request. If none waits, the live slots close up, so that a
-step works for few dead ones. On CUDA a step is one captured graph, drawing included, and the CPU looks
-for what has finished every 16 steps only.
+step works for few dead ones. On CUDA a step is one captured graph, drawing included, and the CPU
+looks for what has finished every 16 steps only.
 
 `rollout`, `stream` and `sample_completions` are loops over it; scoring.py rates what they give.
 """

@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     ("not_whitened", "ppo.py", "advantages = whiten(advantages)", "pass", PPO),
     # The reward
-    ("score_on_the_wrong_token", "ppo.py", "np.cumsum(lengths) - 1", "np.maximum(np.cumsum(lengths) - 2, 0)", PPO),
+    ("score_on_the_wrong_token", "ppo.py", "dtype=np.int64) - 1", "dtype=np.int64) - 2", PPO),
     ("kl_sign", "ppo.py", "rewards = -beta * (logp - ref_logp)", "rewards = beta * (logp - ref_logp)", PPO),
     ("no_penalty_for_no_end", "ppo.py", "c.score -= config.unfinished_penalty * (", "c.score -= 0.0 * (", PPO),
     (
