@@ -1208,6 +1208,13 @@ MUTANTS = [
         "tests/test_sass.py::test_every_kernel_compiles_and_no_rule_is_broken",
     ),
     (
+        "long_answers_count_as_wrong",
+        "grpo.py",
+        "right = ~differs(scores), scores > penalties",
+        "right = ~differs(scores), scores > 0",
+        "tests/test_grpo.py",
+    ),
+    (
         "maximum_of_masked_scores",
         "kernels/attention.py",
         "m_i = tl.full([BLOCK_M], -1e20, tl.float32)",
