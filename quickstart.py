@@ -126,7 +126,7 @@ def shop_commands(config):
             --complete={world}/sums_test.jsonl --judge={world}/judge_test.jsonl {measure} --reward={gold} \
             --samples={out}/base_answers.jsonl --out={out}/base.json
         evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
-        dpo: dpo.py --init={out}/sft {pairs} --nll=0.2 {tuning} --out={out}/dpo
+        dpo: dpo.py --init={out}/sft {pairs} --nll=0.4 {tuning} --out={out}/dpo
         rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt --principles=vote \
             --reward={gold} {seed} --out={out}/ai_pairs.jsonl
         dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl --nll=0.4 --print_every=25 {small} \
