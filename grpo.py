@@ -271,9 +271,9 @@ def find_advantages(completions, config):
     pass_at_k whether any is. A group is all right or all wrong if it is all worth the same."""
     scores = group_scores(completions, config)
     advantages = group_advantages(scores, config.advantage).flatten().float()
-    penalties = torch.tensor([c.penalty for c in completions], dtype=torch.float64).view_as(scores)
+    right = torch.tensor([c.score > c.penalty for c in completions]).view_as(scores)
     finished = torch.tensor([c.sample.finished for c in completions]).view_as(scores)
-    equal, right = ~differs(scores), scores > penalties
+    equal = ~differs(scores)
     groups = {"zero_variance": equal, "all_right": equal & right[:, 0], "all_wrong": equal & ~right[:, 0]}
     groups |= {"all_cut": ~finished.any(1), "pass_at_1": right.double().mean(1), "pass_at_k": right.any(1)}
     groups = {name: values.repeat_interleave(config.group_size).tolist() for name, values in groups.items()}

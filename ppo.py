@@ -111,7 +111,7 @@ def token_rewards(scores, logp, ref_logp, lengths, beta):
     No gradient flows through it: the KL is part of the reward, and so of the advantages.
     """
     rewards = -beta * (logp - ref_logp)
-    last = torch.tensor(np.cumsum(lengths, dtype=np.int64) - 1, device=logp.device)
+    last = torch.tensor(np.cumsum(lengths) - 1, device=logp.device)
     return rewards.index_add(0, last, torch.as_tensor(scores).to(rewards))
 
 

@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     ("not_whitened", "ppo.py", "advantages = whiten(advantages)", "pass", PPO),
     # The reward
-    ("score_on_the_wrong_token", "ppo.py", "dtype=np.int64) - 1", "dtype=np.int64) - 2", PPO),
+    ("score_on_the_wrong_token", "ppo.py", "np.cumsum(lengths) - 1", "np.maximum(np.cumsum(lengths) - 2, 0)", PPO),
     ("kl_sign", "ppo.py", "rewards = -beta * (logp - ref_logp)", "rewards = beta * (logp - ref_logp)", PPO),
     ("no_penalty_for_no_end", "ppo.py", "c.score -= config.unfinished_penalty * (", "c.score -= 0.0 * (", PPO),
     (
@@ -226,8 +226,8 @@ MUTANTS = [
     (
         "equal_groups_dilute",
         "grpo.py",
-        "equal, right = ~differs(scores), ",
-        "equal, right = differs(scores) & False, ",
+        "    equal = ~differs(scores)",
+        "    equal = differs(scores) & False",
         GRPO,
     ),
     (
@@ -1210,8 +1210,8 @@ MUTANTS = [
     (
         "long_answers_count_as_wrong",
         "grpo.py",
-        "right = ~differs(scores), scores > penalties",
-        "right = ~differs(scores), scores > 0",
+        "c.score > c.penalty for c",
+        "c.score > 0 for c",
         "tests/test_grpo.py",
     ),
     (

@@ -53,8 +53,8 @@ class Config:
     batch_tokens: int = 131072
     # tokens at once, at first
     micro_batch_tokens: int = 32768
-    # comma-separated, the baseline first
-    contenders: str = "baseline,kernels,kernels+compile,references+compile"
+    # comma-separated, the baseline first; "": all of them
+    contenders: str = ""
     # timed steps of each contender
     steps: int = 5
     # one toy size: times mean nothing
@@ -186,6 +186,9 @@ def make(contender, shape, device, backend):
     return OurRun(shape, device, backend, kernels=contender == "kernels+compile")
 
 
+CONTENDERS = ["baseline", "kernels", "kernels+compile", "references+compile"]
+
+
 # --------------------------------------------------------------------------------------------------
 # The clock
 
@@ -236,7 +239,7 @@ def contest(depth, context, config, device):
     batch = torch.randint(vocab, (documents, context), generator=torch.Generator().manual_seed(0))
     first_micro = max(1, min(documents, config.micro_batch_tokens // context))
     rows, runs = {}, {}
-    for name in config.contenders.split(","):
+    for name in config.contenders.split(",") if config.contenders else CONTENDERS:
         row = {"depth": depth, "context": context, "contender": name}
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         try:
@@ -306,6 +309,9 @@ def as_text(row):
 
 
 def main(config):
+    chosen = config.contenders.split(",") if config.contenders else CONTENDERS
+    if chosen[0] != "baseline" or set(chosen) - set(CONTENDERS):
+        raise UserError(f"--contenders={config.contenders}: baseline, then any of {', '.join(CONTENDERS[1:])}")
     device = setup(config.device, 0)
     if device.type == "cpu" and not config.tiny:
         raise UserError("these sizes need a CUDA GPU; --tiny runs a toy size on the CPU")
