@@ -973,6 +973,13 @@ MUTANTS = [
     # Distillation
     ("kl_turned_round", "distill.py", 'reverse=direction == "reverse"', 'reverse=direction != "reverse"', DISTILL),
     ("kl_without_temperature", "distill.py", "temperature=temperature)", "temperature=1.0)", DISTILL),
+    (
+        "oneDNN_compiles_for_every_length",
+        "kernels/linear.py",
+        "(0, 0, 0, -len(a) % ROWS)",
+        "(0, 0, 0, 0)",
+        "tests/test_kernels.py::test_products_of_many_lengths_keep_no_memory",
+    ),
     ("kl_gradient_not_centred", "kernels/kl.py", "p * (log_ratio - kl)", "p * log_ratio", KL),
     ("kl_kernel_not_centred", "kernels/kl.py", "p * (log_p - log_q - kl)", "p * (log_p - log_q)", KL),
     ("every_row_the_first_teacher", "distill.py", "if its_teacher == number", "if number == 0", DISTILL),

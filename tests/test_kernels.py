@@ -1092,6 +1092,35 @@ def test_kernels_can_be_interpreted_by_anyone():
     run_python(INTERPRETED, FEINSCHLIFF_KERNELS="interpret")
 
 
+MANY_SHAPES = """
+import torch
+from kernels import linear
+
+linear.WORK = 0
+weight = torch.randn(64, 64)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def read_prompts(lengths):
+    for n in lengths:
+        linear.product(torch.randn(n, 64), weight, onednn=True)
+
+read_prompts(range(1, 2000, 60))
+before = resident()
+read_prompts(range(1, 1000))
+grown = resident() - before
+assert grown < 10e6, grown  # 559 MB without filling up rows
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not torch.backends.mkldnn.is_available(), reason="needs Linux and oneDNN"
+)
+def test_products_of_many_lengths_keep_no_memory():
+    run_python(MANY_SHAPES)
+
+
 @pytest.mark.parametrize("work", [0, 20_000, 10**9])
 @pytest.mark.parametrize("rows", [1, 15, 200])
 def test_products_of_layers_are_exact_whichever_library_multiplies(rows, work, monkeypatch):
