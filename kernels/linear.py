@@ -25,7 +25,7 @@ AMD = torch.backends.mkldnn.is_available() and is_amd()
 ONEDNN = AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
 WORK = 2_200_000  # multiplications per thread from which on oneDNN multiplies
 # oneDNN compiles and keeps code for each number of rows, up to 0.5 MB: a server that reads prompts
-# of all lengths, would grow by half a gigabyte if rows were not filled up to a multiple of this
+# of all lengths would grow by half a gigabyte if rows were not filled up to a multiple of this
 ROWS = 64
 
 
