@@ -69,7 +69,7 @@ SIZES = {  # {name: flags, and those of a fast run}
     "ai_steps": ("--steps=60", "--steps=2"),
     # a model that has hardly been trained ends no completion and judges none
     "judged": (
-        "--policy={out}/sft --data={out}/world/prompts.jsonl --group_size=3 --limit=1000 --min_margin=0.3 "
+        "--policy={out}/sft --data={out}/world/prompts.jsonl --group_size=3 --limit=1000 --min_margin=0.12 "
         "--max_new_tokens=64",
         "--data={out}/world/pairs.jsonl --min_margin=0",
     ),
@@ -127,7 +127,7 @@ def shop_commands(config):
             --samples={out}/base_answers.jsonl --out={out}/base.json
         evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
         dpo: dpo.py --init={out}/sft {pairs} --nll=0.4 {tuning} --out={out}/dpo
-        rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt --principles=vote \
+        rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt \
             --reward={gold} {seed} --out={out}/ai_pairs.jsonl
         dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl --nll=0.4 --print_every=25 {small} \
             {seed} {size["ai_steps"]} --out={out}/ai_dpo
