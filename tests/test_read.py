@@ -302,7 +302,7 @@ def test_what_follows_a_data_file_must_be_a_weight(name, weight):
     "name", ["data/*.jsonl", "s3://bucket/a.jsonl", "https://a.b/c.txt", "owner/name", "a.jsonl;b"]
 )
 def test_what_is_no_file_here_says_what_is_read(name):
-    for read in (corpus.read_documents, lambda path: rows.read(path, rows.conversation)):
+    for read in (corpus.read_documents, shards.text_hashes, lambda path: rows.read(path, rows.conversation)):
         with pytest.raises(UserError, match=re.escape(f"{name}: No such file") + ".*hf:NAME.*separated by commas"):
             read(name)
 
