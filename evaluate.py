@@ -39,6 +39,7 @@ import torch
 from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
+from data.read import source_names
 from figures import (
     agreement,
     distinct,
@@ -150,7 +151,7 @@ def document_nats(model, tok, documents, micro_batch_tokens):
 
 def text_figures(config, model, tok):
     documents = []
-    for file in config.text.split(","):
+    for file in source_names(config.text, "text"):
         documents += corpus.read_documents(file, config.skip_bad)
     totals = document_nats(model, tok, documents, config.micro_batch_tokens)
     return {

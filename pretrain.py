@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from data import corpus, tokenizer
 from data.pack import IGNORE, fill, to_device
+from data.read import source_names
 from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import GPT, config_for
@@ -152,8 +153,8 @@ def read_data(config, tok):
     if Path(config.data).is_dir():
         tok = tok or tokenizer.load(config.data)
         return tok, *read_prepared(config.data, tok)
-    files = [corpus.read_documents(file, config.skip_bad) for file in config.data.split(",")]
-    val_files = [corpus.read_documents(file, config.skip_bad) for file in config.val.split(",") if file]
+    files = [corpus.read_documents(file, config.skip_bad) for file in source_names(config.data, "data")]
+    val_files = [corpus.read_documents(file, config.skip_bad) for file in source_names(config.val, "val")]
     if not val_files:
         files, val_files = zip(*[corpus.hold_out(documents, config.val_fraction) for documents in files], strict=True)
     train, val = ([document for documents in read for document in documents] for read in (files, val_files))

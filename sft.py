@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from data import chat, corpus, rows, tokenizer
+from data.read import source_names
 from data.shards import read_prepared, text_hashes
 from kernels.head import linear_cross_entropy
 from model import hidden_before_targets
@@ -125,9 +126,8 @@ def read_replay(config, tok):
         return []
     if Path(config.replay).is_dir():
         return read_prepared(config.replay, tok)[0]
-    documents = [
-        document for file in config.replay.split(",") for document in corpus.read_documents(file, config.skip_bad)
-    ]
+    files = source_names(config.replay, "replay")
+    documents = [document for file in files for document in corpus.read_documents(file, config.skip_bad)]
     return [corpus.encode(tok, documents, config.skip_bad)]
 
 

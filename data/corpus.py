@@ -25,7 +25,7 @@ def read_documents(path, skip_bad=False):
         documents = [Document(read_text(path), path)]
     else:
         documents = list(good_texts(path, skip_bad))
-    if not any(documents):
+    if not any(map(str.strip, documents)):
         raise UserError(f"{path}: there is no text in it")
     return documents
 

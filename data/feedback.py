@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import rows
-from data.read import parse_row, read_jsonl
+from data.read import parse_row, read_jsonl, read_text
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
 from runtime.files import append, flush, lock_file, replace_text
@@ -79,13 +79,13 @@ def read_entry(entry):
     end = {"time": round(time.time(), 3), "by": by}
     if "vote" in said:
         return read_vote(entry, prompt, end)
-    answer = rows.text_of(entry.get("answer"), "answer").strip()
+    answer = rows.text_of(entry.get("answer"), "answer").rstrip()  # what it begins with may be indentation
     end = {"model": name(entry.get("model")), "seed": seed(entry.get("seed"))} | end
     if "label" in said:
         if not isinstance(entry["label"], bool):
             raise ValueError('"label" is not true or false')
         return "ratings", {"prompt": prompt, "completion": answer, "label": entry["label"]} | end
-    correction = rows.text_of(entry["correction"], "correction").strip()
+    correction = rows.text_of(entry["correction"], "correction").rstrip()
     return "corrections", {"messages": [*prompt, rows.message("assistant", correction)], "instead_of": answer} | end
 
 
@@ -94,11 +94,11 @@ def read_vote(entry, prompt, end):
     answers, vote = two(entry, "answers"), entry["vote"]
     if vote not in VOTES:
         raise ValueError(f'"vote" is not one of {", ".join(VOTES)}')
-    answers = [rows.text_of(answer, f"answers[{i}]").strip() for i, answer in enumerate(answers)]
+    answers = [rows.text_of(answer, f"answers[{i}]").rstrip() for i, answer in enumerate(answers)]
     models, seeds = [name(model) for model in two(entry, "models")], [seed(s) for s in two(entry, "seeds")]
     if vote in ("tie", "both_bad"):
         return "ties", {"prompt": prompt, "answers": answers, "vote": vote, "models": models, "seeds": seeds} | end
-    if answers[0] == answers[1]:
+    if answers[0].strip() == answers[1].strip():
         raise ValueError('"answers" are the same text: only "tie" and "both_bad" say something of them')
     order = 1 if vote == "left" else -1
     chosen, rejected = answers[::order]
@@ -292,14 +292,14 @@ def open_webui_rows(item):
     prompt = rows.ends_with(rows.check_messages(prompt, "messages"), "user", "messages")
     said = {name: data[name] for name in ("reason", "comment") if data.get(name)}
     end = {"time": item.get("created_at"), "by": ""} | said
-    completion, model = rows.text_of(answer.get("content"), "content").strip(), str(data.get("model_id"))
+    completion, model = rows.text_of(answer.get("content"), "content").rstrip(), str(data.get("model_id"))
     rating = {"prompt": prompt, "completion": completion, "label": label, "model": model, "seed": None}
     found = [("ratings", rating | end)]
     for name in question.get("childrenIds", []):
         other = messages.get(name, {})
-        other_text = (other.get("content") or "").strip()
+        other_text = (other.get("content") or "").rstrip()
         compared = other.get("model") in (data.get("sibling_model_ids") or [])
-        if compared and other_text not in ("", completion):
+        if compared and other_text.strip() not in ("", completion.strip()):
             order = 1 if label else -1
             chosen, rejected = (completion, other_text)[::order]
             models = [model, other["model"]][::order]
@@ -311,9 +311,7 @@ def open_webui_rows(item):
 def read_open_webui(path):
     """{"pairs": rows, "ratings": rows} of an export; raises UserError naming the item."""
     try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
+        items = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({e}); export it again") from None
     if not isinstance(items, list):

@@ -26,6 +26,7 @@ LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million.
 JSON_SUFFIXES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
 LOOK = 8192  # bytes at the head of a file, of which text has none of value 0
 TABLES = {".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather"}
+POINTER = b"version https://git-lfs"  # what stands for a file that Git LFS has not fetched
 PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 
 
@@ -101,7 +102,7 @@ def read_json(path):
             raise UserError(f"{path}: not a plain file, so no JSON is read from it")
         if size > LARGEST_JSON:
             raise UserError(f"{path}: {size} bytes, more than {LARGEST_JSON}, so no JSON is read from it")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
@@ -305,8 +306,10 @@ def split_weight(piece):
     A path may have colons: only a number after the last one is a weight, and not even that if a
     file has the whole name. Raises UserError if the weight of a data file is no positive number.
     """
+    piece = piece.strip()
     hub = "hf:" if piece.startswith("hf:") else ""
     name, colon, weight = piece.removeprefix(hub).rpartition(":")
+    weight = weight.strip()
     number = re.fullmatch(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", weight, re.ASCII)
     data_file = name.endswith("]") or suffix(name) in {".txt", ".parquet", *JSON_SUFFIXES}  # a.jsonl:much
     meant = data_file and not re.search(r"[/\\.]", weight)
@@ -331,6 +334,18 @@ def parse_mixture(text):
         if names.count(name) > 1:
             raise UserError(f"--data: {name} is named twice; a larger share is a larger weight")
     return sources
+
+
+def source_names(text, flag):
+    """The sources of a flag that takes all of each: raises UserError naming one with a weight."""
+    sources = parse_mixture(text) if text else []
+    for name, weight in sources:
+        if weight:
+            raise UserError(
+                f"--{flag}: {name} has the weight {weight:g}, but all of it is read; leave that out, or mix with "
+                "data/prepare.py"
+            )
+    return [name for name, _ in sources]
 
 
 def without_nulls(row):
@@ -389,7 +404,14 @@ def file_kind(name):
         raise UserError(
             f"{name}: {'a checkpoint' if checkpoint else 'a directory'}, but a .jsonl or .parquet file was expected"
         )
+    if not os.path.exists(name) and (re.search(r"[*?;]|://", name) or not suffix(name)):
+        raise UserError(
+            f"{name}: No such file or directory; FILE or hf:NAME was expected, several separated by commas: patterns "
+            "and addresses are not read"
+        )
     head = first_line(name)
+    if head.startswith(POINTER):
+        raise UserError(f"{name}: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name}: in UTF-16 (or 32), which is not read; convert the file to UTF-8")
     for magic, packer in PACKED.items():

@@ -10,10 +10,10 @@
 Also read: a system message in a column of its own, earlier turns in "history", content as a list of
 text parts, and "weight", "train" or "loss" of a message (0 or false: it stays in the conversation,
 as {"role", "content", "train": False}, and out of the loss). Nulls count as absent. Text stays as
-it is, white space too. A field that changes what is said and is not read (tool calls, reasoning,
-images) makes its row a bad one, and so does a prompt that ends with the assistant, an answer that
-repeats its prompt, or one that was cut. Columns and fields with text that nobody knows are said
-once a file.
+it is, white space too. A field that changes what is said or trained and is not read (tool calls,
+reasoning, images, a list that masks turns) makes its row a bad one, and so does a prompt that ends
+with the assistant, an answer that repeats its prompt, or one that was cut. Columns and fields with
+text that nobody knows are said once a file.
 
 A function of one row raises ValueError saying what is wrong; `read` adds the file and the line.
 """
@@ -66,14 +66,16 @@ ABOUT = set("id ids name count tokens length model score source type language qu
 # Fields of messages, in full
 CONTENTS = ("content", "value", "text")  # of a message, the same thing
 MESSAGE_READ = {"role", "from", "name", "type", *CONTENTS}
-MESSAGE_UNREAD = set("analysis channel context mask masked skip ignore partial prefix refusal".split())
+MESSAGE_UNREAD = set("analysis channel context partial prefix refusal".split())
 MESSAGE_UNREAD |= {"train_detail", "training_detail"}
-TRAINED = {"train", "trained", "training", "trainable", "loss", "weight"}  # a word in the name of a flag
-FLAG = TRAINED | {"mask", "scale", "turn", "on", "is", "sample"}  # all of them: loss_mask, train_on_turn
+TRAINED = {"train", "trained", "training", "trainable", "loss", "weight", "learn"}  # a word in the name of a flag
+FLAG = TRAINED | set("mask scale turn on is in sample should use compute calculate".split())  # all: train_on_turn
+MASKS = set("mask masks masked skip ignore loss weight weights".split())  # a word in the name of what else masks
+LABELS = {"true": True, "1": True, "false": False, "0": False, "-1": False}
 PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
 # What says that an answer was cut: ours, and what APIs and servers write
 WHOLE = ("finished", "end_turn")
-CUT = {"truncated": (True,), "finish_reason": ("length", "max_tokens"), "stop_reason": ("length", "max_tokens")}
+CUT = {"length", "max_tokens", "max_length", "max_output_tokens"}  # a finish_reason, stopReason, done_reason
 
 OWN = {"critique", "original", "instead_of", "principle"}  # remarks of rlaif.py and serve.py
 
@@ -178,7 +180,10 @@ def check_read(fields, words, others, where=""):
 def check_whole(fields):
     """Raises ValueError if an answer was cut: a model trained on it would learn to end there."""
     said = [name for name in WHOLE if fields.get(name, True) in (False,)]
-    said += [name for name, values in CUT.items() if fields.get(name) in values]
+    for name, value in fields.items():
+        words = words_of(name)
+        if "truncated" in words and value in (True,) or words[-1:] == ["reason"] and str(value).lower() in CUT:
+            said.append(name)
     if said:
         raise ValueError(
             f'"{said[0]}" is {json.dumps(fields[said[0]])}: the answer was cut, and a model trained on it would learn '
@@ -228,6 +233,15 @@ def part_text(part, where):
     return part["text"]
 
 
+def check_masks(fields, where=""):
+    """Raises Unread for a field that says which tokens or turns are trained, and is no flag of one
+    message: ignore_loss, mask_history, or a list of 0 and 1 beside the messages."""
+    for name, value in fields.items():
+        listed = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
+        if MASKS.intersection(words_of(name)) and (listed or value in (True,) and not is_flag(name)):
+            raise Unread(name, where)
+
+
 def train_flags(m):
     """The fields of a message or a row that say whether it is trained: weight, train, loss_mask."""
     return {name: value for name, value in m.items() if is_flag(name) and not is_empty(value)}
@@ -263,6 +277,7 @@ def read_message(m, where):
     trained."""
     role = role_of(m)
     check_read(m, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.")
+    check_masks(m, f"{where}.")
     if (UNREAD | REASONING | {"code"}).intersection(words_of(str(m.get("type", "")))):
         raise Unread(f"type {m['type']}", what=f'"{where}" is of type {m["type"]!r}, which is not read')
     content, trained = content_of(m, where), is_trained(m, role, where)
@@ -368,6 +383,8 @@ def normalise(row, answered=True):
             if alias == "rejected_response" and "chosen" not in row:  # ms-swift's, beside the good one
                 row |= sides_of_swift(row)
     check_read(row, UNREAD | REASONING if answered else UNREAD, PREFERRED)
+    if answered:
+        check_masks(row)
     for name, flag in train_flags(row).items() if answered else ():
         if isinstance(flag, (int, float)) and flag != 1 and name != "loss":  # of a whole row a measurement
             raise Unread(name)
@@ -385,10 +402,15 @@ def sides_of_swift(row):
 
 
 def check_repeated(row, fields, messages):
-    """Raises Unread for one of these fields that is not empty and not part of the messages."""
+    """Raises Unread for one of these fields that is not empty and not part of the messages.
+
+    "text" may be a copy of them in a template: it has the beginning of the last one.
+    """
     said = squeezed(" ".join(m["content"] for m in messages))
+    begin = squeezed(messages[-1]["content"].split("\n\n")[0])
     for name in fields:
-        if not all(squeezed(text) in said for text in strings(row.get(name))):
+        texts = map(squeezed, strings(row.get(name)))
+        if not all(text in said or name == "text" and begin in text for text in texts):
             raise Unread(name)
 
 
@@ -521,10 +543,15 @@ def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
     check_read(row, RATIONALE, ())
-    if row.get("label", True) in (False,):  # 0 as well
+    if label_of(row) is False:
         label = json.dumps(row["label"])
         raise ValueError(f'"label" is {label}: a bad answer, which dpo.py --loss=kto reads; here it would be trained')
     return read_conversation(row)
+
+
+def label_of(row):
+    """Whether a row is labelled as good: true or false, 1 or 0, also in quotes; None: neither."""
+    return LABELS.get(str(row.get("label")).lower().removesuffix(".0"))
 
 
 def read_conversation(row):
@@ -543,7 +570,7 @@ def read_conversation(row):
             messages.append(answer_to(row, field, messages))
         ends_with(messages, "assistant", field)
         others = [name for name in CONVERSATIONS if name != field]
-        check_repeated(row, [*others, *PROMPTS, *COMPLETIONS, *MATERIAL], messages)
+        check_repeated(row, [*others, *PROMPTS, *COMPLETIONS, *MATERIAL, "text"], messages)
         if all("train" in m for m in messages if m["role"] == "assistant"):
             raise ValueError(f'"{field}" has no message of the assistant that is to be trained')
         return in_context(row, messages)
@@ -558,7 +585,7 @@ def read_conversation(row):
     prompt_field, messages = stated
     check_asks(messages, prompt_field)
     messages = [*messages, answer_to(row, prompt_field, messages)]
-    check_repeated(row, COMPLETIONS, messages)
+    check_repeated(row, [*COMPLETIONS, "text"], messages)
     return in_context(row, messages)
 
 
@@ -668,7 +695,7 @@ def preference(row):
         messages = messages or prompt_messages
     if not messages:
         raise ValueError("there is no prompt: neither a field of that name nor messages before the answers")
-    check_repeated(row, MATERIAL, messages)
+    check_repeated(row, [*MATERIAL, "text"], messages)
     if not is_empty(row.get("margin")) and row["margin"] != 0:
         raise Unread("margin")
     if chosen.strip() == rejected.strip():
@@ -688,10 +715,11 @@ def judged(row):
     if "label" not in labelled:
         pair = preference(row)
         return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
-    if not isinstance(labelled["label"], bool):
+    label = label_of(labelled)
+    if label is None:
         raise ValueError(f'"label" is {labelled["label"]!r}; true or false was expected')
     messages = read_conversation(labelled)
-    return [(without_train(messages[:-1]), trained_reply(messages, "messages"), labelled["label"])]
+    return [(without_train(messages[:-1]), trained_reply(messages, "messages"), label)]
 
 
 def gold_margin(row):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import tokenizer
-from data.read import inside, read_json
+from data.read import file_kind, inside, read_json, source_names
 from runtime.errors import UserError
 from runtime.files import sha256
 
@@ -50,7 +50,8 @@ def text_hashes(sources):
     if sources and Path(sources).is_dir():
         load_manifest(sources)
         return {sources: sha256(Path(sources) / "manifest.json")}
-    return {name: sha256(name) for name in sources.split(",") if name}
+    on_disk = [name for name in source_names(sources, "data") if file_kind(name) != "hub"]
+    return {name: sha256(name) for name in on_disk}
 
 
 def read_prepared(folder, tok):

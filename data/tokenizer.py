@@ -361,6 +361,11 @@ def load(where):
             ) from None
     if (path / "vocab.bpe").is_file():
         return gpt2(path)
+    if (path / "config.json").is_file():
+        raise UserError(
+            f"{where}: has no tokenizer.json; the tokenizer's save_pretrained of transformers writes it, unless it is "
+            "one of sentencepiece, which is not read"
+        )
     folders = "a folder with tokenizer.json, or with encoder.json and vocab.bpe"
     names = tiktoken.list_encoding_names()
     if str(where) not in names:
@@ -431,9 +436,15 @@ def begin_of_text(path, processor):
     """The id that a tokenizer.json puts before every text, None if it puts none.
 
     transformers 5 goes by the post-processor alone, not by add_bos_token. Raises UserError if there
-    are several ids.
+    are several ids, or a processor that may put others.
     """
     steps = single_steps(processor, "processors")
+    unknown = [step["type"] for step in steps if step["type"] not in ("ByteLevel", "TemplateProcessing")]
+    if unknown:
+        raise UserError(
+            f"{path}: post_processor {unknown[0]} is not supported, only TemplateProcessing; write what it puts before "
+            "a text as one of these"
+        )
     templates = [step for step in steps if step["type"] == "TemplateProcessing"]
     if not templates:
         return None

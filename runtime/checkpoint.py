@@ -67,9 +67,11 @@ def find(where):
             return folder
         print0(f"warning: {folder}: {wrong}; falling back to the checkpoint before", file=sys.stderr)
     but = ", but a file" if where.is_file() else ", but an adapter" if (where / ADAPTER_CONFIG).exists() else ""
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) and not where.parent.exists()
+    download = f"; if it is a model of Hugging Face: hf download {where} --local-dir DIR" if is_name else ""
     raise UserError(
         f"{where}: no checkpoint here{but} (expected a directory with config.json and {WEIGHTS}, or a run's directory "
-        "with an undamaged step_*)"
+        f"with an undamaged step_*){download}"
     )
 
 
@@ -124,7 +126,10 @@ def read(folder, device="cpu"):
     model = model_from_hf(config_from_hf(folder / "config.json"), folder)
     tok = tokenizer.load(folder)
     if tok.n_vocab > model.config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tok.n_vocab} ids, the model {model.config.vocab_size}")
+        raise UserError(
+            f"{folder}: the tokenizer has {tok.n_vocab} ids, the model {model.config.vocab_size}: take the one that it "
+            "came with, or enlarge the model by resize_token_embeddings of transformers"
+        )
     model.config.padding = model.config.vocab_size - tok.n_vocab
     return model.to(device), tok, read_info(folder)
 

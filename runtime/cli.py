@@ -38,6 +38,7 @@ RENAMED = {  # flags of earlier versions -> what to use instead; of several, the
     "n": ["group_size"],
     "loss": ["loss_aggregation"],
 }
+TEXTS = {"prompt", "system"}  # flags that are said to a model, and hold no paths
 GROUPS = ["What you will set", "What you may set", "What you will rarely set", ""]
 TINY, HUGE = 1e-30, 1e40  # of a flag that is not 0; the reciprocal of a temperature is finite in fp32
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -144,7 +145,12 @@ def unknown_flag(name, fields):
 
 
 def convert(name, text, kind):
-    """The text of flag `name` as int, float, str or bool; raises UserError naming the flag."""
+    """The text of flag `name` as int, float, str or bool; raises UserError naming the flag.
+
+    A shell leaves the ~ of --data=~/a.jsonl as it is, so that a folder of this name would be made.
+    """
+    if kind is str and name not in TEXTS:
+        return ",".join(map(os.path.expanduser, text.split(",")))
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise UserError(f"--{name}={text}: expected True or False")

@@ -355,6 +355,8 @@ def elsewhere(name, where):
     for other in where:
         if other.endswith(f".{name}"):
             return f", but {other} is there; take {other.removesuffix(name)} off the names"
+        if f".{other}".endswith(f".{name.removeprefix('model.')}"):  # as AutoModel writes them, or under a tower
+            return f", but {other} is there; rename it and all others in this way"
     tied = "; if embedding and head are one matrix, config.json must say tie_word_embeddings: true"
     return tied if name == "lm_head.weight" else ""
 

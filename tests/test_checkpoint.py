@@ -130,6 +130,8 @@ def test_where_a_checkpoint_is_looked_for(make_model, tmp_path):
     for nothing in (tmp_path / "absent", tmp_path):
         with pytest.raises(UserError, match="no checkpoint here .expected a directory"):
             find(nothing)
+    with pytest.raises(UserError, match="if it is a model of Hugging Face: hf download Qwen/Qwen3 --local-dir DIR"):
+        find("Qwen/Qwen3")
     (tmp_path / "chat.jsonl").write_text("{}")
     for file in (tmp_path / "chat.jsonl", run / "step_000009" / "config.json"):
         with pytest.raises(UserError, match="no checkpoint here, but a file"):

@@ -55,6 +55,17 @@ def test_every_type_in_every_spelling():
     assert parse_cli(Config, ["--out=a", "--resume", "--lr=3"]).lr == 3
 
 
+def test_a_path_may_begin_at_home(monkeypatch):
+    """A shell expands --out ~/run, but not --out=~/run: a folder of the name ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("USERPROFILE", "/home/ada")
+    config = parse_cli(pretrain.Config, ["--out=~/run", "--data", "~/a.jsonl:0.5,~/b.txt:1,c~/d:2", "--prompt=~/a"])
+    assert config.out == "/home/ada/run"
+    assert config.data == "/home/ada/a.jsonl:0.5,/home/ada/b.txt:1,c~/d:2"
+    assert config.prompt == "~/a"  # which a model is to continue
+    assert parse_cli(Config, ["--out=a", "--name_of_it=~"]).name_of_it == "/home/ada"
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

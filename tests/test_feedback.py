@@ -62,6 +62,12 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
     kind, row = read_entry(ONE | {"correction": "no!"})
     assert kind == "corrections" and rows.conversation(row) == [*PROMPT, message("assistant", "no!")]
     assert row["instead_of"] == "yes"
+    code, short = "    return 1", "\tpass"  # indentation is what was said, too
+    kind, row = read_entry(TWO | {"vote": "left", "answers": [code, short]})
+    assert rows.preference(row)[:3] == (PROMPT, code, short)
+    assert read_entry(ONE | {"label": True, "answer": code})[1]["completion"] == code
+    kind, row = read_entry(ONE | {"correction": code, "answer": short})
+    assert rows.conversation(row)[-1]["content"] == code and row["instead_of"] == short
     for vote in ("tie", "both_bad"):
         kind, row = read_entry(TWO | {"vote": vote})
         assert kind == "ties" and row["vote"] == vote and row["answers"] == ["yes", "no"] and row["by"] == ""
@@ -295,6 +301,12 @@ def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path):
     assert [rows.judged(r) for r in ratings] == [[(prompt, "4", True)], [(prompt, "4", False)]]
     pairs, ratings = import_webui(tmp_path, [webui_item(siblings=())])
     assert pairs == [] and len(ratings) == 1
+    item = webui_item()
+    said = item["snapshot"]["chat"]["chat"]["history"]["messages"]
+    said["c"]["content"], said["d"]["content"] = "    return 4\n", " 5"
+    pairs, ratings = import_webui(tmp_path, [item])
+    assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("    return 4", " 5")
+    assert ratings[0]["completion"] == "    return 4"
 
 
 def broken(*path):

@@ -397,6 +397,19 @@ def test_a_tensor_that_is_missing_says_where_it_may_be(untrusted):
         load(untrusted)
 
 
+@pytest.mark.parametrize("prefix", ["", "model.language_model."])
+def test_a_tensor_that_is_there_under_another_name_is_named(untrusted, prefix):
+    """AutoModel writes none of the prefix, a model that sees a longer one."""
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(untrusted, rename)
+    with pytest.raises(UserError, match=f"{EMBED} is missing, but {prefix}embed_tokens.weight is there; rename it"):
+        load(untrusted)
+
+
 def test_a_head_of_its_own_contradicts_tied_embeddings(make_model, tmp_path, untrusted):
     folder = write(tmp_path / "tied", make(make_model, tied=True))
     ids = random_ids(20)

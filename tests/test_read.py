@@ -7,10 +7,14 @@ import os
 import pickle
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 from runs import here
 
+import evaluate
+import pretrain
+import sft
 from data import corpus, prepare, rows, shards, tokenizer
 from data.read import Document, file_kind, parse_mixture, read_jsonl, read_rows, read_texts
 from runtime.errors import UserError
@@ -169,6 +173,10 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, capsys):
         ("a.jsonl", LINES.encode("utf-16"), "in UTF-16 .*convert the file to UTF-8"),
         ("a.txt", LINES.encode("utf-16-be").join([b"\xfe\xff", b""]), "in UTF-16 "),
         ("a.db", b"SQLite format 3\0", "holds bytes of value 0, so it is no text"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
+        ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        ("a.txt", b"\n \n", "there is no text in it"),
+        ("a.jsonl", b'{"text": "  "}', "there is no text in it"),
         ("a.tgz", gzip.compress(b"a.txt\0\0ustar", mtime=0), "holds bytes of value 0"),
         ("a.jsonl", b'{"text": "a", "text": "b"}', 'a.jsonl:1: "text" is in an object twice'),
         ("a.json", b'[{"text": "a",\n"n": {"x": 1, "x": 1}}]', '"x" is in an object twice'),
@@ -178,6 +186,10 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, capsys):
         "utf-16",
         "utf-16 text",
         "database",
+        "pointer",
+        "pointer under another name",
+        "blank",
+        "blank rows",
         "tar",
         "a key twice",
         "a key twice, spanning lines",
@@ -268,6 +280,8 @@ def test_a_document_that_cannot_be_tokenized_costs_a_preparation_itself(tmp_path
         ("out/12:30:05/a.jsonl", [("out/12:30:05/a.jsonl", 0)]),
         ("out/12:30/a.jsonl:0.5", [("out/12:30/a.jsonl", 0.5)]),
         ("v1.txt:2/a.jsonl", [("v1.txt:2/a.jsonl", 0)]),
+        ("a.jsonl, C:/b.jsonl", [("a.jsonl", 0), ("C:/b.jsonl", 0)]),
+        ("a.jsonl: 0.5, b c.txt:1 ", [("a.jsonl", 0.5), ("b c.txt", 1)]),
         ("hf:a/b", [("hf:a/b", 0)]),
         ("hf:a/b:0.5", [("hf:a/b", 0.5)]),
         ("hf:a/b[x,train,5]:0.5,c:1", [("hf:a/b[x,train,5]", 0.5), ("c", 1)]),
@@ -282,6 +296,32 @@ def test_only_a_number_after_the_last_colon_is_a_weight(text, sources):
 def test_what_follows_a_data_file_must_be_a_weight(name, weight):
     with pytest.raises(UserError, match=re.escape(f"the weight {weight!r} is not a positive number")):
         parse_mixture(f"{name}:{weight}")
+
+
+@pytest.mark.parametrize(
+    "name", ["data/*.jsonl", "s3://bucket/a.jsonl", "https://a.b/c.txt", "owner/name", "a.jsonl;b"]
+)
+def test_what_is_no_file_here_says_what_is_read(name):
+    for read in (corpus.read_documents, shards.text_hashes, lambda path: rows.read(path, rows.conversation)):
+        with pytest.raises(UserError, match=re.escape(f"{name}: No such file") + ".*hf:NAME.*separated by commas"):
+            read(name)
+
+
+def test_a_list_of_texts_is_read_as_any_other_list(tmp_path, monkeypatch):
+    """Commas within hf:NAME[...] part nothing; a weight, which would do nothing, is refused."""
+    monkeypatch.setattr("data.read.hub_rows", lambda name: [{"text": name}])
+    path, hub, tok = write(tmp_path / "a.txt", "the text"), "hf:a/b[c,train,5]", tokenizer.byte_level()
+    config = pretrain.Config(data=f"{hub},{path}", val=f"{path}, {hub}", out="", tokenizer="byte")
+    (train,), (val,) = pretrain.read_data(config, None)[1:]
+    assert tok.decode(train.tolist()) == f"<|endoftext|>{hub}<|endoftext|>the text<|endoftext|>"
+    assert tok.decode(val.tolist()) == f"<|endoftext|>the text<|endoftext|>{hub}<|endoftext|>"
+    replayed = sft.read_replay(SimpleNamespace(replay=config.data, skip_bad=False), tok)
+    assert [stream.tolist() for stream in replayed] == [train.tolist()]
+    assert list(shards.text_hashes(config.data)) == [path]
+    with pytest.raises(UserError, match=re.escape(f"--data: {path} has the weight 0.5, but all of it is read")):
+        pretrain.read_data(pretrain.Config(data=f"{path}:0.5", out=""), None)
+    with pytest.raises(UserError, match="--text: .*has the weight 2"):
+        evaluate.text_figures(SimpleNamespace(text=f"{path}:2", skip_bad=False), None, tok)
 
 
 def test_a_file_with_a_number_at_its_end_is_that_file(tmp_path):

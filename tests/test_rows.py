@@ -53,7 +53,10 @@ CONVERSATIONS = {
         turns("a", "b", "c", "d"),
     ),
     "Alpaca": ({"instruction": "a", "input": "", "output": "b"}, turns("a", "b")),
-    "Alpaca without the field": ({"instruction": "a", "output": "b", "text": "all of it"}, turns("a", "b")),
+    "Alpaca without the field": (
+        {"instruction": "a", "output": "b", "text": "### Task: a\n\n### Answer: b"},
+        turns("a", "b"),
+    ),
     "Alpaca with input": ({"instruction": "a", "input": "x", "output": "b"}, turns("a\n\nx", "b")),
     "ShareGPT": (
         {
@@ -432,11 +435,12 @@ def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
 @pytest.mark.parametrize(
     "said",
     [{"finished": 0}, {"end_turn": False}, {"truncated": True}]
-    + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")],
+    + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")]
+    + [{"finishReason": "MAX_TOKENS"}, {"done_reason": "length"}, {"is_truncated": True}],
 )
 def test_whatever_says_that_an_answer_was_cut_is_read(said):
     (name,) = said
-    whole = {name: {"finished": True, "end_turn": True, "truncated": False}.get(name, "stop")}
+    whole = {name: {"finished": True, "end_turn": True, "truncated": False, "is_truncated": False}.get(name, "stop")}
     for row in ({"prompt": "q", "completion": "It is 4"} | said, {"messages": [Q, A | said]}):
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.conversation(row)
@@ -530,6 +534,9 @@ UNREAD_MESSAGES = {  # of the assistant: a field, what it may hold; each with a 
     "skip": True,
     "prefix": True,
     "mask": 1,
+    "ignore_loss": True,
+    "isMasked": True,
+    "loss_spans": [[0, 4]],
     "train_detail": [{"begin_offset": 0}],
 }
 UNREAD_ROWS = {
@@ -556,6 +563,11 @@ UNREAD_ROWS = {
     "sample_weight": 0,
     "train": False,
     "is_train": False,
+    "mask": [0, 1],
+    "loss_mask": [False, True],
+    "weights": [0.0, 1.0],
+    "mask_history": True,
+    "only_last_turn_loss": True,
 }
 
 
@@ -594,8 +606,8 @@ def test_no_column_that_says_something_is_ignored(field):
         (rows.judged, {"prompt": "q", "completion": "a", "label": True}),
         (rows.preference, {"query": "q"} | pair),
     ]
-    of_the_answer = "reasoning_content", "thinking_trajectories", "weight", "sample_weight", "train", "is_train"
-    if field not in of_the_answer:
+    of_the_answer = {"reasoning_content", "thinking_trajectories", "sample_weight", "train", "is_train"}
+    if field not in of_the_answer and not rows.MASKS.intersection(rows.words_of(field)):
         cases += [(rows.prompt, row) for row in talks] + [(rows.problem, {"question": "q", "answer": "5"})]
     for parse, row in cases:
         with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
@@ -633,6 +645,20 @@ def test_columns_with_text_that_nobody_knows_are_said_once_a_file(tmp_path, caps
         assert capsys.readouterr().out == ""
 
 
+def test_a_text_beside_a_conversation_is_a_copy_of_it_or_unread():
+    copy, passage = "<s>[INST] Who? \n In which year? [/INST] Ada </s>", "Ada was born in 1815."
+    rows_with_text = [
+        (rows.conversation, {"messages": turns("Who?\nIn which year?", "Ada")}),
+        (rows.conversation, {"instruction": "Who?", "input": "In which year?", "output": "Ada\n\nOf course."}),
+        (rows.preference, {"prompt": "Who?", "chosen": "Ada", "rejected": "Bob"}),
+        (rows.judged, {"prompt": "Who?", "completion": "Ada", "label": True}),
+    ]
+    for parse, row in rows_with_text:
+        assert parse(row | {"text": copy})
+        with pytest.raises(rows.Unread, match='"text" says something that is not read'):
+            parse(row | {"text": passage.replace("Ada", "She")})
+
+
 def test_the_reason_for_an_answer_is_unread_and_that_of_a_judge_is_not():
     with pytest.raises(rows.Unread, match='"rationale" says something'):
         rows.conversation({"prompt": "a", "completion": "b", "rationale": "so"})
@@ -662,7 +688,8 @@ def test_a_name_counts_if_it_tells_speakers_apart():
 @pytest.mark.parametrize(
     "flag",
     [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
-    + [{name: False} for name in ("trainable", "training", "train_on_turn", "loss_mask", "lossWeight", "is_train")],
+    + [{name: False} for name in ("trainable", "training", "train_on_turn", "loss_mask", "lossWeight", "is_train")]
+    + [{name: 0} for name in ("learn", "should_train", "compute_loss", "calculate_loss", "use_loss")],
 )
 def test_a_message_may_be_read_and_not_trained(flag):
     messages = [turns("a", "b")[0], turns("a", "b")[1] | flag, *turns("c", "d")]
@@ -740,8 +767,13 @@ def test_a_bad_answer_is_no_conversation():
     row = {"prompt": "q", "completion": "a", "label": False}
     with pytest.raises(ValueError, match="a bad answer, which dpo.py --loss=kto reads"):
         rows.conversation(row)
-    with pytest.raises(ValueError, match='"label" is 0: a bad answer'):
-        rows.conversation(row | {"label": 0})
+    for label, said in ((0, "0"), (0.0, "0.0"), (-1, "-1"), ("0", '"0"'), ("False", '"False"')):
+        with pytest.raises(ValueError, match=f'"label" is {said}: a bad answer'):
+            rows.conversation(row | {"label": label})
+        assert rows.judged(row | {"label": label}) == [(turns("q"), "a", False)]  # as the error advises
+    for label in (1, 1.0, "1", "true"):
+        assert rows.judged(row | {"label": label}) == [(turns("q"), "a", True)]
+    assert rows.conversation(row | {"label": "positive"}) == turns("q", "a")
     assert rows.conversation(row | {"label": True}) == turns("q", "a")
     assert rows.judged(row) == [(turns("q"), "a", False)] and rows.prompt(row) == turns("q")
 
@@ -781,7 +813,9 @@ BAD_PAIRS = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": True}, '"probability" is True'),
 ]
 BAD_JUDGED = [
-    ({"prompt": "q", "completion": "a", "label": 1}, '"label" is 1; true or false'),
+    ({"prompt": "q", "completion": "a", "label": 2}, '"label" is 2; true or false'),
+    ({"prompt": "q", "completion": "a", "label": "good"}, "\"label\" is 'good'; true or false"),
+    ({"prompt": "q", "completion": "a", "label": ""}, "\"label\" is ''; true or false"),
     ({"prompt": "q", "label": True}, "no conversation in the fields prompt, label"),
     ({"prompt": "q", "completion": "a"}, 'no "chosen"'),
 ]

@@ -408,6 +408,16 @@ def test_documents_begin_with_the_models_own_bos(models, tmp_path):
     assert models["smollm"][1].bos == models["smollm"][1].eot
 
 
+def test_what_may_put_another_token_before_a_text_is_refused(models, tmp_path):
+    """RoBERTa's post-processor puts its cls there, of which nothing else would tell."""
+    folder = shutil.copytree(models["llama3"][0], tmp_path / "m")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    roberta = {"type": "RobertaProcessing", "sep": ["<|end_of_text|>", 1], "cls": ["<|begin_of_text|>", 0]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": roberta}))
+    with pytest.raises(UserError, match="tokenizer.json: post_processor RobertaProcessing is not supported"):
+        tokenizer.load(folder)
+
+
 def test_sampling_ends_at_every_eos_id(models):
     folder, _, _ = models["qwen3"]
     model, tok, info = checkpoint.load(folder)

@@ -240,7 +240,7 @@ function drawCorrection(n, item) {
   const form = el('form', {}, area, el('div', { className: 'row' }, store, button('Cancel', draw)))
   form.onsubmit = e => {
     e.preventDefault()
-    if (area.value.trim()) correct(n, area.value.trim())
+    if (area.value.trim()) correct(n, area.value)
   }
   item.append(form)
   area.focus()
