@@ -35,6 +35,7 @@ from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
+from runtime.files import check_apart
 from runtime.output import open_output, write_batch
 from runtime.process import Stop, describe, launch, setup, world_size
 from runtime.run import clock_time
@@ -312,8 +313,7 @@ def main(config):
         chat.end_of_turn(policy[1])  # UserError if it knows no turns
     if config.mode == "judge":
         prefer_first(*judge[:2], ["?"], config.micro_batch_tokens)  # UserError if it cannot judge
-    if Path(config.out).resolve() in [Path(name).resolve() for name in data]:
-        raise UserError(f"--out={config.out}: is what is read; write to another file")
+    check_apart("out", config.out, data)
 
     # 2. Batch by batch
     machine, total = describe(device), len(examples)
