@@ -39,7 +39,7 @@ import torch
 from data import chat, corpus, rows, tokenizer
 from data.judge import question
 from data.pack import make_completion, token_slices
-from data.read import source_names
+from data.read import source_names, split_weight
 from figures import (
     agreement,
     distinct,
@@ -57,10 +57,12 @@ from rollout import rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import check_writable, replace_text, write_json
+from runtime.files import check_apart, check_writable, replace_text, write_json
 from runtime.process import launch, setup
 from scoring import judge_score, load_rewards, reward_names, reward_scores, score_completions
 
+READ = ("text", "complete", "choices", "judge", "problems", "data", "pairs", "constitution")  # flags that name files
+WRITTEN = ("out", "samples", "kept")
 FINAL_NUMBER = f"{Path(__file__).parent}/data/rules.py:final_number"
 
 
@@ -241,14 +243,20 @@ def choice_figures(config, model, tok, examples):
     for row, answer in examples:
         scores, sums = np.array(sums[: len(row["choices"])]), sums[len(row["choices"]) :]
         sizes = np.array([len(choice.encode()) for choice in row["choices"]])
-        raw.append(scores.argmax() == answer)
-        per_byte.append((scores / sizes).argmax() == answer)
+        raw.append(right_share(scores, answer))
+        per_byte.append(right_share(scores / sizes, answer))
         share.append(np.exp(scores[answer] - np.logaddexp.reduce(scores)))
     return {
         "choices right": mean_interval(raw, config.seed),
         "choices right, per byte": mean_interval(per_byte, config.seed),
         "probability of the right one among the choices": mean_interval(share, config.seed),
     }
+
+
+def right_share(scores, answer):
+    """Whether choice number `answer` scores highest; of several that do, one is taken by chance."""
+    best = scores == scores.max()
+    return best[answer] / best.sum()
 
 
 def group_rows(examples, by):
@@ -473,9 +481,11 @@ def main(config):
         raise UserError(f"--model={config.model}: a reward model writes nothing; it is measured with --pairs")
     if config.pairs and writes:
         raise UserError(f"--pairs: {config.model} is not a reward model; reward.py trains one")
-    for flag in ("out", "samples", "kept"):
-        if vars(config)[flag]:
-            check_writable(flag, vars(config)[flag])
+    files = {flag: vars(config)[flag] for flag in (*WRITTEN, *READ) if vars(config)[flag]}
+    for flag in filter(files.get, WRITTEN):
+        check_writable(flag, files[flag])
+        others = [split_weight(name)[0] for other in files.keys() - {flag} for name in files[other].split(",")]
+        check_apart(flag, files[flag], others)
 
     # 2. Measure
     figures, sampled = {}, []

@@ -11,10 +11,10 @@ are asked. The replies are sampled from --policy, or --data has them ("chosen"/"
 constitutional AI (Bai et al. 2022, arXiv 2212.08073).
 
 In the mean of three principles, one of which the judge is sure gives 2/3 if the others do not care
-and 1/2 if another is as sure of the opposite: --min_margin=0.12 keeps the former. --principles=vote
-with --min_margin=0.3 keeps only what all three agree on. A pretrained model often judges better than
-a fine-tuned one, which has forgotten what it read, but it must not be the policy that is trained.
-The judge as a reward, without pairs: --reward=judge:DIR.
+and 1/2 if another is as sure of the opposite: --min_margin=0.12 keeps the former, and
+--principles=vote with --min_margin=0.3 only what all three agree on. A pretrained model often judges
+better than a fine-tuned one, which has forgotten what it read, but it must not be the policy that
+is trained. The judge as a reward, without pairs: --reward=judge:DIR.
 
     python rlaif.py --policy=out/sft --judge=out/base --constitution=data/constitution.txt \\
         --data=prompts.jsonl --out=out/ai_pairs.jsonl
@@ -36,6 +36,7 @@ from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
+from runtime.files import check_apart
 from runtime.output import open_output, write_batch
 from runtime.process import Stop, describe, launch, setup, world_size
 from runtime.run import clock_time
@@ -313,8 +314,7 @@ def main(config):
         chat.end_of_turn(policy[1])  # UserError if it knows no turns
     if config.mode == "judge":
         prefer_first(*judge[:2], ["?"], config.micro_batch_tokens)  # UserError if it cannot judge
-    if Path(config.out).resolve() in [Path(name).resolve() for name in data]:
-        raise UserError(f"--out={config.out}: is what is read; write to another file")
+    check_apart("out", config.out, data)
 
     # 2. Batch by batch
     machine, total = describe(device), len(examples)

@@ -9,6 +9,7 @@ i, whose row of the data is rows[i], and says texts[i]. `score_completions` adds
 import copy
 import dataclasses
 import importlib.util
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -40,15 +41,22 @@ LARGEST_REWARD = 1e30  # fp32, in which advantages are computed, ends at 3e38
 def reward_names(text):
     """[(name, weight)] of a --reward flag: comma-separated names, each with or without *WEIGHT.
 
-    Raises UserError if a weight is not a number.
+    Raises UserError if a weight is no finite number, or there are only commas.
     """
     names = []
-    for piece in filter(None, text.split(",")):
+    for piece in filter(None, map(str.strip, text.split(","))):
         name, star, weight = piece.rpartition("*")
         try:
-            names.append((name, float(weight)) if star else (piece, 1.0))
+            factor = float(weight) if star else 1.0
         except ValueError:
-            raise UserError(f"--reward={piece}: {weight!r} is not a number; write NAME*0.5") from None
+            factor = math.nan
+        if not abs(factor) <= LARGEST_REWARD:
+            raise UserError(
+                f"--reward={piece}: {weight!r} is not a number of at most {LARGEST_REWARD:g}; write NAME*0.5"
+            )
+        names.append((name if star else piece, factor))
+    if text and not names:
+        raise UserError(f"--reward={text}: there is no name in it")
     return names
 
 
@@ -203,8 +211,9 @@ def load_function(name):
     if not path.is_file():
         raise UserError(f"--reward={name}: {file} does not exist")
     if str(path) not in sys.modules:  # two functions of one file share its module
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+        # Dataclasses and pickle look a module up by its name, a dot in which would divide it
+        spec = importlib.util.spec_from_file_location(str(path).replace(".", "_"), path)
+        module = sys.modules[spec.name] = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
         sys.path.append(str(path.parent))  # it may import the files next to it
         try:
             with own_random(), guard(name):

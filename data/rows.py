@@ -822,18 +822,32 @@ def prompt_of(row):
     return tuple((m["role"], m["content"]) for m in messages)
 
 
-def split_off(rows, fraction, seed):
-    """(train, held out): a random `fraction` of the rows is held out, and of each prompt all rows
-    or none.
+def questions(rows):
+    """What is asked in each row, but for case and white space: the first message of the user,
+    whatever the system message and later turns are.
 
-    Raises UserError if all have the same prompt.
+    It is the whole prompt where a hundredth of the rows begin with that message, and ten or more:
+    that is no question but "Hi", or an example that shows the form of an answer.
     """
-    by_prompt = {}
-    for i, row in enumerate(rows):
-        by_prompt.setdefault(prompt_of(row), []).append(i)
-    if len(by_prompt) < 2:
+    prompts = [tuple((role, " ".join(content.casefold().split())) for role, content in prompt_of(row)) for row in rows]
+    first = [next((message for message in prompt if message[0] == "user"), prompt) for prompt in prompts]
+    times, common = Counter(first), max(10, len(rows) // 100)
+    asked = [prompt if times[message] >= common else message for message, prompt in zip(first, prompts, strict=True)]
+    return asked if len(set(asked)) > 1 else prompts
+
+
+def split_off(rows, fraction, seed):
+    """(train, held out): a random `fraction` of the rows is held out, and of each of the
+    `questions` all rows or none.
+
+    Raises UserError if all ask the same.
+    """
+    by_question = {}
+    for i, question in enumerate(questions(rows)):
+        by_question.setdefault(question, []).append(i)
+    if len(by_question) < 2:
         raise UserError("--data: one prompt only; at least two are needed, one to train on and one to hold out")
-    groups = list(by_prompt.values())
+    groups = list(by_question.values())
     shuffled = [groups[g] for g in np.random.default_rng(seed).permutation(len(groups))]
     limit, held_out = max(1, int(fraction * len(rows))), []
     for group in shuffled:
@@ -845,24 +859,18 @@ def split_off(rows, fraction, seed):
 
 
 def warn_of_shared_prompts(train, val, what):
-    """Warn if validation rows have a prompt that is trained on, or one that differs from it in case
-    and white space only."""
-    trained = {prompt_of(row) for row in train}
-    trained_words = {normalised(prompt) for prompt in trained}
-    prompts = [prompt_of(row) for row in val]
-    exact = sum(prompt in trained for prompt in prompts)
-    similar = sum(normalised(prompt) in trained_words for prompt in prompts) - exact
+    """Warn if validation rows have a prompt that is trained on, or another one of the same of
+    `questions`."""
+    trained, asked = {prompt_of(row) for row in train}, questions(train + val)
+    asked_in_training = set(asked[: len(train)])
+    exact = sum(prompt_of(row) in trained for row in val)
+    similar = sum(question in asked_in_training for question in asked[len(train) :]) - exact
     if exact + similar:
         print0(
             f"warning: {what}: of {len(val)} rows to validate on, {exact} have a prompt that is trained on as well, "
-            f"{similar} one that differs from it in case or white space only; on these the figures measure memory: "
-            "leave them out of one side"
+            f"{similar} one that asks the same but for case, white space, system message or later turns; on these the "
+            "figures measure memory: leave them out of one side"
         )
-
-
-def normalised(prompt):
-    """A prompt of `prompt_of` in lower case, its white space single spaces."""
-    return tuple((role, " ".join(content.casefold().split())) for role, content in prompt)
 
 
 def read_split(config, parse):

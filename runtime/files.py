@@ -66,6 +66,13 @@ def check_writable(flag, path):
         raise UserError(f"--{flag}={path}: {e.strerror}") from None
 
 
+def check_apart(flag, path, others):
+    """Raises UserError if the file that --`flag` names is one of the `others` that the same call
+    reads or writes, and so would replace it."""
+    if temporary_name(path) and os.path.realpath(path) in map(os.path.realpath, others):
+        raise UserError(f"--{flag}={path}: is what is read or written besides; name another file")
+
+
 @contextlib.contextmanager
 def replace_file(path):
     """Open a binary file that takes the place of `path` when the block ends without an error.
@@ -109,7 +116,7 @@ def append(path, data, size=None, sync=True):
     sync: have the disk hold them. Raises OSError.
     """
     with open(path, "ab") as file:
-        if size is not None:
+        if size is not None and file.tell() > size:
             file.truncate(size)  # a disk that filled up may have taken half of the last data
         file.write(data)
     if sync:

@@ -190,15 +190,8 @@ def limits():
 
 
 def set_limits(values):
-    """Raises UserError if a hard limit was lowered, which only root can raise again."""
     for which, value in values.items():
-        try:
-            resource.setrlimit(which, value)
-        except (ValueError, OSError):
-            raise UserError(
-                "it lowered a limit of the process (resource.setrlimit), which cannot be raised again: do that in a "
-                "child process"
-            ) from None
+        resource.setrlimit(which, value)
 
 
 def affinity():
@@ -235,6 +228,7 @@ if os.name == "posix":
     import resource
 
     LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+    KEPT += [(os.geteuid, os.seteuid), (os.getegid, os.setegid)]
     KEPT += [(timers, set_timers), (blocked_signals, set_blocked_signals), (blocking, set_blocking)]
     KEPT += [(limits, set_limits)]
 if sys.platform == "linux":
@@ -249,14 +243,23 @@ KEPT_BY_BATCH = [  # slower to read; and the file may set them as it is imported
 
 @contextlib.contextmanager
 def kept(settings):
-    """The settings are the same after the body as before it."""
+    """The settings are the same after the body as before it.
+
+    Raises UserError if one cannot be set back: a lower hard limit, a user that is not root."""
     before = [read() for read, _ in settings]
     try:
         yield
     finally:
         for (read, restore), value in zip(settings, before, strict=True):
-            if read() != value:
-                restore(value)
+            try:
+                if read() != value:
+                    restore(value)
+            except (OSError, ValueError) as e:
+                what = read.__name__.replace("_", " ")
+                raise UserError(
+                    f"it changed something of this process that cannot be set back ({what}: {e}); do that in a child "
+                    "process"
+                ) from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -303,10 +306,14 @@ def guard_batch():
 
 
 class MarkedStream(io.TextIOBase):
-    """Passes lines on to a text stream, each with a mark in front."""
+    """Passes lines on to a text stream, each with a mark in front; what the stream cannot encode
+    goes out as an escape."""
 
     def __init__(self, stream, mark):
         self.stream, self.mark, self.unfinished = stream, mark, ""
+
+    def reconfigure(self, **options):
+        """As sys.stdout has it; the run's own settings stay."""
 
     def writable(self):
         return True
@@ -323,7 +330,9 @@ class MarkedStream(io.TextIOBase):
         return MarkedBytes(self)
 
     def write(self, text):
-        *lines, self.unfinished = re.split(r"\r\n?|\n", self.unfinished + text)
+        encoding = self.encoding or "utf-8"
+        first, *more = re.split(r"\r\n?|\n", text.encode(encoding, "backslashreplace").decode(encoding))
+        *lines, self.unfinished = self.unfinished + first, *more
         for line in lines:
             with contextlib.suppress(BrokenPipeError):  # the reader has left: our own next line ends the run
                 self.stream.write(f"{self.mark} {line}\n")
@@ -352,7 +361,7 @@ class MarkedBytes(io.RawIOBase):
 
 @contextlib.contextmanager
 def marked_output(mark):
-    """What the body prints is marked; it reads nothing from the terminal.
+    """What the body prints is marked; neither it nor its children read what is meant for the run.
 
     The streams and descriptors 0 to 2 are the same afterwards. What a child process or C writes to
     the descriptors goes out without a mark. Raises UserError if the run's other descriptors were
@@ -361,7 +370,11 @@ def marked_output(mark):
     before = sys.stdin, sys.stdout, sys.stderr
     descriptors = {number: os.dup(number) for number in (0, 1, 2) if is_open(number)}
     marked = [MarkedStream(stream, mark) for stream in before[1:]]
-    sys.stdin, sys.stdout, sys.stderr = io.StringIO(), *marked
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    if nothing:
+        os.close(nothing)
+    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), *marked
     try:
         yield
     finally:

@@ -5,6 +5,8 @@ import platform
 import re
 import signal
 import sys
+import threading
+from multiprocessing import active_children
 
 import torch
 import torch.distributed as dist
@@ -42,8 +44,26 @@ def launch(main, Config):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # gloo's threads abort the process now and then while Python shuts down
+    end_in_time(status)
     if status:
         sys.exit(status)
+
+
+def end_in_time(status, seconds=10):
+    """Python waits at its end for threads and children, which a user's reward may have left: after
+    so many seconds the process ends without them."""
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    names = [one.name for one in [*threads, *active_children()] if one is not threading.current_thread()]
+
+    def leave():
+        sys.stdout.flush()
+        print(f"warning: ended without waiting any longer for {', '.join(names)}", file=sys.stderr, flush=True)
+        os._exit(1 if isinstance(status, str) else status)
+
+    if names:
+        timer = threading.Timer(seconds, leave)
+        timer.daemon = True
+        timer.start()
 
 
 def rank():

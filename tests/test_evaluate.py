@@ -411,6 +411,24 @@ def test_the_right_choice_is_the_likeliest_raw_or_per_byte(make_model, tmp_path)
     assert measure(tmp_path, model=folder, choices=tmp_path / "c.jsonl", limit=1)["choices right"]["value"] == 1
 
 
+def test_choices_that_score_the_same_share_what_is_right(make_model, tmp_path):
+    """A model to which all is the same is right by chance, wherever the right one stands."""
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {}), TOK, SFT)
+    for answer in range(3):
+        rows = [{"prefix": "it is ", "choices": ["a", "b", "c"], "answer": answer}]
+        figures = measure(tmp_path, model=folder, choices=write_rows(tmp_path / "c.jsonl", rows))
+        assert figures["choices right"]["value"] == figures["choices right, per byte"]["value"] == 1 / 3
+
+
+@pytest.mark.parametrize("flag, other", [("out", "choices"), ("out", "data"), ("kept", "data"), ("samples", "out")])
+def test_what_is_read_or_written_besides_is_not_replaced(make_model, tmp_path, flag, other):
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {}), TOK, SFT)
+    file = write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}])
+    with pytest.raises(UserError, match="=.*/a.jsonl: is what is read or written besides"):
+        measure(tmp_path, **{"model": folder, "data": file, "reward": "any.py:f", flag: file, other: file})
+    assert file.read_text() == '{"prompt": "q"}\n'
+
+
 def test_a_token_may_span_the_prefix_and_a_choice(make_model):
     tok = tokenizer.train(["the map, the red map " * 9], 256 + 4 + 9)
     row = {"prefix": "the ", "choices": ["map", "xy"]}

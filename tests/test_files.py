@@ -137,6 +137,22 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     assert os.listdir(tmp_path / "other" / "folder") == ["a.json"]
 
 
+@posix
+def test_a_file_that_is_read_or_written_besides_is_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("data")
+    files.check_apart("out", tmp_path / "new", [tmp_path / "data"])
+    files.check_apart("out", "/dev/stdout", ["/dev/stdout"])
+    for path in (tmp_path / "data", tmp_path / "link", tmp_path / "." / "data"):
+        with pytest.raises(UserError, match=f"--out={path}: is what is read or written besides; name another"):
+            files.check_apart("out", path, [tmp_path / "a", tmp_path / "data"])
+
+
+def test_a_file_that_was_deleted_is_begun_again(tmp_path):
+    """And not filled up with zeros to its old size."""
+    assert files.append(tmp_path / "log", b"two\n", size=900) == 4 and (tmp_path / "log").read_bytes() == b"two\n"
+    assert files.append(tmp_path / "log", b"one\n", size=0) == 4 and (tmp_path / "log").read_bytes() == b"one\n"
+
+
 def writing_calls(text):
     """The calls of a source that write a file, as "line: call"."""
     for node in ast.walk(ast.parse(text)):

@@ -139,6 +139,21 @@ def test_a_child_of_a_run_can_be_terminated(tmp_path):
     assert Child(tmp_path / "output", run).wait(8) == (0, "[15.0] 0\n")
 
 
+def test_a_file_may_use_dataclasses_pickle_and_processes_as_any_module_may(tmp_path):
+    head = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport multiprocessing\n"
+        "import pickle\n\n@dataclass\nclass Case:\n    text: str\n\ndef length(case):\n    return len(case.text)\n\n"
+        "def reward(prompt, completion, row):\n"
+    )
+    body = (
+        "case = pickle.loads(pickle.dumps(Case(completion)))\n"
+        "with multiprocessing.get_context('fork').Pool(1) as pool:\n"
+        "    return sum(pool.map(length, [case, case]))"
+    )
+    name = write_reward(tmp_path, body, head)
+    assert Child(tmp_path / "output", lambda: print(score(name, n=2))).wait(30) == (0, "[2.0, 4.0]\n")
+
+
 # --------------------------------------------------------------------------------------------------
 # What it changes
 
@@ -212,6 +227,14 @@ def test_settings_are_as_before_after_a_call(tmp_path, change, monkeypatch):
         assert settings() == before
 
 
+def test_the_user_is_as_before(tmp_path):
+    """In a child, since what is left of this process could not clean up."""
+    name = write_reward(tmp_path, "os.setegid(os.getegid() or 9)\nos.seteuid(os.geteuid() or 9)\nreturn os.geteuid()")
+    before = os.geteuid(), os.getegid()
+    child = Child(tmp_path / "output", lambda: print(score(name), (os.geteuid(), os.getegid()) == before))
+    assert child.wait(20) == (0, f"[{before[0] or 9}.0] True\n")
+
+
 def test_random_states_are_as_before_and_a_reward_draws_from_its_own(tmp_path):
     name = write_reward(tmp_path, "return random.random() + np.random.rand() + torch.rand(()).item()")
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -252,6 +275,38 @@ def test_what_a_reward_prints_is_marked_and_ends_its_line(tmp_path, capsys):
     assert err == f"{mark}10%\n{mark}20%\n" * 2
 
 
+def test_what_cannot_be_encoded_goes_out_as_an_escape_and_streams_are_as_python_has_them(tmp_path):
+    body = (
+        "sys.stdout.reconfigure(encoding='utf-8', line_buffering=True)\nprint('caf\\u00e9 \\ud800')\n"
+        "for i in range(20000): print('.', end='')\nprint('\\ud800', end='')\nreturn 1.0"
+    )
+    name = write_reward(tmp_path, body)
+
+    def run():
+        sys.stdout.reconfigure(encoding="ascii")
+        score(name, timeout=5)
+
+    said = f"[mine.py:reward] caf\\xe9 \\ud800\n[mine.py:reward] {'.' * 20000}\\ud800\n"
+    assert Child(tmp_path / "output", run).wait(20) == (0, said)
+
+
+def test_what_is_meant_for_the_run_is_not_read_by_a_reward_or_its_children(tmp_path):
+    body = (
+        "assert subprocess.run(['cat'], capture_output=True).stdout == b''\n"
+        "assert subprocess.run(['cat'], stdin=sys.stdin, capture_output=True).stdout == b''\n"
+        "assert sys.stdin.buffer.read() == b'' and sys.stdin.read() == ''\nreturn 1.0"
+    )
+    name = write_reward(tmp_path, body)
+    (tmp_path / "input").write_text("for the run")
+
+    def run():
+        os.dup2(os.open(tmp_path / "input", os.O_RDONLY), 0)
+        score(name, n=2)
+        print(os.read(0, 99))
+
+    assert Child(tmp_path / "output", run).wait(20) == (0, "b'for the run'\n")
+
+
 def test_descriptors_that_a_reward_closes_or_leads_elsewhere_are_as_before(tmp_path):
     for i, body in enumerate(
         ("os.close(0)", "os.close(1)\nos.close(2)", "os.dup2(os.open(os.devnull, 1), 1)", "sys.stdout.close()")
@@ -262,15 +317,24 @@ def test_descriptors_that_a_reward_closes_or_leads_elsewhere_are_as_before(tmp_p
 
 
 def test_what_cannot_be_undone_names_the_reward(tmp_path):
-    """In a child, whose files these are."""
+    """In a child, whose files, directory and limits these are."""
 
     def run(name, error):
+        os.chdir(tmp_path / "here")
         with pytest.raises(UserError, match=f"^--reward={name}: {error}.*for the completion 'A'"):
             score(name)
 
-    name = write_reward(tmp_path, "os.closerange(3, 256)\nreturn 1.0")
-    said = "it closed files of the run"
-    assert Child(tmp_path / "output", lambda: run(name, said)).wait(20)[0] == 0
+    lost = "os.rmdir(os.getcwd())\nos.chdir('/')"
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\nos.geteuid() or os.setuid(65534)"
+    for body, said in (
+        ("os.closerange(3, 256)", "it closed files of the run"),
+        (lost, r"it changed something of this process that cannot be set back \(working directory: .*No such file"),
+        (limit, r"it changed something of this process that cannot be set back \("),
+    ):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        name = write_reward(tmp_path, f"{body}\nreturn 1.0")
+        status, output = Child(tmp_path / "output", lambda name=name, said=said: run(name, said)).wait(20)
+        assert status == 0, output
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 import os
 import sys
+import threading
+import time
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from runs import free_port, succeeds
 
 from runtime import process
 from runtime.errors import UserError
-from runtime.process import launch, peak_flops, random_state, reduce_sum, set_random_state, setup
+from runtime.process import end_in_time, launch, peak_flops, random_state, reduce_sum, set_random_state, setup
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "abacus:1", "mps"])
@@ -114,6 +117,20 @@ def test_what_a_user_cannot_help_is_one_line_too(fork, error, line):
 def test_a_mistake_in_the_code_keeps_its_traceback(fork):
     status, output = fork(end_with, RuntimeError("shapes cannot be multiplied")).wait()
     assert status == 1 and "Traceback" in output and "shapes cannot be multiplied" in output
+
+
+@pytest.mark.parametrize("make", [threading.Thread, get_context("fork").Process])
+@pytest.mark.parametrize("status", [0, 3, "error: a line"])
+def test_what_a_reward_has_left_does_not_hold_the_process(fork, make, status):
+    def end():
+        left = make(target=time.sleep, args=(4,), name="sandbox")
+        left.start()
+        print("figures", end="")
+        end_in_time(status, seconds=0.1)
+        left.join()  # as Python does at its end
+
+    said = "figureswarning: ended without waiting any longer for sandbox\n"
+    assert fork(end).wait(20) == (1 if status == "error: a line" else status, said)
 
 
 # --------------------------------------------------------------------------------------------------

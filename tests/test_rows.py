@@ -378,6 +378,49 @@ def test_all_rows_of_a_prompt_are_held_out_or_none(parse, make, sizes):
         assert len(val) <= max(fraction * len(found), min(sizes))
 
 
+SURROUNDINGS = {  # of a question that ends with its number
+    "white space and case": lambda q: turns(f" {q.upper()}\n"),
+    "a system message": lambda q: turns(q, system="Be brief."),
+    "later turns": lambda q: turns(q, "It is.", "Sure?"),
+}
+
+
+def offline(row):
+    """As distill.py --offline has it."""
+    return rows.conversation(row), row
+
+
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+@pytest.mark.parametrize("parse", [rows.conversation, rows.preference, rows.judged, rows.prompt_only, offline])
+def test_a_question_is_held_out_with_whatever_surrounds_it(parse, surrounding, tmp_path, capsys):
+    answers = {"completion": "yes"} if parse is not rows.preference else {"chosen": "yes", "rejected": "no"}
+    answers |= {"label": True} if parse is rows.judged else {}
+    prompts = [make(f"is it {i}") for i in range(40) for make in (turns, SURROUNDINGS[surrounding])]
+    data = write(tmp_path / "a.jsonl", [{"prompt": prompt} | answers for prompt in prompts])
+    config = SimpleNamespace(data=data, val="", val_fraction=0.4, skip_bad=False, seed=0)
+    train, val, _ = rows.read_split(config, parse)
+    numbers = [set(re.findall(r"\d+", repr(list(map(rows.prompt_of, some))))) for some in (train, val)]
+    assert not numbers[0] & numbers[1] and len(val) == 32 and "trained on" not in capsys.readouterr().out
+    for name, some in (("data", prompts[::2]), ("val", prompts[1::2])):
+        setattr(config, name, write(tmp_path / name, [{"prompt": prompt} | answers for prompt in some]))
+    rows.read_split(config, parse)
+    found = re.search("of 40 rows to validate on, ([0-9]+) have .*, ([0-9]+) one that", capsys.readouterr().out)
+    assert sum(map(int, found.groups())) == 40
+
+
+def test_prompts_that_begin_with_an_example_are_told_apart_by_what_follows():
+    shown = [turns("What is 1 + 1?", "2", f"What is {i} + 5?") for i in range(100)]
+    found = [(messages, {}) for messages in shown] + [(turns("How are you?"), {})]
+    train, val = rows.split_off(found, 0.2, seed=0)
+    assert len(val) == 20
+
+
+def test_prompts_that_begin_alike_are_told_apart_by_their_system_message():
+    found = [(turns("Go on.", system=f"You are {i}."), {}) for i in range(10)]
+    train, val = rows.split_off(found, 0.2, seed=0)
+    assert (len(train), len(val)) == (8, 2)
+
+
 @pytest.mark.parametrize("parse, make", SHARED)
 def test_prompts_that_data_and_val_share_are_said(parse, make, tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", [make(q, f"a{i}") for i, q in enumerate(["How are you?", "b", "c"])])
@@ -386,7 +429,7 @@ def test_prompts_that_data_and_val_share_are_said(parse, make, tmp_path, capsys)
     config.val = write(tmp_path / "b.jsonl", [make(q, f"a{i}") for i, q in enumerate(shared)])
     rows.read_split(config, parse)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "trained on" in x]
-    assert "of 5 rows to validate on, 1 have a prompt that is trained on" in line and "1 one that differs" in line
+    assert "of 5 rows to validate on, 1 have a prompt that is trained on" in line and "1 one that asks the same" in line
     config.val = write(tmp_path / "c.jsonl", [make(q, f"a{i}") for i, q in enumerate("defg")])
     rows.read_split(config, parse)
     assert "trained on" not in capsys.readouterr().out

@@ -101,6 +101,9 @@ def test_what_is_only_monitored_weighs_nothing(functions):
     "names, message",
     [
         ("{f}:length*x", "'x' is not a number"),
+        ("{f}:length*nan", "'nan' is not a number of at most"),
+        ("{f}:length*inf", "'inf' is not a number of at most"),
+        (", ,", "--reward=, ,: there is no name in it"),
         ("{f}:none", "has no function none"),
         ("{f}:x", "has no function x"),
         ("gone.py:f", "gone.py does not exist"),
