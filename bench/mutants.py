@@ -79,7 +79,13 @@ MUTANTS = [
     # The reward
     ("score_on_the_wrong_token", "ppo.py", "np.cumsum(lengths) - 1", "np.maximum(np.cumsum(lengths) - 2, 0)", PPO),
     ("kl_sign", "ppo.py", "rewards = -beta * (logp - ref_logp)", "rewards = beta * (logp - ref_logp)", PPO),
-    ("no_penalty_for_no_end", "ppo.py", "c.score -= config.unfinished_penalty * (", "c.score -= 0.0 * (", PPO),
+    (
+        "no_penalty_for_no_end",
+        "ppo.py",
+        "(scorers, completions, config.unfinished_penalty)",
+        "(scorers, completions)",
+        PPO,
+    ),
     (
         "end_not_scored",
         "scoring.py",
