@@ -1209,8 +1209,8 @@ MUTANTS = [
     (
         "draws_by_fused_operations",
         "kernels/draw.py",
-        "max(4, block // 512), **UNFUSED)",
-        "max(4, block // 512))",
+        "max(4, block // 512),\n        **UNFUSED,",
+        "max(4, block // 512),",
         "tests/test_sass.py::test_every_kernel_compiles_and_no_rule_is_broken",
     ),
     (
