@@ -1265,8 +1265,8 @@ MUTANTS = [
     (
         "half_of_what_fits",
         "runtime/memory.py",
-        "if total(largest) <= 0.9 * available_memory(device, loaded):",
-        "if total(largest) <= 0.45 * available_memory(device, loaded):",
+        "if total(largest) <= 0.9 * available_memory(device, largest):",
+        "if total(largest) <= 0.45 * available_memory(device, largest):",
         "tests/test_memory.py",
     ),
     # Learning to reason
