@@ -135,10 +135,8 @@ def orpo_loss(chosen, rejected, beta, label_probs=1.0):
 
 def kto_loss(logratio, is_good, kl, beta, desirable=1.0, undesirable=1.0):
     """w (1 - sigmoid(beta (logratio - z))) of a good completion, w (1 - sigmoid(beta (z -
-    logratio))) of a bad one: arXiv 2402.01306, eq. 8.
-
-    is_good: bool [P]; kl: z, an estimate of KL(policy || reference) without a gradient
-    (`measure_kl`)."""
+    logratio))) of a bad one: arXiv 2402.01306, eq. 8. is_good: bool [P]; kl: z, an estimate of
+    KL(policy || reference) without a gradient (`measure_kl`)."""
     value = torch.sigmoid(beta * torch.where(is_good, logratio - kl, kl - logratio))
     return torch.where(is_good, desirable, undesirable) * (1 - value)
 
@@ -208,10 +206,7 @@ def all_logps(model, items, micro_batch_tokens):
 
 def item_losses(model, items, label_probs, ref_logps, kl, config):
     """(losses [P], compared [P, 2], margins [P]) of some items: --loss, what it compares of the two
-    sides, and by how much the first leads.
-
-    kl: kto's z; None for the other losses.
-    """
+    sides, and by how much the first leads. kl: kto's z; None for the other losses."""
     label_probs, ref_logps = (to_device(x, model.embed.device) for x in (label_probs, ref_logps))
     if config.loss == "kto":
         return kto_item_losses(model, items, label_probs > 0.5, ref_logps[:, 0], kl, config)
@@ -248,8 +243,7 @@ def measure_kl(model, items, ref_logps, micro_batch_tokens):
 
 def run_batch(model, items, label_probs, ref_logps, config):
     """Means over a batch on all ranks: {"loss", "chosen_...", "rejected_...": what the loss
-    compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient of the mean
-    loss."""
+    compares of the two sides, "accuracy"}. With gradients enabled, adds up the mean loss's."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
     total, margins = (torch.zeros(n, device=model.embed.device) for n in (3, len(items)))
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
@@ -262,9 +256,8 @@ def run_batch(model, items, label_probs, ref_logps, config):
         margins[part] = margins_of_part
     loss, chosen, rejected, *margins = reduce_sum(*total.tolist(), *margins.tolist())
     n_chosen = n_rejected = len(items)
-    if config.loss == "kto":
-        n_chosen = int((label_probs > 0.5).sum())
-        n_chosen, n_rejected = max(1, n_chosen), max(1, len(items) - n_chosen)
+    if config.loss == "kto":  # an item is on one side only
+        n_chosen, n_rejected = (max(1, int(side.sum())) for side in (label_probs > 0.5, label_probs <= 0.5))
     name = LOSSES[config.loss].compares
     means = {f"chosen_{name}": chosen / n_chosen, f"rejected_{name}": rejected / n_rejected}
     return {"loss": loss, **means, "accuracy": agreement(np.array(margins), label_probs).mean()}

@@ -328,8 +328,7 @@ def main(config):
     # Policy, reference, rewards, prompts
     model, tok = run.load()
     reference = run.load_reference(model, tok) if config.kl != "none" else None
-    options = config.constitution, config.reward_timeout, config.monitor
-    rewards = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
+    rewards, reward_hashes = scoring.rewards_of(config, run.device)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
 
     # bookkeeping: optimizer, memory, what is saved and resumed
@@ -338,7 +337,7 @@ def main(config):
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, reference, tok, train)
     print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
-    hashes |= scoring.reward_hashes(config.reward, config.constitution) | checkpoint.fingerprints(config.reference)
+    hashes |= reward_hashes | checkpoint.fingerprints(config.reference)
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
     for step in run.steps():

@@ -233,8 +233,7 @@ def main(config):
     policy, tok = run.load()
     reference = run.load_reference(policy, tok)
     scoring.refuse_weak_reward_models(config.reward, config.min_accuracy)
-    options = config.constitution, config.reward_timeout, config.monitor
-    scorers = scoring.load_rewards(config.reward, run.device, config.micro_batch_tokens, *options)
+    scorers, reward_hashes = scoring.rewards_of(config, run.device)
     critic, center = load_critic(run, policy, tok)
     train, val, hashes = chat.read_prompts(config, tok, policy.config.context)
 
@@ -245,8 +244,7 @@ def main(config):
     critic_optimizer = Optimizer(critic, config.critic_lr or 2 * lr, betas=(0.9, 0.95))
     order, beta = index_order(len(train), config.seed), Beta(config)
     check_memory(run, policy, optimizer, critic, critic_optimizer, reference, tok, train)
-    hashes |= scoring.reward_hashes(config.reward, config.constitution)
-    hashes |= checkpoint.fingerprints(config.reference, config.critic)
+    hashes |= reward_hashes | checkpoint.fingerprints(config.reference, config.critic)
     saved = {"optimizer": optimizer, "critic_optimizer": critic_optimizer, "order": order, "beta": beta}
     print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
     run.begin(steps, policy, data=hashes, saved=saved)
@@ -258,10 +256,8 @@ def main(config):
         chats, lengths = [c.chat for c in completions], [c.n_tokens for c in completions]
         run.time_phase("rollout")
 
-        # 2. Score: what the reward says of each completion
-        scoring.score_batch(scorers, completions)
-        for c in completions:
-            c.score -= config.unfinished_penalty * (not c.sample.finished)
+        # 2. Score: what the reward says of each completion, less a penalty for one without an end
+        scoring.score_batch(scorers, completions, config.unfinished_penalty)
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # kept as old_logp, too
@@ -283,7 +279,6 @@ def main(config):
                 optimizer.zero_grad()  # neither this minibatch nor the rest takes a step
                 critic_optimizer.zero_grad()
                 break
-            # sums the gradients over the ranks, clips, steps, clears them
             norms = [o.step(lr_scale, config.max_grad_norm) for o in (optimizer, critic_optimizer)]
             run.require_finite(step, stats["loss"] + stats["value_loss"], norms, chats, advantages=advantages)
             updates.append(stats)
@@ -294,8 +289,7 @@ def main(config):
         metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
         metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
         metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
-        # FLOPs, in forward and backward passes of one model: 2 models x --epochs, and 5 times a
-        # forward pass, a third of that: sampling, old_logp, ref_logp, reward, values
+        # Passes of both models, and 5 forward ones: sampling, old_logp, ref_logp, reward, values
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
         beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):

@@ -40,8 +40,6 @@ from runtime.run import clock_time
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 ENVIRONMENT |= {"PYTHONUNBUFFERED": "1"}  # a stage prints into a pipe
 
-RANGES = Path(__file__).parent / "bench/results/ranges.json"  # {"stage | figure": [low, high]}, by bench/world.py
-
 
 @dataclass
 class Config:
@@ -300,21 +298,21 @@ def figures(out):
         noise=found["rm"]["accuracy that noise allows (Bayes)"]["value"],
         **NAMES,
     )
-    rows = []
-    for line in text.split("\n"):
-        if line:
-            stage, figure, before, after, bound, change = (cell.strip() for cell in line.split("|"))
-            rows.append(row(stage, figure, look_up(before, found), look_up(after, found), bound, change))
-    return rows
+    return fill_in([[cell.strip() for cell in line.split("|")] for line in text.split("\n") if line], found)
 
 
 def puzzle_figures(out):
     """The rows of the table of --world=puzzles."""
     found = {name: read_json(out / f"{name}.json")["figures"] for name in quickstart_puzzles.MODELS}
-    rows = []
-    for stage, figure, before, after, bound, change in quickstart_puzzles.cells(found):
-        rows.append(row(stage, figure, look_up(before, found), look_up(after, found), bound, change))
-    return rows
+    return fill_in(quickstart_puzzles.cells(found), found)
+
+
+def fill_in(cells, found):
+    """The rows of a table, of which `before` and `after` are looked up."""
+    return [
+        row(stage, figure, look_up(before, found), look_up(after, found), bound, change)
+        for stage, figure, before, after, bound, change in cells
+    ]
 
 
 def look_up(cell, found):
@@ -422,7 +420,7 @@ def main(config):
         f"{product_seconds():.2f} s; report: {page}; talk to it: python sample.py --model={out}/{last}"
     )
     if not config.fast:
-        print("\n".join(outside(record["figures"], read_json(RANGES))))
+        print("\n".join(outside(record["figures"], read_json(report.RANGES))))
     failed = [f"{f['stage']}: {f['figure']}" for f in record["figures"] if f["improved"] is False]
     if failed and not config.fast:
         raise UserError(f"no sure improvement, by its 95 % interval, of {'; '.join(failed)}")

@@ -35,7 +35,8 @@ except ImportError:
     matplotlib = None
 
 HERE = Path(__file__).parent
-# {"STAGE | FIGURE": [low, high]} of quick starts with other seeds and on other machines
+# {"STAGE | FIGURE": [low, high]} of quick starts with other seeds and on other machines, by
+# bench/world.py
 RANGES = HERE / "bench/results/ranges.json"
 GOLD = "data/world.py:gold"
 KL = "KL to the reference, nats per completion"

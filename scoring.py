@@ -95,6 +95,13 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
     return rewards
 
 
+def rewards_of(config, device):
+    """(the rewards of a RolloutConfig, the hashes of what they are made of)."""
+    options = config.constitution, config.reward_timeout, config.monitor
+    rewards = load_rewards(config.reward, device, config.micro_batch_tokens, *options)
+    return rewards, reward_hashes(config.reward, config.constitution)
+
+
 def reward_hashes(names, constitution=""):
     """{name: SHA-256} of what the rewards are made of: a resumed run must have the same ones."""
     hashes = {constitution: sha256(constitution)} if constitution else {}
@@ -112,10 +119,11 @@ def reward_configs(names):
     return {folder: config_from_hf(checkpoint.find(folder) / "config.json") for folder in sorted(folders)}
 
 
-def score_completions(rewards, rows, samples, texts):
+def score_completions(rewards, rows, samples, texts, unfinished_penalty=0.0):
     """What samples are worth -> (weighted sum float64 [n], {name: float64 [n]}).
 
-    rewards: of `load_rewards`; rows: [(messages, row)], one for each prompt_index of the samples.
+    rewards: of `load_rewards`; rows: [(messages, row)], one for each prompt_index of the samples;
+    unfinished_penalty: taken from the sum of a sample without an end.
     """
     total, parts = np.zeros(len(samples)), {}
     conversations = [rows[s.prompt_index][0] for s in samples]
@@ -124,13 +132,14 @@ def score_completions(rewards, rows, samples, texts):
         # A rank's share may be empty
         parts[name] = reward(conversations, data, samples, texts) if samples else total
         total = total + weight * parts[name]
-    return total, parts
+    return total - unfinished_penalty * np.array([not s.finished for s in samples], dtype=float), parts
 
 
-def score_batch(rewards, completions):
+def score_batch(rewards, completions, unfinished_penalty=0.0):
     """Set `score` and `parts` of a step's completions. Raises UserError if a score exceeds 1e30."""
     rows = {c.sample.prompt_index: c.row for c in completions}
-    total, parts = score_completions(rewards, rows, [c.sample for c in completions], [c.text for c in completions])
+    samples, texts = [c.sample for c in completions], [c.text for c in completions]
+    total, parts = score_completions(rewards, rows, samples, texts, unfinished_penalty)
     for i, c in enumerate(completions):
         c.score, c.parts = total[i], {name: values[i] for name, values in parts.items()}
         if abs(c.score) > LARGEST_REWARD:
@@ -421,14 +430,14 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
         seed=config.seed,
         first=begin * n,
     )
-    total, parts = score_completions(rewards, rows, samples, texts)
-    finished = np.array([s.finished for s in samples])
-    sums = {"reward": (total - penalty * ~finished).sum()}
+    total, parts = score_completions(rewards, rows, samples, texts, penalty)
+    sums = {"reward": total.sum()}
     if reference:
         chats = [make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask) for s in samples]
         options = chats, config.temperature, config.micro_batch_tokens
         sums["kl"] = (logprobs_no_grad(model, *options) - logprobs_no_grad(reference, *options)).sum()
-    sums |= {"finished": finished.sum(), "completion_tokens": sum(len(s.tokens) for s in samples)}
+    sums["finished"] = sum(s.finished for s in samples)
+    sums["completion_tokens"] = sum(len(s.tokens) for s in samples)
     if len(parts) > 1:
         sums |= {f"reward {name}": values.sum() for name, values in parts.items()}
     count, *totals = reduce_sum(len(samples), *sums.values())

@@ -79,7 +79,13 @@ MUTANTS = [
     # The reward
     ("score_on_the_wrong_token", "ppo.py", "np.cumsum(lengths) - 1", "np.maximum(np.cumsum(lengths) - 2, 0)", PPO),
     ("kl_sign", "ppo.py", "rewards = -beta * (logp - ref_logp)", "rewards = beta * (logp - ref_logp)", PPO),
-    ("no_penalty_for_no_end", "ppo.py", "c.score -= config.unfinished_penalty * (", "c.score -= 0.0 * (", PPO),
+    (
+        "no_penalty_for_no_end",
+        "ppo.py",
+        "(scorers, completions, config.unfinished_penalty)",
+        "(scorers, completions)",
+        PPO,
+    ),
     (
         "end_not_scored",
         "scoring.py",
@@ -1255,8 +1261,8 @@ MUTANTS = [
     (
         "draws_by_fused_operations",
         "kernels/draw.py",
-        "max(4, block // 512), **UNFUSED)",
-        "max(4, block // 512))",
+        "max(4, block // 512),\n        **UNFUSED,",
+        "max(4, block // 512),",
         "tests/test_sass.py::test_every_kernel_compiles_and_no_rule_is_broken",
     ),
     (
@@ -1311,8 +1317,8 @@ MUTANTS = [
     (
         "half_of_what_fits",
         "runtime/memory.py",
-        "if total(largest) <= 0.9 * available_memory(device, loaded):",
-        "if total(largest) <= 0.45 * available_memory(device, loaded):",
+        "if total(largest) <= 0.9 * available_memory(device, largest):",
+        "if total(largest) <= 0.45 * available_memory(device, largest):",
         "tests/test_memory.py",
     ),
     # Learning to reason

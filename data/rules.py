@@ -20,9 +20,9 @@ THINK = re.compile(
 )
 
 
-def number_after(text, mark="####"):
-    """The Decimal after the last `mark` (GSM8K's), or None. It may have commas, "$" and a minus."""
-    _, found, rest = text.rpartition(mark)
+def number_after(text):
+    """The Decimal after the last "####" (GSM8K's), or None. It may have commas, "$" and a minus."""
+    _, found, rest = text.rpartition("####")
     match = NUMBER.match(rest.lstrip()[:200]) if found else None
     return Decimal(match[0].replace(",", "").replace("$", "")) if match else None
 

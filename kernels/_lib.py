@@ -49,6 +49,11 @@ def use(op, x):
     return (x.is_cuda or MODE == "interpret") and MODE != "0" and op not in OFF and x.dtype != torch.float64
 
 
+def contiguous(*tensors):
+    """The tensors as kernels read them; None stays None."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
 def cdiv(a, b):
     """a / b, rounded up. triton.cdiv takes 2 us, as much as a view."""
     return -(-a // b)

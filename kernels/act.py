@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from kernels._lib import cdiv, next_power_of_2, register, tl, triton, use
+from kernels._lib import cdiv, contiguous, next_power_of_2, register, tl, triton, use
 from kernels.proof import proof
 
 
@@ -43,10 +43,12 @@ def swiglu_reference(gate_up):
 TILE, WARPS = 2048, 4  # 16 outputs per thread: two 128-bit loads of bf16 from each operand
 
 
-def tile(F):
-    """The (rows, columns) of a tile: whole rows if they are narrow, else at most 1024 columns."""
+def tiles(N, F):
+    """(the grid, a tile's sizes) for outputs [N, F]: whole rows if they are narrow, else at most
+    1024 columns."""
     cols = min(next_power_of_2(F), 1024)
-    return TILE // cols, cols
+    rows = TILE // cols
+    return (cdiv(N, rows), cdiv(F, cols)), dict(ROWS=rows, COLS=cols, num_warps=WARPS)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -82,10 +84,9 @@ def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, N, F, ROWS: tl.conste
 )
 def swiglu_forward(gate_up):
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
-    rows, cols = tile(F)
     out = gate_up.new_empty(N, F)
-    grid = cdiv(N, rows), cdiv(F, cols)
-    swiglu_forward_kernel[grid](gate_up.contiguous(), out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
+    grid, sizes = tiles(N, F)
+    swiglu_forward_kernel[grid](gate_up.contiguous(), out, N, F, **sizes)
     return out
 
 
@@ -95,11 +96,9 @@ def swiglu_forward(gate_up):
 )
 def swiglu_backward(grad, gate_up):
     N, F = grad.shape
-    rows, cols = tile(F)
     out = gate_up.new_empty(N, 2 * F)
-    grid = cdiv(N, rows), cdiv(F, cols)
-    grad, gate_up = grad.contiguous(), gate_up.contiguous()
-    swiglu_backward_kernel[grid](grad, gate_up, out, N, F, ROWS=rows, COLS=cols, num_warps=WARPS)
+    grid, sizes = tiles(N, F)
+    swiglu_backward_kernel[grid](*contiguous(grad, gate_up), out, N, F, **sizes)
     return out
 
 
@@ -122,4 +121,4 @@ def swiglu(gate_up):
 @proof("swiglu")
 def swiglu_proof(device):
     inputs = [torch.randn(37, 2 * F, device=device, dtype=torch.bfloat16) for F in (200, 688, 2048)]
-    return lambda *gate_ups: tuple(map(swiglu, gate_ups)), inputs
+    return lambda *gate_ups: list(map(swiglu, gate_ups)), inputs

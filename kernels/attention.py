@@ -451,8 +451,16 @@ def heads_together(x):
 
 def sizes(q, k, window, block_m, block_n, warps, stages):
     """The keywords that every launch takes."""
-    constants = dict(GROUP=q.shape[1] // k.shape[1], DH=q.shape[2], WINDOW=window, TILE=TILE)
-    return dict(**constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+    return dict(
+        GROUP=q.shape[1] // k.shape[1],
+        DH=q.shape[2],
+        WINDOW=window,
+        TILE=TILE,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
 
 
 def forward_fake(q, *_):
@@ -545,11 +553,12 @@ def rope_attention(qkv, q_weight, k_weight, cos, sin, heads, eps, layout, window
 # (head width, query heads a key head, window): those of the models that config_for gives, and of
 # Hugging Face's most common ones
 PROOF_HEADS = [(64, 1, 0), (64, 1, 70), (64, 3, 0), (64, 7, 0), (128, 1, 0), (128, 2, 0), (128, 4, 0)]
+PROOF_DOCUMENTS = 0, 1, 131, 131, 140  # one of them longer than a tile
 
 
 @proof("attention")
 def attention_proof(device):
-    cu_seqlens = torch.tensor([0, 1, 131, 131, 140], device=device)  # one of them longer than a tile
+    cu_seqlens = torch.tensor(PROOF_DOCUMENTS, device=device)
     inputs = [torch.randn(140, group + 2, dh, device=device, dtype=torch.bfloat16) for dh, group, _ in PROOF_HEADS]
 
     def run(*qkvs):  # each as the model has it: one tensor
@@ -557,14 +566,14 @@ def attention_proof(device):
         for qkv, (dh, group, window) in zip(qkvs, PROOF_HEADS, strict=True):
             q, k, v = qkv.split([group, 1, 1], dim=1)
             outs.append(attention(q, k, v, layout(cu_seqlens, q, dh), window))
-        return tuple(outs)
+        return outs
 
     return run, inputs
 
 
 @proof("rope_attention")
 def rope_attention_proof(device):
-    cu_seqlens = torch.tensor([0, 1, 131, 131, 140], device=device)  # one of them longer than a tile
+    cu_seqlens = torch.tensor(PROOF_DOCUMENTS, device=device)
     inputs, angles = [], []
     for dh, group, _ in PROOF_HEADS:
         inputs += [torch.randn(140, group + 2, dh, device=device).bfloat16()]
@@ -580,6 +589,6 @@ def rope_attention_proof(device):
             outs.append(rope_attention(qkv, q_weight, k_weight, *rest, table, window))
             if window:  # rope's own proof has the others
                 outs.append(rope_attention(qkv, None, None, *rest, table))
-        return tuple(outs)
+        return outs
 
     return with_and_without_norm, inputs

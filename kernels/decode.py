@@ -10,7 +10,7 @@ the device and no launch depends on them, so CUDA graphs can hold both ops. Neit
 
 import torch
 
-from kernels._lib import LOG2E, cdiv, next_power_of_2, register, sm_count, tl, triton, use
+from kernels._lib import LOG2E, cdiv, contiguous, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.attention import PROOF_HEADS, WIDTHS, load_rows
 from kernels.proof import proof
 from kernels.rope import normalise_and_rotate
@@ -107,7 +107,6 @@ def append_rope_kernel(
     stride_row,
     stride_head,
     eps,
-    NORM: tl.constexpr,
     DH: tl.constexpr,
     HEADS: tl.constexpr,
 ):
@@ -121,7 +120,7 @@ def append_rope_kernel(
     b = tl.load(x_ptrs + HALF, mask=(head < H + 2 * K)[:, None], other=0.0)
     x, y = a.to(tl.float32), b.to(tl.float32)
     is_query = (head < H)[:, None]
-    if NORM:
+    if q_weight_ptr is not None:
         rstd = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / DH + eps)[:, None]
         x *= rstd * tl.where(is_query, tl.load(q_weight_ptr + offs), tl.load(k_weight_ptr + offs))
         y *= rstd * tl.where(is_query, tl.load(q_weight_ptr + HALF + offs), tl.load(k_weight_ptr + HALF + offs))
@@ -147,12 +146,11 @@ def append_rope_kernel(
     fake=lambda qkv, q_weight, k_weight, cos, sin, heads, *_: qkv.new_empty(qkv.shape[0], heads, qkv.shape[2]),
 )
 def append_rope_kernels(qkv, q_weight, k_weight, cos, sin, heads, eps, k_cache, v_cache, lengths):
-    (B, S, K, Dh), norm = k_cache.shape, q_weight is not None
+    B, S, K, Dh = k_cache.shape
     q = qkv.new_empty(B, heads, Dh)
-    weights = (q_weight, k_weight) if norm else (qkv, qkv)  # not read
-    tensors = qkv.contiguous(), *weights, cos.contiguous(), sin.contiguous(), q, k_cache, v_cache, lengths
+    tensors = *contiguous(qkv, q_weight, k_weight, cos, sin), q, k_cache, v_cache, lengths
     sizes, grid = (heads, K, S, *cache_strides(k_cache, v_cache)), (B, cdiv(heads + 2 * K, HEADS))
-    append_rope_kernel[grid](*tensors, *sizes, eps, NORM=norm, DH=Dh, HEADS=HEADS, num_warps=1)
+    append_rope_kernel[grid](*tensors, *sizes, eps, DH=Dh, HEADS=HEADS, num_warps=1)
     return q
 
 
@@ -267,9 +265,13 @@ def decode_kernels(q, k_cache, v_cache, lengths, window):
     out = q.new_empty(q.shape)
     parts = out if splits == 1 else q.new_empty(B, K, splits, H // K, Dh, dtype=torch.float32)
     lse = q.new_empty(B, K, splits, H // K, dtype=torch.float32)
-    tensors = q.contiguous(), k_cache, v_cache, lengths, parts, lse
     decode_kernel[(B, K, splits)](
-        *tensors,
+        q.contiguous(),
+        k_cache,
+        v_cache,
+        lengths,
+        parts,
+        lse,
         K,
         S,
         *cache_strides(k_cache, v_cache),
@@ -307,7 +309,7 @@ def decode_attention_proof(device):
             outs += [decode_attention(q, k, v, lengths, window) for window in (0, 150)]
             short = k[:, :64], v[:, :64], lengths.clamp(max=64)
             outs.append(decode_attention(q, *short))  # in one split
-        return tuple(outs)
+        return outs
 
     return run, inputs
 
@@ -330,6 +332,6 @@ def append_rope_proof(device):
             for weights in (norms, (None, None)):
                 caches = k_cache.clone(), v_cache.clone()
                 outs += [append_rope(qkv, *weights, *rotation, 8, 1e-6, *caches, lengths), *caches]
-        return tuple(outs)
+        return outs
 
     return run, inputs

@@ -49,9 +49,8 @@ def record_draw(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left
     int64 [B], tokens so far and tokens that may follow; none may follow one of the row's stop
     tokens, is_stop bool [B, V]. lengths: int64 [B], tokens in the cache; 0 for a row that is dead.
     """
-    rows = slots, is_stop, tokens, logprobs, last, drawn, left, lengths
     op = record_draw_kernels if use("draw", logp) else record_draw_reference
-    op(token, logp, *rows)
+    op(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left, lengths)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,8 +404,6 @@ def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
     tokens, logp = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B, dtype=torch.float32)
     candidates = logits.new_empty((B, V) if cut else 1, dtype=torch.float32)
     block = min(BLOCK, next_power_of_2(V))
-    constants = dict(COLDEST=COLDEST, LOWEST=LOWEST, BINS=BINS, NONE=NONE, CUT=cut)
-    constants |= dict(BLOCK=block, num_warps=max(4, block // 512), **UNFUSED)
     draw_kernel[(B,)](
         logits.contiguous(),
         u.contiguous(),
@@ -418,8 +415,15 @@ def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
         temperature,
         top_k or V,
         top_p,
+        COLDEST=COLDEST,
+        LOWEST=LOWEST,
+        BINS=BINS,
+        NONE=NONE,
+        CUT=cut,
         PARTS=next_power_of_2(cdiv(V, block)),
-        **constants,
+        BLOCK=block,
+        num_warps=max(4, block // 512),
+        **UNFUSED,
     )
     return tokens, logp
 
@@ -469,25 +473,10 @@ def record_draw_kernel(
     "Tensor(c!) last, Tensor(d!) drawn, Tensor(e!) left, Tensor(f!) lengths) -> ()",
     fake=lambda *_: None,
 )
-def record_draw_kernels(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left, lengths):
-    b, rows = len(slots), 128
-    record_draw_kernel[(cdiv(b, rows),)](
-        token,
-        logp,
-        slots.contiguous(),
-        is_stop,
-        tokens,
-        logprobs,
-        last,
-        drawn,
-        left,
-        lengths,
-        b,
-        is_stop.shape[1],
-        tokens.shape[1],
-        ROWS=rows,
-        num_warps=4,
-    )
+def record_draw_kernels(token, logp, slots, is_stop, tokens, *rows):
+    sizes, grid = (len(slots), is_stop.shape[1], tokens.shape[1]), (cdiv(len(slots), 128),)
+    tensors = token, logp, slots.contiguous(), is_stop, tokens, *rows
+    record_draw_kernel[grid](*tensors, *sizes, ROWS=128, num_warps=4)
 
 
 @proof("draw")
@@ -510,6 +499,6 @@ def draw_proof(device):
     @torch.no_grad()
     def run(logits):
         found = [*draw(logits, u), *draw(logits, u, 0.8, 50, 0.9), *draw(logits, u, *per_row, top_p)]
-        return tuple(x.float() for x in [*found, *recorded(*found[:2])])
+        return [x.float() for x in [*found, *recorded(*found[:2])]]
 
     return run, [6 * torch.randn(5, 3003, device=device)]

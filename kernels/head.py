@@ -13,7 +13,7 @@ matrix products; the kernels do what lies between them.
 
 import torch
 
-from kernels._lib import LOG2E, UNFUSED, next_power_of_2, register, tl, triton, use
+from kernels._lib import LOG2E, UNFUSED, contiguous, next_power_of_2, register, tl, triton, use
 from kernels.linear import product
 from kernels.proof import proof
 
@@ -99,26 +99,27 @@ class LinearLogprobReference(torch.autograd.Function):
                 log_p = logits.sub_(lse[part, None])
                 ent[part] = -(log_p.exp() * log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, lse, ent)
-        ctx.temperature, ctx.entropy, ctx.chunk_mb = temperature, entropy, chunk_mb
+        ctx.options = temperature, entropy, chunk_mb
         return logp, ent
 
     @staticmethod
     def backward(ctx, d_logp, d_ent):
         hidden, weight, targets, lse, ent = ctx.saved_tensors
+        temperature, entropy, chunk_mb = ctx.options
         w = weight.to(hidden.dtype)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if want_weight else None
-        for part in chunks(len(hidden), len(weight), ctx.chunk_mb):
+        for part in chunks(len(hidden), len(weight), chunk_mb):
             x, target = hidden[part], targets[part, None]
             g = (d_logp[part, None] * (target != IGNORE)).to(lse.dtype)  # [n, 1]
-            log_p = wide_logits(x, w, lse.dtype).div_(ctx.temperature).sub_(lse[part, None])
+            log_p = wide_logits(x, w, lse.dtype).div_(temperature).sub_(lse[part, None])
             p = log_p.exp()
             d_logits = p * -g  # g (1[target] - p) - d_ent p (log p + H)
             d_logits.scatter_add_(1, target.clamp(min=0), g)
-            if ctx.entropy:
+            if entropy:
                 d_logits -= d_ent[part, None] * p * (log_p + ent[part, None])
-            d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
+            d_logits = d_logits.div_(temperature).to(hidden.dtype)
             if want_hidden:
                 d_hidden[part] = product(d_logits, w.T)
             if want_weight:
@@ -344,27 +345,35 @@ def add_gradients(d_logits, part, hidden, w, d_hidden, d_weight):
         accumulate(d_weight, d_logits.T, hidden[part])
 
 
-def cross_entropy_fake(hidden, weight, targets, chunk_mb, *want):
-    return hidden.new_empty((), dtype=torch.float32), *gradients(hidden, weight, *want)
+def sum_fake(hidden, weight, *args):
+    """Of an op that returns a sum over tokens, and its gradients if the last two arguments want
+    them."""
+    return hidden.new_empty((), dtype=torch.float32), *gradients(hidden, weight, *args[-2:])
 
 
 @register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int chunk_mb, bool want_hidden, "
     "bool want_weight) -> (Tensor, Tensor, Tensor)",
-    fake=cross_entropy_fake,
+    fake=sum_fake,
 )
-def linear_cross_entropy_forward(hidden, weight, targets, chunk_mb, want_hidden, want_weight):
+def linear_cross_entropy_forward(hidden, weight, targets, chunk_mb, *want):
     """Returns the loss and, already, its gradients."""
     V, w, targets = len(weight), weight.to(hidden.dtype), targets.contiguous()
     cols, warps = block(V)
-    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, GRAD=want_hidden or want_weight, BLOCK=cols, num_warps=warps)
+    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, GRAD=any(want), BLOCK=cols, num_warps=warps)
     loss = hidden.new_empty(len(hidden), dtype=torch.float32)
-    d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
+    d_hidden, d_weight = gradients(hidden, weight, *want)
     for part, logits in logits_by_chunk(hidden, w, chunk_mb):
         grid = (len(logits),)
         cross_entropy_kernel[grid](logits, targets[part], loss[part], V, logits.stride(0), **constants)
         add_gradients(logits, part, hidden, w, d_hidden, d_weight)
     return loss.sum(), d_hidden, d_weight
+
+
+def logprob_constants(V, entropy):
+    """The keywords that both kernels of the log-probability take."""
+    cols, warps = block(V, torch.float32)
+    return dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps, **UNFUSED)
 
 
 def logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb):
@@ -380,8 +389,7 @@ def logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb):
 def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_mb):
     """Returns logp, lse and the entropy (empty if not wanted), each fp32 [N]."""
     V, w, targets = len(weight), weight.to(hidden.dtype), targets.contiguous()
-    cols, warps = block(V, torch.float32)
-    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps, **UNFUSED)
+    constants = logprob_constants(V, entropy)
     logp, lse, ent = outs = logprob_fake(hidden, weight, targets, temperature, entropy, chunk_mb)
     # In fp32 as the sampler's: in bf16 a logit of 20, and so its ratio, is off by up to 0.06
     for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
@@ -390,25 +398,18 @@ def linear_logprob_forward(hidden, weight, targets, temperature, entropy, chunk_
     return outs
 
 
-def logprob_backward_fake(d_logp, d_ent, hidden, weight, targets, lse, ent, temperature, entropy, chunk_mb, *want):
-    return gradients(hidden, weight, *want)
-
-
 @register(
     "linear_logprob_backward(Tensor d_logp, Tensor d_ent, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, "
     "Tensor ent, float temperature, bool entropy, int chunk_mb, bool want_hidden, bool want_weight)"
     " -> (Tensor, Tensor)",
-    fake=logprob_backward_fake,
+    fake=lambda d_logp, d_ent, hidden, weight, *args: gradients(hidden, weight, *args[-2:]),
 )
-def linear_logprob_backward(
-    d_logp, d_ent, hidden, weight, targets, lse, ent, temperature, entropy, chunk_mb, want_hidden, want_weight
-):
+def linear_logprob_backward(d_logp, d_ent, hidden, weight, targets, lse, ent, temperature, entropy, chunk_mb, *want):
     """Returns d_hidden and d_weight, empty if not wanted."""
     V, w = len(weight), weight.to(hidden.dtype)
-    targets, d_logp, d_ent = (x.contiguous() for x in (targets, d_logp, d_ent))
-    cols, warps = block(V, torch.float32)
-    constants = dict(IGNORE=IGNORE, LOWEST=LOWEST, ENTROPY=entropy, BLOCK=cols, num_warps=warps, **UNFUSED)
-    d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
+    targets, d_logp, d_ent = contiguous(targets, d_logp, d_ent)
+    constants = logprob_constants(V, entropy)
+    d_hidden, d_weight = gradients(hidden, weight, *want)
     # The logits of the forward again, in fp32: others would not fit their log-sum-exp
     for part, logits in logits_by_chunk(hidden, w, chunk_mb, torch.float32):
         rows = [x[part] for x in (targets, d_logp, d_ent, lse, ent)]
@@ -517,7 +518,7 @@ def linear_cross_entropy_proof(device):
     inputs, targets = proof_inputs(device)
 
     def f(*inputs):
-        return tuple(linear_cross_entropy(h, w, t, 0) for h, w, t in zip(inputs[::2], inputs[1::2], targets))
+        return [linear_cross_entropy(h, w, t, 0) for h, w, t in zip(inputs[::2], inputs[1::2], targets)]
 
     return f, inputs
 
@@ -530,6 +531,6 @@ def linear_logprob_proof(device):
         outs = []
         for h, w, t in zip(inputs[::2], inputs[1::2], targets):
             outs += [linear_logprob(h, w, t, 0.7, False, 0), *linear_logprob(h, w, t, 0.7, True, 0)]
-        return tuple(outs)
+        return outs
 
     return f, inputs

@@ -17,16 +17,17 @@ import torch
 from kernels._lib import LOG2E, UNFUSED, register, tl, triton, use
 from kernels.head import (
     LOWEST,
-    PROOF_SHAPES,
     add_gradients,
     block,
     chunk_default,
     chunks,
     gradients,
     logits_by_chunk,
+    proof_inputs,
     row_statistics,
     scaled,
     scaled_reference,
+    sum_fake,
     wanted,
 )
 from kernels.linear import product
@@ -138,25 +139,18 @@ def kl_kernel(
 # The op
 
 
-def kl_fake(hidden, weight, teacher_hidden, teacher_weight, reverse, temperature, chunk_mb, want_hidden, want_weight):
-    return hidden.new_empty((), dtype=torch.float32), *gradients(hidden, weight, want_hidden, want_weight)
-
-
 @register(
     "linear_kl(Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, bool reverse, "
     "float temperature, int chunk_mb, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
-    fake=kl_fake,
+    fake=sum_fake,
 )
-def linear_kl_forward(
-    hidden, weight, teacher_hidden, teacher_weight, reverse, temperature, chunk_mb, want_hidden, want_weight
-):
+def linear_kl_forward(hidden, weight, teacher_hidden, teacher_weight, reverse, temperature, chunk_mb, *want):
     """Returns the sum of the KL and, already, its gradients."""
     V, w, teacher_w = len(weight), weight.to(hidden.dtype), teacher_weight.to(hidden.dtype)
     cols, warps = block(V)
-    constants = dict(LOWEST=LOWEST, REVERSE=reverse, GRAD=want_hidden or want_weight)
-    constants |= dict(BLOCK=cols, num_warps=warps, **UNFUSED)
+    constants = dict(LOWEST=LOWEST, REVERSE=reverse, GRAD=any(want), BLOCK=cols, num_warps=warps, **UNFUSED)
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
-    d_hidden, d_weight = gradients(hidden, weight, want_hidden, want_weight)
+    d_hidden, d_weight = gradients(hidden, weight, *want)
     student_chunks = logits_by_chunk(hidden, w, chunk_mb)
     teacher_chunks = logits_by_chunk(teacher_hidden, teacher_w, chunk_mb)  # the same slices: V and dtype are the same
     for (part, logits), (_, teacher_logits) in zip(student_chunks, teacher_chunks):
@@ -199,17 +193,15 @@ def linear_kl(hidden, weight, teacher_hidden, teacher_weight, *, reverse=True, t
 
 @proof("linear_kl")
 def linear_kl_proof(device):
-    inputs, teachers = [], []
-    for rows, C, V in PROOF_SHAPES:
-        inputs += [torch.randn(rows, C, device=device).bfloat16(), torch.randn(V, C, device=device) / 8]
-        teachers.append((torch.randn(rows, C // 2, device=device), torch.randn(V, C // 2, device=device) / 6))
+    inputs, _ = proof_inputs(device)
+    teachers = [torch.randn(len(x), x.shape[1] // 2, device=device) for x in inputs]
 
     def f(*inputs):
         outs = []
-        for h, w, (hidden, weight) in zip(inputs[::2], inputs[1::2], teachers):
+        for h, w, hidden, weight in zip(inputs[::2], inputs[1::2], teachers[::2], teachers[1::2]):
             hidden = hidden.to(h.dtype)
-            outs.append(linear_kl(h, w, hidden, weight, reverse=True, temperature=0.7, chunk_mb=0))
-            outs.append(linear_kl(h[:9], w, hidden[:9], weight, reverse=False))
-        return tuple(outs)
+            outs.append(linear_kl(h, w, hidden, weight / 6, reverse=True, temperature=0.7, chunk_mb=0))
+            outs.append(linear_kl(h[:9], w, hidden[:9], weight / 6, reverse=False))
+        return outs
 
     return f, inputs

@@ -6,7 +6,7 @@ in one pass over memory. Sums are fp32 (fp64 for fp64 input).
 
 import torch
 
-from kernels._lib import cdiv, next_power_of_2, register, sm_count, tl, triton, use
+from kernels._lib import cdiv, contiguous, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.proof import proof
 
 
@@ -131,9 +131,8 @@ def rms_norm_forward(x, delta, weight, eps):
     N, C = x.shape
     total, y, rstd = forward_fake(x, delta, weight, eps)
     rows, cols, warps = tile(C, 4096)
-    delta = None if delta is None else delta.contiguous()
     rms_norm_forward_kernel[(cdiv(N, rows),)](
-        x.contiguous(), delta, weight.contiguous(), total, y, rstd, N, C, eps, ROWS=rows, COLS=cols, num_warps=warps
+        *contiguous(x, delta, weight), total, y, rstd, N, C, eps, ROWS=rows, COLS=cols, num_warps=warps
     )
     return total, y, rstd
 
@@ -148,11 +147,8 @@ def rms_norm_backward(grad, d_total, x, weight, rstd):
     rows, cols, warps = tile(C, 2048)
     programs = min(cdiv(N, rows), PROGRAMS * sm_count(x.device))
     dx, partial = x.new_empty(N, C), x.new_empty(programs, C, dtype=torch.float32)
-    d_total = None if d_total is None else d_total.contiguous()
-    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    rms_norm_backward_kernel[(programs,)](
-        grad, d_total, x, weight, rstd, dx, partial, N, C, ROWS=rows, COLS=cols, num_warps=warps
-    )
+    tensors = contiguous(grad, d_total, x, weight, rstd)
+    rms_norm_backward_kernel[(programs,)](*tensors, dx, partial, N, C, ROWS=rows, COLS=cols, num_warps=warps)
     return dx, partial.sum(0).to(weight.dtype)
 
 
@@ -200,7 +196,7 @@ def proof_inputs(device, per_width):
 @proof("rms_norm")
 def rms_norm_proof(device):
     def f(*inputs):
-        return tuple(rms_norm(x, w, 1e-6) for x, w in zip(inputs[::2], inputs[1::2]))
+        return [rms_norm(x, w, 1e-6) for x, w in zip(inputs[::2], inputs[1::2])]
 
     return f, proof_inputs(device, 1)
 
@@ -209,6 +205,6 @@ def rms_norm_proof(device):
 def add_rms_norm_proof(device):
     def f(*inputs):
         groups = zip(inputs[::3], inputs[1::3], inputs[2::3])
-        return tuple(out for x, delta, w in groups for out in add_rms_norm(x, delta, w, 1e-6))
+        return [out for x, delta, w in groups for out in add_rms_norm(x, delta, w, 1e-6)]
 
     return f, proof_inputs(device, 2)

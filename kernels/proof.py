@@ -25,8 +25,8 @@ PROOFS = {}  # {op: function(device) -> (f, inputs)}
 def proof(op):
     """Decorator for a function(device) -> (f, inputs), the proof of `op`.
 
-    f: a function of tensors that runs `op` and returns tensors. inputs: tensors for it on the
-    device, activations in bf16 and weights in fp32.
+    f: a function of tensors that runs `op` and returns a tensor or several. inputs: tensors for it
+    on the device, activations in bf16 and weights in fp32.
     """
 
     def decorate(make):
@@ -43,7 +43,7 @@ def with_gradients(f, inputs):
     """
     leaves = [x.detach().requires_grad_() for x in inputs]
     outs = f(*leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    outs = [outs] if isinstance(outs, torch.Tensor) else outs
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(o.shape, generator=generator).to(o) for o in outs]
     grads = torch.autograd.grad(outs, leaves, upstream) if outs[0].requires_grad else ()

@@ -7,7 +7,7 @@ Qwen (element i is paired with element i + Dh/2).
 
 import torch
 
-from kernels._lib import cdiv, next_power_of_2, register, sm_count, tl, triton, use
+from kernels._lib import cdiv, contiguous, next_power_of_2, register, sm_count, tl, triton, use
 from kernels.norm import inverse_rms
 from kernels.proof import proof
 
@@ -226,8 +226,7 @@ ARGS = "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, f
 def launch_forward(out, qkv, q_weight, k_weight, cos, sin, heads, eps):
     """Write qkv's first heads, as many as `out` has, into it."""
     sizes, rows, cols = tile(qkv.shape, heads, values=out.shape == qkv.shape)
-    tensors = [None if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, cos, sin)]
-    grid = (cdiv(sizes[0], rows),)
+    tensors, grid = contiguous(qkv, q_weight, k_weight, cos, sin), (cdiv(sizes[0], rows),)
     qk_norm_rope_forward_kernel[grid](*tensors, out, *sizes, eps, ROWS=rows, COLS=cols, num_warps=WARPS)
     return out
 
@@ -256,7 +255,7 @@ def launch_backward(out, grad, qkv, q_weight, k_weight, cos, sin, heads, eps, va
     sizes, rows, cols = tile(grad.shape, heads, values)
     programs = min(cdiv(sizes[0], rows), PROGRAMS * sm_count(grad.device))
     partial = grad.new_empty(0 if q_weight is None else (programs, 2, grad.shape[2]), dtype=torch.float32)
-    tensors = [None if x is None else x.contiguous() for x in (grad, qkv, q_weight, k_weight, cos, sin)]
+    tensors = contiguous(grad, qkv, q_weight, k_weight, cos, sin)
     qk_norm_rope_backward_kernel[(programs,)](
         *tensors, out, partial, *sizes, eps, ROWS=rows, COLS=cols, num_warps=WARPS
     )
@@ -295,10 +294,8 @@ class QKNormRope(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpointed block gives them once
         _, q_weight, k_weight, _, _ = saved
         d_qkv, d_weights = qk_norm_rope_backward(grad, *saved, ctx.heads, ctx.eps)
-        if q_weight is None:
-            return d_qkv, None, None, None, None, None, None
-        dq, dk = d_weights
-        return d_qkv, dq.to(q_weight.dtype), dk.to(k_weight.dtype), None, None, None, None
+        dq, dk = (None, None) if q_weight is None else d_weights.to(q_weight.dtype)
+        return d_qkv, dq, dk, None, None, None, None
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps):
@@ -324,6 +321,6 @@ def qk_norm_rope_proof(device):
         for x, q, k, angle in zip(inputs[::3], inputs[1::3], inputs[2::3], angles):
             rest = angle.cos(), angle.sin(), 6, 1e-6
             outs += [qk_norm_rope(x, q, k, *rest), qk_norm_rope(x, None, None, *rest)]
-        return tuple(outs)
+        return outs
 
     return with_and_without_norm, inputs

@@ -283,8 +283,7 @@ def check(run, trained, items, lengths, step_tokens, batch_flag="", **options):
         return
     name, largest = max(phases.items(), key=lambda phase: total(phase[1]))
     need = total(largest)
-    loaded = sum(size for part, size in largest.items() if part.endswith("parameters"))
-    available = available_memory(run.device, loaded)
+    available = available_memory(run.device, largest)
     of_available = f" of {in_words(available)}" if available else ""
     parts = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in largest.items() if size >= 5e5)
     print0(f"memory: {in_words(need)}{of_available}, most of it in {name}: {parts}")
@@ -320,8 +319,7 @@ def proposed_micro_batch(device, plan_of, config, step_tokens):
         return min(tokens, DEFAULT_MICRO_BATCH)
     while tokens > 1024:
         largest = max(plan_of(tokens, config.checkpoint_activations).values(), key=total)
-        loaded = sum(size for part, size in largest.items() if part.endswith("parameters"))
-        if total(largest) <= 0.9 * available_memory(device, loaded):
+        if total(largest) <= 0.9 * available_memory(device, largest):
             break
         tokens = -(-tokens // 2)
     return tokens
@@ -386,9 +384,9 @@ def flags_that_fit(plan_of, config, available, batch_flag):
     return None
 
 
-def available_memory(device, loaded):
-    """Bytes that a run may hold on this device, including the `loaded` bytes of parameters that are
-    there already; None if nobody can tell."""
+def available_memory(device, phase):
+    """Bytes that a run may hold on this device, including those of the phase's parameters, which
+    are there already; None if nobody can tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type != "cpu" or not Path("/proc/meminfo").exists():
@@ -402,6 +400,7 @@ def available_memory(device, loaded):
     cgroups = Path("/sys/fs/cgroup")
     free += cgroup_free(cgroups, "memory.max", "memory.current", "inactive_file")
     free += cgroup_free(cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    loaded = sum(size for part, size in phase.items() if part.endswith("parameters"))
     return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + loaded
 
 

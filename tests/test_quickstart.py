@@ -290,7 +290,7 @@ def test_bounds_and_ranges_name_figures_of_the_table():
     asked = {" | ".join(cell.strip() for cell in line.split("|")[:2]) for line in quickstart.TABLE.split("\n") if line}
     judged = {name for name in world_bench.BOUNDS if "judge: " in name}
     assert len(judged) == 2 and set(world_bench.BOUNDS) - judged <= asked
-    for name, (low, high) in json.loads(quickstart.RANGES.read_text()).items():
+    for name, (low, high) in json.loads(page_maker.RANGES.read_text()).items():
         assert (name in asked or "judge: " in name) and low <= high
 
 
