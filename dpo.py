@@ -243,7 +243,7 @@ def measure_kl(model, items, ref_logps, micro_batch_tokens):
 
 def run_batch(model, items, label_probs, ref_logps, config):
     """Means over a batch on all ranks: {"loss", "chosen_...", "rejected_...": what the loss
-    compares of the two sides, "accuracy"}. With gradients enabled, adds up the mean loss's."""
+    compares of the two sides, "accuracy"}. With gradients enabled, adds up that of the loss."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
     total, margins = (torch.zeros(n, device=model.embed.device) for n in (3, len(items)))
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):

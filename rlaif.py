@@ -12,9 +12,9 @@ constitutional AI (Bai et al. 2022, arXiv 2212.08073).
 
 In the mean of three principles, one of which the judge is sure gives 2/3 if the others do not care
 and 1/2 if another is as sure of the opposite: --min_margin=0.12 keeps the former, and
---principles=vote with --min_margin=0.3 only what all three agree on. A pretrained model often judges
-better than a fine-tuned one, which has forgotten what it read, but it must not be the policy that
-is trained. The judge as a reward, without pairs: --reward=judge:DIR.
+--principles=vote with --min_margin=0.3 only what all three agree on. A pretrained model often
+judges better than a fine-tuned one, which has forgotten what it read, but it must not be the policy
+that is trained. The judge as a reward, without pairs: --reward=judge:DIR.
 
     python rlaif.py --policy=out/sft --judge=out/base --constitution=data/constitution.txt \\
         --data=prompts.jsonl --out=out/ai_pairs.jsonl
