@@ -502,6 +502,7 @@ MUTANTS = [
     ),
     ("output_over_its_input", "runtime/files.py", "if temporary_name(path) and os.path", "if False and os.path", FILES),
     ("output_over_another", "evaluate.py", "check_apart(flag, files[flag], others)", "pass", EVALUATE),
+    ("resume_ends_at_a_foreign_line", "runtime/run.py", "except (AttributeError, TypeError, V", "except (V", RUN),
     ("deleted_log_filled_with_zeros", "runtime/files.py", " and file.tell() > size", "", FILES),
     ("ties_right_by_their_place", "evaluate.py", "best[answer] / best.sum()", "scores.argmax() == answer", EVALUATE),
     ("stdout_emptied", "runtime/files.py", "target = os.dup(STREAMS[str(path)])", "pass", FILES),

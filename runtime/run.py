@@ -714,7 +714,7 @@ def rewind_log(path, step):
         try:
             if json.loads(line).get("step", 0) <= step and line.endswith(b"\n"):
                 kept.append(line)
-        except ValueError:
+        except (AttributeError, TypeError, ValueError):  # of another program, or half a line
             pass
     replace_text(path, b"".join(kept).decode())
 
@@ -726,4 +726,5 @@ def rewind_samples(path, step):
     written = path.read_bytes()
     complete = written[: written.rfind(b"\n") + 1].decode("utf-8", "replace")
     entries = re.split(r"(?m)^(?==== step \d+ ===$)", complete)
-    replace_text(path, "".join(e for e in entries if e and int(e.split()[2]) <= step))
+    steps = [re.match(r"=== step (\d+) ===$", entry, re.MULTILINE) for entry in entries]
+    replace_text(path, "".join(e for e, found in zip(entries, steps) if not found or int(found[1]) <= step))

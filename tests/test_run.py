@@ -181,6 +181,17 @@ def test_before_a_checkpoint_the_disk_gets_what_waited(small_disk):
     assert "rain" in (disk / "samples.txt").read_text()
 
 
+def test_lines_of_others_in_a_log_do_not_end_a_resumed_run(tmp_path):
+    """What is no record of ours is left out, notes at the head of the samples stay."""
+    own = ['{"step": 1}', '{"epoch": 3, "loss": 2.5}']
+    foreign = ["[1]", "null", '"text"', "5", '{"step": "last"}', '{"step": null}', '{"step": 1, "lo', "\0\0"]
+    (tmp_path / "log.jsonl").write_text("\n".join([own[0], *foreign, own[1], '{"step": 3}']) + "\n")
+    (tmp_path / "samples.txt").write_text("my notes\n=== step 1 ===\na\n=== step 3 ===\nb\n")
+    Log(tmp_path, 9, 2)
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == own
+    assert (tmp_path / "samples.txt").read_text() == "my notes\n=== step 1 ===\na\n"
+
+
 def test_a_log_that_cannot_be_rewound_stays_as_it_is(small_disk):
     run = small_disk(64)
     text = "".join(json.dumps({"step": i, "text": "x" * 100}) + "\n" for i in range(200))
