@@ -279,6 +279,7 @@ def main(config):
                 optimizer.zero_grad()  # neither this minibatch nor the rest takes a step
                 critic_optimizer.zero_grad()
                 break
+            # sums the gradients over the ranks, clips, steps, clears them
             norms = [o.step(lr_scale, config.max_grad_norm) for o in (optimizer, critic_optimizer)]
             run.require_finite(step, stats["loss"] + stats["value_loss"], norms, chats, advantages=advantages)
             updates.append(stats)
@@ -289,7 +290,8 @@ def main(config):
         metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
         metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
         metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
-        # Passes of both models, and 5 forward ones: sampling, old_logp, ref_logp, reward, values
+        # FLOPs: --epochs of both models, and 5 forward passes, a third each: sampling, old_logp,
+        # ref_logp, reward, values
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
         beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):
