@@ -42,6 +42,8 @@ from optim import Optimizer
 from runtime.errors import UserError
 from runtime.process import launch, peak_flops, setup
 
+CONTENDERS = ["baseline", "kernels", "kernels+compile", "references+compile"]
+
 
 @dataclass
 class Config:
@@ -53,8 +55,8 @@ class Config:
     batch_tokens: int = 131072
     # tokens at once, at first
     micro_batch_tokens: int = 32768
-    # comma-separated, the baseline first; "": all of them
-    contenders: str = ""
+    # comma-separated, the baseline first
+    contenders: str = ",".join(CONTENDERS)
     # timed steps of each contender
     steps: int = 5
     # one toy size: times mean nothing
@@ -186,9 +188,6 @@ def make(contender, shape, device, backend):
     return OurRun(shape, device, backend, kernels=contender == "kernels+compile")
 
 
-CONTENDERS = ["baseline", "kernels", "kernels+compile", "references+compile"]
-
-
 # --------------------------------------------------------------------------------------------------
 # The clock
 
@@ -239,7 +238,7 @@ def contest(depth, context, config, device):
     batch = torch.randint(vocab, (documents, context), generator=torch.Generator().manual_seed(0))
     first_micro = max(1, min(documents, config.micro_batch_tokens // context))
     rows, runs = {}, {}
-    for name in config.contenders.split(",") if config.contenders else CONTENDERS:
+    for name in config.contenders.split(","):
         row = {"depth": depth, "context": context, "contender": name}
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         try:
@@ -309,7 +308,7 @@ def as_text(row):
 
 
 def main(config):
-    chosen = config.contenders.split(",") if config.contenders else CONTENDERS
+    chosen = config.contenders.split(",")
     if chosen[0] != "baseline" or set(chosen) - set(CONTENDERS):
         raise UserError(f"--contenders={config.contenders}: baseline, then any of {', '.join(CONTENDERS[1:])}")
     device = setup(config.device, 0)
