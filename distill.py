@@ -153,9 +153,13 @@ def read_data(config, tok, context):
     if not config.offline:
         return chat.read_prompts(config, tok, context, parse)
     found, data = [], dataclasses.replace(config, data=config.offline)
-    train, val, hashes = rows.read_split(data, parse)
+
+    def encode(tok, row):
+        return chat.encode(tok, row[0]), teacher_number(row[1], n_teachers)
+
+    train, val, hashes = rows.read_split(data, parse, chat.encoder(tok, encode))
     for part, what in ((train, config.offline), (val, config.val or "held out of it")):
-        items = [(chat.encode(tok, messages), teacher_number(row, n_teachers)) for messages, row in part]
+        items = [item for _, item in part]
         kept = chat.drop_long_pairs([(item,) for item, _ in items], context, what)
         found.append([items[i] for i in kept])
     return *found, hashes

@@ -171,9 +171,25 @@ def read_strings(path, fields, skip_bad=False):
         for field in fields:
             if not isinstance(row.get(field), str):
                 raise ValueError(f'no "{field}" string')
+            rows.text_of(row[field], field)
+        if "better" in fields and row["better"] not in ("A", "B"):
+            raise ValueError(f'"better" is {row["better"]!r}; "A" or "B" was expected')
         return row
 
     return rows.read(path, parse, skip_bad)[0]
+
+
+def read_prompts(path, parse, model, tok, skip_bad):
+    """[(messages, row)] of a file; raises UserError naming the line of a prompt that is too
+    long."""
+    context = model.config.context
+
+    def check(tok, row):
+        n = chat.prompt_length(tok, row)
+        if n >= context:
+            raise UserError(f"a prompt of {n} tokens: the model's context of {context} leaves no room for an answer")
+
+    return [row for row, _ in rows.read(path, parse, skip_bad, encode=chat.encoder(tok, check))[0]]
 
 
 def completions_right(model, tok, examples):
@@ -198,11 +214,9 @@ def multiple_choice(row):
 
     Raises ValueError saying what is wrong with it.
     """
-    starts = [name for name in ("prefix", "question") if isinstance(row.get(name), str)]
-    if len(starts) != 1:
-        raise ValueError('one string was expected, "prefix" (a text) or "question" (to a chat model)')
+    before_choices(row)
     choices, answer = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError('"choices" must be a list of two or more strings, none of them empty')
     if len(set(choices)) < len(choices):
         raise ValueError('two of the "choices" are the same')
@@ -213,17 +227,34 @@ def multiple_choice(row):
     raise ValueError(f'"answer" is {answer!r}; one of the "choices" or its index from 0 was expected')
 
 
+def before_choices(row):
+    """The "prefix" of a row, a text, or its question as messages, with system message and all.
+
+    Raises ValueError for anything else that is said and is no part of it.
+    """
+    rest = {name: value for name, value in row.items() if name not in ("prefix", "choices", "answer")}
+    if isinstance(row.get("prefix"), str):
+        rest, text = rows.normalise(rest, answered=False), [rows.message("user", row["prefix"])]
+        rows.check_repeated(rest, [*rows.FIELDS, *rows.system_columns(rest)], text)
+        return row["prefix"]
+    if not rows.first_stated(rest, (*rows.PROMPTS, *rows.CONVERSATIONS)):
+        fields = rows.names(row)
+        raise ValueError(f'"prefix" (a text) or "question" (to a chat model) was expected; the fields are {fields}')
+    return rows.prompt(rest)
+
+
 def choice_chats(tok, row):
     """[Chat]: each choice after the row's beginning, its own tokens marked as trained.
 
     A choice's tokens are those of the whole text after the first place where the tokens of some
     choice part from those of the beginning alone: a token may span the two ("A: " + "yes").
     """
-    if "question" in row:
-        ids = chat.encode_prompt(tok, [rows.message("user", row["question"])])
+    before = before_choices(row)
+    if not isinstance(before, str):
+        ids = chat.encode_prompt(tok, before)
         return [make_completion(ids, tok.encode_ordinary(choice)) for choice in row["choices"]]
-    alone = [tok.bos, *tok.encode_ordinary(row["prefix"])]
-    whole = [[tok.bos, *tok.encode_ordinary(row["prefix"] + choice)] for choice in row["choices"]]
+    alone = [tok.bos, *tok.encode_ordinary(before)]
+    whole = [[tok.bos, *tok.encode_ordinary(before + choice)] for choice in row["choices"]]
     shared = min(len(os.path.commonprefix([alone, ids])) for ids in whole)
     return [make_completion(ids[:shared], ids[shared:]) for ids in whole]
 
@@ -496,7 +527,7 @@ def main(config):
         examples = read_strings(config.complete, ("prompt", "answer"), config.skip_bad)
         figures["completions right"] = mean_interval(completions_right(model, tok, examples), seed)
     if config.choices:
-        examples = rows.read(config.choices, multiple_choice)[0][:limit]
+        examples = rows.read(config.choices, multiple_choice, config.skip_bad)[0][:limit]
         figures |= choice_figures(config, model, tok, examples)
     if config.judge:
         fields = ("prompt", "reply_a", "reply_b", "principle", "better")
@@ -504,10 +535,10 @@ def main(config):
         figures |= judge_figures(config, model, tok, examples)
     if config.problems:
         parse = rows.prompt_only if config.checker else rows.problem
-        problems = rows.read(config.problems, parse, config.skip_bad)[0][:limit]
+        problems = read_prompts(config.problems, parse, model, tok, config.skip_bad)[:limit]
         figures |= problem_figures(config, model, tok, problems, device)
     if config.data:
-        examples = rows.read(config.data, rows.prompt_only, config.skip_bad)[0][:limit]
+        examples = read_prompts(config.data, rows.prompt_only, model, tok, config.skip_bad)[:limit]
         found, sampled = completion_figures(config, model, tok, examples, device)
         figures |= found
     if config.pairs:

@@ -109,13 +109,13 @@ def add_chat_tokens(model, tok):
 def read_chats(config, tok, context):
     """(train Chats, validation Chats, a first question of the latter as messages, {source:
     SHA-256})."""
-    train_rows, val_rows, hashes = rows.read_split(config, rows.conversation)
+    train_rows, val_rows, hashes = rows.read_split(config, rows.conversation, chat.encoder(tok, chat.encode_turns))
     end, kept = chat.end_of_turn(tok), []
     for some_rows, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
-        chats = [item for messages in some_rows for item in chat.encode_turns(tok, messages)]
+        chats = [item for _, items in some_rows for item in items]
         kept.append(chat.drop_too_long(chats, context, end, what))
     chat.audit(tok, kept[0], config.data)
-    shown = next(m for m in val_rows if any(chat.whole_turns(c, context, end) for c in chat.encode_turns(tok, m)))
+    shown = next(m for m, items in val_rows if any(chat.whole_turns(c, context, end) for c in items))
     first_answer = [message["role"] for message in shown].index("assistant")
     return *kept, shown[:first_answer], hashes
 

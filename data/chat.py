@@ -151,6 +151,18 @@ def encode_pair(tok, pair):
     return chosen, make_completion(prompt, encode_completion(tok, pair.rejected, pair.prompt))
 
 
+def encoder(tok, function):
+    """A function of a parsed row for `rows.read`: function(tok, row).
+
+    Raises UserError if no row can be encoded, which is no fault of a line.
+    """
+    if has_own_template(tok):
+        structure(tok)
+    else:
+        end_of_turn(tok)
+    return functools.partial(function, tok)
+
+
 def decode_completion(tok, ids):
     """The text of a sampled completion, without special tokens."""
     return tok.decode([i for i in ids if i not in tok.special_ids])
@@ -159,7 +171,7 @@ def decode_completion(tok, ids):
 # -------------------------------------------------------------------------------------------------
 # A downloaded model's template
 
-PROBE = (rows.message("user", "What is a kiwi?"),)  # a conversation that every template can render
+PROBE = (rows.message("user", "What is a kiwi?"),)  # a conversation that almost every template can render
 PRIVATE = 0xF0000  # the first of the characters that Unicode gives no meaning
 
 
@@ -188,7 +200,11 @@ def structure(tok):
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
     spelled = re.compile(f"(?=(?:{pattern.pattern}))(.)", re.DOTALL)
     answer = "A fruit."
-    text = tok.template.render([*PROBE, rows.message("assistant", answer)], False)
+    conversation = [*PROBE, rows.message("assistant", answer)]
+    try:
+        text = tok.template.render(conversation, False)
+    except UserError:  # some templates ask for a system message
+        text = tok.template.render([rows.message("system", "Be brief."), *conversation], False)
     after = pattern.search(text, text.rfind(answer) + len(answer))
     end = names[after[0]] if after and answer in text else None
     stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])
@@ -357,6 +373,11 @@ def drop_long_pairs(pairs, limit, what):
     return kept
 
 
+def prompt_length(tok, row):
+    """How many tokens the prompt of (messages, row) has."""
+    return len(encode_prompt(tok, row[0]))
+
+
 def read_prompts(config, tok, context, parse=rows.prompt_only):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val.
 
@@ -367,10 +388,10 @@ def read_prompts(config, tok, context, parse=rows.prompt_only):
     flag = f"--max_new_tokens={config.max_new_tokens}"
     if longest <= 0:
         raise UserError(f"{flag}: the model's context is {context} tokens, and a prompt must fit in as well")
-    train, val, hashes = rows.read_split(config, parse)
+    train, val, hashes = rows.read_split(config, parse, encoder(tok, prompt_length))
     kept = []
     for found, what in ((train, config.data), (val, config.val or "held out of it")):
-        fitting = [row for row in found if len(encode_prompt(tok, row[0])) <= longest]
+        fitting = [row for row, length in found if length <= longest]
         if len(fitting) < len(found):
             print0(
                 f"{what}: {len(found) - len(fitting)} of {len(found)} prompts left out, "
@@ -388,10 +409,10 @@ def read_pairs(config, tok, context):
 
     Pairs are rows.Pair, with the text; items are the same in tokens.
     """
-    train, val, hashes = rows.read_split(config, rows.preference)
+    train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair))
     found = []
-    for pairs, what in ((train, config.data), (val, config.val or "held out of it")):
-        items = [encode_pair(tok, pair) for pair in pairs]
+    for part, what in ((train, config.data), (val, config.val or "held out of it")):
+        pairs, items = zip(*part)
         kept = drop_long_pairs(items, context, what)
         found += [[pairs[i] for i in kept], [items[i] for i in kept]]
     return *found, hashes

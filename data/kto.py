@@ -18,23 +18,30 @@ def read_items(config, tok, context):
     An item is (Chat, Chat): the completion that was judged, and one to another prompt. labels: fp32
     [n], 1 for a good one.
     """
-    train, val, hashes = rows.read_split(config, rows.judged)
+    train, val, hashes = rows.read_split(config, rows.judged, chat.encoder(tok, encode_judged))
     found = []
-    for judged, what in ((train, config.data), (val, config.val or "held out of it")):
-        found += make_items(tok, [single for row in judged for single in row], context, what)
+    for part, what in ((train, config.data), (val, config.val or "held out of it")):
+        found += make_items([single for _, singles in part for single in singles], context, what)
     return *found, hashes
 
 
-def make_items(tok, judged, context, what):
-    """(items, labels) of judged completions [(messages, completion, label)].
+def encode_judged(tok, judged):
+    """[(judged completion, its Chat)] of a row's [(messages, completion, label)]."""
+    found = []
+    for single in judged:
+        messages, text, _ = single
+        ids = chat.encode_completion(tok, text, messages)
+        found.append((single, make_completion(chat.encode_prompt(tok, messages), ids)))
+    return found
+
+
+def make_items(encoded, context, what):
+    """(items, labels) of judged completions as `encode_judged` gives them.
 
     Those that exceed `context` are dropped. A completion to another prompt is cut to fit.
     """
-    documents = []
-    for messages, text, _ in judged:
-        documents.append(make_completion(chat.encode_prompt(tok, messages), chat.encode_completion(tok, text)))
-    kept = chat.drop_long_pairs([[document] for document in documents], context, what)
-    judged, documents = [judged[i] for i in kept], [documents[i] for i in kept]
+    kept = chat.drop_long_pairs([[document] for _, document in encoded], context, what)
+    judged, documents = zip(*[encoded[i] for i in kept])
     others = other_prompts([(rows.prompt_of([single]), single[1]) for single in judged], what)
     items = []
     for document, i in zip(documents, others, strict=True):

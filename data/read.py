@@ -138,7 +138,15 @@ def object_of(pairs):
     return found
 
 
-JSON = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=object_of)
+def finite(text):
+    """The float that a JSON number is; raises ValueError for one as large as 1e400, which would be
+    written again as Infinity."""
+    if math.isinf(float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return float(text)
+
+
+JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=object_of)
 SPACE = re.compile(r"\s*")
 CONTENT = {"content", "value", "text", "tool_calls"}
 
@@ -348,8 +356,13 @@ def source_names(text, flag):
     return [name for name, _ in sources]
 
 
+def is_null(value):
+    """Whether a value of a table is none; pandas writes nan for it."""
+    return value is None or isinstance(value, float) and math.isnan(value)
+
+
 def without_nulls(row):
-    return {name: value for name, value in row.items() if value is not None}
+    return {name: value for name, value in row.items() if not is_null(value)}
 
 
 def hub_rows(name):

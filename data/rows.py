@@ -29,14 +29,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.read import bad_row, parse_mixture, read_rows, reason
+from data.read import bad_row, is_null, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0
 from runtime.errors import UserError
 
 FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
 CONVERSATIONS = ("messages", "conversations", "conversation")
-PROMPTS = ("prompt", "question", "query", "instruction", "input")  # of several, the first is the prompt
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem")  # of several, the first is the prompt
 COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
 # Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
 MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "choices", "options")
@@ -60,6 +60,7 @@ TURN = {"input": "user", "output": "assistant"}  # in {"input": text, "output": 
 # Words in the names of fields whose content is part of what was said, and is not read
 UNREAD = set("tool tools function functions apis plugins image images img imgs audio audios video videos".split())
 UNREAD |= set("media picture pictures photo photos pixel screenshot screenshots attachments documents files".split())
+UNREAD |= {"prefix", "prefill", "suffix"}  # of an answer
 REASONING = set("reasoning thinking thought thoughts think cot scratchpad".split())
 RATIONALE = {"rationale", "rationales"}  # of an answer; beside a preference it is the judge's
 ABOUT = set("id ids name count tokens length model score source type language quality".split())  # reasoning_model
@@ -71,13 +72,24 @@ MESSAGE_UNREAD |= {"train_detail", "training_detail"}
 TRAINED = {"train", "trained", "training", "trainable", "loss", "weight", "learn"}  # a word in the name of a flag
 FLAG = TRAINED | set("mask scale turn on is in sample should use compute calculate".split())  # all: train_on_turn
 MASKS = set("mask masks masked skip ignore loss weight weights".split())  # a word in the name of what else masks
+GOOD = {"correct", "accepted", "approved", "passed"}  # a word in the name of a flag; false: a bad answer
 LABELS = {"true": True, "1": True, "false": False, "0": False, "-1": False}
 PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
+RATINGS = {"score", "rating"}
 # What says that an answer was cut: ours, and what APIs and servers write
-WHOLE = ("finished", "end_turn")
-CUT = {"length", "max_tokens", "max_length", "max_output_tokens"}  # a finish_reason, stopReason, done_reason
+WHOLE = {"finished", "complete", "completed"}  # and end_turn
+CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "incomplete", "interrupted", "content_filter"}
 
 OWN = {"critique", "original", "instead_of", "principle"}  # remarks of rlaif.py and serve.py
+
+# How a column that says nothing is filled, by pandas, or by hand (Alpaca's <noinput>)
+ABSENT = {"nan", "none", "null", "n/a", "<noinput>", "no input"}
+# How a prompt begins, and an answer ends, that is written in a model's chat template already
+BEGUN = re.compile(
+    r"\s*(?:<s>|<\|begin_of_text\|>|<bos>)?\s*"
+    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\])"
+)
+ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
 
 LONG_SPACE = 500_000  # white-space characters in a row that no tokenizer takes, as in data/tokenizer.py
 
@@ -88,6 +100,11 @@ class Pair(NamedTuple):
     rejected: str
     probability: float  # that people (or a judge) prefer `chosen`; 1 if the data do not say
     row: dict  # as it stood in the file
+
+
+class Encoded(NamedTuple):
+    row: object  # as parsed
+    encoding: object
 
 
 class Unread(ValueError):
@@ -109,9 +126,9 @@ class Unread(ValueError):
 def without_nulls(value):
     """A JSON value without nulls at any depth: in Parquet a row has all columns of all rows."""
     if isinstance(value, dict):
-        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+        return {name: without_nulls(v) for name, v in value.items() if not is_null(v)}
     if isinstance(value, list):
-        return [without_nulls(v) for v in value if v is not None]
+        return [without_nulls(v) for v in value if not is_null(v)]
     return value
 
 
@@ -179,10 +196,13 @@ def check_read(fields, words, others, where=""):
 
 def check_whole(fields):
     """Raises ValueError if an answer was cut: a model trained on it would learn to end there."""
-    said = [name for name in WHOLE if fields.get(name, True) in (False,)]
+    said = []
     for name, value in fields.items():
         words = words_of(name)
-        if "truncated" in words and value in (True,) or words[-1:] == ["reason"] and str(value).lower() in CUT:
+        ends = WHOLE.intersection(words) or words == ["end", "turn"]
+        cut = {"truncated", "interrupted"}.intersection(words)
+        reason_is_cut = words[-1:] in (["reason"], ["status"]) and str(value).lower() in CUT
+        if ends and value in (False,) or cut and value in (True,) or reason_is_cut:
             said.append(name)
     if said:
         raise ValueError(
@@ -276,6 +296,8 @@ def read_message(m, where):
     """One message as {"role", "content"}, and "train": False if it is the assistant's but not to be
     trained."""
     role = role_of(m)
+    if "role" in m and "from" in m and role != role_of({"role": m["from"]}):
+        raise ValueError(f'"{where}" has a "role" and another "from"; one of them was expected')
     check_read(m, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.")
     check_masks(m, f"{where}.")
     if (UNREAD | REASONING | {"code"}).intersection(words_of(str(m.get("type", "")))):
@@ -373,6 +395,8 @@ def normalise(row, answered=True):
     meaning that is not read.
     """
     row = without_nulls(row)
+    optional = {*MATERIAL, *system_columns(row), *(["input"] if "instruction" in row else [])}
+    row = {name: v for name, v in row.items() if name not in optional or str(v).strip().lower() not in ABSENT}
     if isinstance(row.get("input"), dict) and "messages" in row["input"]:  # OpenAI's preferences
         row = row.pop("input") | row
     for alias, name in ALIASES.items():
@@ -427,10 +451,28 @@ def stated_prompt(row):
     else:
         more = [name for name in ("input", "context") if field == "instruction" and not is_empty(row.get(name))]
         parts = [text_of(row[name], name) for name in (field, *more)]
+        check_plain(BEGUN.match(parts[0]), field)
         messages = [message("user", "\n\n".join(parts))]
     others = [name for name in PROMPTS if name != field]
     check_repeated(row, [*others, *MATERIAL], messages)
     return field, messages
+
+
+def check_plain(mark, field):
+    """Raises ValueError if a text has this mark (a match of BEGUN or ENDED) of a chat template."""
+    if mark:
+        raise ValueError(
+            f'"{field}" has {mark[1]!r}, so it is written in a chat template already, and would be in one twice; give '
+            "what was said alone, or messages"
+        )
+
+
+def check_ended(text, field):
+    """Raises ValueError if an answer ends with a special token that it spells: the end is added
+    anyhow."""
+    mark = ENDED.search(text)
+    if mark and not (mark[1] == "</s>" and "<s>" in text):  # of HTML
+        check_plain(mark, field)
 
 
 def no_prompt(row):
@@ -511,6 +553,7 @@ def trained_reply(messages, field):
     """The content of the last message, the assistant's, which is trained or judged."""
     if "train" in messages[-1]:
         raise ValueError(f'"{field}" ends with a message that is not to be trained')
+    check_ended(messages[-1]["content"], field)
     return messages[-1]["content"]
 
 
@@ -543,9 +586,13 @@ def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
     check_read(row, RATIONALE, ())
-    if label_of(row) is False:
-        label = json.dumps(row["label"])
-        raise ValueError(f'"label" is {label}: a bad answer, which dpo.py --loss=kto reads; here it would be trained')
+    bad = ["label"] if label_of(row) is False else []
+    bad += [name for name, value in row.items() if value is False and GOOD.intersection(words_of(name))]
+    if bad:
+        raise ValueError(
+            f'"{bad[0]}" is {json.dumps(row[bad[0]])}: a bad answer, which dpo.py --loss=kto reads, as "label": false; '
+            "here it would be trained"
+        )
     return read_conversation(row)
 
 
@@ -566,6 +613,9 @@ def read_conversation(row):
         messages = check_messages(row[field], field)
         for m in row[field]:
             check_whole(m)
+        for m in messages:
+            if m["role"] == "assistant":
+                check_ended(m["content"], field)
         if first_stated(row, COMPLETIONS) and messages[-1]["role"] == "user":
             messages.append(answer_to(row, field, messages))
         ends_with(messages, "assistant", field)
@@ -596,6 +646,7 @@ def answer_to(row, prompt_field, messages):
     """
     field, text = completion(row)
     value = row[prompt_field]
+    check_ended(text, field)
     prompts = [messages[-1]["content"], *([value] if isinstance(value, str) else [])]
     if any(repeats(text, prompt) for prompt in prompts):
         raise ValueError(f'"{field}" begins with the "{prompt_field}"; only what follows it is the answer')
@@ -635,6 +686,9 @@ def prompt_only(row):
 
 def problem(row):
     """{"prompt" or "question", "answer" with a number to compare with} -> (messages, row)."""
+    answer = row.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        row = row | {"answer": str(answer)}
     row = row | {"answer": solution(row)}
     if right_number(row) is None:
         raise ValueError('"answer" has no number to compare with: neither "#### 72" at its end nor a number by itself')
@@ -651,6 +705,9 @@ def preference_side(row, field, has_prompt):
         hint = "; this is a conversation, which sft.py reads" if "messages" in row else f" in the fields {names(row)}"
         raise ValueError(f'no "{field}"{hint}')
     side = row[field]
+    for m in side if isinstance(side, list) else [side]:
+        if isinstance(m, dict):
+            check_whole(m)
     if isinstance(side, dict) or isinstance(side, list) and len(side) == 1 and has_prompt:
         return [message("assistant", single_reply(side, field))]
     if isinstance(side, list):
@@ -658,7 +715,8 @@ def preference_side(row, field, has_prompt):
         trained_reply(messages, field)
         return without_train(messages)
     if has_prompt and not is_dialogue(side):
-        return [message("assistant", text_of(side, field))]
+        check_ended(text_of(side, field), field)
+        return [message("assistant", side)]
     if first_stated(row, ["prompt"]) is None and "prompt" in row:
         raise no_prompt(row)
     return ends_with(dialogue(text_of(side, field), field), "assistant", field)
@@ -670,6 +728,17 @@ def preference_prompt(row):
     if stated or not field or isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
         return stated
     return field, check_messages(row[field], field)  # LLaMA-Factory's, before a chosen and a rejected message
+
+
+def check_order(row):
+    """Raises ValueError if something else in a row says that "chosen" is not the better side."""
+    for name, value in row.items():
+        words, other = words_of(name), row.get(name.replace("chosen", "rejected"))
+        rated = "chosen" in words and RATINGS.intersection(words)
+        if rated and isinstance(value, (int, float)) and isinstance(other, (int, float)) and value < other:
+            raise ValueError(f'"{name}" is {value}, less than that of the rejected side, {other}; correct one of them')
+        if name not in FIELDS and str(value).strip().lower() == "tie":
+            raise Unread(name)
 
 
 def preference(row):
@@ -696,6 +765,7 @@ def preference(row):
     if not messages:
         raise ValueError("there is no prompt: neither a field of that name nor messages before the answers")
     check_repeated(row, [*MATERIAL, "text"], messages)
+    check_order(row)
     if not is_empty(row.get("margin")) and row["margin"] != 0:
         raise Unread("margin")
     if chosen.strip() == rejected.strip():
@@ -755,8 +825,8 @@ def has_prose(value):
     return any(len(text.split()) > 2 for text in strings(value))
 
 
-def read_source(name, parse, skip_bad):
-    """(rows, SHA-256 of the file's rows) of one source, each row through `parse`."""
+def read_source(name, parse, skip_bad, encode):
+    """(rows, SHA-256 of the file's rows) of one source, each row through `parse` and `encode`."""
     rows, bad, digest = [], 0, hashlib.sha256()
     unread, unknown, columns = Counter(), set(), set()  # fields for which rows were left out; that nobody knows
     for line, row in read_rows(name, skip_bad):
@@ -765,10 +835,11 @@ def read_source(name, parse, skip_bad):
             bad += 1
             continue
         try:
-            rows.append(parse(row))
+            parsed = parse(row)
+            rows.append(Encoded(parsed, encode(parsed)) if encode else parsed)
             unknown |= unknown_fields(row)
             columns |= unknown_columns(row) if parse in (conversation, preference, judged) else set()
-        except (ValueError, RecursionError) as e:
+        except (ValueError, RecursionError, UserError) as e:
             if not skip_bad:
                 raise bad_row(f"{name}:{line}", reason(e)) from None
             bad += 1
@@ -787,8 +858,10 @@ def read_source(name, parse, skip_bad):
     return rows, digest.hexdigest()
 
 
-def read(sources, parse, skip_bad=False, seed=0):
+def read(sources, parse, skip_bad=False, seed=0, encode=None):
     """The rows of --data, each through `parse` -> (list, {source: SHA-256 of its rows}).
+
+    With `encode`, a function of a parsed row, they are Encoded; its UserErrors name the line too.
 
     sources: a.jsonl,b.parquet,hf:NAME[configuration,split,rows] (data/read.py). Weights, as in
     a.jsonl:0.7,b.jsonl:0.3, are shares of the rows: every row is used of the source that is
@@ -798,7 +871,7 @@ def read(sources, parse, skip_bad=False, seed=0):
     mixture = parse_mixture(sources)
     found, hashes = [], {}
     for name, _ in mixture:
-        rows, hashes[name] = read_source(name, parse, skip_bad)
+        rows, hashes[name] = read_source(name, parse, skip_bad, encode)
         found.append(rows)
     if mixture[0][1]:
         scale = min(len(rows) / weight for rows, (_, weight) in zip(found, mixture))
@@ -813,6 +886,8 @@ def read(sources, parse, skip_bad=False, seed=0):
 def prompt_of(row):
     """The prompt of a row as `read` gives it: ((role, content), ...), all before the first
     answer."""
+    if isinstance(row, Encoded):
+        row = row.row
     if isinstance(row, tuple):  # a Pair, or (messages, row)
         messages = row[0]
     elif isinstance(row[0], tuple):  # of `judged`
@@ -873,16 +948,16 @@ def warn_of_shared_prompts(train, val, what):
         )
 
 
-def read_split(config, parse):
-    """(train rows, validation rows, {source: SHA-256}) of --data and --val.
+def read_split(config, parse, encode=None):
+    """(train rows, validation rows, {source: SHA-256}) of --data and --val, as `read` gives them.
 
     Without --val, --val_fraction of --data is held out. Raises UserError if the answers to validate
     on are all to one prompt; a single prompt that is to be answered may do.
     """
-    rows, hashes = read(config.data, parse, config.skip_bad, config.seed)
+    rows, hashes = read(config.data, parse, config.skip_bad, config.seed, encode)
     if config.val:
         what, more = f"--val={config.val}", "bring more"
-        train, (val, val_hashes) = rows, read(config.val, parse, config.skip_bad)
+        train, (val, val_hashes) = rows, read(config.val, parse, config.skip_bad, encode=encode)
         hashes |= val_hashes
     else:
         what, more = f"held out of --data={config.data}", "raise --val_fraction, or give --val"

@@ -10,9 +10,11 @@ tensor's or an array's only element too; not None, not text.
 import re
 from decimal import Decimal
 
-NUMBER = re.compile(  # bounded and without backtracking, so that no completion can make it slow
+# Bounded and without backtracking, so that no completion can make it slow. What follows must not
+# make it a part of 2e5, 2**5, 1/2, 5:30 or 1 000.
+NUMBER = re.compile(
     r"-?\$?\d{1,40}+(?:,\d{3}){0,20}+(?:\.\d{1,40})?+"
-    r"(?![.,]?\d|[eE][-+]?\d| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"  # not a part of 2e5, 2**5 or 1/2
+    r"(?![.,:'_xXeE \u00a0\u2009\u202f]?\d|[eE][-+]\d|[²³]| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"
 )
 THINK = re.compile(
     r"<think>(?:(?!</?think>|</?answer>).)++</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>",

@@ -96,7 +96,9 @@ def read_template(folder, config):
     else:
         path, source = Path(folder) / "tokenizer_config.json", config.get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if isinstance(source, dict):
+        named = source
         if "default" not in named:
             raise UserError(f"{path}: of the chat templates {', '.join(map(str, named))[:200]} none is named default")
         source = named["default"]

@@ -429,7 +429,26 @@ def read_tokenizer_json(path):
     largest = max([*ranks.values(), *specials.values()])
     eos_ids = tuple(i for i in template.read_eos_ids(path.parent) if i <= largest)  # no model writes another
     own_template, nfc = template.read_template(path.parent, config), bool(normalizers)
+    check_added(path, config, specials, own_template)
     return Tokenizer(path.parent.name, pattern, ranks, specials, nfc, eot, pad, added, bos, eos_ids, own_template)
+
+
+def check_added(path, config, specials, own_template):
+    """Raises UserError for a token that another file adds to those of tokenizer.json, as
+    transformers then does: text would yield other ids than with this model's own tokenizer."""
+    named, more = [], path.with_name("added_tokens.json")
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key) or []
+        named += map(template.token_text, value.values() if isinstance(value, dict) else value)
+    named += read_json(more) if more.is_file() else []
+    if own_template:  # which may write these
+        named += [text for name, text in own_template.tokens if name in own_template.source]
+    for content in named:
+        if content not in specials:
+            raise UserError(
+                f"{path}: lacks the token {str(content)[:80]!r}, which a file beside it adds; save the tokenizer "
+                "again: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers"
+            )
 
 
 def begin_of_text(path, processor):

@@ -32,6 +32,11 @@ ADAPTER = re.compile(  # PEFT's names
     r"lora_|lokr_|hada_|ia3_|oft_|vera_|boft_|\.base_layer\.|modules_to_save|prompt_(encoder|embeddings)"
 )
 ADAPTER_CONFIG = "adapter_config.json"
+# Keys of other architectures; the families read here compute nothing by them
+FOREIGN = re.compile(
+    r"softcap|_multiplier$|logits?_scal|clip_qkv|scale_(emb|depth)|pre_attn_scalar|rotary_(dim|pct)|rope_interleaved|"
+    r"num_(local_)?experts$|n_routed_experts|no_rope_layer|alibi"
+)
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llamas keep a table that config.json gives as well
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -230,7 +235,8 @@ def refuse_unsupported(h, path, family):
     refused = {
         "quantization_config": h.get("quantization_config"),
         "compression_config": h.get("compression_config"),
-        "hidden_act": h.get("hidden_act", "silu") != "silu",
+        "hidden_act": h.get("hidden_act", "silu") not in ("silu", "swish"),
+        "is_causal": not h.get("is_causal", True),
         "mlp_bias": h.get("mlp_bias", False),
         "use_sliding_window": windows and family == "llama",
         "sliding_window": h.get("sliding_window") is not None and family == "llama",
@@ -240,6 +246,7 @@ def refuse_unsupported(h, path, family):
         "partial_rotary_factor": h.get("partial_rotary_factor") not in (None, 1),
         "architectures": (h.get("architectures") or []) not in known,
     }
+    refused |= {key: h[key] not in (None, False, 1, []) for key in h if FOREIGN.search(key)}
     for key, found in refused.items():
         if found:
             quantised = "; quantised weights are not read: take the model without it" if "_config" in key else ""

@@ -61,7 +61,8 @@ def flip(rows):
 def read(rows, of_kto=False):
     """(items, label_probs fp64) as dpo.py reads them."""
     if of_kto:
-        items, labels = kto.make_items(TOK, [single for row in rows for single in data_rows.judged(row)], 10**6, "")
+        judged = [single for row in rows for single in data_rows.judged(row)]
+        items, labels = kto.make_items(kto.encode_judged(TOK, judged), 10**6, "")
         return items, labels.double()
     pairs = [data_rows.preference(row) for row in rows]
     label_probs = torch.tensor([p.probability for p in pairs], dtype=torch.float64)

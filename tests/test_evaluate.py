@@ -444,8 +444,14 @@ def test_a_token_may_span_the_prefix_and_a_choice(make_model):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"prefix": None}, "one string was expected"),
-        ({"question": "too?"}, "one string was expected"),
+        ({"prefix": None}, '"prefix" .a text. or "question" .to a chat model. was expected'),
+        ({"question": "too?"}, '"question" says something that is not read'),
+        ({"passage": "The box is red."}, '"passage" says something that is not read'),
+        ({"system": "Be brief."}, '"system" says something that is not read'),
+        ({"images": ["a.png"]}, '"images" says something that is not read'),
+        ({"prefix": None, "question": " "}, '"prefix" .a text. or "question"'),
+        ({"prefix": None, "question": "q", "context": "The box is red."}, '"context" says something that is not read'),
+        ({"choices": ["a", " "]}, "two or more strings"),
         ({"choices": ["a"]}, "two or more strings"),
         ({"choices": ["a", ""]}, "two or more strings"),
         ({"choices": "ab"}, "two or more strings"),
@@ -461,6 +467,22 @@ def test_rows_that_are_no_choices_are_named(tmp_path, change, named):
     path = write_rows(tmp_path / "c.jsonl", [{"prefix": "x", "choices": ["a", "b"], "answer": 0} | change])
     with pytest.raises(UserError, match=f"c.jsonl:1: .*{named}"):
         rows.read(str(path), evaluate.multiple_choice)
+
+
+def test_choices_follow_the_whole_question(make_model, tmp_path):
+    tok = tokenizer.byte_level()
+    row = {"question": "The box is red. Which?", "passage": "The box is red.", "choices": ["ab", "c"], "answer": 0}
+    talk = [rows.message(role, text) for role, text in (("user", "hi"), ("assistant", "a"), ("user", "Which?"))]
+    spoken = row | {"question": None, "passage": None, "messages": talk}
+    for asked, messages in ((row, [rows.message("user", row["question"])]), (spoken, talk)):
+        asked = asked | {"system": "Be brief."}
+        assert evaluate.multiple_choice(asked) == (asked, 0)
+        expected = chat.encode_prompt(tok, [rows.message("system", "Be brief."), *messages])
+        for found, choice in zip(evaluate.choice_chats(tok, asked), row["choices"], strict=True):
+            assert found.ids.tolist() == [*expected, *tok.encode_ordinary(choice)]
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {}), TOK, SFT)
+    file = write_rows(tmp_path / "c.jsonl", [row | {"passage": None}, {"question": "q"}])
+    assert measure(tmp_path, model=folder, choices=file, skip_bad=True)["choices right, per byte"]["value"] == 1 / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,12 +517,24 @@ def test_pairs_are_measured_by_a_reward_model_if_they_fit(make_model, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "text, message", [('{"prompt": "a"}\n', r"rows.jsonl:1: no \"answer\" string"), ("", "nothing in it")]
+    "text, message",
+    [
+        ('{"prompt": "a"}\n', r"rows.jsonl:1: no \"answer\" string"),
+        ('{"prompt": "a", "answer": " "}\n', r"rows.jsonl:1: \"answer\" is empty"),  # which any text begins with
+        ("", "nothing in it"),
+    ],
 )
 def test_rows_without_their_fields_are_named(tmp_path, text, message):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         evaluate.read_strings(str(tmp_path / "rows.jsonl"), ("prompt", "answer"))
+
+
+@pytest.mark.parametrize("better", ["tie", "a", "", "reply_a"])
+def test_a_comparison_has_a_better_reply(tmp_path, better):
+    file = write_rows(tmp_path / "j.jsonl", [{"prompt": "p", "better": better}])
+    with pytest.raises(UserError, match='j.jsonl:1: .*"better" is '):
+        evaluate.read_strings(str(file), ("prompt", "better"))
 
 
 def test_nothing_to_measure_is_said(make_model, tmp_path):
@@ -526,8 +560,8 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"model": data}, "prompts.jsonl: no checkpoint here, but a file"),
         ({"data": sft}, "a checkpoint, but a .jsonl or .parquet file was expected"),
         ({"data": data, "model": base}, "no <|im_start|>; run sft.py first"),
-        ({"data": long}, "a prompt of 118 tokens"),
-        ({"problems": long}, "a prompt of 118 tokens"),
+        ({"data": long}, "long.jsonl:1: a prompt of 118 tokens"),
+        ({"problems": long}, "long.jsonl:1: a prompt of 118 tokens"),
         ({"problems": pairs}, 'pairs.jsonl:1: "answer" is missing'),
         ({"pairs": pairs}, f"--pairs: {sft} is not a reward model"),
         ({"model": rm, "pairs": data}, 'prompts.jsonl:1: no "chosen"'),

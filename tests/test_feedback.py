@@ -92,6 +92,14 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
         (ONE | {"label": 1}, "true or false"),
         (ONE | {"correction": ""}, "is empty"),
         (ONE | {"label": True, "answer": None}, "missing"),
+        # what sharpen.py could not read later
+        (
+            TWO
+            | {"vote": "left", "prompt": [message("user", "Name a red fruit.")]}
+            | {"answers": ["Name a red fruit. Apple", "Name a red fruit. Plum"]},
+            "only what follows it is the answer",
+        ),
+        (ONE | {"correction": "five<|im_end|>"}, "in a chat template already"),
     ],
 )
 def test_what_is_no_vote_is_refused(entry, wrong):

@@ -244,6 +244,12 @@ def windows(*layer_types, sliding_window=8):
         (windows(SLIDING, SLIDING) | {"model_type": "llama"}, "use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"is_causal": False}, "is_causal"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),  # what other families compute by
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"rotary_pct": 0.25}, "rotary_pct"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": float("nan")}, "hidden_size"),
         ({"num_hidden_layers": -2}, "num_hidden_layers"),
@@ -297,7 +303,8 @@ def test_layer_types_that_are_a_pattern_of_ours_are_read(make_model, tmp_path):
 def test_nulls_ask_for_the_default(make_model, tmp_path):
     """As in the config.json of many a Llama."""
     folder = write(tmp_path, make(make_model, qk_norm=False, kv_heads=4))
-    edit(folder, head_dim=None, rope_scaling=None, num_key_value_heads=None, layer_types=None)
+    edit(folder, head_dim=None, rope_scaling=None, num_key_value_heads=None, layer_types=None, hidden_act="swish")
+    edit(folder, is_causal=True, logit_scale=1.0, attn_logit_softcapping=None, rope_interleaved=False, num_experts=0)
     assert load(folder)[0].config.head_dim == 8
 
 

@@ -32,9 +32,13 @@ def texts(items):
     return found
 
 
+def make_items(judged, context, what):
+    return kto.make_items(kto.encode_judged(TOK, judged), context, what)
+
+
 @pytest.mark.parametrize("sizes", [[1, 1], [2] * 5, [1] * 4 + [4], [8] * 6, [3, 1, 4, 1, 5, 9, 2, 6]])
 def test_each_completion_is_once_that_of_another_prompt(sizes):
-    items, labels = kto.make_items(TOK, judged(sizes), 200, "data")
+    items, labels = make_items(judged(sizes), 200, "data")
     found = texts(items)
     for _, own, mismatched in found:
         assert own.split(".")[0] != mismatched.split(".")[0]
@@ -45,12 +49,12 @@ def test_each_completion_is_once_that_of_another_prompt(sizes):
 def test_the_order_of_the_rows_changes_no_pair():
     singles = judged([4, 2, 3, 1])
     shuffled = [singles[i] for i in torch.randperm(10, generator=torch.Generator().manual_seed(0))]
-    first, second = (kto.make_items(TOK, some, 200, "data")[0] for some in (singles, shuffled))
+    first, second = (make_items(some, 200, "data")[0] for some in (singles, shuffled))
     assert sorted(texts(first)) == sorted(texts(second))
 
 
 def test_where_one_prompt_has_most_rows_its_partners_are_taken_in_turn():
-    found = texts(kto.make_items(TOK, judged([9, 2, 1]), 200, "data")[0])
+    found = texts(make_items(judged([9, 2, 1]), 200, "data")[0])
     partners = [mismatched for _, own, mismatched in found if own.startswith("answer 0")]
     assert all(not partner.startswith("answer 0") for partner in partners) and len(set(partners)) == 3
     assert max(map(partners.count, partners)) == 3
@@ -58,7 +62,7 @@ def test_where_one_prompt_has_most_rows_its_partners_are_taken_in_turn():
 
 def test_completions_to_one_prompt_only_are_refused():
     with pytest.raises(UserError, match="file.jsonl: completions to one prompt only"):
-        kto.make_items(TOK, judged([5]), 200, "file.jsonl")
+        make_items(judged([5]), 200, "file.jsonl")
 
 
 def test_a_row_is_dropped_for_its_own_length_only(capsys):
@@ -66,7 +70,7 @@ def test_a_row_is_dropped_for_its_own_length_only(capsys):
     are cut behind it."""
     long, short = [{"role": "user", "content": "word " * 20}], [{"role": "user", "content": "q"}]
     singles = [(long, "yes", True), (long, "no", False), (short, "word " * 20, True), (short, "word " * 99, False)]
-    items, labels = kto.make_items(TOK, singles, 150, "data")
+    items, labels = make_items(singles, 150, "data")
     assert labels.tolist() == [1, 0, 1] and "1 of 4" in capsys.readouterr().out
     for own, other in items:
         assert len(own.ids) <= 150 and len(other.ids) <= 150 and other.loss_mask.sum() >= 2
@@ -75,9 +79,9 @@ def test_a_row_is_dropped_for_its_own_length_only(capsys):
 
 @pytest.mark.parametrize("label, side", [(True, "good"), (False, "bad")])
 def test_labels_of_one_side_are_warned_of(capsys, label, side):
-    kto.make_items(TOK, [(messages, text, label) for messages, text, _ in judged([2, 2])], 200, "file.jsonl")
+    make_items([(messages, text, label) for messages, text, _ in judged([2, 2])], 200, "file.jsonl")
     assert f"warning: file.jsonl: all 4 completions are labelled {side}" in capsys.readouterr().out
-    kto.make_items(TOK, judged([2, 2]), 200, "file.jsonl")
+    make_items(judged([2, 2]), 200, "file.jsonl")
     assert "warning" not in capsys.readouterr().out
 
 

@@ -115,6 +115,7 @@ def test_rows_of_an_array_may_have_a_role_or_a_sender(tmp_path):
         ('[\n {"text": "a"}\n {"text": "b"}\n]', ":3: Expecting ',' delimiter"),
         ('{\n "text": "a"\n}\n{\n "text" "b"\n}', ":5: Expecting ':' delimiter"),
         ('[\n {"text": NaN}\n]', "NaN is not JSON"),
+        ('[\n {"text": "a", "score": -1e400}\n]', "-1e400 is too large a number"),
         ('[\n {"text": "a"},\n {"text": "\\ud800"}\n]', ":3: .*surrogates"),
         ("[\n" + "[\n" * 50_000, "nested too deeply"),
     ],

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import chat, rows, tokenizer
+import distill
+import sft
+from data import chat, kto, rows, tokenizer
 from runtime.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -114,6 +116,13 @@ CONVERSATIONS = {
     ),
     "history as messages": ({"query": "c", "response": "d", "history": turns("a", "b")}, turns("a", "b", "c", "d")),
     "messages of the prompt, a completion": ({"messages": turns("a"), "completion": "b"}, turns("a", "b")),
+    "an input that says nothing": ({"instruction": "a", "input": "<noinput>", "output": "b"}, turns("a", "b")),
+    "columns that pandas filled": (
+        {"instruction": "a", "input": "nan", "output": "None", "context": "None", "system": "null"},
+        turns("a", "None"),
+    ),
+    "a problem of a benchmark": ({"problem": "a", "answer": "b", "is_correct": True}, turns("a", "b")),
+    "HTML": ({"prompt": "<s>a</s>", "completion": "<s>b</s>"}, turns("<s>a</s>", "<s>b</s>")),
     "text parts": (
         {
             "messages": [
@@ -479,16 +488,21 @@ def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
     "said",
     [{"finished": 0}, {"end_turn": False}, {"truncated": True}]
     + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")]
-    + [{"finishReason": "MAX_TOKENS"}, {"done_reason": "length"}, {"is_truncated": True}],
+    + [{"finishReason": "MAX_TOKENS"}, {"done_reason": "length"}, {"is_truncated": True}]
+    + [{"is_complete": False}, {"completed": False}, {"status": "incomplete"}, {"finish_reason": "content_filter"}],
 )
 def test_whatever_says_that_an_answer_was_cut_is_read(said):
     (name,) = said
-    whole = {name: {"finished": True, "end_turn": True, "truncated": False, "is_truncated": False}.get(name, "stop")}
+    (value,) = said.values()
+    whole = {name: "stop" if isinstance(value, str) else not value}
     for row in ({"prompt": "q", "completion": "It is 4"} | said, {"messages": [Q, A | said]}):
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.conversation(row)
         assert rows.prompt(row) == turns("q")
     assert rows.conversation({"messages": [Q, A | whole]} | whole) == PLAIN
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):  # it would be given an end
+        with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
+            rows.preference({"prompt": [Q], side: [A | said], other: "b"})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -514,6 +528,7 @@ BAD_CONVERSATIONS = [
         "\"messages[1]\" has content of type 'text'",
     ),
     ({"messages": [Q, A | {"value": "b"}]}, '"messages[1]" has a "content" and another "value"'),
+    ({"messages": [Q, A | {"from": "human"}]}, '"messages[1]" has a "role" and another "from"'),
     ({"messages": [Q, {"role": "assistant", "content": " \n"}]}, '"messages[1].content" is empty'),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "human", "value": "a"}]}, '"conversations"[1]'),
     ({"prompt": "q", "completion": ""}, '"completion" is empty'),
@@ -606,6 +621,9 @@ UNREAD_ROWS = {
     "sample_weight": 0,
     "train": False,
     "is_train": False,
+    "assistant_prefix": "Sure",
+    "prefill": "Sure",
+    "suffix": "return x",
     "mask": [0, 1],
     "loss_mask": [False, True],
     "weights": [0.0, 1.0],
@@ -814,6 +832,10 @@ def test_a_bad_answer_is_no_conversation():
         with pytest.raises(ValueError, match=f'"label" is {said}: a bad answer'):
             rows.conversation(row | {"label": label})
         assert rows.judged(row | {"label": label}) == [(turns("q"), "a", False)]  # as the error advises
+    for flag in ("is_correct", "correct", "accepted", "tests_passed"):
+        with pytest.raises(ValueError, match=f'"{flag}" is false: a bad answer'):
+            rows.conversation({"messages": PLAIN, flag: False})
+        assert rows.conversation({"messages": PLAIN, flag: 0.0}) == PLAIN  # a measurement
     for label in (1, 1.0, "1", "true"):
         assert rows.judged(row | {"label": label}) == [(turns("q"), "a", True)]
     assert rows.conversation(row | {"label": "positive"}) == turns("q", "a")
@@ -828,6 +850,82 @@ def test_the_system_message_of_a_conversation_goes_with_its_prompt():
     assert rows.prompt({"question": "a", "history": [["x", "y"]], "system_prompt": "s"}) == turns(
         "x", "y", "a", system="s"
     )
+
+
+IM, INST = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<s>[INST] hi [/INST]"
+WRITTEN = [  # in a chat template already
+    (rows.conversation, {"prompt": IM, "completion": "yes"}),
+    (rows.conversation, {"instruction": INST, "output": " yes"}),
+    (rows.conversation, {"prompt": "hi", "completion": "yes<|im_end|>"}),
+    (rows.conversation, {"question": "hi", "answer": "yes </s>"}),
+    (rows.conversation, {"messages": turns("a", "b<|eot_id|>", "c", "d")}),
+    (rows.conversation, {"prompt": "hi", "completion": reply("yes<end_of_turn>\n")}),
+    (rows.judged, {"prompt": "hi", "completion": "yes<|endoftext|>", "label": True}),
+    (rows.prompt, {"prompt": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"}),
+    (rows.problem, {"problem": INST, "answer": "5"}),
+    (rows.preference, {"prompt": IM, "chosen": "yes", "rejected": "no"}),
+    (rows.preference, {"prompt": "hi", "chosen": "yes", "rejected": "no<|im_end|>\n"}),
+    (rows.preference, {"prompt": "hi", "chosen": reply("yes</s>"), "rejected": reply("no")}),
+    (rows.preference, {"chosen": turns("hi", "yes</s>"), "rejected": turns("hi", "no</s>")}),
+]
+
+
+@pytest.mark.parametrize("parse, row", WRITTEN, ids=range(len(WRITTEN)))
+def test_what_is_written_in_a_template_already_is_refused(parse, row):
+    """It would be in a template twice, and an answer would have its end twice, once spelled."""
+    with pytest.raises(ValueError, match="so it is written in a chat template already"):
+        parse(row)
+
+
+def test_a_user_may_speak_of_special_tokens():
+    talk = turns("<|im_start|>", "It begins a turn; <|im_end|> ends it.", "and </s>?", "That too.")
+    assert rows.conversation({"messages": talk}) == talk
+
+
+def test_nan_of_a_table_is_null():
+    nan = math.nan
+    assert rows.conversation({"prompt": "q", "completion": "a", "system": nan, "history": nan, "input": nan}) == PLAIN
+    assert rows.conversation({"messages": [Q | {"name": nan}, A | {"weight": nan, "tool_calls": nan}]}) == PLAIN
+    assert rows.preference({"prompt": "q", "chosen": "a", "rejected": "b", "margin": nan, "probability": nan})
+
+
+def test_an_answer_to_a_problem_may_be_a_number():
+    for answer, right in ((5, 5), (-2.5, -2.5), ("5", 5)):
+        assert rows.right_number(rows.problem({"prompt": "q", "answer": answer})[1]) == right
+    for answer in (True, 1e-7, "1 000", "5:30", [5]):
+        with pytest.raises(ValueError, match='"answer"'):
+            rows.problem({"prompt": "q", "answer": answer})
+
+
+TALK, TOLD = turns("q", "a"), turns("q", "a€")
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+STAGES = {  # how it reads --data, a row of which € cannot be encoded, one that can be
+    "sft": (sft.read_chats, {"messages": TOLD}, {"messages": TALK}),
+    "dpo": (chat.read_pairs, PAIR | {"rejected": "b€"}, PAIR),
+    "grpo": (chat.read_prompts, {"prompt": "q€"}, {"prompt": "q"}),
+    "kto": (kto.read_items, {"messages": TOLD, "label": True}, {"messages": TALK, "label": True}),
+    "distill": (distill.read_data, {"messages": TOLD}, {"messages": TALK}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_row_that_cannot_be_encoded_costs_itself(tmp_path, capsys, stage):
+    """It is named or left out; that a tokenizer has no turns is no fault of a line."""
+    read_data, bad, good = STAGES[stage]
+    numbered = [json.loads(json.dumps(good).replace('"q"', f'"q{i}"')) for i in range(9)]
+    path = write(tmp_path / "a.jsonl", [*numbered[:4], bad, *numbered[4:]])
+    config = distill.Config(init="", teacher="t", out="", data=path, val_fraction=0.4, max_new_tokens=8)
+    config.offline = path if stage == "distill" else ""
+    tok = tokenizer.characters("".join(map(chr, range(32, 127))) + "\n")
+    with pytest.raises(UserError, match=r"a.jsonl:5: '€' \(U\+20AC\) is not in the vocabulary.*--skip_bad"):
+        read_data(config, tok, 300)
+    config.skip_bad = True
+    read_data(config, tok, 300)
+    assert "1 bad lines left out, 9 read" in capsys.readouterr().out
+    ranks = {bytes([b]): b for b in range(256)}
+    base = tokenizer.Tokenizer("x", tokenizer.PATTERN, ranks, {"<|endoftext|>": 256}, pad="<|endoftext|>")
+    with pytest.raises(UserError, match="^this tokenizer has no <.im_end.>; run sft.py first"):
+        read_data(config, base, 300)
 
 
 BAD_PAIRS = [
@@ -854,6 +952,15 @@ BAD_PAIRS = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2.5}, '"margin" says something that is not read'),
     ({"prompt": "q", "chosen": "a", "chosen_response": "x", "rejected": "b"}, '"chosen_response" and "chosen" differ'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": True}, '"probability" is True'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "status": "tie"}, '"status" says something that is not read'),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 9},
+        '"score_chosen" is 1.0, less than that of the rejected side, 9',
+    ),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 2, "rejected-rating": 3},
+        '"chosen-rating" is 2, less',
+    ),
 ]
 BAD_JUDGED = [
     ({"prompt": "q", "completion": "a", "label": 2}, '"label" is 2; true or false'),

@@ -23,7 +23,7 @@ import evaluate
 import sample
 import sft
 from bench.child import run_script
-from data import chat, corpus, template, tokenizer
+from data import chat, corpus, kto, template, tokenizer
 from data.pack import pack
 from data.rows import message
 from data.template import Template
@@ -600,7 +600,7 @@ def test_which_template_a_directory_has(models, tmp_path):
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text())
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": SMOLLM}]
-    for value in (SMOLLM, named):
+    for value in (SMOLLM, named, {row["name"]: row["template"] for row in named}):
         file.write_text(json.dumps(config | {"chat_template": value}))
         tok = tokenizer.load(folder)
         assert tok.template.source == SMOLLM and tok.template.file == str(file)
@@ -615,6 +615,40 @@ def test_which_template_a_directory_has(models, tmp_path):
     os.mkfifo(folder / "chat_template.jinja")
     with pytest.raises(UserError, match="chat_template.jinja: no plain file"):
         tokenizer.load(folder)
+
+
+def test_a_template_may_ask_for_a_system_message(models):
+    _, tok, _ = models["smollm"]
+    source = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + SMOLLM
+    other = tokenizer.Tokenizer(**tok.__getstate__() | {"template": Template(source, "x.jinja", ())})
+    talk = [message("system", "Be brief."), *exchange("a", "b")]
+    assert chat.end_of_turn(other) == chat.end_of_turn(tok)
+    assert chat.encode(other, talk).ids.tolist() == chat.encode(tok, talk).ids.tolist()
+    judged = kto.encode_judged(other, [(talk[:2], "b", True)])
+    assert judged[0][1].ids.tolist() == chat.encode(tok, talk).ids.tolist()[:-1]  # without the line end
+    with pytest.raises(UserError, match="says: no system"):
+        chat.encode(other, exchange("a", "b"))
+
+
+@pytest.mark.parametrize("kind", ["list", "named", "decoder", "file", "bos", "pad"])
+def test_a_token_that_another_file_adds_is_refused(models, tmp_path, kind):
+    """transformers gives it an id of its own, which this tokenizer would spell."""
+    folder = shutil.copytree(models["llama3"][0], tmp_path / "m")
+    added = {"list": {"additional_special_tokens": ["<mine>"]}, "named": {"extra_special_tokens": {"x": "<mine>"}}}
+    added |= {"decoder": {"added_tokens_decoder": {"999": {"content": "<mine>"}}}, "bos": {"bos_token": "<mine>"}}
+    added |= {"file": {}, "pad": {"pad_token": "<mine>"}}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | added[kind]))
+    if kind == "file":
+        (folder / "added_tokens.json").write_text('{"<mine>": 999}')
+    if kind == "pad":  # nothing writes it
+        assert tokenizer.load(folder).n_vocab == models["llama3"][1].n_vocab
+        return
+    with pytest.raises(UserError, match="tokenizer.json: lacks the token '<mine>', which a file beside it adds"):
+        tokenizer.load(folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # as the error advises
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.convert_tokens_to_ids("<mine>") in tokenizer.load(folder)._special_tokens.values()
 
 
 def test_a_template_writes_the_same_under_another_eos_token():
