@@ -115,8 +115,7 @@ def adds_bos(tok, info):
     that of a base model of ours, where documents began with it; but not if the template writes it.
     """
     if tok.template:
-        writes_it = "bos_token" in tok.template.source or tok.decode([tok.bos]) in tok.template.source
-        return tok.bos != tok.eot and not writes_it
+        return tok.bos != tok.eot and tok.decode([tok.bos]) not in chat.example(tok)
     return tok.bos != tok.eot or bool(info)
 
 
@@ -228,8 +227,10 @@ def main(config):
     except ImportError:
         raise UserError("--gguf: the package gguf is needed: pip install gguf") from None
     target = Path(config.gguf)
-    if target.exists() and not (config.overwrite and target.is_file()):
-        raise UserError(f"--gguf={target}: exists; " + ("--overwrite replaces it" if target.is_file() else "no file"))
+    is_gguf = target.is_file() and target.suffix == ".gguf"  # and not weights, or another file of the model
+    if target.exists() and not (config.overwrite and is_gguf):
+        advice = "--overwrite replaces it" if is_gguf else "no file that ends in .gguf; name another"
+        raise UserError(f"--gguf={target}: exists; {advice}")
     folder = checkpoint.find(config.model)
     model, tok, info = checkpoint.read(folder)
     family = check_exportable(model.config)

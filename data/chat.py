@@ -172,6 +172,7 @@ def decode_completion(tok, ids):
 # A downloaded model's template
 
 PROBE = (rows.message("user", "What is a kiwi?"),)  # a conversation that almost every template can render
+ANSWER = "A fruit."
 PRIVATE = 0xF0000  # the first of the characters that Unicode gives no meaning
 
 
@@ -193,20 +194,24 @@ def has_own_template(tok):
     return tok.template is not None and tok.template.source not in (TEMPLATE, TRIMMED)
 
 
+def example(tok):
+    """A short conversation in the tokenizer's template; some ask for a system message."""
+    messages = [*PROBE, rows.message("assistant", ANSWER)]
+    try:
+        return tok.template.render(messages, False)
+    except UserError:
+        return tok.template.render([rows.message("system", "Be brief."), *messages], False)
+
+
 @functools.lru_cache(maxsize=8)
 def structure(tok):
     """The Structure of a tokenizer that `has_own_template`."""
     names = {tok.decode([i]): i for i in tok.special_ids}
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
     spelled = re.compile(f"(?=(?:{pattern.pattern}))(.)", re.DOTALL)
-    answer = "A fruit."
-    conversation = [*PROBE, rows.message("assistant", answer)]
-    try:
-        text = tok.template.render(conversation, False)
-    except UserError:  # some templates ask for a system message
-        text = tok.template.render([rows.message("system", "Be brief."), *conversation], False)
-    after = pattern.search(text, text.rfind(answer) + len(answer))
-    end = names[after[0]] if after and answer in text else None
+    text = example(tok)
+    after = pattern.search(text, text.rfind(ANSWER) + len(ANSWER))
+    end = names[after[0]] if after and ANSWER in text else None
     stops = frozenset([*tok.eos_ids, *([] if end is None else [end])])
     edges = "".join({char for name in names for char in (name[0], name[-1])})
     strips = [{row["content"] for row in tok.added if row.get(side)} for side in ("lstrip", "rstrip")]

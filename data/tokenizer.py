@@ -160,7 +160,7 @@ class Tokenizer(tiktoken.Encoding):
         for match in self.text_pattern.finditer(text):
             start, end, row = match.start(), match.end(), rows[match[0]]
             beside = text[max(0, start - 1) : start] + text[end : end + 1]
-            if start < begin or row.get("single_word") and re.search(r"\w", beside):
+            if start < begin or row.get("single_word") and regex.search(r"[\w\p{M}]", beside):
                 continue
             if row.get("lstrip"):
                 start = max(begin, len(text[:start].rstrip()))

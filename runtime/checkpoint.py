@@ -40,6 +40,10 @@ from runtime.hub import (
 
 INFO, MANIFEST = "feinschliff.json", "manifest.json"
 STATE, COUNTERS = "train_state.safetensors", "train_state.json"
+# Of a generation_config.json; temperature, top_k and top_p are flags
+NOT_FOLLOWED = "repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids".split()
+NOT_FOLLOWED += "forced_bos_token_id forced_eos_token_id min_length min_new_tokens sequence_bias min_p".split()
+NOT_FOLLOWED += ["num_beams", "penalty_alpha", "stop_strings"]
 ADVICE = (
     "A lower learning rate or --max_grad_norm=1 may help: start another run, from scratch or with "
     "--init=STEP_DIRECTORY; --resume would only repeat this one"
@@ -131,7 +135,16 @@ def read(folder, device="cpu"):
             "came with, or enlarge the model by resize_token_embeddings of transformers"
         )
     model.config.padding = model.config.vocab_size - tok.n_vocab
+    say_what_is_not_followed(folder / "generation_config.json")
     return model.to(device), tok, read_info(folder)
+
+
+def say_what_is_not_followed(path):
+    """Print what a generation_config.json asks of sampling that is not done here."""
+    config = read_json(path) if path.is_file() else {}
+    found = [name for name in NOT_FOLLOWED if config.get(name) not in (None, False, 0, 1, [], {})]
+    if found:
+        print0(f"{path}: not followed: {', '.join(found)}; transformers' generate, which does, writes other texts")
 
 
 def read_info(folder):

@@ -57,6 +57,8 @@ def check_writable(flag, path):
     after it."""
     if os.path.isdir(path):
         raise UserError(f"--{flag}={path}: is a directory; name a file")
+    if os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "config.json")):
+        raise UserError(f"--{flag}={path}: is a file of a model; name another")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if temporary := temporary_name(path):

@@ -18,6 +18,7 @@ from runtime.cli import print0
 from runtime.errors import UserError
 
 WEIGHTS = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What an untrusted file may claim. Beyond these, a few bytes would cost gigabytes or minutes.
 LARGEST_HEADER = 2**23  # bytes of a safetensors header: some hundred thousand tensors
 LARGEST_TABLE = 2**25  # numbers of the rotary tables: 262,144 positions with heads of 128, Qwen3's largest
@@ -334,11 +335,11 @@ def check_tensors(folder, where, c):
                 f"{file}: tensor {name} is of an adapter (LoRA or another) that nobody merged; without it the model "
                 "would be another one: merge it (merge_and_unload of PEFT) and save the model again"
             )
-    expected = [name for row in parameter_table(c).values() for name in row.hf_names]
+    expected = [stored_name(name, where, c) for row in parameter_table(c).values() for name in row.hf_names]
     for name in expected:
         if name not in where:
             raise UserError(f"{folder}: tensor {name} is missing{elsewhere(name, where)}")
-    used = {*expected, "lm_head.weight"} if c.tied and not c.scalar_head else set(expected)
+    used = {*expected, HEAD} if c.tied and not c.scalar_head else set(expected)
     left_over = [name for name in where if name not in used and not DERIVED.search(name)]
     for name in left_over:
         for other in used.intersection(where):
@@ -365,14 +366,20 @@ def elsewhere(name, where):
         if f".{other}".endswith(f".{name.removeprefix('model.')}"):  # as AutoModel writes them, or under a tower
             return f", but {other} is there; rename it and all others in this way"
     tied = "; if embedding and head are one matrix, config.json must say tie_word_embeddings: true"
-    return tied if name == "lm_head.weight" else ""
+    return tied if name == HEAD else ""
+
+
+def stored_name(name, where, c):
+    """The name under which a tensor is stored: of the two of a tied model, safetensors' save_model
+    keeps the head's."""
+    return HEAD if name == EMBEDDING and name not in where and c.tied else name
 
 
 def check_tied(where):
     """Raises UserError if a head of its own differs from the embedding that config.json ties it
     to."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    if names[1] in where:
+    names = (EMBEDDING, HEAD)
+    if where.keys() >= set(names):
         embedding, head = (read_tensor(where[name], name) for name in names)
         if embedding.shape != head.shape or not torch.equal(embedding.float(), head.float()):
             raise UserError(
@@ -422,6 +429,7 @@ def model_from_hf(c, folder):
         targets = model.get_parameter(name).split(row.rows)
         parts = []
         for hf_name, target in zip(row.hf_names, targets, strict=True):
+            hf_name = stored_name(hf_name, where, c)
             parts.append(read_tensor(where[hf_name], hf_name, list(target.shape)))
         weights[name] = torch.cat(parts).float()  # a copy: what safetensors gives may lie in the file
     model.load_state_dict(weights, assign=True)

@@ -109,6 +109,7 @@ def test_a_downloaded_models_conventions_are_kept(make_model, tmp_path):
             (turn, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, begins]}, True),
             ("{{ bos_token }}" + turn, begins, False),  # the template writes it
             ("<|bos|>" + turn, begins, False),
+            ("{# bos_token is the tokenizer's #}{% set b = bos_token %}" + turn, begins, True),
             (turn, None, False),
             ("", begins, True),
             ("", None, False),
@@ -192,6 +193,7 @@ def test_what_llama_cpp_could_not_do_is_refused(make_model, tmp_path, fork):
         ({"dtype": "q4_0"}, "--dtype=q4_0"),
         ({"gguf": tmp_path / "there.gguf"}, "there.gguf: exists; --overwrite"),
         ({"gguf": "/dev/null", "overwrite": True}, "--gguf=/dev/null: exists; no file"),
+        ({"gguf": good / "model.safetensors", "overwrite": True}, "model.safetensors: exists; no file that ends in"),
         ({"gguf": tmp_path / "no/where.gguf"}, "where.gguf: not written"),
     ]:
         line = refused(start(fork, export, **({"model": good, "gguf": tmp_path / "new.gguf"} | flags)))

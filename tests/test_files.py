@@ -135,6 +135,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
         files.lock_file(tmp_path / "file" / ".lock", "run")
     files.write_json(tmp_path / "other" / "folder" / "a.json", {})
     assert os.listdir(tmp_path / "other" / "folder") == ["a.json"]
+    (tmp_path / "config.json").write_text("{}")  # of a checkpoint, beside which figures may lie
+    files.check_writable("out", tmp_path / "figures.json")
+    with pytest.raises(UserError, match="--out=.*config.json: is a file of a model; name another"):
+        files.check_writable("out", tmp_path / "config.json")
 
 
 @posix

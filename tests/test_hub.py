@@ -446,6 +446,36 @@ def test_a_head_of_its_own_contradicts_tied_embeddings(make_model, tmp_path, unt
         load(untrusted)
 
 
+def test_of_a_tied_model_the_head_alone_may_be_stored(make_model, tmp_path):
+    """safetensors' save_model keeps the first name in the alphabet; transformers reads it."""
+    transformers = pytest.importorskip("transformers")
+    folder = write(tmp_path / "tied", make(make_model, tied=True))
+    ids = random_ids(20)
+    expected = logits_of(load(folder)[0], ids)
+    rewrite(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBED)}))
+    torch.testing.assert_close(logits_of(load(folder)[0], ids), expected, rtol=0, atol=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], expected, rtol=0, atol=1e-4)
+    edit(folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=f"tensor {EMBED} is missing"):
+        load(folder)
+
+
+def test_what_generation_config_asks_and_is_not_done_is_said(untrusted, capsys):
+    path = untrusted / "generation_config.json"
+    for asked, said in (
+        ({"repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20}, "not followed: repetition_penalty; "),
+        ({"repetition_penalty": 1.0, "num_beams": 1, "min_length": 0, "suppress_tokens": None}, ""),
+        ({"suppress_tokens": [7], "stop_strings": ["###"]}, "not followed: suppress_tokens, stop_strings; "),
+    ):
+        edit(untrusted)
+        path.write_text(json.dumps(asked))
+        load(untrusted)
+        out = capsys.readouterr().out
+        assert (f"{path}: {said}" in out) if said else not out
+
+
 def shard(folder, parts, weight_map=None):
     """Replace model.safetensors by files {name: {tensor name: tensor}} and their index."""
     edit(folder)
