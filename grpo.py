@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import scoring
-from data import chat
+from data import chat, rows
 from data.pack import token_slices
 from model import completion_logprobs
 from optim import Optimizer, wsd
@@ -330,6 +330,8 @@ def main(config):
     reference = run.load_reference(model, tok) if config.kl != "none" else None
     rewards, reward_hashes = scoring.rewards_of(config, run.device)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
+    if "rules.py:final_number" in config.reward:
+        rows.warn_of_no_number(train, config.data)
 
     # bookkeeping: optimizer, memory, what is saved and resumed
     steps, lr = config.steps, config.lr or 3e-4 * (128 / model.config.width) ** 2

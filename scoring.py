@@ -390,8 +390,8 @@ def read_constitution(path):
     except UserError as e:
         raise UserError(f"--constitution={e}") from None
     principles = [line for line in lines if line and not line.startswith("#")]
-    if not principles:
-        raise UserError(f"--constitution={path}: no principle in it; one per line is expected")
+    if not principles or principles[0][0] in "[{":  # JSON
+        raise UserError(f"--constitution={path}: no principle in it; one per line is expected, as plain text")
     return principles
 
 

@@ -590,7 +590,7 @@ MUTANTS = [
     ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
     ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
     ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
-    ("bad_answer_trained", "data/rows.py", "    if label_of(row) is False:", "    if False:", ROWS),
+    ("bad_answer_trained", "data/rows.py", '["label"] if label_of(row) is False else []', "[]", ROWS),
     (
         "labels_in_quotes_unread",
         "data/rows.py",
@@ -649,7 +649,7 @@ MUTANTS = [
         ROWS,
     ),
     ("columns_unsaid", "data/rows.py", "columns |= unknown_columns(row)", "columns |= set()", ROWS),
-    ("cut_by_our_word_only", "data/rows.py", "str(value).lower() in CUT:", "False:", ROWS),
+    ("cut_by_our_word_only", "data/rows.py", "and str(value).lower() in CUT", "and False", ROWS),
     (
         "indentation_lost_in_feedback",
         "data/feedback.py",
@@ -796,8 +796,8 @@ MUTANTS = [
     (
         "gguf_bos_twice",
         "export.py",
-        "        return tok.bos != tok.eot and not writes_it\n",
-        "        return tok.bos != tok.eot\n",
+        "return tok.bos != tok.eot and tok.decode([tok.bos]) not in chat.example(tok)",
+        "return tok.bos != tok.eot",
         EXPORT,
     ),
     (
@@ -832,8 +832,8 @@ MUTANTS = [
     (
         "gguf_over_a_device",
         "export.py",
-        "if target.exists() and not (config.overwrite and target.is_file()):",
-        "if target.exists() and not config.overwrite:",
+        "not (config.overwrite and is_gguf)",
+        "not config.overwrite",
         EXPORT,
     ),
     (
@@ -1351,6 +1351,56 @@ MUTANTS = [
     ("numbers_used_twice", "data/puzzles.py", "sorted(used) == sorted(numbers)", "set(used) == set(numbers)", PUZZLES),
     ("steps_not_checked", "data/puzzles.py", "bool(steps) and all(", "bool(steps) or all(", PUZZLES),
     ("held_out_in_training", "data/puzzles.py", "is_held_out(question) == held_out", "True", PUZZLES),
+    # What the field's bug reports tell of
+    ("template_twice", "data/rows.py", "check_plain(BEGUN.match(parts[0]), field)", "pass", ROWS),
+    ("end_spelled", "data/rows.py", "        check_plain(mark, field)", "        pass", ROWS),
+    ("cut_side", "data/rows.py", "if isinstance(m, dict):\n            check_whole(m)", "pass", ROWS),
+    ("reversed_rating", "data/rows.py", "isinstance(other, (int, float)) and value < other", "False", ROWS),
+    (
+        "nan_is_said",
+        "data/read.py",
+        "value is None or isinstance(value, float) and math.isnan(value)",
+        "value is None",
+        ROWS,
+    ),
+    ("bad_answer_flag", "data/rows.py", "if value is False and GOOD.intersection(words_of(name))", "if False", ROWS),
+    (
+        "unencoded_row_without_line",
+        "data/rows.py",
+        "except (ValueError, RecursionError, UserError) as e:",
+        "except (ValueError, RecursionError) as e:",
+        ROWS,
+    ),
+    (
+        "passage_of_choices",
+        "evaluate.py",
+        "return rows.prompt(rest)",
+        "return [rows.message('user', rest['question'])]",
+        EVALUATE,
+    ),
+    ("blank_completion_is_right", "evaluate.py", "            rows.text_of(row[field], field)\n", "", EVALUATE),
+    ("tie_is_b", "evaluate.py", 'row["better"] not in ("A", "B")', "False", EVALUATE),
+    ("thousands_by_a_space", "data/rules.py", ":'_xXeE \\u00a0", ":'_xXeE\\u00a0", "tests/test_rules.py"),
+    ("tokens_added_beside", "data/tokenizer.py", "if content not in specials:", "if False:", TEMPLATES),
+    ("system_asked_for", "data/chat.py", '[rows.message("system", "Be brief."), *messages]', "messages", TEMPLATES),
+    (
+        "kto_without_its_prompt",
+        "data/kto.py",
+        "chat.encode_completion(tok, text, messages)",
+        "chat.encode_completion(tok, text)",
+        TEMPLATES,
+    ),
+    ("not_causal", "runtime/hub.py", '"is_causal": not h.get("is_causal", True),', "", HUB),
+    ("softcap", "runtime/hub.py", 'r"softcap|_multiplier$', 'r"_multiplier$', HUB),
+    ("head_alone", "runtime/hub.py", "name == EMBEDDING and name not in where and c.tied", "False", HUB),
+    ("export_over_weights", "export.py", 'target.is_file() and target.suffix == ".gguf"', "target.is_file()", EXPORT),
+    (
+        "bos_in_a_comment",
+        "export.py",
+        "not in chat.example(tok)",
+        "not in tok.template.source and 'bos_token' not in tok.template.source",
+        EXPORT,
+    ),
 ]
 
 

@@ -467,9 +467,11 @@ def check_plain(mark, field):
         )
 
 
-def check_ended(text, field):
-    """Raises ValueError if an answer ends with a special token that it spells: the end is added
-    anyhow."""
+def check_answer(text, field):
+    """Raises ValueError if an answer ends with a special token that it spells, for the end is added
+    anyhow, or in the middle of a thought."""
+    if text.lstrip().startswith("<think>") and "</think>" not in text:
+        raise ValueError(f'"{field}" begins a thought with <think> and does not end it, so it was cut; leave it out')
     mark = ENDED.search(text)
     if mark and not (mark[1] == "</s>" and "<s>" in text):  # of HTML
         check_plain(mark, field)
@@ -553,7 +555,7 @@ def trained_reply(messages, field):
     """The content of the last message, the assistant's, which is trained or judged."""
     if "train" in messages[-1]:
         raise ValueError(f'"{field}" ends with a message that is not to be trained')
-    check_ended(messages[-1]["content"], field)
+    check_answer(messages[-1]["content"], field)
     return messages[-1]["content"]
 
 
@@ -615,7 +617,7 @@ def read_conversation(row):
             check_whole(m)
         for m in messages:
             if m["role"] == "assistant":
-                check_ended(m["content"], field)
+                check_answer(m["content"], field)
         if first_stated(row, COMPLETIONS) and messages[-1]["role"] == "user":
             messages.append(answer_to(row, field, messages))
         ends_with(messages, "assistant", field)
@@ -646,7 +648,7 @@ def answer_to(row, prompt_field, messages):
     """
     field, text = completion(row)
     value = row[prompt_field]
-    check_ended(text, field)
+    check_answer(text, field)
     prompts = [messages[-1]["content"], *([value] if isinstance(value, str) else [])]
     if any(repeats(text, prompt) for prompt in prompts):
         raise ValueError(f'"{field}" begins with the "{prompt_field}"; only what follows it is the answer')
@@ -695,6 +697,16 @@ def problem(row):
     return prompt(row), row
 
 
+def warn_of_no_number(examples, what):
+    """Warn of problems [(messages, row)] whose answer data/rules.py:final_number cannot read."""
+    unread = [row["answer"] for _, row in examples if "answer" in row and right_number(row) is None]
+    if unread:
+        print0(
+            f"warning: {what}: {len(unread)} of {len(examples)} answers have no number, as {str(unread[0])[:40]!r}, so "
+            'that final_number is 0 for all completions; write the number by itself, or after "####"'
+        )
+
+
 # -------------------------------------------------------------------------------------------------
 # A row as a preference
 
@@ -715,7 +727,7 @@ def preference_side(row, field, has_prompt):
         trained_reply(messages, field)
         return without_train(messages)
     if has_prompt and not is_dialogue(side):
-        check_ended(text_of(side, field), field)
+        check_answer(text_of(side, field), field)
         return [message("assistant", side)]
     if first_stated(row, ["prompt"]) is None and "prompt" in row:
         raise no_prompt(row)
@@ -782,6 +794,8 @@ def judged(row):
     A preference gives two of them.
     """
     labelled = normalise(row)
+    if "label" not in labelled and "chosen" not in labelled:
+        raise ValueError(f'no "label" (nor "chosen" and "rejected") in the fields {names(labelled)}')
     if "label" not in labelled:
         pair = preference(row)
         return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]

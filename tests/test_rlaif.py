@@ -393,6 +393,7 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
     flags = flags_of(files)
     for changed, why in [
         ({"constitution": files / "empty.txt"}, "no principle in it"),
+        ({"constitution": files / "prompts.jsonl"}, "no principle in it; one per line is expected, as plain text"),
         ({"constitution": files / "absent.txt"}, "--constitution="),
         ({"data": files / "absent.jsonl"}, "absent.jsonl"),
         ({"judge": files / "rm"}, f"{files / 'rm'}: a reward model"),

@@ -877,6 +877,22 @@ def test_what_is_written_in_a_template_already_is_refused(parse, row):
         parse(row)
 
 
+@pytest.mark.parametrize(
+    "parse, row",
+    [
+        (rows.conversation, {"prompt": "q", "completion": "<think>\nhm"}),
+        (rows.conversation, {"messages": turns("q", " <think>hm", "c", "d")}),
+        (rows.judged, {"prompt": "q", "completion": "<think>hm", "label": True}),
+        (rows.preference, {"prompt": "q", "chosen": "a", "rejected": "<think>hm"}),
+    ],
+)
+def test_an_answer_cut_in_its_thought_is_refused(parse, row):
+    with pytest.raises(ValueError, match="begins a thought with <think> and does not end it"):
+        parse(row)
+    whole = json.loads(json.dumps(row).replace("hm", "hm</think>a"))
+    assert parse(whole) and parse(json.loads(json.dumps(row).replace("<think>", "The tag <think> is one.")))
+
+
 def test_a_user_may_speak_of_special_tokens():
     talk = turns("<|im_start|>", "It begins a turn; <|im_end|> ends it.", "and </s>?", "That too.")
     assert rows.conversation({"messages": talk}) == talk
@@ -967,7 +983,9 @@ BAD_JUDGED = [
     ({"prompt": "q", "completion": "a", "label": "good"}, "\"label\" is 'good'; true or false"),
     ({"prompt": "q", "completion": "a", "label": ""}, "\"label\" is ''; true or false"),
     ({"prompt": "q", "label": True}, "no conversation in the fields prompt, label"),
-    ({"prompt": "q", "completion": "a"}, 'no "chosen"'),
+    ({"prompt": "q", "completion": "a"}, 'no "label" (nor "chosen"'),
+    ({"prompt": "q", "completion": "a", "label": None}, 'no "label" (nor "chosen"'),
+    ({"messages": PLAIN, "score": 1}, 'no "label" (nor "chosen"'),
 ]
 BAD_PROBLEMS = [
     ({"prompt": "q"}, '"answer" is missing'),

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from data import rows
-from data.rules import brief, final_number, number_after, one_final_number, right_number, thinks_first
+from data.rules import (
+    brief,
+    final_number,
+    number_after,
+    one_final_number,
+    right_number,
+    thinks_first,
+)
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 NUMBERS = {
@@ -65,6 +72,15 @@ def test_the_number_after_the_mark(text):
     assert number_after(text) == number
     assert final_number("", text, {"answer": f"#### {number}", "finished": True}) == (number is not None)
     assert final_number("", text, {"answer": f"#### {number}", "finished": False}) == 0.0
+
+
+def test_answers_that_cannot_be_read_are_warned_of(capsys):
+    """Every completion would be worth 0, which looks like problems that are too hard."""
+    some = [([], {"answer": answer}) for answer in ("5", "five", "#### 7", r"\frac{1}{2}", "", 3)]
+    rows.warn_of_no_number([*some, ([], {})], "a.jsonl")
+    assert "warning: a.jsonl: 3 of 7 answers have no number, as 'five'" in capsys.readouterr().out
+    rows.warn_of_no_number([some[0], ([], {})], "a.jsonl")
+    assert not capsys.readouterr().out
 
 
 @quick
