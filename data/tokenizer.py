@@ -418,7 +418,7 @@ def read_tokenizer_json(path):
         raise UserError(
             f"{path}: {unknown[0]} is not supported, only byte-level BPE with or without NFC (as in Llama 3 and Qwen)"
         )
-    pattern = split_pattern(path, single_steps(spec["pre_tokenizer"], "pretokenizers"))
+    pattern = split_pattern(path, single_steps(spec["pre_tokenizer"], "pretokenizers"), config)
     # Hugging Face finds all added tokens in a text; here text yields none of them.
     specials = {token["content"]: token["id"] for token in added}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -506,8 +506,9 @@ def single_steps(part, inner):
     return [step for p in part[inner] for step in single_steps(p, inner)]
 
 
-def split_pattern(path, steps):
-    """The regex whose matches are the pieces that these pre-tokenizers make.
+def split_pattern(path, steps, config):
+    """The regex whose matches are the pieces that these pre-tokenizers make; config: the
+    tokenizer_config.json.
 
     Raises UserError if they are unknown, or tiktoken would make other pieces.
     """
@@ -527,10 +528,10 @@ def split_pattern(path, steps):
             raise UserError(
                 f"{path}: pre_tokenizer {kinds} with these settings is not supported: {json.dumps(steps)[:300]}"
             )
-    if steps[-1].get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
+    if steps[-1].get("add_prefix_space") or config.get("add_prefix_space"):  # the default of tokenizers' ByteLevel()
         raise UserError(
-            f"{path}: ByteLevel with add_prefix_space, which adds a space to every text, is not supported; "
-            "train the tokenizer with ByteLevel(add_prefix_space=False)"
+            f"{path}: ByteLevel with add_prefix_space (here or in tokenizer_config.json), which adds a space to every "
+            "text, is not supported; train the tokenizer with ByteLevel(add_prefix_space=False)"
         )
     return pattern
 

@@ -759,6 +759,11 @@ def test_the_advice_for_a_prefix_space_works(tmp_path):
     tok.add_special_tokens(["<|endoftext|>"])
     tok.save(str(tmp_path / "tokenizer.json"))
     assert_same_ids(T.load(tmp_path), fuzz(500), [e.ids for e in tok.encode_batch(fuzz(500))])
+    # which GPT-2's class in transformers goes by
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": true}')
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a") == tok.encode(" a").ids
+    with pytest.raises(UserError, match="add_prefix_space .here or in tokenizer_config.json."):
+        T.load(tmp_path)
 
 
 def test_the_advice_for_a_missing_end_of_documents_works(tmp_path):
