@@ -300,13 +300,14 @@ def main(config):
     # 1. Principles, rows and models
     principles = read_constitution(config.constitution)
     parse = rows.prompt_only if config.policy else reply_pair
-    examples, data = rows.read(config.data, parse, config.skip_bad, config.seed)
-    examples = examples[: config.limit or None]
     models = {name: checkpoint.load(name, device) for name in dict.fromkeys((config.policy, config.judge)) if name}
     for name, (model, _, _) in models.items():
         if model.config.scalar_head:
             raise UserError(f"{name}: a reward model, which writes nothing")
         model.eval()
+    encode = chat.encoder(models[config.policy][1], chat.prompt_length) if config.policy else None
+    examples, data = rows.read(config.data, parse, config.skip_bad, config.seed, encode)
+    examples = [row.row if encode else row for row in examples[: config.limit or None]]
     policy, judge = models.get(config.policy), models[config.judge or config.policy]
     data |= checkpoint.fingerprints(*models) | reward_hashes(config.reward, config.constitution)
     rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution)

@@ -161,7 +161,9 @@ def main(config):
     model = shard(model, run.device) if config.shard else model.to(run.device)
     context = run.context(model)
     train, val, question, hashes = read_chats(config, tok, context)
-    problems = rows.read(config.problems, rows.problem, config.skip_bad)[0] if config.problems else []
+    encode = chat.encoder(tok, chat.prompt_length)
+    problems = rows.read(config.problems, rows.problem, config.skip_bad, encode=encode)[0] if config.problems else []
+    problems = [problem for problem, _ in problems]
     prompts = [chat.encode_prompt(tok, messages) for messages in [question, *(messages for messages, _ in problems)]]
     token_budgets(model, prompts, config.max_new_tokens)  # so that one too long is refused now
     streams = read_replay(config, tok)
