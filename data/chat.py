@@ -159,7 +159,8 @@ def encoder(tok, function):
     if has_own_template(tok):
         structure(tok)
     else:
-        end_of_turn(tok)
+        special(tok, "<|im_start|>")
+        special(tok, "<|im_end|>")
     return functools.partial(function, tok)
 
 

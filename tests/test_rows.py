@@ -940,7 +940,7 @@ def test_a_row_that_cannot_be_encoded_costs_itself(tmp_path, capsys, stage):
     assert "1 bad lines left out, 9 read" in capsys.readouterr().out
     ranks = {bytes([b]): b for b in range(256)}
     base = tokenizer.Tokenizer("x", tokenizer.PATTERN, ranks, {"<|endoftext|>": 256}, pad="<|endoftext|>")
-    with pytest.raises(UserError, match="^this tokenizer has no <.im_end.>; run sft.py first"):
+    with pytest.raises(UserError, match="^this tokenizer has no <.im_start.>; run sft.py first"):
         read_data(config, base, 300)
 
 
