@@ -12,8 +12,9 @@ text parts, and "weight", "train" or "loss" of a message (0 or false: it stays i
 as {"role", "content", "train": False}, and out of the loss). Nulls count as absent. Text stays as
 it is, white space too. A field that changes what is said or trained and is not read (tool calls,
 reasoning, images, a list that masks turns) makes its row a bad one, and so does a prompt that ends
-with the assistant, an answer that repeats its prompt, or one that was cut. Columns and fields with
-text that nobody knows are named once per file.
+with the assistant, a text that is in a chat template already, an answer that repeats its prompt or
+was cut, and ratings by which the rejected side is the better one. Columns and fields with text that
+nobody knows are named once per file.
 
 A function of one row raises ValueError saying what is wrong; `read` adds the file and the line.
 """
