@@ -75,8 +75,8 @@ class Config:
     text: str = ""
     # .jsonl {"prompt", "answer"}: text, and how it must continue
     complete: str = ""
-    # .jsonl {"prefix" (text) or "question" (to a chat model; also "system"), "choices": [text, ...],
-    # "answer": the right one or its index from 0}
+    # .jsonl {"prefix" (text) or "question" (to a chat model; also "system"), "choices": [text,
+    # ...], "answer": the right one or its index from 0}
     choices: str = ""
     # .jsonl {"prompt", "reply_a", "reply_b", "principle", "better"}, as data/world.py writes it
     judge: str = ""
