@@ -218,7 +218,7 @@ def main(config):
 
     # bookkeeping: optimizer, memory, what is saved and resumed
     steps, lr = config.steps, config.lr or 1e-3 * (128 / model.config.width) ** 1.5
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, lr)
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, teachers, tok, train)
     print0(f"{len(train):,} rows, {len(teachers)} teachers; {steps} steps; peak lr {lr:.3g}")

@@ -996,7 +996,7 @@ MUTANTS = [
     ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
-    ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, going))", "pass", SERVE),
+    ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, pending))", "pass", SERVE),
     (
         "any_key",
         "runtime/http.py",
