@@ -405,11 +405,11 @@ def completion_logprobs(model, chats, temperature=1.0):
     return linear_logprob(hidden, model.head, targets, temperature)
 
 
-def completion_logprob_sums(model, chats, temperature=1.0):
+def completion_logprob_sums(model, chats):
     """fp32 [D]: `completion_logprobs` summed over each chat: log p(completion | prompt)."""
     ends = np.cumsum([0, *(c.loss_mask.sum() for c in chats)])
     offsets = to_device(torch.tensor(ends), model.embed.device)
-    return torch.segment_reduce(completion_logprobs(model, chats, temperature), "sum", offsets=offsets)
+    return torch.segment_reduce(completion_logprobs(model, chats), "sum", offsets=offsets)
 
 
 @torch.no_grad()
