@@ -238,7 +238,7 @@ def main(config):
         chats = [item for item, _ in items]
         if not config.offline and step == run.start + 1:  # what is sampled from is what is differentiated
             logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
-            check_sampler_matches_trainer(model, completions, logp, ref_logp=None, config=config, repeat=True)
+            check_sampler_matches_trainer(model, completions, logp, config, repeat=True)
 
         # 2. The teachers say how every token is distributed; the student moves towards it
         model.train()

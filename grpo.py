@@ -231,7 +231,7 @@ def overlong_penalty(length, max_new_tokens, share):
 # One step
 
 
-def roll_out(model, tok, rewards, order, train, step, config, time_phase):
+def roll_out(model, tok, scorers, order, train, step, config, time_phase):
     """([Completion], n_prompts): this rank's completions, and the number of prompts on all ranks.
 
     n_prompts is --prompts_per_step; --refill adds prompts until so many groups have unequal
@@ -241,7 +241,7 @@ def roll_out(model, tok, rewards, order, train, step, config, time_phase):
         rows = [train[i] for i in order.batch(missing)]
         more = complete_rows(model, tok, rows, step, config, n_prompts)
         time_phase("rollout")
-        scoring.score_batch(rewards, more)
+        scoring.score_batch(scorers, more)
         if config.overlong == "punish":
             for c in more:
                 c.penalty = overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
@@ -332,7 +332,7 @@ def main(config):
     # Policy, reference, rewards, prompts
     model, tok = run.load()
     reference = run.load_reference(model, tok) if config.kl != "none" else None
-    rewards, reward_hashes = scoring.rewards_of(config, run.device)
+    scorers, reward_hashes = scoring.rewards_of(config, run.device)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
 
     # bookkeeping: optimizer, memory, what is saved and resumed
@@ -346,7 +346,7 @@ def main(config):
 
     for step in run.steps():
         # 1. Roll out and score: groups of completions
-        completions, n_prompts = roll_out(model, tok, rewards, order, train, step, config, run.time_phase)
+        completions, n_prompts = roll_out(model, tok, scorers, order, train, step, config, run.time_phase)
 
         # 2. Advantages: how much better each completion is than its group
         trained, groups = find_advantages(completions, config)
@@ -368,7 +368,7 @@ def main(config):
             run.require_finite(step, stats["loss"], [grad_norm], chats)
             updates.append(stats)
         logp = get_per_token(model, trained, "old_logp")  # from before the update
-        gap = check_sampler_matches_trainer(model, trained, logp, ref_logp=None, config=config)
+        gap = check_sampler_matches_trainer(model, trained, logp, config)
         run.time_phase("update")
 
         # 5. Log, validate, save
@@ -383,7 +383,7 @@ def main(config):
         if renewed and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
         if run.eval_due(step):
-            run.validated(step, *scoring.validate_policy(model, reference, tok, rewards, val, config, config.beta))
+            run.validated(step, *scoring.validate_policy(model, reference, tok, scorers, val, config, config.beta))
         run.end_step(step, model, tok, {"reference": reference} if renewed else {})
 
 

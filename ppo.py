@@ -288,7 +288,7 @@ def main(config):
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # kept as old_logp, too
-        gap = check_sampler_matches_trainer(policy, completions, logp, ref_logp=None, config=config)
+        gap = check_sampler_matches_trainer(policy, completions, logp, config)
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
         rewards = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
         advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)

@@ -490,7 +490,7 @@ def read_logprobs(run, step, model, reference, completions, always=True):
         set_per_token(completions, old_logp=logp)
     if first:
         same_logp = ref_logp if step == 1 and not config.reference else None
-        check_sampler_matches_trainer(model, completions, logp, same_logp, config, repeat=True)
+        check_sampler_matches_trainer(model, completions, logp, config, same_logp, repeat=True)
     return logp, ref_logp
 
 
@@ -518,7 +518,7 @@ def gap_in_fp32(model, completions, config):
     return (sampled - logp.cpu()).abs().sum(), len(logp)
 
 
-def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, repeat=False):
+def check_sampler_matches_trainer(model, completions, logp, config, ref_logp=None, repeat=False):
     """Check that what is sampled from is what is differentiated.
 
     logp [M]: the trainer's, of the trained tokens; ref_logp [M]: the reference's if the
