@@ -316,8 +316,8 @@ def check_tensors(folder, where, c):
     for path in (folder / ADAPTER_CONFIG, *folder.glob("adapter_model*")):
         if path.exists():
             raise UserError(
-                f"{path}: an adapter, which is not read, lies next to the weights; merge it (merge_and_unload of PEFT) "
-                "and save the model again"
+                f"{path}: an adapter is next to the weights, and is not read; merge it (merge_and_unload of PEFT) and "
+                "save the model again"
             )
     for name, file in where.items():
         if QUANTISED.search(name):
