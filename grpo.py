@@ -163,10 +163,9 @@ def differs(rewards):
 
 
 def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
-    """fp32 [M]: the weight of each token's loss; the loss is the weighted sum. Kinds: token, 1 /
-    n_tokens (DAPO, eq. 8); sequence, 1 / (n_completions length) (GRPO); constant, 1 /
-    (n_completions max_new_tokens) (Dr. GRPO). n_tokens, n_completions: of the minibatch, on all
-    ranks."""
+    """fp32 [M]: the weight of each token's loss; the loss is the weighted sum. token: 1 / n_tokens
+    (DAPO, eq. 8); sequence: 1 / (n_completions length) (GRPO); constant: 1 / (n_completions
+    max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks."""
     if kind == "token":
         weights = [1 / n_tokens for _ in lengths]
     elif kind == "sequence":
@@ -232,10 +231,8 @@ def overlong_penalty(length, max_new_tokens, share):
 
 
 def roll_out(model, tok, scorers, order, train, step, config, time_phase):
-    """([Completion], n_prompts): this rank's completions, and the number of prompts on all ranks.
-
-    n_prompts is --prompts_per_step; --refill adds prompts until so many groups have unequal
-    rewards."""
+    """([Completion], n_prompts): this rank's completions, and the number of prompts on all ranks:
+    --prompts_per_step, and with --refill more, until so many groups have unequal rewards."""
     completions, n_prompts, missing = [], 0, config.prompts_per_step
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
@@ -372,8 +369,7 @@ def main(config):
         run.time_phase("update")
 
         # 5. Log, validate, save
-        parts_apart = config.overlong == "punish"
-        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, parts_apart, **groups)
+        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, config.overlong == "punish", **groups)
         metrics |= mean_updates(updates, UPDATE_STATS)
         metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
         # FLOPs: --epochs passes, and a third for each forward pass: sampling, ref_logp, old_logp
