@@ -331,13 +331,11 @@ def main(config):
     reference = run.load_reference(model, tok) if config.kl != "none" else None
     scorers, reward_hashes = scoring.rewards_of(config, run.device)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
-    if "rules.py:final_number" in config.reward:
-        rows.warn_of_no_number(train, config.data)
+    rows.warn_of_no_number(train, config.reward)
 
     # bookkeeping: optimizer, memory, what is saved and resumed
     steps, lr = config.steps, config.lr or 3e-4 * (128 / model.config.width) ** 2
-    optimizer = Optimizer(model, lr)
-    order = index_order(len(train), config.seed)
+    optimizer, order = Optimizer(model, lr), index_order(len(train), config.seed)
     check_memory(run, model, optimizer, reference, tok, train)
     print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
     hashes |= reward_hashes | checkpoint.fingerprints(config.reference)

@@ -698,12 +698,13 @@ def problem(row):
     return prompt(row), row
 
 
-def warn_of_no_number(examples, what):
-    """Warn of problems [(messages, row)] whose answer data/rules.py:final_number cannot read."""
+def warn_of_no_number(examples, reward):
+    """Warn of problems [(messages, row)] whose answer data/rules.py:final_number, if that is in the
+    reward, cannot read."""
     unread = [row["answer"] for _, row in examples if "answer" in row and right_number(row) is None]
-    if unread:
+    if unread and "rules.py:final_number" in reward:
         print0(
-            f"warning: {what}: {len(unread)} of {len(examples)} answers have no number, as {str(unread[0])[:40]!r}, so "
+            f"warning: --data: {len(unread)} of {len(examples)} answers have no number, as {str(unread[0])[:40]!r}, so "
             'that final_number is 0 for all completions; write the number by itself, or after "####"'
         )
 

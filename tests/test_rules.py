@@ -77,9 +77,10 @@ def test_the_number_after_the_mark(text):
 def test_answers_that_cannot_be_read_are_warned_of(capsys):
     """Every completion would be worth 0, which looks like problems that are too hard."""
     some = [([], {"answer": answer}) for answer in ("5", "five", "#### 7", r"\frac{1}{2}", "", 3)]
-    rows.warn_of_no_number([*some, ([], {})], "a.jsonl")
-    assert "warning: a.jsonl: 3 of 7 answers have no number, as 'five'" in capsys.readouterr().out
-    rows.warn_of_no_number([some[0], ([], {})], "a.jsonl")
+    rows.warn_of_no_number([*some, ([], {})], "data/rules.py:final_number,out/rm*0.3")
+    assert "warning: --data: 3 of 7 answers have no number, as 'five'" in capsys.readouterr().out
+    rows.warn_of_no_number([some[0], ([], {})], "data/rules.py:final_number")
+    rows.warn_of_no_number(some, "my.py:reward")
     assert not capsys.readouterr().out
 
 
