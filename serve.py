@@ -120,14 +120,16 @@ class Server:
     async def complete(self, request):
         """/v1/chat/completions and /v1/completions."""
         body = read_body(await body_of(request))
-        asked = read_request(body, "chat" in request.url.path, seed=secrets.randbits(63))
+        asked = read_request(body, "chat" in request.scope["path"], seed=secrets.randbits(63))
         served = self.choose(asked.model)
         context = served.model.config.context
         prompts, ends, hidden = encode_prompts(asked, served.tok, context, served.is_chat_model)
-        n = asked.n * len(prompts)
-        if self.unfinished + n > self.config.slots + self.config.queue:
+        n, room = asked.n * len(prompts), self.config.slots + self.config.queue
+        if n > room:
+            raise Refusal(400, f"n: {n} completions in all, but this server takes {room} at once", "n")
+        if self.unfinished + n > room:
             raise Refusal(429, "too many requests wait already; come again in a second", code="rate_limit_exceeded")
-        options = asked.sampling | {"n": asked.n, "max_new_tokens": asked.max_tokens or context, "stop": ends}
+        options = asked.sampling | {"n": asked.n, "max_new_tokens": asked.max_tokens, "stop": ends}
         job = Job(served, prompts, options, asked.stream or bool(asked.stop))
         completions = [Completion(served.tok, hidden, asked.stop) for _ in range(n)]
         if asked.stream:
@@ -195,7 +197,7 @@ class Server:
         except ValueError as e:
             raise Refusal(409, str(e)) from None
         except OSError as e:
-            raise Refusal(507, f"not stored: {e.strerror}; make room and send it again") from None
+            raise Refusal(507, f"not stored: {e.strerror}; send it again later") from None
         return JSONResponse({"stored": kind, "new": new})
 
     async def show_feedback(self, request):

@@ -165,11 +165,20 @@ def check_votes(page, feedback):
     page.click("#clear")
     ask(page, "hi")
     expect("step_" not in page.inner_text("#thread"), "a comparison shows the models before the vote")
-    left = page.locator(".answer .text").first.inner_text()
-    page.keyboard.press("1")
+    ask(page, "hi")  # the first question waits for its vote: a key votes on the newest
+    texts = page.locator("#thread > li:last-child .answer .text").all_inner_texts()
+    cut = [set(text) == {"x"} for text in texts]  # it never ends
+    enabled = page.locator("#thread > li:last-child .votes button").evaluate_all("all => all.map(b => !b.disabled)")
+    expect(enabled == [not cut[0], not cut[1], True, True], "an answer that was cut can be preferred")
+    page.evaluate("system.value = 'This comes after the answers.'")
+    page.keyboard.press(str(1 + cut.index(False)))
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     (row,) = rows_of(feedback / "pairs.jsonl")
-    expect(row["chosen"] == left and len(set(row["models"])) == 2, "the vote is not what was chosen")
+    expect(row["chosen"] == texts[cut.index(False)], "the vote is not what was chosen")
+    expect(len(set(row["models"])) == 2, "the two answers are of one model")
+    read = [message["role"] for message in row["prompt"]]
+    expect(read == ["user", "assistant", "user"], "the prompt of a vote is not what the models read")
+    page.evaluate("system.value = ''")
     expect("step_" in page.inner_text("#thread"), "the models stay hidden after the vote")
     expect(page.input_value("#message") == "", "the digit of a vote is typed into the next message")
     # the disk is full for a while
@@ -183,7 +192,7 @@ def check_votes(page, feedback):
     page.reload()
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     expect(rows_of(feedback / "ties.jsonl")[0]["vote"] == "both_bad", "a vote kept by the page was not sent again")
-    expect(page.locator("#thread > li").count() == 2, "the conversation does not survive a reload")
+    expect(page.locator("#thread > li").count() == 3, "the conversation does not survive a reload")
 
 
 def check_rating_and_correction(page, address, feedback):
@@ -224,6 +233,27 @@ def check_report(page, address):
     with page.expect_download() as download:
         page.click("text=pairs.jsonl")
     expect(len(rows_of(Path(download.value.path()))) == 1, "the download is not the file")
+
+
+FORBIDDEN = "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, "
+FORBIDDEN += "{ get() { throw new DOMException('forbidden', 'SecurityError') } })"
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }"
+
+
+def check_without_storage(browser, address, feedback):
+    """A browser that stores nothing loses no vote."""
+    for script in (FORBIDDEN, FULL):
+        stored = len(rows_of(feedback / "ratings.jsonl"))
+        context = browser.new_context()
+        context.add_init_script(script)
+        page = context.new_page()
+        page.goto(address)
+        wait(page, "document.activeElement.id == 'message'")
+        ask(page, "hi")
+        page.click("text=Bad")
+        wait(page, "document.getElementById('status').textContent.includes('stored')")
+        expect(len(rows_of(feedback / "ratings.jsonl")) == stored + 1, "a vote is lost without storage")
+        context.close()
 
 
 def check_accessibility(page, axe):
@@ -307,6 +337,7 @@ def check(folder, out, chromium="", axe="", pictures=True, model=""):
             check_rating_and_correction(page, address, feedback)
             check_follow(page, rounds)
             check_report(page, address)
+            check_without_storage(browser, address, feedback)
             expect(not problems, f"errors in the browser: {problems}")
             if pictures:
                 screenshots(browser, address, out, axe)

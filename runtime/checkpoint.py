@@ -91,7 +91,7 @@ def newest_finished(folder):
         with contextlib.suppress(UserError, OSError, IndexError):  # being written, or deleted, right now
             last = steps_in(run)[-1]
             info = read_info(last)
-            if info["stage"] != "reward" and info["step"] == info.get("total_steps"):
+            if info and info["stage"] != "reward" and info["step"] == info.get("total_steps"):
                 finished.append(((last / MANIFEST).stat().st_mtime, last))
     return max(finished, default=(0, None))[1]
 

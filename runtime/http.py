@@ -12,6 +12,7 @@ import ipaddress
 from urllib.parse import urlsplit
 
 import h11
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -40,6 +41,8 @@ async def body_of(request):
                     body.append(piece)
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {PATIENCE:g} seconds") from None
+    except ClientDisconnect:
+        raise Refusal(499, "the client has left") from None
     if size > LARGEST_BODY:
         raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
     return b"".join(body)
@@ -115,8 +118,9 @@ class Guard:
         if origin is not None and origin not in (f"http://{host}", f"https://{host}", *self.origins):
             return Refusal(403, f"origin {origin!r} may not use this server; --origin adds it")
         if self.config.api_key and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
-            given, key = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
-            if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.config.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
                 return Refusal(401, "the API key is wrong or missing", code="invalid_api_key")
         return None
 

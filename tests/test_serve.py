@@ -228,6 +228,9 @@ def test_a_stop_string_ends_an_answer_and_is_never_shown(server, models):
         ({"messages": [*HI, *HI]}, "messages"),
         ({"messages": [HI[0] | {"tool_calls": [1]}]}, "messages"),
         ({"messages": [message("user", [{"type": "image_url"}])]}, "messages"),
+        ({"messages": [message("user", [{"type": "text", "text": "hi"}, {"type": "text", "text": None}])]}, "messages"),
+        ({"messages": [message("user", [{"type": "text", "text": "hi"}, {"type": "text", "text": 5}])]}, "messages"),
+        ({"messages": [message("user", [{"type": "text", "text": "hi"}, {"type": "text"}])]}, "messages"),
         ({"messages": [message("user", "y" * 290)]}, "messages"),
         ({"messages": [message("user", "y" * 90_000)]}, "messages"),
     ],
@@ -245,6 +248,24 @@ def test_fields_at_their_defaults_are_taken(server):
     assert server.ask(max_tokens=3, seed=1, **defaults).status_code == 200
     same = [server.ask(messages, max_tokens=3, seed=1).json()["choices"] for messages in (HI, parts)]
     assert same[0] == same[1]
+
+
+def test_both_limits_hold(server):
+    for limits in ({"max_tokens": 3, "max_completion_tokens": 9}, {"max_tokens": 9, "max_completion_tokens": 3}):
+        assert server.ask(model="latest", seed=1, **limits).json()["usage"]["completion_tokens"] == 3
+    text = {"prompt": "Ada", "max_completion_tokens": 3}  # which is no field there
+    assert "max_completion_tokens" in server.http.post("/v1/completions", json=text).json()["error"]["message"]
+
+
+def test_what_can_never_be_answered_is_not_to_be_tried_again(server):
+    for n, prompts in ((128, ["a", "b", "c"]), (3, ["a"] * 128)):
+        answer = server.http.post("/v1/completions", json={"prompt": prompts, "n": n, "max_tokens": 1})
+        assert answer.status_code == 400 and "384 completions" in answer.json()["error"]["message"]
+
+
+def test_a_body_may_have_a_byte_order_mark(server):
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": HI, "max_tokens": 1}).encode()
+    assert server.http.post("/v1/chat/completions", content=body).status_code == 200
 
 
 def test_a_base_model_continues_texts_and_does_not_chat(serving, models):
@@ -380,7 +401,13 @@ def test_large_and_broken_requests_are_refused_and_others_are_served(server):
     assert b"413" in server.raw(head(2**21) + b" " * 2**21, 3)[:20]
     assert b"400" in server.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 20_000, 3)[:20]
     assert b"400" in server.raw(b"\x16\x03\x01 nonsense\r\n\r\n", 3)[:20]
+    for path in (b"/v1/chat/completions", b"/v1/feedback"):  # they leave in the middle of a body, or it is none
+        start = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n"
+        assert b"Invalid" in server.raw(start + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 3)
+        with socket.create_connection(("127.0.0.1", server.port), 10) as s:
+            s.sendall(start + b"Content-Length: 100\r\n\r\n{")
     assert server.ask(max_tokens=1).status_code == 200
+    assert server.child.output().count("\n") == 1  # what strangers do does not fill the terminal
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,10 +434,11 @@ def test_pages_of_other_sites_and_other_names_are_refused(serving, models):
 def test_the_key(serving, models, fork):
     served = serving(model=models / "wild", api_key="ключ-1", host="0.0.0.0")
     served.http.base_url = f"http://127.0.0.1:{served.port}"
-    for key in ("", "Bearer", "Bearer wrong", "ключ-1".encode(), b"Bearer \xff"):
+    for key in ("", "Bearer", "Bearer wrong", "ключ-1".encode(), b"Bearer \xff", "Basic ключ-1".encode()):
         answer = served.http.get("/v1/models", headers={"authorization": key})
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-    assert served.http.get("/v1/models", headers={"authorization": "Bearer ключ-1".encode()}).status_code == 200
+    for right in ("Bearer ключ-1", "bearer ключ-1", "BEARER  ключ-1"):
+        assert served.http.get("/v1/models", headers={"authorization": right.encode()}).status_code == 200
     assert served.http.get("/").status_code == served.http.get("/app.js").status_code == 200
     assert "--api_key" in refused(start(fork, serve, model=models / "wild", host="0.0.0.0"))
 
