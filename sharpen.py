@@ -64,13 +64,20 @@ def training(config, folder, init, votes):
     if config.method == "dpo":
         return [["dpo.py", *start, f"--out={folder}/dpo", *flags_for(votes, config.dpo)]]
     reward = ["reward.py", *start, f"--out={folder}/rm", *flags_for(votes, config.reward)]
-    ppo = ["ppo.py", *start, f"--reward={folder}/rm", f"--out={folder}/ppo", *shlex.split(config.ppo)]
+    ppo = ["ppo.py", *start, f"--reward={folder}/rm", f"--out={folder}/ppo", *split(config.ppo)]
     return [reward, ppo]
+
+
+def split(flags):
+    try:
+        return shlex.split(flags)
+    except ValueError as e:
+        raise UserError(f"{flags!r}: {e}; further flags stand in one pair of quotes") from None
 
 
 def flags_for(votes, flags):
     """The words of `flags`, and what few votes need besides."""
-    words = shlex.split(flags)
+    words = split(flags)
     if votes < FEW and not any(word.startswith("--val") for word in words):
         words.append("--val_fraction=0.2")
     return words

@@ -140,14 +140,14 @@ def truth(body, name):
 
 
 def read_model(body):
-    name = body.get("model", "latest")
+    name = "latest" if body.get("model") is None else body["model"]
     if not isinstance(name, str):
         raise Refusal(400, "model: the name of a model was expected; /v1/models lists them", "model")
     return name
 
 
 def read_stop(body):
-    stop = body.get("stop") or []
+    stop = [] if body.get("stop") in (None, "") else body["stop"]
     stop = [stop] if isinstance(stop, str) else stop
     if not (isinstance(stop, list) and len(stop) <= 4 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop)):
         raise Refusal(400, "stop: a string or up to 4 were expected, of 1 to 256 characters", "stop")
@@ -259,7 +259,10 @@ class Completion:
 
 
 def logprobs_of(request, pieces):
-    """What a client that wants log-probabilities is told of some tokens."""
+    """What a client that wants log-probabilities is told of some tokens.
+
+    They are of the distribution that was drawn from: at temperature 0 all are 0.
+    """
     if not request.logprobs:
         return None
     texts = [piece.decode("utf-8", "replace") for piece, _, _ in pieces]

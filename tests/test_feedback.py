@@ -308,6 +308,8 @@ def test_a_round_trains_on_the_new_votes_from_the_newest_model(tmp_path, fork, m
     assert "$ python dpo.py" in output and "--resume" in output and "data.feedback" not in output
     reward, ppo = sharpen.training(sharpen.Config(init="x", method="ppo"), rounds / "3", first, votes=9)
     assert reward[0] == "reward.py" and reward[-1] == "--val_fraction=0.2"
+    with pytest.raises(UserError, match="No closing quotation"):
+        sharpen.training(sharpen.Config(init="x", dpo="--data='x"), rounds / "3", first, votes=9)
     assert ppo[0] == "ppo.py" and f"--reward={rounds}/3/rm" in ppo and "--val_fraction=0.2" not in ppo
 
 
@@ -346,6 +348,8 @@ def test_the_newest_finished_run_is_found(tmp_path):
     def run(name, stage="dpo", **info):
         return save(random_model, tmp_path / name, stage, **info)
 
+    done = run("0/base", "pretrain") / "feinschliff.json"
+    write_json(done, json.loads(done.read_text()) | {"total_steps": 1})
     run("1/dpo")  # of before runs told their total
     (run("foreign") / "feinschliff.json").unlink()  # also a run that is just being deleted
     assert newest_finished(tmp_path) is None

@@ -218,6 +218,9 @@ def test_a_stop_string_ends_an_answer_and_is_never_shown(server, models):
         ({"temperature": "1"}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
         ({"stop": [""]}, "stop"),
+        ({"stop": False}, "stop"),
+        ({"stop": 0}, "stop"),
+        ({"stop": {}}, "stop"),
         ({"stop": list("abcde")}, "stop"),
         ({"logprobs": 2}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -243,6 +246,8 @@ def test_what_would_be_ignored_or_cannot_be_is_refused_by_name(server, fields, p
 
 
 def test_fields_at_their_defaults_are_taken(server):
+    nothing = dict.fromkeys(READ_CHAT | set(INERT) | {"user"}) | {"messages": HI, "max_tokens": 3}
+    assert server.http.post("/v1/chat/completions", json=nothing).status_code == 200
     defaults = {name: values[0] for name, values in INERT.items()} | {"user": None, "logprobs": False}
     parts = [message("user", [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}])]
     assert server.ask(max_tokens=3, seed=1, **defaults).status_code == 200
