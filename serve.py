@@ -24,6 +24,7 @@ import shlex
 import socket
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,7 @@ from runtime.process import launch, setup
 
 WEB = Path(__file__).parent / "web"
 FOLLOW_SECONDS = 1.0  # between two looks for a new run
+MOST_MODELS = 50  # whose win rates are shown
 
 
 @dataclass
@@ -207,7 +209,12 @@ class Server:
         journal, config = self.journal, self.config
         newest = [row for kind in KINDS for row in list(journal.newest[kind])]
         newest.sort(key=lambda row: row.get("time") or 0, reverse=True)
-        rates = await asyncio.to_thread(bradley_terry, dict(journal.matches), seed=0)
+        votes, matches = Counter(), dict(journal.matches)  # votes of each model
+        for (model, other, _), n in matches.items():
+            votes.update({model: n, other: n})
+        most = {model for model, _ in votes.most_common(MOST_MODELS)}  # all would fill the memory
+        matches = {match: n for match, n in matches.items() if most.issuperset(match[:2])}
+        rates = await asyncio.to_thread(bradley_terry, matches, seed=0)
         flags = [f"--init={config.model}", f"--feedback={config.feedback}", f"--rounds={config.follow or 'out/rounds'}"]
         sharpen = shlex.join(["python", "sharpen.py", *flags])
         commands = [sharpen, f"{sharpen} --method=ppo"]
@@ -297,7 +304,8 @@ async def run(config, models, journal, device, listening):
     # What strangers send wrongly is told to them, not to the terminal
     settings |= {"log_level": "error", "access_log": False}
     limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": 1000, "timeout_graceful_shutdown": 2}
-    where = f"http://{config.host}:{listening.getsockname()[1]}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    where = f"http://{host}:{listening.getsockname()[1]}"
     print0(f"{', '.join(served.name for served in models)}: talk to it at {where}, by programs at {where}/v1")
     await uvicorn.Server(uvicorn.Config(make_app(server), **settings, **limits)).serve(sockets=[listening])
 
@@ -317,7 +325,8 @@ def main(config):
     try:
         listening = socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as e:
-        raise UserError(f"--port={config.port}: {e.strerror}; choose another, or 0 for any free one") from None
+        where = f"--host={config.host} --port={config.port}"
+        raise UserError(f"{where}: {e.strerror}; choose another port, or 0 for any free one") from None
     asyncio.run(run(config, models, journal, device, listening))
 
 

@@ -50,7 +50,7 @@ class Served:
     def __init__(self, path, patience=None, **flags):
         def run(argv):
             http.PATIENCE = serve.PATIENCE = patience or http.PATIENCE
-            serve.FOLLOW_SECONDS = 0.1
+            serve.FOLLOW_SECONDS, serve.MOST_MODELS = 0.1, 8
             run_script(serve, argv)
 
         argv = [f"--{name}={value}" for name, value in ({"device": "cpu", "port": 0} | flags).items()]
@@ -493,6 +493,13 @@ def test_a_vote_is_stored_once_and_shown(server):
     assert server.http.get("/v1/feedback/secrets.jsonl").status_code == 404
 
 
+def test_votes_on_very_many_models_show_the_rates_of_those_with_most(server):
+    for i in range(10):
+        server.http.post("/v1/feedback", json=vote(f"often {i}", models=["often", f"rare {i}"]))
+    rates = server.http.get("/v1/feedback").json()["win_rates"]
+    assert len(rates) <= 8 and rates["often"]["value"] > 0.5
+
+
 def test_a_kill_loses_no_acknowledged_vote_and_leaves_no_half_line(serving, models, tmp_path):
     flags = {"model": models / "wild", "feedback": tmp_path / "feedback"}
     served, acknowledged = serving(**flags), []
@@ -584,6 +591,16 @@ def test_what_cannot_be_served_is_refused(models, fork, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
         assert f"--port={port}" in refused(start(fork, serve, model=models / "wild", port=port))
+    assert "--host=no.such.name" in refused(start(fork, serve, model=models / "wild", host="no.such.name", api_key="x"))
+
+
+def test_an_ipv6_address_is_told_as_a_browser_takes_it(serving, models):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    served = serving(model=models / "wild", host="::1")
+    assert served.url.startswith("http://[::1]:") and served.http.get("/v1/models").status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------
