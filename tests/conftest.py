@@ -6,6 +6,7 @@ everywhere.
 
 import importlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -24,12 +25,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("interpreter")
 
+import ppo
 from bench.child import Child
-from data.pack import pack
 from kernels import _lib
-from model import GPT, GPTConfig, logprobs
-from optim import Optimizer
-from runtime import memory
+from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
 
@@ -98,17 +97,24 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def one_plan():
-    """The memory plan of a tiny model. What PyTorch's fake tensors load and remember at the first
-    one, a third of a second, is then there in every forked child."""
-    model, p = random_model(), pack([[1, 2, 3], [4, 5]])
-    optimizer = Optimizer(model, 0.1, matrix_lr=0.1)
-    trained = [(model, optimizer, lambda model, items: logprobs(model, p).sum())]
-    return memory.training(torch.device("cpu"), trained, [], False, False, False)
+def warm(tmp_path_factory):
+    """One step of PPO in this process. What PyTorch loads and remembers in its first run, two
+    seconds of work, is then there in every forked child."""
+    from runs import save, write_rows
+
+    folder = tmp_path_factory.mktemp("warm")
+    prompts = write_rows(folder / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(20)])
+    flags = {"init": str(save(random_model, folder / "sft", "sft")), "data": str(prompts), "device": "cpu"}
+    sizes = {"steps": 1, "prompts_per_step": 2, "eval_prompts": 2, "max_new_tokens": 2, "val_fraction": 0.2}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ppo.main(ppo.Config(reward="data/rules.py:brief", out=str(folder / "run"), **flags, **sizes))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def fork(tmp_path, one_plan):
+def fork(tmp_path, warm):
     """A function: (call, *args, ENVIRONMENT=...) -> bench.child.Child. Children still alive at the
     end of the test are killed."""
     children = []

@@ -44,7 +44,7 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, warm):
     return faults.make_inputs(tmp_path_factory.mktemp("faults"))
 
 

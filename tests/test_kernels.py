@@ -932,7 +932,8 @@ def proofs(kernels_run, monkeypatch, tmp_path):
 
     def counted(op, make, device):
         count[op] += 1
-        return make(kernels_run)
+        f, inputs = make(kernels_run)
+        return f, [x[:8] if x.dim() > 1 else x for x in inputs]  # few rows: the interpreter is slow
 
     monkeypatch.setattr(proof, "PROOFS", {op: partial(counted, op, proof.PROOFS[op]) for op in count})
     monkeypatch.setattr(_lib, "OFF", set())
