@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
 import h11
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data.openai import Refusal
+from runtime.errors import UserError
 
 LARGEST_BODY = 2**20  # bytes
 PATIENCE = 20.0  # seconds that a client may take to send a request, or to read a piece of an answer
@@ -89,6 +91,9 @@ class Guard:
     def __init__(self, app, config):
         self.app, self.config = app, config
         self.origins = [origin.strip() for origin in config.origin.split(",") if origin.strip()]
+        for origin in self.origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/A-Z\s]+", origin):
+                raise UserError(f"--origin={origin}: not as browsers send it, for example https://example.org:8000")
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -106,7 +111,7 @@ class Guard:
         if refusal := self.refusal(scope, headers):
             app = error_response(refusal)
         elif scope["method"] == "OPTIONS" and origin in self.origins:  # a browser asks before it sends
-            allowed = {"access-control-allow-headers": "authorization, content-type"}
+            allowed = {"access-control-allow-headers": "authorization, *"}  # OpenAI's client sends many of its own
             app = Response(status_code=204, headers=allowed | {"access-control-allow-methods": "GET, POST"})
         await app(scope, receive, send_with_headers)
 

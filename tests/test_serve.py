@@ -591,6 +591,8 @@ def test_what_cannot_be_served_is_refused(models, fork, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
         assert f"--port={port}" in refused(start(fork, serve, model=models / "wild", port=port))
+    for origin in ("example.org", "https://example.org/", "https://Example.org", "null", "*"):
+        assert "not as browsers send it" in refused(start(fork, serve, model=models / "wild", origin=origin, port=0))
     assert "--host=no.such.name" in refused(start(fork, serve, model=models / "wild", host="no.such.name", api_key="x"))
 
 
