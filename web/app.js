@@ -159,8 +159,7 @@ function vote(n, choice) {
   $('message').focus()
 }
 
-// said: {label} or {correction}
-function judgeAnswer(n, said) {
+function judgeAnswer(n, said) {  // {label} or {correction}
   const { text, model, seed } = Object.assign(chosenAnswer(turns[n]), said)
   judge({ ...said, prompt: turns[n].prompt, answer: text, model, seed })
   draw()
@@ -308,6 +307,7 @@ async function begin() {
   try {
     await loadModels()
     $('login').hidden = true
+    say('')
     if (onReport) return await showReport()
     draw()
     await sendUnsent()
