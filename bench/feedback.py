@@ -18,6 +18,7 @@ Done parts are kept in --out: the same command continues. Last line of output: J
     python -m bench.feedback --start=out/quickstart --seeds=1 --ways=offline,one
 """
 
+import http.client
 import json
 import random
 import shutil
@@ -85,7 +86,7 @@ def post(address, path, body):
             return json.load(urllib.request.urlopen(urllib.request.Request(address + path, data), timeout=60))
         except urllib.error.HTTPError as e:
             raise UserError(f"{path}: {e.status}: {e.read()[:300]}") from None
-        except OSError:  # it has been killed
+        except (OSError, http.client.HTTPException):  # it has been killed
             time.sleep(0.1)
     raise UserError("the server does not come back")
 
