@@ -282,7 +282,7 @@ function drawRow(row) {
   const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], [row.models ?? row.model].flat().join(' over ')]
   return el('li', {}, el('p', { className: 'question text', textContent: prompt.at(-1)?.content ?? prompt }),
     el('p', { className: 'text', textContent: text }),
-    quiet([...said, new Date(1000 * row.time).toLocaleString()].join(' · ')))
+    quiet([...said, row.time && new Date(1000 * row.time).toLocaleString()].filter(Boolean).join(' · ')))
 }
 
 async function download(name) {
