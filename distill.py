@@ -218,7 +218,7 @@ def main(config):
 
     # bookkeeping: optimizer, memory, what is saved and resumed
     steps, lr = config.steps, config.lr or 1e-3 * (128 / model.config.width) ** 1.5
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, lr)
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, teachers, tok, train)
     print0(f"{len(train):,} rows, {len(teachers)} teachers; {steps} steps; peak lr {lr:.3g}")
@@ -238,7 +238,7 @@ def main(config):
         chats = [item for item, _ in items]
         if not config.offline and step == run.start + 1:  # what is sampled from is what is differentiated
             logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
-            check_sampler_matches_trainer(model, completions, logp, ref_logp=None, config=config, repeat=True)
+            check_sampler_matches_trainer(model, completions, logp, config, repeat=True)
 
         # 2. The teachers say how every token is distributed; the student moves towards it
         model.train()

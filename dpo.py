@@ -59,7 +59,7 @@ class Config(RunConfig):
     reference: str = ""
     # cdpo: assumed share of wrong labels [>= 0; <= 0.5]
     smoothing: float = 0.1
-    # simpo: by how much the chosen side is to lead [>= 0]
+    # simpo: the margin to reach [>= 0]
     gamma: float = 0.0
     # kto: weight of good completions [>= 0]
     desirable: float = 1.0
@@ -144,7 +144,7 @@ def kto_loss(logratio, is_good, kl, beta, desirable=1.0, undesirable=1.0):
 class Loss(NamedTuple):
     function: Callable  # of (chosen, rejected, beta, label_probs, and the flags below)
     beta: float  # default of --beta
-    compares: str  # logratio, or logp: without a reference; mean_logratio, mean_logp: per token
+    compares: str  # logratio, or logp, which needs no reference; mean_logratio, mean_logp: per token
     flags: tuple = ()  # flags that only this loss reads
     takes_nll: bool = True
 
@@ -164,8 +164,8 @@ def check_flags(config):
     """Raises UserError for a flag that the chosen loss does not read."""
     if config.loss not in LOSSES:
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
-    loss = LOSSES[config.loss]
-    read = {*loss.flags, *(["nll"] if loss.takes_nll else []), *(["reference"] if "ratio" in loss.compares else [])}
+    row = LOSSES[config.loss]
+    read = {*row.flags, "nll" if row.takes_nll else "", "reference" if "ratio" in row.compares else ""}
     for flag in ("smoothing", "gamma", "desirable", "undesirable", "nll", "reference"):
         if vars(config)[flag] != vars(Config)[flag] and flag not in read:
             raise UserError(f"--{flag}: --loss={config.loss} does not read it; leave it out")
@@ -193,11 +193,11 @@ def item_logps(model, items):
 
 @torch.no_grad()
 def all_logps(model, items, micro_batch_tokens):
-    """fp32 [n, 2] on the CPU: `item_logps` without gradients. Each rank fills in its share."""
-    found = torch.zeros(len(items), 2, device=model.embed.device)
+    """fp32 [n, 2] on the CPU: `item_logps` without gradients. Each rank reads its share."""
+    logps = torch.zeros(len(items), 2, device=model.embed.device)  # 0 where another rank reads
     for part in micro_batches(model, item_lengths(items), micro_batch_tokens):
-        found[part] = item_logps(model, items[part])
-    return torch.tensor(reduce_sum(*found.flatten().tolist())).view_as(found).float()
+        logps[part] = item_logps(model, items[part])
+    return torch.tensor(reduce_sum(*logps.flatten().tolist())).view(-1, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,26 +205,26 @@ def all_logps(model, items, micro_batch_tokens):
 
 
 def item_losses(model, items, label_probs, ref_logps, kl, config):
-    """(losses [P], compared [P, 2], margins [P]) of some items: --loss, what it compares of the two
-    sides, and by how much the first leads. kl: kto's z; None for the other losses."""
-    label_probs, ref_logps = (to_device(x, model.embed.device) for x in (label_probs, ref_logps))
+    """(losses [P], compared [P, 2], margins [P]) of some items: what the loss compares of the two
+    sides, and by how much the first exceeds the second. kl: kto's z; None for the other losses."""
+    row, device = LOSSES[config.loss], model.embed.device
+    label_probs, ref_logps = to_device(label_probs, device), to_device(ref_logps, device)
     if config.loss == "kto":
         return kto_item_losses(model, items, label_probs > 0.5, ref_logps[:, 0], kl, config)
-    loss, lengths = LOSSES[config.loss], to_device(completion_lengths(items), model.embed.device)
+    lengths = to_device(completion_lengths(items), device)
     logps = item_logps(model, items)  # [P, 2]
-    compared = logps - ref_logps if "ratio" in loss.compares else logps
-    if loss.compares.startswith("mean"):
+    compared = logps - ref_logps if "ratio" in row.compares else logps
+    if row.compares.startswith("mean"):
         compared = compared / lengths
     chosen, rejected = compared.unbind(1)
-    flags = {flag: vars(config)[flag] for flag in loss.flags}
-    losses = loss.function(chosen, rejected, config.beta, label_probs, **flags)
+    flags = {flag: vars(config)[flag] for flag in row.flags}
+    losses = row.function(chosen, rejected, config.beta, label_probs, **flags)
     losses = losses - config.nll * (logps[:, 0] / lengths[:, 0])
     return losses, compared.detach(), (chosen - rejected).detach()
 
 
 def kto_item_losses(model, items, is_good, ref_logps, kl, config):
-    """The same for kto: `compared` has the logratio of a good completion on the chosen side and of
-    a bad one on the rejected side, 0 on the other."""
+    """The same for kto. compared: the logratio, in column 0 if good and 1 if bad, else 0."""
     logratio = completion_logprob_sums(model, [completion for completion, _ in items]) - ref_logps
     losses = kto_loss(logratio, is_good, kl, config.beta, config.desirable, config.undesirable)
     compared = logratio.detach()[:, None] * torch.stack([is_good, ~is_good], dim=1)
@@ -243,29 +243,30 @@ def measure_kl(model, items, ref_logps, micro_batch_tokens):
 
 def run_batch(model, items, label_probs, ref_logps, config):
     """Means over a batch on all ranks: {"loss", "chosen_...", "rejected_...": what the loss
-    compares of the two sides, "accuracy"}. With gradients enabled, adds up that of the loss."""
+    compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
-    total, margins = (torch.zeros(n, device=model.embed.device) for n in (3, len(items)))
+    sums = torch.zeros(3, device=model.embed.device)  # of the losses and of both sides
+    margins = torch.zeros(len(items), device=model.embed.device)
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
-        batch = items[part], label_probs[part], ref_logps[part]
-        losses, compared, margins_of_part = item_losses(model, *batch, kl, config)
+        losses, compared, part_margins = item_losses(model, items[part], label_probs[part], ref_logps[part], kl, config)
         loss = losses.sum() / len(items)  # the batch's count, so that no split changes the gradient
         if torch.is_grad_enabled():
             loss.backward()
-        total += torch.stack([loss.detach(), *compared.sum(0)])
-        margins[part] = margins_of_part
-    loss, chosen, rejected, *margins = reduce_sum(*total.tolist(), *margins.tolist())
+        sums += torch.stack([loss.detach(), *compared.sum(0)])
+        margins[part] = part_margins
+    loss, chosen, rejected, *margins = reduce_sum(*sums.tolist(), *margins.tolist())
     n_chosen = n_rejected = len(items)
     if config.loss == "kto":  # an item is on one side only
-        n_chosen, n_rejected = (max(1, int(side.sum())) for side in (label_probs > 0.5, label_probs <= 0.5))
+        n_chosen, n_rejected = (label_probs > 0.5).sum().item(), (label_probs <= 0.5).sum().item()
     name = LOSSES[config.loss].compares
-    means = {f"chosen_{name}": chosen / n_chosen, f"rejected_{name}": rejected / n_rejected}
+    means = {f"chosen_{name}": chosen / max(1, n_chosen), f"rejected_{name}": rejected / max(1, n_rejected)}
     return {"loss": loss, **means, "accuracy": agreement(np.array(margins), label_probs).mean()}
 
 
 def main(config):
     check_flags(config)
-    config.beta = config.beta or LOSSES[config.loss].beta
+    row = LOSSES[config.loss]
+    config.beta = config.beta or row.beta
     run = Run("dpo", config)
 
     # 1. Policy and pairs
@@ -276,10 +277,10 @@ def main(config):
     order = index_order(len(train), config.seed)
     steps, epochs = order.plan(config.batch_size, config.epochs, config.steps)
     lr = config.lr or 2e-4 * (128 / model.config.width) ** 2
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    # 2. What the reference says of them; it never changes, so it is asked once
+    optimizer = Optimizer(model, lr, weight_decay=config.weight_decay)
+    # 2. The reference's log-probabilities, once: it never changes
     ref_logps, val_ref_logps = torch.zeros(len(train), 2), torch.zeros(len(val), 2)
-    if "ratio" in LOSSES[config.loss].compares:
+    if "ratio" in row.compares:
         reference = run.load_reference(model, tok)
         used = order.first_items(steps * config.batch_size)
         ref_logps[used] = all_logps(reference, [train[i] for i in used], config.micro_batch_tokens)
@@ -308,28 +309,28 @@ def main(config):
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, means["loss"], [grad_norm], sides)
-        loss, chosen, rejected, accuracy = means.values()  # in the order of run_batch
-        rewards = {"chosen_reward": config.beta * chosen, "rejected_reward": config.beta * rejected}
-        rewards |= {"margin": config.beta * (chosen - rejected), "accuracy": accuracy}
-        rates = {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, model, [len(side.ids) for side in sides], loss=loss, **rewards, **rates)
+        chosen, rejected = means[f"chosen_{row.compares}"], means[f"rejected_{row.compares}"]
+        metrics = {"loss": means["loss"], "chosen_reward": config.beta * chosen}
+        metrics |= {"rejected_reward": config.beta * rejected, "margin": config.beta * (chosen - rejected)}
+        metrics |= {"accuracy": means["accuracy"], "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
+        run.log(step, model, [len(side.ids) for side in sides], **metrics)
 
         # 4. Validate, save
         if run.eval_due(step):
             model.eval()
             with torch.no_grad():
-                metrics = run_batch(model, val, val_label_probs, val_ref_logps, config)
-            run.validated(step, {"val_loss": metrics.pop("loss"), **metrics})
-            warn_of_falling(run, metrics)
+                means = run_batch(model, val, val_label_probs, val_ref_logps, config)
+            run.validated(step, {"val_loss": means.pop("loss"), **means})
+            warn_of_falling(run, means)
         run.end_step(step, model, tok)
 
 
 def warn_of_falling(run, metrics):
     """Warn, once, if the chosen completions are less likely than in the reference, or at first."""
-    loss = LOSSES[run.config.loss]
-    name = f"chosen_{loss.compares}"
+    row = LOSSES[run.config.loss]
+    name = f"chosen_{row.compares}"
     first = run.first_step_stats.setdefault(name, 0.0 if "ratio" in name else metrics[name])
-    if loss.takes_nll and metrics[name] < first:
+    if row.takes_nll and metrics[name] < first:
         run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
 
 

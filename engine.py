@@ -17,7 +17,7 @@ from model import GPT
 from rollout import Sampler, affordable_slots
 from runtime.cli import print0
 
-PIECE_SECONDS = 0.05  # the tokens of a stream are told so often at most
+PIECE_SECONDS = 0.05  # between two deliveries of a stream's tokens, at least
 
 
 @dataclass(eq=False)
@@ -43,9 +43,9 @@ class Job:
     served: Served
     prompts: list  # token ids
     options: dict  # of Sampler.add
-    in_pieces: bool  # whether tokens are told as they come, or all at the end
+    in_pieces: bool  # whether tokens are sent as they come, or all at the end
     events: asyncio.Queue = field(default_factory=asyncio.Queue)  # (which completion, tokens, logprobs, ended)
-    told: dict = field(default_factory=dict)  # {request: how many of its tokens}
+    sent: dict = field(default_factory=dict)  # {request: how many of its tokens have been sent}
 
 
 class ModelThread(threading.Thread):
@@ -55,7 +55,7 @@ class ModelThread(threading.Thread):
         super().__init__(daemon=True)
         self.device, self.slots, self.loop = device, slots, loop
         self.inbox = queue.SimpleQueue()  # (method, its arguments)
-        self.busy, self.events, self.last_told = [], [], 0.0
+        self.busy, self.events, self.last_sent = [], [], 0.0
 
     def run(self):
         # On a CPU a core is left for the event loop: threads that wait for a busy one only spin
@@ -67,13 +67,14 @@ class ModelThread(threading.Thread):
             for served in self.busy:
                 self.step(served)
             self.busy = [served for served in self.busy if served.sampler and served.sampler.busy]
-            if time.monotonic() > self.last_told + PIECE_SECONDS:
-                self.tell_progress()
+            if time.monotonic() > self.last_sent + PIECE_SECONDS:
+                self.send_progress()
             if self.events:
                 self.loop.call_soon_threadsafe(hand_out, self.events)
                 self.events = []
 
     def add(self, job):
+        """Queue the completions of a job; an error goes to its client."""
         served = job.served
         try:
             if not served.sampler:
@@ -81,44 +82,45 @@ class ModelThread(threading.Thread):
             requests = served.sampler.add(job.prompts, **job.options)
         except Exception as e:  # out of memory, say: this job fails, the thread lives
             return self.loop.call_soon_threadsafe(hand_out, [(job, (0, [], [], e))])
-        job.told = dict.fromkeys(requests, 0)
+        job.sent = dict.fromkeys(requests, 0)
         served.writing |= {request: (job, i) for i, request in enumerate(requests)}
         if served not in self.busy:
             self.busy.append(served)
 
     def cancel(self, job, completions):
         """Drop some of a job's completions; those that have ended are left alone."""
-        for i, request in enumerate(job.told):
+        for i, request in enumerate(job.sent):
             if i in completions and job.served.writing.pop(request, None):
                 job.served.sampler.cancel(request)
 
     def step(self, served):
         try:
             samples = served.sampler.step()
-        except Exception as e:  # what this model was writing is lost, and its clients are told
+        except Exception as e:  # what this model was writing is lost; its clients get the error
             print0(f"error: {served.name}: {e!r}")
             self.events += [(job, (i, [], [], e)) for job, i in served.writing.values()]
             served.writing, served.sampler = {}, None
             return
-        for drawn in samples:
-            job, i = served.writing.pop(drawn.request)
-            new, reason = slice(job.told[drawn.request], None), "stop" if drawn.finished else "length"
-            self.events.append((job, (i, drawn.tokens[new], drawn.logprobs[new], reason)))
+        for sample in samples:
+            job, i = served.writing.pop(sample.request)
+            sent = job.sent[sample.request]
+            reason = "stop" if sample.finished else "length"
+            self.events.append((job, (i, sample.tokens[sent:], sample.logprobs[sent:], reason)))
 
-    def tell_progress(self):
-        """Tell what has been drawn of completions that are read as they come."""
-        self.last_told = time.monotonic()
+    def send_progress(self):
+        """Send what has been drawn of completions that are read as they come."""
+        self.last_sent = time.monotonic()
         for served in self.busy:
-            known = {}  # {slot: how many of its tokens have been told}
+            known = {}  # {slot: how many of its tokens have been sent}
             for slot, request in served.sampler.live.items():
                 job, _ = served.writing[request.id]
-                if job.in_pieces and job.told[request.id] < request.drawn:
-                    known[slot] = job.told[request.id]
+                if job.in_pieces and job.sent[request.id] < request.drawn:
+                    known[slot] = job.sent[request.id]
             for slot, (tokens, logprobs) in written_since(served.sampler, known).items():
                 request = served.sampler.live[slot]
                 job, i = served.writing[request.id]
                 self.events.append((job, (i, tokens, logprobs, None)))
-                job.told[request.id] = request.drawn
+                job.sent[request.id] = request.drawn
 
 
 def written_since(sampler, known):
@@ -136,5 +138,6 @@ def written_since(sampler, known):
 
 
 def hand_out(events):
-    for job, news in events:
-        job.events.put_nowait(news)
+    """Put each event into its job's queue; runs in the event loop."""
+    for job, event in events:
+        job.events.put_nowait(event)

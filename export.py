@@ -152,8 +152,9 @@ def check_exportable(c):
     family = config_to_hf(c)["model_type"]
     refused = {
         "a reward model, which gives one number per token": c.scalar_head,
-        f"sliding windows, which llama.cpp has not for {family}": bool(c.window),
-        f"Llama 3's rotary scaling, which llama.cpp has not for {family}": bool(c.rope_scaling) and family != "llama",
+        f"sliding windows, which llama.cpp does not have for {family}": bool(c.window),
+        f"Llama 3's rotary scaling, which llama.cpp does not have for {family}": bool(c.rope_scaling)
+        and family != "llama",
         "heads that are not as wide as the model together, which llama.cpp wants of qwen2": (
             family == "qwen2" and c.heads * c.head_dim != c.width
         ),

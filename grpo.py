@@ -6,8 +6,8 @@ reward exceeds that of the others to the same prompt.
     ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
 DeepSeek's method (Shao et al. 2024, arXiv 2402.03300, eq. 3), made for rewards that a rule can
-check (data/rules.py): R1 learned to reason by it (2501.12948). A group whose completions are all
-worth the same teaches nothing and is left out (papers count it in the mean); --refill replaces it.
+check (data/rules.py): R1 learned to reason by it (2501.12948). A group of equal rewards teaches
+nothing and is left out (papers count it in the mean); --refill replaces it.
 --recipe sets the flags marked (recipe) as a paper has them, unless they are given:
 
     deepseekmath  + beta k3; the mean over each completion first; one update (2402.03300, 4.2)
@@ -87,17 +87,16 @@ class Config(RolloutConfig):
     clip_low: float = -1.0
     # (recipe: 0.28) how far above 1 [>= 0]
     clip_high: float = -1.0
-    # (recipe: 0) a completion worse than its group teaches nothing once its tokens are less likely
-    # by this on average, in nats; 0: all teach [>= 0]
+    # (recipe: 0) a completion worse than its group is masked once its tokens are less likely than
+    # when they were sampled, by this on average, in nats; 0: none is [>= 0]
     off_policy_mask: float = -1.0
     # (recipe: none) estimator of the KL to the reference [one of none, k2, k3, unbiased]
     kl: str = ""
     # (recipe: 0) KL coefficient: the price of moving away from the reference [>= 0]
     beta: float = -1.0
-    # (recipe: 0) how often to sample other prompts in place of groups that are all worth the same
-    # [>= 0]
+    # (recipe: 0) how often to sample further prompts in place of groups of equal rewards [>= 0]
     refill: int = -1
-    # (recipe: none) mask: completions without an end teach nothing; punish: up to -1 over the last
+    # (recipe: none) mask: completions without an end are left out; punish: up to -1 over the last
     # --overlong_share of --max_new_tokens [one of none, mask, punish]
     overlong: str = ""
     # (recipe: 0) steps after which the policy becomes its own reference; 0: never [>= 0]
@@ -138,13 +137,13 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# The algorithm. P groups of G completions of M trained tokens in all; what belongs to tokens is
-# fp32 [M], completion after completion.
+# The algorithm: P groups of G completions. Per-token tensors are fp32 [M], one completion after
+# another; lengths: the tokens of each.
 
 
 def group_advantages(rewards, kind):
-    """[P, G] -> [P, G]: by how much each completion is better than its group; 0 if all are worth
-    the same.
+    """[P, G] -> [P, G]: by how much each completion is better than its group; 0 in a group of equal
+    rewards.
 
     grpo: (r - mean) / std (2402.03300, section 4.1.2); dr_grpo: r - mean (2503.20783, eq. 4); rloo:
     r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740)."""
@@ -154,19 +153,19 @@ def group_advantages(rewards, kind):
         advantages = advantages / rewards.std(1, keepdim=True).clamp(min=1e-300)
     elif kind == "rloo":
         advantages = advantages * G / (G - 1)
-    # Rounding is no reason to learn: (r - mean) / std of three equal 0.3 can be 0.7
+    # Equal rewards must give 0, but (r - mean) / std of three times 0.3 can be 0.7, by rounding
     return torch.where(differs(rewards)[:, None], advantages, 0.0)
 
 
 def differs(rewards):
-    """bool [P]: whether a group's rewards, fp64 [P, G], are not all the same but for rounding."""
+    """bool [P]: whether a group's rewards, fp64 [P, G], differ by more than rounding."""
     return rewards.amax(1) - rewards.amin(1) > 1e-12 * rewards.abs().amax(1)
 
 
 def token_weights(lengths, kind, n_tokens, n_completions, max_new_tokens):
-    """fp32 [M]: the weight of each token's loss, so that their sum is the loss. By the kinds,
-    token: 1 / n_tokens (DAPO, eq. 8); sequence: 1 / (n_completions length) (GRPO); constant: 1 /
-    (n_completions max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks."""
+    """fp32 [M]: the weight of each token's loss; the loss is the weighted sum. token: 1 / n_tokens
+    (DAPO, eq. 8); sequence: 1 / (n_completions length) (GRPO); constant: 1 / (n_completions
+    max_new_tokens) (Dr. GRPO). Both n are of the minibatch, on all ranks."""
     if kind == "token":
         weights = [1 / n_tokens for _ in lengths]
     elif kind == "sequence":
@@ -231,16 +230,15 @@ def overlong_penalty(length, max_new_tokens, share):
 # One step
 
 
-def roll_out(model, tok, rewards, order, train, step, config, time_phase):
-    """([Completion], n_prompts): this rank's completions, and how many prompts all ranks saw.
-
-    That is --prompts_per_step, and with --refill more, until so many groups have differences."""
+def roll_out(model, tok, scorers, order, train, step, config, time_phase):
+    """([Completion], n_prompts): this rank's completions, and the number of prompts on all ranks:
+    --prompts_per_step, and with --refill more, until so many groups have unequal rewards."""
     completions, n_prompts, missing = [], 0, config.prompts_per_step
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
         more = complete_rows(model, tok, rows, step, config, n_prompts)
         time_phase("rollout")
-        scoring.score_batch(rewards, more)
+        scoring.score_batch(scorers, more)
         if config.overlong == "punish":
             for c in more:
                 c.penalty = overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
@@ -255,20 +253,22 @@ def roll_out(model, tok, rewards, order, train, step, config, time_phase):
 
 
 def group_scores(completions, config):
-    """fp64 [P, G], of whole groups. In a group the same text is worth the same: a reward model that
-    reads it in another pack rounds otherwise, which is no difference to learn from."""
-    known = {}
-    scores = [known.setdefault((c.index // config.group_size, c.text, c.sample.finished), c.score) for c in completions]
+    """fp64 [P, G], of whole groups. Within a group the same text has the same score: a reward model
+    that reads it in another pack rounds differently, which is no difference to learn from."""
+    scores, score_of = [], {}
+    for c in completions:
+        text = c.index // config.group_size, c.text, c.sample.finished
+        scores.append(score_of.setdefault(text, c.score))
     return torch.tensor(scores, dtype=torch.float64).view(-1, config.group_size)
 
 
 def find_advantages(completions, config):
-    """(trained, groups): the completions that teach, with their advantages; and statistics of the
-    groups, repeated for each completion, {"zero_variance", "all_right", ...: [D]}.
+    """(trained, groups): the completions to train on, which get their advantages; and statistics
+    of the groups, repeated for each completion, {"zero_variance", "all_right", ...: [D]}.
 
-    Groups of zero variance teach nothing, nor do completions without an end with --overlong=mask.
-    Right is what is worth more than 0, whatever its length costs: pass_at_1 is the share of it,
-    pass_at_k whether any is. A group is all right or all wrong if it is all worth the same."""
+    Left out are groups of zero variance and, with --overlong=mask, completions without an end. A
+    completion is right if its score without the length penalty is above 0: pass_at_1 is the share
+    of right ones, pass_at_k whether there is one; all_right and all_wrong are of equal rewards."""
     scores = group_scores(completions, config)
     advantages = group_advantages(scores, config.advantage).flatten().float()
     right = torch.tensor([c.score > c.penalty for c in completions]).view_as(scores)
@@ -278,21 +278,21 @@ def find_advantages(completions, config):
     groups |= {"all_cut": ~finished.any(1), "pass_at_1": right.double().mean(1), "pass_at_k": right.any(1)}
     groups = {name: values.repeat_interleave(config.group_size).tolist() for name, values in groups.items()}
     trained = []
-    for c, advantage, nothing in zip(completions, advantages, groups["zero_variance"], strict=True):
-        if not nothing and (c.sample.finished or config.overlong != "mask"):
+    for c, advantage, zero_variance in zip(completions, advantages, groups["zero_variance"], strict=True):
+        if not zero_variance and (c.sample.finished or config.overlong != "mask"):
             c.per_token["advantages"] = advantage.repeat(c.n_tokens)
             trained.append(c)
     return trained, groups
 
 
-UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")
+UPDATE_STATS = ("loss", "approx_kl", "clip_fraction", "ratio")  # logged as means over the updates
 
 
 def add_gradients(model, completions, n_tokens, n_completions, config):
     """Add up the gradient of the loss over this rank's part of a minibatch, which has `n_tokens`
     tokens in `n_completions` completions on all ranks. Returns its loss, and means over its tokens.
 
-    Completions without "old_logp" get what this pass finds."""
+    Completions without "old_logp" get the log-probabilities of this pass, with a ratio of 1."""
     model.train()
     sums = torch.zeros(len(UPDATE_STATS), device=model.embed.device)
     for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
@@ -300,12 +300,13 @@ def add_gradients(model, completions, n_tokens, n_completions, config):
         logp = completion_logprobs(model, [c.chat for c in micro_batch], config.temperature)
         if "old_logp" not in micro_batch[0].per_token:
             set_per_token(micro_batch, old_logp=logp.detach())
-        old_logp, advantages = (get_per_token(model, micro_batch, name) for name in ("old_logp", "advantages"))
+        old_logp = get_per_token(model, micro_batch, "old_logp")
+        advantages = get_per_token(model, micro_batch, "advantages")
         lengths = [c.n_tokens for c in micro_batch]
-        known = logp, old_logp, advantages, lengths
-        losses, ratio = POLICY_LOSSES[config.policy_loss](*known, config.clip_low, config.clip_high)
+        policy_loss = POLICY_LOSSES[config.policy_loss]
+        losses, ratio = policy_loss(logp, old_logp, advantages, lengths, config.clip_low, config.clip_high)
         if config.off_policy_mask:
-            losses = losses * off_policy_weights(*known, config.off_policy_mask)
+            losses = losses * off_policy_weights(logp, old_logp, advantages, lengths, config.off_policy_mask)
         if config.kl != "none":
             ref_logp = get_per_token(model, micro_batch, "ref_logp")
             losses = losses + config.beta * kl_loss(logp, ref_logp, torch.exp(logp - old_logp), config.kl)
@@ -328,12 +329,12 @@ def main(config):
     # Policy, reference, rewards, prompts
     model, tok = run.load()
     reference = run.load_reference(model, tok) if config.kl != "none" else None
-    rewards, reward_hashes = scoring.rewards_of(config, run.device)
+    scorers, reward_hashes = scoring.rewards_of(config, run.device)
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
 
     # bookkeeping: optimizer, memory, what is saved and resumed
     steps, lr = config.steps, config.lr or 3e-4 * (128 / model.config.width) ** 2
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, lr)
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, reference, tok, train)
     print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
@@ -342,13 +343,13 @@ def main(config):
 
     for step in run.steps():
         # 1. Roll out and score: groups of completions
-        completions, n_prompts = roll_out(model, tok, rewards, order, train, step, config, run.time_phase)
+        completions, n_prompts = roll_out(model, tok, scorers, order, train, step, config, run.time_phase)
 
         # 2. Advantages: how much better each completion is than its group
         trained, groups = find_advantages(completions, config)
         chats = [c.chat for c in trained]
 
-        # 3. Log-probabilities [M] before the update; a single one finds its own, with a ratio of 1
+        # 3. Log-probabilities [M] before the update; a single update computes them itself
         single_update = config.epochs * config.minibatches == 1
         _, ref_logp = read_logprobs(run, step, model, reference, trained, always=not single_update)
 
@@ -358,27 +359,27 @@ def main(config):
         for minibatch in minibatches(trained, n_prompts * config.group_size, step, config):
             stats = add_gradients(model, *minibatch, config)
             if config.stop_kl and stats["approx_kl"] > config.stop_kl:
-                optimizer.zero_grad()  # a loss of 0 would not do: Adam's momentum would still move the weights
+                optimizer.zero_grad()  # a loss of 0 is not enough: Adam's momentum would still move the weights
                 break
             grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
             run.require_finite(step, stats["loss"], [grad_norm], chats)
             updates.append(stats)
         logp = get_per_token(model, trained, "old_logp")  # from before the update
-        gap = check_sampler_matches_trainer(model, trained, logp, ref_logp=None, config=config)
+        gap = check_sampler_matches_trainer(model, trained, logp, config)
         run.time_phase("update")
 
         # 5. Log, validate, save
         metrics = rollout_metrics(completions, len(trained), logp, ref_logp, config.overlong == "punish", **groups)
         metrics |= mean_updates(updates, UPDATE_STATS)
         metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        # forward and backward passes; a forward pass alone, a third: sampling, ref_logp, old_logp
+        # FLOPs: --epochs passes, and a third for each forward pass: sampling, ref_logp, old_logp
         passes = config.epochs + (1 + bool(reference) + (not single_update)) / 3
         run.log_rollout(step, model, chats, passes, metrics)
         renewed = config.reference_every and step >= config.reference_every
         if renewed and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
         if run.eval_due(step):
-            run.validated(step, *scoring.validate_policy(model, reference, tok, rewards, val, config, config.beta))
+            run.validated(step, *scoring.validate_policy(model, reference, tok, scorers, val, config, config.beta))
         run.end_step(step, model, tok, {"reference": reference} if renewed else {})
 
 
@@ -391,7 +392,7 @@ def check_memory(run, model, optimizer, reference, tok, rows):
         return clip_loss(logp, logp.detach(), 1.0, [], config.clip_low, config.clip_high)[0].sum()
 
     frozen = {"reference": reference.config} if reference else {}
-    frozen |= scoring.reward_configs(f"{config.reward},{config.monitor}")
+    frozen |= scoring.reward_configs(config.reward, config.monitor)
     memory.check_rollout(run, [(model, optimizer, loss)], tok, rows, n / config.minibatches, n, frozen)
 
 

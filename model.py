@@ -8,8 +8,8 @@ Qwen2) of Hugging Face.
 RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, no biases (except Qwen2's
 on q, k, v); optionally a sliding window in every n-th layer. Output projections start at zero, so
 every block starts as the identity and the loss at ln V. Parameters are fp32; on CUDA the matrix
-products run in bf16. A block hands its last addition on to the next norm, so that each addition and
-the norm after it are one pass over memory (`add_rms_norm`).
+products run in bf16. Each residual addition and the norm after it are one pass over memory
+(`add_rms_norm`): a block therefore hands its last addition to the norm of the next one.
 
 Dimension letters, here and everywhere: N tokens in a pack, D documents, B rollout slots, T time,
 C width, H query heads, K key-value heads, Dh head width, V vocabulary, M tokens trained on,
@@ -89,7 +89,7 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
     multiple = 16 if width < 512 else 128  # what the matrix units like
     ffn = ffn or 8 * width // 3 // multiple * multiple
     c = GPTConfig(vocab_size, depth, width, heads, kv_heads, head_dim, ffn, **options)
-    c.window_every = min(c.window_every, depth) if c.window else 1  # as config.json will be read again
+    c.window_every = min(c.window_every, depth) if c.window else 1  # the value that config.json gives back
     return c
 
 
@@ -174,7 +174,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, delta, view, dropout):
-        """x [N, C] and what is still to be added to it -> the same, one block further."""
+        """x [N, C] and delta, still to be added to it -> both, one block further."""
         x, y = add_rms_norm(x, delta, self.attn_norm, self.norm_eps)  # x + delta, and its norm
         delta = F.dropout(self.attn(y, view), dropout)
         x, y = add_rms_norm(x, delta, self.mlp_norm, self.norm_eps)
@@ -189,9 +189,9 @@ class PackView:
 
     def __init__(self, model, pack, x, cache, slots):
         self.pack, self.cache = pack, cache
-        if pack.rows is not None:
-            # x [N, C] has a shared prompt once; the layout is of the whole documents
-            x = x[:1].expand(len(pack.rows), -1)
+        if pack.stored_row is not None:
+            # x has a shared prompt once; the layout is of the whole documents, [N, C]
+            x = x[:1].expand(len(pack.stored_row), -1)
         self.layout = layout(pack.cu_seqlens, x, model.config.head_dim)
         self.cos, self.sin = model.cos[pack.positions], model.sin[pack.positions]  # [N, Dh/2]
         if cache is not None:
@@ -202,17 +202,17 @@ class PackView:
     def attend(self, attn, qkv):
         """qkv [N, H + 2K, Dh] of the module `attn` -> what each token saw [N, H, Dh]."""
         rope = attn.q_norm, attn.k_norm, self.cos, self.sin, attn.heads, attn.norm_eps
-        if self.cache is None and self.pack.rows is None:
+        if self.cache is None and self.pack.stored_row is None:
             return rope_attention(qkv, *rope, self.layout, attn.window)
         qkv = qk_norm_rope(qkv, *rope)
-        if self.pack.rows is not None:
-            qkv = qkv.index_select(0, self.pack.rows)  # a shared prompt for each of its documents
+        if self.pack.stored_row is not None:
+            qkv = qkv.index_select(0, self.pack.stored_row)  # a shared prompt for each of its documents
         q, k, v = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
         if self.cache is not None:
             self.cache.k[attn.layer, self.slots, self.pack.positions] = k
             self.cache.v[attn.layer, self.slots, self.pack.positions] = v
         out = attention(q, k, v, self.layout, attn.window)
-        return out if self.pack.rows is None else out.index_select(0, self.pack.first)
+        return out if self.pack.stored_row is None else out.index_select(0, self.pack.first_copy)
 
 
 class StepView:
@@ -223,16 +223,15 @@ class StepView:
         self.held = cache.lengths.clone()  # int64 [B]: tokens of each slot before this one
         self.cos, self.sin = model.cos[self.held], model.sin[self.held]  # [B, Dh/2]
         cache.lengths += 1
-        config, x = model.config, cache.k
-        windows = set(config.windows)
-        self.biases = {window: decode_bias(x, config.head_dim, cache.lengths, window) for window in windows}
+        self.biases = {}  # {window: decode_attention's bias}
+        for window in set(model.config.windows):
+            self.biases[window] = decode_bias(cache.k, model.config.head_dim, cache.lengths, window)
 
     def attend(self, attn, qkv):
         """qkv [B, H + 2K, Dh] of the module `attn` -> what each token saw [B, H, Dh]."""
         k, v = self.cache.k[attn.layer], self.cache.v[attn.layer]  # [B, T, K, Dh]
-        norms = attn.q_norm, attn.k_norm
-        # q, normalised and rotated; k and v are appended to the cache
-        q = append_rope(qkv, *norms, self.cos, self.sin, attn.heads, attn.norm_eps, k, v, self.held)
+        rope = attn.q_norm, attn.k_norm, self.cos, self.sin, attn.heads, attn.norm_eps
+        q = append_rope(qkv, *rope, k, v, self.held)  # normalised and rotated; the cache gets this token's k and v
         return decode_attention(q, k, v, self.cache.lengths, attn.window, self.biases[attn.window])
 
 
@@ -263,8 +262,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Fresh weights from `seed`, the same on every device: drawn on the CPU, in fp32. Returns
-        the model."""
+        """Draw fresh weights from `seed`, on the CPU in fp32, so that every device gets the same.
+        Returns the model."""
         generator = torch.Generator().manual_seed(seed)
         c = self.config
 
@@ -290,7 +289,7 @@ class GPT(nn.Module):
         return torch.bfloat16 if self.embed.is_cuda and not self.exact else self.embed.dtype
 
     def compile(self, **options):
-        """torch.compile the forward, but for attention over documents of several lengths."""
+        """torch.compile the forward pass, except attention over documents of several lengths."""
         exclude_ragged_from_compile()
         super().compile(**options)
 
@@ -340,8 +339,9 @@ class KVCache:
 
     def __init__(self, model, slots, length):
         c, device = model.config, model.embed.device
-        shape = 2, c.layers, slots, c.kv_heads, length, c.head_dim
-        self.k, self.v = torch.zeros(shape, dtype=model.compute_dtype, device=device).transpose(3, 4)
+        shape = c.layers, slots, c.kv_heads, length, c.head_dim
+        self.k = torch.zeros(shape, dtype=model.compute_dtype, device=device).transpose(2, 3)
+        self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def first(self, n):
@@ -376,8 +376,8 @@ def rotary_tables(c):
 
 
 def logprobs(model, pack, temperature=1.0):
-    """fp32 [N]: log p(token i | earlier tokens of its document) at `temperature`; 0 at a first
-    token."""
+    """fp32 [N]: log p(token i | earlier tokens of its document) at `temperature`; 0 for the first
+    token of a document."""
     logp = linear_logprob(model(pack), model.head, next_tokens(pack, IGNORE), temperature)
     return logp.roll(1)  # from the token that predicts to the one predicted; a document's last has 0
 
@@ -388,13 +388,13 @@ def hidden_before_targets(model, chats):
 
     The hidden state at index t - 1 predicts token t: a prompt's last token predicts the first of
     the completion. A prompt that several chats begin with is computed once, except in attention.
-    Only these rows reach the head: with prompts of a quarter of the tokens, a DPO step would take
-    8 % longer otherwise."""
+    Only these rows reach the head; with all of them a DPO step takes 8 % longer where prompts are
+    a quarter of the tokens."""
     pack, targets = pack_chats(chats)
     rows = (targets != IGNORE).nonzero()[:, 0]  # found on the CPU, which avoids a wait for the device
     targets, pack = targets[rows], share_prompts(pack, chats)
-    if pack.rows is not None:
-        rows = pack.rows[rows]
+    if pack.stored_row is not None:
+        rows = pack.stored_row[rows]
     device = model.embed.device
     return model(pack.to(device)).index_select(0, to_device(rows, device)), to_device(targets, device)
 
@@ -405,11 +405,11 @@ def completion_logprobs(model, chats, temperature=1.0):
     return linear_logprob(hidden, model.head, targets, temperature)
 
 
-def completion_logprob_sums(model, chats, temperature=1.0):
+def completion_logprob_sums(model, chats):
     """fp32 [D]: `completion_logprobs` summed over each chat: log p(completion | prompt)."""
     ends = np.cumsum([0, *(c.loss_mask.sum() for c in chats)])
     offsets = to_device(torch.tensor(ends), model.embed.device)
-    return torch.segment_reduce(completion_logprobs(model, chats, temperature), "sum", offsets=offsets)
+    return torch.segment_reduce(completion_logprobs(model, chats), "sum", offsets=offsets)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ validate, save.
 
 The sampler's log-probabilities must equal the trainer's; every step checks that.
 
-`center` is the mean score that a reward model was given at its training: it is subtracted from
+`center` is the reward model's mean score, which its checkpoint records. It is subtracted from
 scores and from values, so that both are measured from the same zero.
 
 Left out: entropy bonus, PPO-ptx, a trunk shared by policy and critic, scaling of rewards.
@@ -101,12 +101,12 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# The algorithm. What belongs to tokens is fp32 [M]: those of all D completions, one completion
-# after another. lengths [D]: the tokens of each.
+# The algorithm. Tensors are fp32 [M], one number per token of the step's D completions, which lie
+# one after another. lengths [D]: the tokens of each completion.
 
 
 def token_rewards(scores, logp, ref_logp, lengths, beta):
-    """[M]: -beta (log pi - log pi_ref) at every token, and the score [D] at each completion's last.
+    """[M]: -beta (log pi - log pi_ref) per token, plus the score [D] at each completion's last.
 
     No gradient flows through it: the KL is part of the reward, and so of the advantages.
     """
@@ -120,8 +120,7 @@ def gae(rewards, values, lengths, gamma, lam):
 
         A_t = delta_t + gamma lam A_{t+1};   delta_t = r_t + gamma V_{t+1} - V_t;   returns = A + V
 
-    values [M]: of the state before each token. After a completion's last token there is nothing: V
-    = 0."""
+    values [M]: of the state before each token. V is 0 after a completion's last token."""
     r = pad_sequence(rewards.split(lengths), batch_first=True)  # [D, T], 0 beyond a completion's end
     v = pad_sequence(values.split(lengths), batch_first=True)
     advantages, next_advantage, next_value = torch.zeros_like(r), 0.0, 0.0
@@ -134,14 +133,14 @@ def gae(rewards, values, lengths, gamma, lam):
 
 
 def mean_and_variance(x):
-    """Of all tokens of the step, on all ranks."""
+    """(mean, variance) of x over the tokens of all ranks."""
     wide = x.cpu().double()  # Apple's GPUs have no fp64
     n, total, squares = reduce_sum(len(x), wide.sum(), wide.square().sum())
     return total / n, max(0.0, squares / n - (total / n) ** 2)
 
 
 def whiten(x):
-    """x less its mean, over its standard deviation."""
+    """x minus its mean, divided by its standard deviation."""
     mean, variance = mean_and_variance(x)
     return (x - mean) / (variance**0.5 + 1e-8)
 
@@ -187,42 +186,71 @@ class Beta:
 
 
 def load_critic(run, policy, tok):
-    """(critic, its center): of the checkpoint to resume, or a first one."""
+    """(critic, its center): those of the checkpoint to resume, or new ones."""
     if run.resumed:
         return checkpoint.read(run.resumed / "critic", run.device)[0], run.info["critic_center"]
     return scoring.first_critic(run.config, policy, tok)
 
 
-UPDATE_STATS = ("loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
+UPDATE_STATS = ("loss", "value_loss", "approx_kl", "clip_fraction", "ratio")  # logged as means over the updates
 
 
 def add_gradients(policy, critic, completions, n_tokens, config, center):
-    """Add up the gradients of both losses over this rank's part of a minibatch of `n_tokens`
-    completion tokens on all ranks. Returns {figure: mean over all ranks}."""
+    """Add up the gradients of both losses over this rank's part of a minibatch, which has
+    `n_tokens` tokens on all ranks. Returns {name: mean over these tokens} and "max_ratio"."""
     policy.train()
     critic.train()
-    sums, max_ratio = (torch.zeros(n, device=policy.embed.device) for n in (len(UPDATE_STATS), 1))
+    sums = torch.zeros(len(UPDATE_STATS), device=policy.embed.device)
+    max_ratio = torch.zeros((), device=policy.embed.device)
     for part in token_slices([len(c.chat.ids) for c in completions], config.micro_batch_tokens):
-        chats = [c.chat for c in completions[part]]
-        old_logp, old_value, advantages, returns = (
-            get_per_token(policy, completions[part], name) for name in ("old_logp", "values", "advantages", "returns")
-        )
+        micro_batch = completions[part]
+        chats = [c.chat for c in micro_batch]
+
         logp = completion_logprobs(policy, chats, config.temperature)
+        old_logp = get_per_token(policy, micro_batch, "old_logp")
+        advantages = get_per_token(policy, micro_batch, "advantages")
         losses, ratio = policy_loss(logp, old_logp, advantages, config.clip_ratio)
         (losses.sum() / n_tokens).backward()
+
         value = state_values(critic, chats) - center
+        old_value = get_per_token(policy, micro_batch, "values")
+        returns = get_per_token(policy, micro_batch, "returns")
         value_losses = value_loss(value, old_value, returns, config.clip_value)
         (value_losses.sum() / n_tokens).backward()
+
         with torch.no_grad():
             # k3 estimates KL(old || new) from the old one's samples: joschu.net/blog/kl-approx.html
             approx_kl = ratio - 1 - (logp - old_logp)
             clipped = ((ratio - 1).abs() > config.clip_ratio).float()
             sums += torch.stack([x.sum() for x in (losses, value_losses, approx_kl, clipped, ratio)]) / n_tokens
             max_ratio = torch.maximum(max_ratio, ratio.max())
-    means, max_ratio = dict(zip(UPDATE_STATS, reduce_sum(*sums.tolist()), strict=True)), max_ratio.item()
-    # The largest of all ranks, by a sum to which each rank adds its own in its own place
-    of_ranks = reduce_sum(*[max_ratio if r == rank() else 0.0 for r in range(world_size())])
-    return means | {"max_ratio": max(of_ranks)}
+    means = dict(zip(UPDATE_STATS, reduce_sum(*sums.tolist()), strict=True))
+    # A maximum over the ranks, by a sum in which each rank fills only its own place
+    max_ratios = reduce_sum(*[max_ratio.item() if r == rank() else 0.0 for r in range(world_size())])
+    return means | {"max_ratio": max(max_ratios)}
+
+
+def ppo_update(run, step, policy, critic, optimizers, completions, lr_scale, center):
+    """Let policy and critic learn from a step's completions: --epochs passes in minibatches, until
+    the policy has moved too far (--stop_kl). Returns what the step logs of these updates."""
+    config = run.config
+    updates, max_ratio, grad_norms = [], 0.0, torch.zeros(2)
+    for minibatch, n_tokens, _ in minibatches(completions, config.completions_per_step, step, config):
+        stats = add_gradients(policy, critic, minibatch, n_tokens, config, center)
+        max_ratio = max(max_ratio, stats["max_ratio"])
+        if config.stop_kl and stats["approx_kl"] > config.stop_kl:
+            for optimizer in optimizers:
+                optimizer.zero_grad()  # neither this minibatch nor the rest takes a step
+            break
+        # sums the gradients over the ranks, clips, steps, clears them
+        grad_norms = [optimizer.step(lr_scale, config.max_grad_norm) for optimizer in optimizers]
+        chats = [c.chat for c in completions]
+        advantages = get_per_token(policy, completions, "advantages")
+        run.require_finite(step, stats["loss"] + stats["value_loss"], grad_norms, chats, advantages=advantages)
+        updates.append(stats)
+    grad_norm, critic_grad_norm = (norm.item() for norm in grad_norms)
+    norms = {"grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm}
+    return mean_updates(updates, UPDATE_STATS) | {"max_ratio": max_ratio, **norms}
 
 
 def main(config):
@@ -240,13 +268,12 @@ def main(config):
     # bookkeeping: optimizers, memory, what is saved and resumed
     steps = config.steps or -(-len(train) // config.prompts_per_step)
     lr = config.lr or 6e-4 * (128 / policy.config.width) ** 2
-    optimizer = Optimizer(policy, lr, betas=(0.9, 0.95))
-    critic_optimizer = Optimizer(critic, config.critic_lr or 2 * lr, betas=(0.9, 0.95))
+    optimizer, critic_optimizer = Optimizer(policy, lr), Optimizer(critic, config.critic_lr or 2 * lr)
     order, beta = index_order(len(train), config.seed), Beta(config)
     check_memory(run, policy, optimizer, critic, critic_optimizer, reference, tok, train)
+    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
     hashes |= reward_hashes | checkpoint.fingerprints(config.reference, config.critic)
     saved = {"optimizer": optimizer, "critic_optimizer": critic_optimizer, "order": order, "beta": beta}
-    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
     run.begin(steps, policy, data=hashes, saved=saved)
 
     for step in run.steps():
@@ -261,7 +288,7 @@ def main(config):
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # kept as old_logp, too
-        gap = check_sampler_matches_trainer(policy, completions, logp, ref_logp=None, config=config)
+        gap = check_sampler_matches_trainer(policy, completions, logp, config)
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
         rewards = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
         advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
@@ -271,27 +298,16 @@ def main(config):
 
         # 4. Update: a few passes over these completions, in minibatches
         lr_scale = wsd(step - 1, steps, warmup=int(config.warmup * steps), decay=steps)
-        updates, max_ratio, norms = [], 0.0, torch.zeros(2)
-        for minibatch, n_tokens, _ in minibatches(completions, config.completions_per_step, step, config):
-            stats = add_gradients(policy, critic, minibatch, n_tokens, config, center)
-            max_ratio = max(max_ratio, stats["max_ratio"])
-            if config.stop_kl and stats["approx_kl"] > config.stop_kl:
-                optimizer.zero_grad()  # neither this minibatch nor the rest takes a step
-                critic_optimizer.zero_grad()
-                break
-            # sums the gradients over the ranks, clips, steps, clears them
-            norms = [o.step(lr_scale, config.max_grad_norm) for o in (optimizer, critic_optimizer)]
-            run.require_finite(step, stats["loss"] + stats["value_loss"], norms, chats, advantages=advantages)
-            updates.append(stats)
+        optimizers = optimizer, critic_optimizer
+        update_metrics = ppo_update(run, step, policy, critic, optimizers, completions, lr_scale, center)
         run.time_phase("update")
 
         # 5. Log, adapt beta, validate, save
-        metrics = rollout_metrics(completions, len(completions), logp, ref_logp)
-        metrics |= mean_updates(updates, UPDATE_STATS) | {"explained_variance": explained_variance(values, returns)}
-        metrics |= {"max_ratio": max_ratio, "sampler_gap": gap, "beta": beta.value, "lr": lr * lr_scale}
-        metrics |= {"grad_norm": norms[0].item(), "critic_grad_norm": norms[1].item()}
-        # FLOPs: --epochs of both models, and 5 forward passes, a third each: sampling, old_logp,
-        # ref_logp, reward, values
+        metrics = rollout_metrics(completions, len(completions), logp, ref_logp) | update_metrics
+        metrics |= {"explained_variance": explained_variance(values, returns), "sampler_gap": gap}
+        metrics |= {"beta": beta.value, "lr": lr * lr_scale}
+        # FLOPs: --epochs passes of both models, and 5 forward passes, a third each: sampling,
+        # old_logp, ref_logp, reward, values
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
         beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):
@@ -313,7 +329,7 @@ def check_memory(run, policy, optimizer, critic, critic_optimizer, reference, to
         return value_loss(value, value.detach(), value.detach(), config.clip_value).sum()
 
     trained = [(policy, optimizer, loss_of_policy), (critic, critic_optimizer, loss_of_critic)]
-    frozen = {"reference": reference.config} | scoring.reward_configs(f"{config.reward},{config.monitor}")
+    frozen = {"reference": reference.config} | scoring.reward_configs(config.reward, config.monitor)
     n = config.completions_per_step
     memory.check_rollout(run, trained, tok, rows, n / config.minibatches, n, frozen)
 

@@ -149,7 +149,7 @@ def main(config):
     model = checkpoint.read(run.resumed, run.device)[0] if run.resumed else with_scalar_head(init_model, config.seed)
     model.checkpoint_activations = config.checkpoint_activations
     lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = Optimizer(model, lr, weight_decay=config.weight_decay)
     conversations = [pair.prompt for pair in train_pairs[: config.center_samples]]
     if init_model.config.scalar_head:
         conversations = []  # a reward model writes nothing

@@ -34,7 +34,7 @@ from runtime.process import rank, reduce_sum, world_size
 
 PROMPT_TOKENS = 16384  # prompts that are read as one pack
 GRAPH_STEPS = 16  # replays of a captured graph between two looks at what has finished
-NARROWEST = 64  # slots: a step of fewer takes a GPU as long, and a graph of its own
+NARROWEST = 64  # slots of the smallest graph: a step of fewer takes a GPU as long
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Sample:
     logprobs: list  # of each token, under the very distribution it was drawn from
     finished: bool  # ended by a stop token, not by the limit or the model's context
     loss_mask: list = None  # bool per token: drawn by the sampler, and so to be trained; by default all
-    request: int = -1  # the number that Sampler.add gave
+    request: int = -1  # its id from Sampler.add
 
     def __post_init__(self):
         if self.loss_mask is None:
@@ -52,7 +52,7 @@ class Sample:
 
 
 def logits_of(model, hidden):
-    """fp32 [B, V]. On CUDA a product of bf16 with fp32 output, as in the head that trains."""
+    """fp32 [B, V]: on CUDA a product of bf16 with fp32 output, as in the head that trains."""
     if hidden.is_cuda:
         return torch.mm(hidden, model.head.T.to(hidden.dtype), out_dtype=torch.float32)
     return linear(hidden, model.head)
@@ -133,7 +133,7 @@ class Request:
     limit: int  # most new tokens
     settings: tuple  # temperature, top_k, top_p
     stop: list  # ids that end it
-    stream: tuple  # (seed, index): which random numbers are its own
+    random_stream: tuple  # (seed, index) of its random numbers
     drawn: int = 0  # tokens so far, when last looked at
 
 
@@ -155,8 +155,10 @@ class Sampler:
         model.eval()
         self.model, self.slots, self.length, self.device = sampling_weights(model), slots, length, device
         self.cache = KVCache(self.model, slots, length)
-        self.added, self.waiting, self.live = 0, deque(), {}  # live: {slot: Request}
-        self.shared = (1.0, 0, 1.0)  # temperature, top_k and top_p; None if requests differ in it
+        self.added = 0  # requests so far, and the id of the next
+        self.waiting = deque()  # Requests
+        self.live = {}  # {slot: Request}
+        self.shared_settings = (1.0, 0, 1.0)  # temperature, top_k and top_p; None where requests differ
 
         # One row per slot. What dead slots draw goes to a last column that nobody reads.
         with torch.device(device):
@@ -171,8 +173,8 @@ class Sampler:
             self.left = torch.zeros(slots, dtype=torch.int64)  # tokens that may follow; none: dead
             self.rows = torch.arange(slots)
 
-        # References, which run if a kernel is off or a head has an odd width, ask for the longest
-        # length, which no graph can hold.
+        # A reference, which runs if its kernel is off or heads have another width, reads the
+        # longest length on the CPU, which no graph can capture.
         kernels = use("decode_attention", self.cache.k) and use("append_rope", self.cache.k)
         self.captured = device.type == "cuda" and kernels and model.config.head_dim in WIDTHS
         self.graphs = {}  # {slots that it steps: graph}
@@ -196,18 +198,20 @@ class Sampler:
                 )
         vocab, stop = self.is_stop.shape[1], list(stop)
         # A top_k of V and a top_p of infinity cut nothing
-        settings = shared = temperature, min(top_k or vocab, vocab), top_p if top_p < 1 else math.inf
+        settings = temperature, min(top_k or vocab, vocab), top_p if top_p < 1 else math.inf
+        shared = settings
         if self.busy:
-            shared = tuple(x if x == self.shared[i] else None for i, x in enumerate(settings))
-        if shared != self.shared:
-            self.shared, self.graphs = shared, {}
-        ids = range(self.added, self.added + n * len(prompts))
-        for j, id in enumerate(ids):
+            shared = tuple(x if x == y else None for x, y in zip(settings, self.shared_settings, strict=True))
+        if shared != self.shared_settings:
+            self.shared_settings, self.graphs = shared, {}  # a graph holds the settings it was captured with
+        requests = []
+        for j in range(n * len(prompts)):
             prompt = tuple(prompts[j // n])
             limit = min(max_new_tokens, self.length - len(prompt))
-            self.waiting.append(Request(id, j // n, prompt, limit, settings, stop, (seed, first + j)))
-        self.added += len(ids)
-        return list(ids)
+            requests.append(Request(self.added + j, j // n, prompt, limit, settings, stop, (seed, first + j)))
+        self.added += len(requests)
+        self.waiting += requests
+        return [request.id for request in requests]
 
     def cancel(self, id):
         """Drop a request, waiting or live. One that has finished is left alone."""
@@ -265,16 +269,18 @@ class Sampler:
         """Copy rows, and keys and values of lengths[slot] tokens; copies: {slot: where from}."""
         if not copies:
             return
-        to, source = (torch.tensor(list(x), device=self.device) for x in (copies, copies.values()))
+        to = torch.tensor(list(copies.keys()), device=self.device)
+        source = torch.tensor(list(copies.values()), device=self.device)
         tokens = list(lengths.values())
         self.cache.copy(source, to, torch.tensor(tokens, device=self.device), max(tokens))
-        numbers = self.u, self.tokens, self.logprobs, self.last, self.drawn, self.left
-        for x in (self.hidden, self.settings, self.is_stop, *numbers):
+        for x in (self.hidden, self.settings, self.is_stop, self.u, self.tokens, self.logprobs):
+            x[to] = x[source]
+        for x in (self.last, self.drawn, self.left):
             x[to] = x[source]
 
     def set_row(self, slot, request):
         """Write parameters and random numbers of a new request into the row of its slot."""
-        random = np.random.default_rng(request.stream).random(request.limit, dtype=np.float32)
+        random = np.random.default_rng(request.random_stream).random(request.limit, dtype=np.float32)
         self.u[slot, : request.limit] = torch.from_numpy(random)
         self.settings[slot] = torch.tensor(request.settings, dtype=torch.float64)
         self.is_stop[slot] = False
@@ -283,11 +289,11 @@ class Sampler:
 
     def draw_next(self, hidden, slots):
         """Draw a token for each of `slots`, int64 [b], from the hidden states [b, C] before it."""
-        settings = [self.settings[slots, i, None] if x is None else x for i, x in enumerate(self.shared)]
+        settings = [self.settings[slots, i, None] if x is None else x for i, x in enumerate(self.shared_settings)]
         u = self.u[slots, self.drawn[slots]]
         token, logp = draw(logits_of(self.model, hidden), u, *settings)
         rows = self.is_stop, self.tokens, self.logprobs, self.last, self.drawn, self.left, self.cache.lengths
-        record_draw(token, logp, slots, *rows)  # a dead slot's cache stays short, and cheap
+        record_draw(token, logp, slots, *rows)  # sets a dead slot's length to 0, so that it costs little
 
     def advance(self):
         """Give each live slot its next token, and on CUDA the next GRAPH_STEPS."""
@@ -346,7 +352,7 @@ class Sampler:
 
 
 # -------------------------------------------------------------------------------------------------
-# Loops over it
+# Loops over a Sampler
 
 
 def rollout(model, prompts, *, max_new_tokens, n=1, slots=128, **options):
@@ -462,28 +468,29 @@ def get_per_token(model, completions, name):
 
 
 # -------------------------------------------------------------------------------------------------
-# One distribution
+# Sampler and trainer have one distribution
 
 
 def read_logprobs(run, step, model, reference, completions, always=True):
-    """(logp, ref_logp), fp32 [M]: of the policy that has sampled the completions and of the
-    reference; None without one. They are set as "old_logp" and "ref_logp".
+    """(logp, ref_logp), fp32 [M]: the log-probabilities under the policy, which sampled the
+    completions, and under the reference (None without one). Sets them as "old_logp" and "ref_logp".
 
-    The first step of a process checks that the trainer repeats itself, and the first of all that
-    policy and reference are the same. always=False: reads the policy in that step only, else None.
+    Also checks, in the first step of a process, that the trainer repeats itself, and in the first
+    step of the run that policy and reference are the same. always=False: logp is None in all other
+    steps.
     """
     config, first = run.config, step == run.start + 1
-    chats, limits = [c.chat for c in completions], (config.temperature, config.micro_batch_tokens)
+    chats = [c.chat for c in completions]
     logp = ref_logp = None
     if reference:
-        ref_logp = logprobs_no_grad(reference, chats, *limits)
+        ref_logp = logprobs_no_grad(reference, chats, config.temperature, config.micro_batch_tokens)
         set_per_token(completions, ref_logp=ref_logp)
     if always or first:
-        logp = logprobs_no_grad(model, chats, *limits)
+        logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
         set_per_token(completions, old_logp=logp)
     if first:
         same_logp = ref_logp if step == 1 and not config.reference else None
-        check_sampler_matches_trainer(model, completions, logp, same_logp, config, repeat=True)
+        check_sampler_matches_trainer(model, completions, logp, config, same_logp, repeat=True)
     return logp, ref_logp
 
 
@@ -511,7 +518,7 @@ def gap_in_fp32(model, completions, config):
     return (sampled - logp.cpu()).abs().sum(), len(logp)
 
 
-def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, repeat=False):
+def check_sampler_matches_trainer(model, completions, logp, config, ref_logp=None, repeat=False):
     """Check that what is sampled from is what is differentiated.
 
     logp [M]: the trainer's, of the trained tokens; ref_logp [M]: the reference's if the
@@ -547,13 +554,17 @@ def check_sampler_matches_trainer(model, completions, logp, ref_logp, config, re
             "(KL != 0 before the first update)"
         )
     gap /= max(1, tokens)
+    refuse_gap(gap, GAPS[model.compute_dtype], config.temperature)
     # On a GPU sampler and trainer add up in other orders than on a CPU
-    exact = exact_gap / max(1, exact_tokens), 10 * GAPS[torch.float32], " in fp32"
-    for found, limit, how in ((gap, GAPS[model.compute_dtype], ""), exact):
-        bound = limit / min(config.temperature, 1)  # logits are divided by it, and their rounding with them
-        if found > bound:
-            raise UserError(
-                f"sampler and trainer disagree: mean |log p difference| {found:.2e}{how}, at most {bound:.0e} is "
-                "rounding; the model would be trained on what it did not sample"
-            )
+    refuse_gap(exact_gap / max(1, exact_tokens), 10 * GAPS[torch.float32], config.temperature, " in fp32")
     return gap
+
+
+def refuse_gap(gap, limit, temperature, dtype=""):
+    """Raises UserError if sampler and trainer differ by more than rounding, `limit`, explains."""
+    bound = limit / min(temperature, 1)  # logits are divided by it, and their rounding with them
+    if gap > bound:
+        raise UserError(
+            f"sampler and trainer disagree: mean |log p difference| {gap:.2e}{dtype}, at most {bound:.0e} is "
+            "rounding; the model would be trained on what it did not sample"
+        )

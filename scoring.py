@@ -44,7 +44,7 @@ def reward_names(text):
     Raises UserError if a weight is no finite number, or there are only commas.
     """
     names = []
-    for piece in filter(None, map(str.strip, text.split(","))):
+    for piece in [piece.strip() for piece in text.split(",") if piece.strip()]:
         name, star, weight = piece.rpartition("*")
         try:
             factor = float(weight) if star else 1.0
@@ -77,9 +77,8 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
     FUNCTION may take over one completion; monitor: more rewards, which are logged and weigh 0.
     Raises UserError if a reward is named twice or cannot be loaded.
     """
-    named = reward_names(names)
-    weights = dict(named)
-    if len(weights) < len(named):
+    weights = dict(reward_names(names))
+    if len(weights) < len(reward_names(names)):
         raise UserError(f"--reward={names}: a reward is named twice; give it one weight")
     for name, _ in reward_names(monitor):
         weights.setdefault(name, 0.0)
@@ -96,14 +95,20 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
 
 
 def rewards_of(config, device):
-    """(the rewards of a RolloutConfig, the hashes of what they are made of)."""
-    options = config.constitution, config.reward_timeout, config.monitor
-    rewards = load_rewards(config.reward, device, config.micro_batch_tokens, *options)
+    """(the rewards of a RolloutConfig, the hashes of their files)."""
+    rewards = load_rewards(
+        config.reward,
+        device,
+        config.micro_batch_tokens,
+        config.constitution,
+        config.reward_timeout,
+        config.monitor,
+    )
     return rewards, reward_hashes(config.reward, config.constitution)
 
 
 def reward_hashes(names, constitution=""):
-    """{name: SHA-256} of what the rewards are made of: a resumed run must have the same ones."""
+    """{name: SHA-256} of the rewards' files: a resumed run must have the same ones."""
     hashes = {constitution: sha256(constitution)} if constitution else {}
     for name, _ in reward_names(names):
         if is_function(name):
@@ -113,17 +118,18 @@ def reward_hashes(names, constitution=""):
     return hashes
 
 
-def reward_configs(names):
-    """{directory: GPTConfig} of the reward models and judges of a command line."""
-    folders = {name.removeprefix("judge:") for name, _ in reward_names(names) if not is_function(name)}
+def reward_configs(*flags):
+    """{directory: GPTConfig} of the reward models and judges of --reward and --monitor."""
+    names = [name for flag in flags for name, _ in reward_names(flag)]
+    folders = {name.removeprefix("judge:") for name in names if not is_function(name)}
     return {folder: config_from_hf(checkpoint.find(folder) / "config.json") for folder in sorted(folders)}
 
 
 def score_completions(rewards, rows, samples, texts, unfinished_penalty=0.0):
-    """What samples are worth -> (weighted sum float64 [n], {name: float64 [n]}).
+    """Score samples -> (weighted sum float64 [n], {name: float64 [n]}).
 
     rewards: of `load_rewards`; rows: [(messages, row)], one for each prompt_index of the samples;
-    unfinished_penalty: taken from the sum of a sample without an end.
+    unfinished_penalty: subtracted from the sum of an unfinished sample.
     """
     total, parts = np.zeros(len(samples)), {}
     conversations = [rows[s.prompt_index][0] for s in samples]
@@ -136,7 +142,8 @@ def score_completions(rewards, rows, samples, texts, unfinished_penalty=0.0):
 
 
 def score_batch(rewards, completions, unfinished_penalty=0.0):
-    """Set `score` and `parts` of a step's completions. Raises UserError if a score exceeds 1e30."""
+    """Set `score` and `parts` of a step's rollout.Completions, by `score_completions`. Raises
+    UserError if a score exceeds 1e30."""
     rows = {c.sample.prompt_index: c.row for c in completions}
     samples, texts = [c.sample for c in completions], [c.text for c in completions]
     total, parts = score_completions(rewards, rows, samples, texts, unfinished_penalty)
@@ -298,10 +305,8 @@ def finite(values, what):
 
 
 def judge_reward(name, device, micro_batch_tokens, constitution):
-    """The reward that is a judge's probability that a completion is better than the next one.
-
-    The next one to the same prompt; the mean over both orders and all principles (Lee et al. 2023,
-    arXiv 2309.00267).
+    """The reward that is a judge's probability that a completion is better than the next one to the
+    same prompt: the mean over both orders and all principles (Lee et al. 2023, arXiv 2309.00267).
     """
     if not constitution:
         raise UserError(
@@ -318,6 +323,8 @@ def judge_reward(name, device, micro_batch_tokens, constitution):
         opponents = next_of_group(samples, name)
         triples = [(transcript(m), texts[i], texts[opponents[i]]) for i, m in enumerate(conversations)]
         lengths = np.array([len(tok.encode_ordinary(judge_prompt(*triple, ""))) for triple in triples])
+        # The first token, and a few more in case the principle and the text around it split
+        # otherwise
         fits = 1 + lengths + 8 + longest_principle <= model.config.context
         if not fits.all():
             warn_once(
@@ -336,9 +343,9 @@ def judge_reward(name, device, micro_batch_tokens, constitution):
 
 
 def next_of_group(samples, name):
-    """{index of a sample: that of the next one to its prompt, in a circle}.
+    """{index of a sample: index of the next one to its prompt}; the last is followed by the first.
 
-    Raises UserError if a sample is alone.
+    Raises UserError if a prompt has one sample only.
     """
     groups, following = defaultdict(list), {}
     for i, sample in enumerate(samples):
@@ -349,7 +356,7 @@ def next_of_group(samples, name):
                 f"--reward={name}: a judge compares the completions of one prompt, so there must be at least two "
                 "(--group_size=2)"
             )
-        following |= {i: group[k + 1 - len(group)] for k, i in enumerate(group)}
+        following |= dict(zip(group, [*group[1:], group[0]], strict=True))
     return following
 
 
@@ -416,7 +423,7 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
     completion). The ranks share the first --eval_prompts rows. reference: None for no "kl";
     penalty: taken from the reward of an unfinished completion; val_loss: kl_coef kl - reward."""
     begin, end = 0, min(len(rows), config.eval_prompts)
-    if end >= world_size():  # else every rank answers all rows, and the means stay
+    if end >= world_size():  # else every rank answers all rows, with the same means
         begin, end = rank_span([1] * end, rank(), world_size())
     rows = rows[begin:end]
     n = config.group_size if "judge:" in config.reward + config.monitor else 1
@@ -434,8 +441,9 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
     sums = {"reward": total.sum()}
     if reference:
         chats = [make_completion(prompts[s.prompt_index], s.tokens, s.loss_mask) for s in samples]
-        options = chats, config.temperature, config.micro_batch_tokens
-        sums["kl"] = (logprobs_no_grad(model, *options) - logprobs_no_grad(reference, *options)).sum()
+        logp = logprobs_no_grad(model, chats, config.temperature, config.micro_batch_tokens)
+        ref_logp = logprobs_no_grad(reference, chats, config.temperature, config.micro_batch_tokens)
+        sums["kl"] = (logp - ref_logp).sum()
     sums["finished"] = sum(s.finished for s in samples)
     sums["completion_tokens"] = sum(len(s.tokens) for s in samples)
     if len(parts) > 1:
@@ -455,7 +463,7 @@ def refuse_weak_reward_models(names, min_accuracy):
         metrics = checkpoint.read_info(checkpoint.find(name)).get("metrics", {})
         accuracy = metrics.get("figures", {}).get("accuracy", {}).get("value", metrics.get("accuracy"))
         if accuracy is None:
-            print0(f"{name}: its accuracy is not recorded; evaluate.py --model={name} --pairs=... tells it")
+            print0(f"{name}: its accuracy is not recorded; evaluate.py --model={name} --pairs=... measures it")
         elif accuracy < min_accuracy:
             raise UserError(
                 f"--reward={name}: it ordered {accuracy:.1%} of its held-out pairs right, less than "
@@ -467,8 +475,8 @@ def first_critic(config, policy, tok):
     """(critic, its center): the reward model of --critic or of --reward (scaled by its weight), or
     else the policy's trunk under a head of zeros.
 
-    The reward model knows at a completion's end the very score that the critic is to predict
-    earlier."""
+    The reward model gives at a completion's end the very score that the critic is to predict before
+    it."""
     for name, weight in [(config.critic, 1.0), *reward_names(config.reward)]:
         if name and is_model(name):
             critic = checkpoint.load_matching(name, policy, tok, f"--critic={name}", scalar_head=True)

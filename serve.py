@@ -112,11 +112,10 @@ class Server:
         return self.models[0]
 
     async def list_models(self, request):
-        listed = [
-            {"id": served.name, "object": "model", "created": 0, "owned_by": "feinschliff"}
-            | {"context": served.model.config.context, "chat": served.is_chat_model}
-            for served in self.models
-        ]
+        listed = []
+        for served in self.models:
+            entry = {"id": served.name, "object": "model", "created": 0, "owned_by": "feinschliff"}
+            listed.append(entry | {"context": served.model.config.context, "chat": served.is_chat_model})
         return JSONResponse({"object": "list", "data": listed, "feedback": bool(self.journal)})
 
     async def complete(self, request):
@@ -144,26 +143,26 @@ class Server:
 
         However it ends, nothing of the job is drawn after that.
         """
-        going = set(range(len(completions)))
-        self.unfinished += len(going)
+        pending = set(range(len(completions)))
+        self.unfinished += len(pending)
         self.thread.inbox.put((self.thread.add, job))
         try:
-            while going:
+            while pending:
                 i, tokens, logprobs, ended = await job.events.get()
                 if isinstance(ended, Exception):
                     raise Refusal(500, f"the model failed: {ended}")
-                if i in going:
+                if i in pending:
                     new = completions[i].take(tokens, logprobs, ended)
                     if completions[i].reason:
-                        going.remove(i)
+                        pending.remove(i)
                         self.unfinished -= 1
                         if not ended:  # by a stop string
                             self.thread.inbox.put((self.thread.cancel, job, {i}))
                     yield i, *new
         finally:
-            self.unfinished -= len(going)
-            if going:
-                self.thread.inbox.put((self.thread.cancel, job, going))
+            self.unfinished -= len(pending)
+            if pending:
+                self.thread.inbox.put((self.thread.cancel, job, pending))
 
     async def collect(self, job, completions):
         async for _ in self.progress(job, completions):
@@ -301,12 +300,12 @@ async def run(config, models, journal, device, listening):
     if config.follow:
         threading.Thread(target=follow, args=(server, config.follow), daemon=True).start()
     settings = {"http": Impatient, "ws": "none", "lifespan": "off", "proxy_headers": False, "server_header": False}
-    # What strangers send wrongly is told to them, not to the terminal
+    # A client's error goes to the client, not to the terminal
     settings |= {"log_level": "error", "access_log": False}
     limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": 1000, "timeout_graceful_shutdown": 2}
     host = f"[{config.host}]" if ":" in config.host else config.host
     where = f"http://{host}:{listening.getsockname()[1]}"
-    print0(f"{', '.join(served.name for served in models)}: talk to it at {where}, by programs at {where}/v1")
+    print0(f"{', '.join(served.name for served in models)}: chat at {where}, OpenAI's API at {where}/v1")
     await uvicorn.Server(uvicorn.Config(make_app(server), **settings, **limits)).serve(sockets=[listening])
 
 

@@ -172,7 +172,7 @@ def main(config):
     order = index_order(len(train), config.seed, [len(c.ids) for c in train])
     steps, epochs = order.plan(batch_tokens - replayed, config.epochs, config.steps)
     lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = Optimizer(model, lr, weight_decay=config.weight_decay)
     saved = {"optimizer": optimizer, "order": order}
     if streams:
         replay = saved["replay"] = text_order(streams, tok.eot, context - 1, config.seed)

@@ -67,8 +67,8 @@ MUTANTS = [
     (
         "critic_not_trained",
         "ppo.py",
-        "for o in (optimizer, critic_optimizer)]",
-        "for o in (optimizer,)]\n            critic_optimizer.zero_grad()",
+        "for optimizer in optimizers]",
+        "for optimizer in optimizers[:1]] + [torch.zeros(())]\n        optimizers[1].zero_grad()",
         PPO,
     ),
     ("value_clip_smaller", "ppo.py", "0.5 * torch.maximum(", "0.5 * torch.minimum(", PPO),
@@ -140,7 +140,7 @@ MUTANTS = [
         "[c.chat for c in micro_batch], 1.0)",
         GRPO,
     ),
-    ("disagreement_let_through", "rollout.py", "if found > bound:", "if False:", PPO),
+    ("disagreement_let_through", "rollout.py", "if gap > bound:", "if False:", PPO),
     ("kl_at_the_start_let_through", "rollout.py", "if kl_not_zero:", "if False:", PPO),
     (
         "end_not_trained",
@@ -170,9 +170,8 @@ MUTANTS = [
         "early_stop_steps",
         "ppo.py",
         "                optimizer.zero_grad()  # neither",
-        "                for o in (optimizer, critic_optimizer):\n                    for p in "
-        "o.named.values():\n                        p.grad = torch.zeros_like(p)\n               "
-        "     o.step(lr_scale)\n                optimizer.zero_grad()  # neither",
+        "                for p in optimizer.named.values():\n                    p.grad = torch.zeros_like(p)\n"
+        "                optimizer.step(lr_scale)\n                optimizer.zero_grad()  # neither",
         PPO,
     ),
     ("beta_adapted_away", "ppo.py", "kl / self.target - 1", "1 - kl / self.target", PPO),
@@ -243,8 +242,8 @@ MUTANTS = [
     (
         "no_end_still_trained",
         "grpo.py",
-        'if not nothing and (c.sample.finished or config.overlong != "mask"):',
-        "if not nothing:",
+        'if not zero_variance and (c.sample.finished or config.overlong != "mask"):',
+        "if not zero_variance:",
         GRPO,
     ),
     ("reference_never_renewed", "grpo.py", "reference.load_state_dict(model.state_dict())", "pass", GRPO),
@@ -275,7 +274,7 @@ MUTANTS = [
     (
         "simpo_with_a_reference",
         "dpo.py",
-        'compared = logps - ref_logps if "ratio" in loss.compares else logps',
+        'compared = logps - ref_logps if "ratio" in row.compares else logps',
         "compared = logps - ref_logps",
         DPO,
     ),
@@ -286,7 +285,7 @@ MUTANTS = [
         "return losses, compared.detach(), (logps[:, 0] - logps[:, 1]).detach()",
         DPO,
     ),
-    ("reference_for_nothing", "dpo.py", 'if "ratio" in LOSSES[config.loss].compares:', "if True:", DPO),
+    ("reference_for_nothing", "dpo.py", '    if "ratio" in row.compares:', "    if True:", DPO),
     (
         "kto_kl_per_rank",
         "dpo.py",
@@ -485,7 +484,7 @@ MUTANTS = [
         GRPO,
     ),
     ("std_with_a_floor", "grpo.py", ".clamp(min=1e-300)", " + 1e-4", GRPO),
-    ("rounding_teaches", "grpo.py", "known.setdefault((c.index", "known.setdefault((c.score, c.index", GRPO),
+    ("rounding_teaches", "grpo.py", "text = c.index //", "text = c.score, c.index //", GRPO),
     ("huge_rewards_taken", "scoring.py", "if abs(c.score) > LARGEST_REWARD:", "if False:", SCORING),
     ("standstill_unsaid", "runtime/run.py", "if self.idle_steps >= min(10, self.total_steps):", "if False:", RUN),
     ("standstill_forgotten_on_resume", "runtime/run.py", 'int(counters["idle_steps"])', "0", RUN),
@@ -495,7 +494,7 @@ MUTANTS = [
     ("longer_run_unsaid", "runtime/run.py", "if self.total_steps != old_steps:", "if False:", PRETRAIN),
     ("falling_unsaid_without_reference", "dpo.py", "else metrics[name])", "else -1e9)", DPO),
     ("all_right_is_all_equal", "grpo.py", '"all_right": equal & right[:, 0]', '"all_right": equal', GRPO),
-    ("critic_norm_unlogged", "ppo.py", '"critic_grad_norm": norms[1].item()', '"critic_grad_norm": 0.0', PPO),
+    ("critic_norm_unlogged", "ppo.py", '"critic_grad_norm": critic_grad_norm', '"critic_grad_norm": 0.0', PPO),
     # Files, and the edges of flags and machines
     (
         "device_replaced_by_a_file",
@@ -548,7 +547,7 @@ MUTANTS = [
     (
         "bound_of_every_temperature",
         "rollout.py",
-        "bound = limit / min(config.temperature, 1)",
+        "bound = limit / min(temperature, 1)",
         "bound = limit",
         ROLLOUT,
     ),
@@ -978,12 +977,12 @@ MUTANTS = [
         "setdefault(n, begin)",
         "tests/test_pack.py",
     ),
-    ("targets_of_the_whole_pack", "model.py", "        rows = pack.rows[rows]\n", "        pass\n", MODEL),
+    ("targets_of_the_whole_pack", "model.py", "        rows = pack.stored_row[rows]\n", "        pass\n", MODEL),
     (
         "another_copy_of_a_prompt",
         "model.py",
-        "out.index_select(0, self.pack.first)",
-        "out[: len(self.pack.first)]",
+        "out.index_select(0, self.pack.first_copy)",
+        "out[: len(self.pack.first_copy)]",
         MODEL,
     ),
     # People in the loop
@@ -1001,7 +1000,7 @@ MUTANTS = [
     ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
-    ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, going))", "pass", SERVE),
+    ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, pending))", "pass", SERVE),
     ("any_key", "runtime/http.py", 'if scheme.lower() != "bearer" or not right:', "if False:", SERVE),
     ("any_host", "runtime/http.py", "if not self.is_ours(host):", "if False:", SERVE),
     ("any_origin", "runtime/http.py", "if origin is not None and origin not in", "if False and origin not in", SERVE),
@@ -1349,6 +1348,7 @@ MUTANTS = [
     ("numbers_used_twice", "data/puzzles.py", "sorted(used) == sorted(numbers)", "set(used) == set(numbers)", PUZZLES),
     ("steps_not_checked", "data/puzzles.py", "bool(steps) and all(", "bool(steps) or all(", PUZZLES),
     ("held_out_in_training", "data/puzzles.py", "is_held_out(question) == held_out", "True", PUZZLES),
+    ("watched_norm_is_no_json", "optim.py", "if watched in name]).item()", "if watched in name])", OPTIM),
     # Strangers at the server and in its files
     ("carriage_returns", "data/feedback.py", "whole.splitlines(keepends=True)", 'whole.split(b"\\n")', FEEDBACK),
     ("edit_overwritten", "data/feedback.py", "if path.stat().st_size != size:", "if False:", FEEDBACK),

@@ -367,8 +367,8 @@ CASES = [act_cases, norm_cases, rope_cases, head_cases, kl_cases, attention_case
 
 
 def is_quick(case, dtype, arch):
-    """Elsewhere than on Hopper only attention's largest heads: its blocks depend on the architecture,
-    and there registers and shared memory are scarce."""
+    """Except on Hopper, only attention's largest heads: its blocks depend on the architecture, and
+    registers and shared memory are scarce there."""
     return case in QUICK and dtype == "bf16" and (arch == 90 or case.startswith("attention Dh=128"))
 
 

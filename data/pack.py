@@ -24,14 +24,14 @@ class Pack:
     positions: torch.Tensor  # int64 [N], from 0 in every document
     cu_seqlens: torch.Tensor  # int32 [D+1]
     max_len: int  # length of the longest document
-    # If documents share prompts (share_prompts), their N tokens are tokens[rows], U <= N of them
-    # lie in `tokens`, and the i-th of these is the documents' at first[i].
-    rows: torch.Tensor = None  # int64 [N]
-    first: torch.Tensor = None  # int64 [U]
+    # If documents share prompts (share_prompts), only U <= N tokens are stored. The documents' N
+    # tokens are tokens[stored_row], and token u is the document token first_copy[u].
+    stored_row: torch.Tensor = None  # int64 [N]
+    first_copy: torch.Tensor = None  # int64 [U]
 
     def to(self, device):
         """The same pack on another device."""
-        tensors = self.tokens, self.positions, self.cu_seqlens, self.rows, self.first
+        tensors = self.tokens, self.positions, self.cu_seqlens, self.stored_row, self.first_copy
         tokens, positions, cu_seqlens, *shared = (None if x is None else to_device(x, device) for x in tensors)
         return Pack(tokens, positions, cu_seqlens, self.max_len, *shared)
 
@@ -83,15 +83,16 @@ def share_prompts(p, chats):
     A prompt is what comes before the first token that is trained. All that a layer does to a single
     token is done once for the tokens of a prompt; attention sees the documents whole.
     """
-    rows, holder = np.arange(len(p.tokens)), {}
+    source, first_begin = np.arange(len(p.tokens)), {}  # {prompt: where it first begins}
     for chat, begin in zip(chats, p.cu_seqlens.tolist()):
         n = int(chat.loss_mask.argmax())
-        source = holder.setdefault(chat.ids[:n].tobytes(), begin)
-        rows[begin : begin + n] = np.arange(source, source + n)
-    first, rows = (torch.from_numpy(x) for x in np.unique(rows, return_inverse=True))
-    if len(first) == len(rows):
+        first = first_begin.setdefault(chat.ids[:n].tobytes(), begin)
+        source[begin : begin + n] = np.arange(first, first + n)
+    first_copy, stored_row = (torch.from_numpy(x) for x in np.unique(source, return_inverse=True))
+    if len(first_copy) == len(stored_row):
         return p
-    return Pack(p.tokens[first], p.positions[first], p.cu_seqlens, p.max_len, rows, first)
+    tokens, positions = p.tokens[first_copy], p.positions[first_copy]
+    return Pack(tokens, positions, p.cu_seqlens, p.max_len, stored_row, first_copy)
 
 
 def make_completion(prompt_ids, completion_ids, loss_mask=None):

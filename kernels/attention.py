@@ -69,8 +69,8 @@ def batches(cu_seqlens):
     lengths = cu_seqlens.diff().to(torch.int64)
     lengths = lengths[lengths > 0]  # an empty document has no row
     ordered, order = lengths.sort(descending=True, stable=True)
-    groups = group(ordered.tolist())
-    if len(groups) == 1 and groups[0][0] * groups[0][1] == int(lengths.sum()):
+    groups, N = group(ordered.tolist()), int(lengths.sum())
+    if len(groups) == 1 and groups[0][0] * groups[0][1] == N:
         return groups, None
     starts, rows = [], 0  # each document's first row, the longest document first
     for documents, length in groups:
@@ -79,7 +79,7 @@ def batches(cu_seqlens):
     start = torch.empty_like(lengths)
     start[order] = torch.tensor(starts, device=cu_seqlens.device)
     shift = start - (lengths.cumsum(0) - lengths)  # from a token's row in the pack to its row in the groups
-    return groups, torch.arange(int(lengths.sum()), device=cu_seqlens.device) + shift.repeat_interleave(lengths)
+    return groups, torch.arange(N, device=cu_seqlens.device) + shift.repeat_interleave(lengths)
 
 
 def group(lengths):
@@ -142,8 +142,9 @@ def dense_attention(q, k, v, documents, length, window):
 def ragged_attention(q, k, v, groups, slot, window):
     """As attention_reference, for documents of several lengths."""
     sizes = [documents * length for documents, length in groups]
-    parts = zip(*(ToSlots.apply(x, slot, sum(sizes)).split(sizes) for x in (q, k, v)), groups, strict=True)
-    return FromSlots.apply(torch.cat([dense_attention(*qkv, *shape, window) for *qkv, shape in parts]), slot)
+    q, k, v = (ToSlots.apply(x, slot, sum(sizes)).split(sizes) for x in (q, k, v))
+    outs = [dense_attention(q[i], k[i], v[i], *groups[i], window) for i in range(len(groups))]
+    return FromSlots.apply(torch.cat(outs), slot)
 
 
 def exclude_ragged_from_compile():
@@ -245,6 +246,13 @@ def load_rows(x_ptr, row, offs, length, stride, DH: tl.constexpr, MASKED: tl.con
 
 
 @triton.jit
+def store_rows(x_ptr, row, offs, length, stride, x, DH: tl.constexpr):
+    """Write x [rows, DH], except behind the length."""
+    mask = (row + offs < length)[:, None]
+    tl.store(pointers(x_ptr, row, offs, stride, DH), x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def visible(queries, keys, WINDOW: tl.constexpr):
     if WINDOW > 0:
         return (queries - keys).to(tl.uint32) < WINDOW  # one comparison for both ends: negatives become huge
@@ -302,8 +310,7 @@ def forward_kernel(
             v = load_rows(v_ptr, n, offs_n, length, stride_v, DH, masked)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
             m_i = m_new
-    out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(pointers(out_ptr + (begin * H + head) * DH, row, rows, H * DH, DH), out, mask=(offs_m < length)[:, None])
+    store_rows(out_ptr + (begin * H + head) * DH, row, rows, length, H * DH, acc / l_i[:, None], DH)
     tl.store(lse_ptr + head.to(tl.int64) * N + begin + offs_m, m_i + tl.log2(l_i), mask=offs_m < length)
 
 
@@ -362,9 +369,7 @@ def dq_kernel(
                 p = tl.where(visible(offs_m[:, None], n + offs_n[None, :], WINDOW), p, 0.0)
             ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = (dq * DH**-0.5).to(dq_ptr.dtype.element_ty)
-    dq_ptr += begin * stride_d + head * DH
-    tl.store(pointers(dq_ptr, row, rows, stride_d, DH), dq, mask=(offs_m < length)[:, None])
+    store_rows(dq_ptr + begin * stride_d + head * DH, row, rows, length, stride_d, dq * DH**-0.5, DH)
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -391,11 +396,8 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of one key head.
-
-    The GROUP query heads that share it follow one another in one flat loop, so that nothing is
-    expanded or added up later.
-    """
+    """dk and dv of one key head. The GROUP query heads that share it follow one another in one flat
+    loop, so that nothing is expanded or added up later."""
     kv_head, begin, length, row = find_rows(tiles_ptr, K, TILE, BLOCK_N)
     if row >= length:
         return
@@ -410,9 +412,8 @@ def dkdv_kernel(
     v = load_rows(v_ptr + begin * stride_v + kv_head * DH, row, rows, length, stride_v, DH, True)
     dk = tl.zeros([BLOCK_N, DH], tl.float32)
     dv = tl.zeros([BLOCK_N, DH], tl.float32)
-    behind = row + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M  # queries from here on see every key of the block: no mask
-    if WINDOW > 0:
-        behind += WINDOW - 1  # or none
+    # From here on queries see every key of the block, and need no mask; with a window they see none
+    behind = row + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M + (WINDOW - 1 if WINDOW > 0 else 0)
     for unmasked in tl.static_range(1 if WINDOW > 0 else 2):
         start, end = (behind, tl.maximum(behind, length)) if unmasked else (row, tl.minimum(behind, length))
         steps = tl.cdiv(end - start, BLOCK_M)
@@ -430,11 +431,9 @@ def dkdv_kernel(
             dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    inside = (offs_n < length)[:, None]
-    dk, dv = (dk * DH**-0.5).to(dk_ptr.dtype.element_ty), dv.to(dv_ptr.dtype.element_ty)
     first = begin * stride_d + kv_head * DH
-    tl.store(pointers(dk_ptr + first, row, rows, stride_d, DH), dk, mask=inside)
-    tl.store(pointers(dv_ptr + first, row, rows, stride_d, DH), dv, mask=inside)
+    store_rows(dk_ptr + first, row, rows, length, stride_d, dk * DH**-0.5, DH)
+    store_rows(dv_ptr + first, row, rows, length, stride_d, dv, DH)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -491,11 +490,14 @@ def backward_fake(grad, q, k, v, *_):
 )
 def attention_backward(grad, q, k, v, out, lse, queries, keys, window):
     """Returns dq, dk and dv side by side, [N, H + 2K, Dh]: no pass over memory has to join them."""
-    q, k, v, grad = *map(heads_together, (q, k, v)), grad.contiguous()
-    N, H, K = *q.shape[:2], k.shape[1]
+    q, k, v = map(heads_together, (q, k, v))
+    grad = grad.contiguous()
+    N, H, _ = q.shape
+    K = k.shape[1]
     d_qkv = backward_fake(grad, q, k, v)
     dq, dk, dv = d_qkv.split([H, K, K], dim=1)
-    delta, strides = torch.empty_like(lse), (q.stride(0), k.stride(0), v.stride(0), d_qkv.stride(0))
+    delta = torch.empty_like(lse)
+    strides = q.stride(0), k.stride(0), v.stride(0), d_qkv.stride(0)
     _, for_dkdv, for_dq = blocks(q)
     grid = (len(queries) * (TILE // for_dq[0]) * H,)
     dq_kernel[grid](q, k, v, out, grad, dq, lse, delta, queries, N, H, *strides, **sizes(q, k, window, *for_dq))

@@ -327,6 +327,20 @@ def second_pass(
     return key, weights
 
 
+@triton.jit
+def block_of(weights, u, PARTS: tl.constexpr):
+    """(block, rest, total): the block in which the draw at u falls, how far into the block's
+    probability, and the probability of all blocks. weights [PARTS]: that of each block."""
+    part = tl.arange(0, PARTS)
+    up_to = tl.cumsum(weights, 0)
+    total = tl.max(up_to, 0)
+    target = u * total
+    last = tl.max(tl.where(weights > 0, part, 0), 0)
+    block = tl.minimum(tl.sum((up_to <= target).to(tl.int32), 0), last)
+    rest = target - tl.max(tl.where(part < block, up_to, 0.0), 0)
+    return block, rest, total
+
+
 @triton.jit(do_not_specialize=["top_k"])
 def draw_kernel(
     logits_ptr,
@@ -368,16 +382,9 @@ def draw_kernel(
         key, weights = second_pass(
             row_ptr, candidates_ptr, weights, low, high, total, V, scale, top_k, top_p, m, LOWEST, NONE, PARTS, BLOCK
         )
-    # The block in which u falls
-    part = tl.arange(0, PARTS)
     weights = tl.where(greedy, (tops == m).to(tl.float32), weights)
-    up_to = tl.cumsum(weights, 0)
-    total = tl.max(up_to, 0)
-    target = tl.where(greedy, 0.0, tl.load(u_ptr + row)) * total
-    last = tl.max(tl.where(weights > 0, part, 0), 0)
-    block = tl.minimum(tl.sum((up_to <= target).to(tl.int32), 0), last)
-    rest = target - tl.max(tl.where(part < block, up_to, 0.0), 0)
-    # The token in it
+    block, rest, total = block_of(weights, tl.where(greedy, 0.0, tl.load(u_ptr + row)), PARTS)
+    # The token in this block
     z, cols = load_block(row_ptr, block * BLOCK, V, scale, LOWEST, BLOCK)
     kept = (cols < V) & (z > LOWEST)
     if CUT:
@@ -393,15 +400,20 @@ def draw_kernel(
     tl.store(logp_ptr + row, tl.where(greedy, 0.0, (z_token - m) / LOG2E - tl.log(total)))
 
 
+def draw_fake(logits, *_):
+    B = len(logits)
+    return logits.new_empty(B, dtype=torch.int64), logits.new_empty(B, dtype=torch.float32)
+
+
 @register(
     "draw(Tensor logits, Tensor u, Tensor? settings, float temperature, float top_k, float top_p, bool cut)"
     " -> (Tensor, Tensor)",
-    fake=lambda logits, *_: (logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits))),
+    fake=draw_fake,
 )
 def draw_kernels(logits, u, settings, temperature, top_k, top_p, cut):
     """settings: fp32 [B, 3], temperature, top_k and top_p of each row; None: the three numbers."""
     B, V = logits.shape
-    tokens, logp = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B, dtype=torch.float32)
+    tokens, logp = draw_fake(logits)
     candidates = logits.new_empty((B, V) if cut else 1, dtype=torch.float32)
     block = min(BLOCK, next_power_of_2(V))
     draw_kernel[(B,)](

@@ -104,16 +104,19 @@ def minibatches(completions, n, step, config):
     of PPO and GRPO: --epochs times all of them, shuffled, in --minibatches parts.
 
     completions: those of this rank that are trained, of `n` on all ranks. The tokens and
-    completions counted are of all ranks. An undivided batch keeps its order, and so is the very
-    pack that was read before."""
-    by_index, lengths = {c.index: c for c in completions}, np.zeros(n)
+    completions counted are of all ranks."""
+    by_index = {c.index: c for c in completions}
+    lengths = np.zeros(n)
     for c in completions:
         lengths[c.index] = c.n_tokens
     lengths = np.array(reduce_sum(*lengths))
     trained = np.flatnonzero(lengths)
     for epoch in range(config.epochs):
-        shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(trained)
-        for part in np.array_split(shuffled, config.minibatches) if config.minibatches > 1 else [trained]:
+        parts = [trained]  # not shuffled: the very packs whose log-probabilities have been read
+        if config.minibatches > 1:
+            shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(trained)
+            parts = np.array_split(shuffled, config.minibatches)
+        for part in parts:
             if len(part):
                 yield [by_index[i] for i in part if i in by_index], lengths[part].sum(), len(part)
 

@@ -62,7 +62,7 @@ def check_parameters(model):
             )
     missing = table.keys() - dict(model.named_parameters()).keys()
     if missing:
-        raise UserError(f"model.parameter_table has a row for {sorted(missing)[0]}, which this model has not")
+        raise UserError(f"model.parameter_table has a row for {sorted(missing)[0]}, which this model does not have")
     again = parse_config(config_to_hf(model.config), "config.json")
     again.padding = model.config.padding  # this one the tokenizer tells
     for field in dataclasses.fields(GPTConfig):
@@ -188,7 +188,7 @@ def rope_settings(h, path):
     rope_parameters (transformers 5), rope_scaling and rope_theta (4).
 
     Raises UserError if two places contradict each other, since tools differ in which they read, or
-    if there is a setting that this GPT has not."""
+    if there is a setting that this GPT does not have."""
     found = {}
     for key in ("rope_parameters", "rope_scaling"):
         section = {} if h.get(key) is None else h[key]
@@ -207,7 +207,7 @@ def rope_settings(h, path):
         if name not in read and value != 1:  # a factor of 1 changes nothing
             raise UserError(
                 f"{path}: the rotary setting {name}={reprlib.repr(value)} means nothing with rope_type={rope_type!r}, "
-                "the only one this GPT has beside llama3's; take it out, or take another model"
+                "the only one this GPT has besides llama3's; take it out, or take another model"
             )
     return found
 
@@ -312,11 +312,11 @@ def check_tensors(folder, where, c):
 
     Raises UserError if one is missing, or if one is left over with which the model would compute
     something else: quantised, of an adapter, of a further layer, a bias. Names the others, which
-    belong to heads and towers beside this GPT."""
+    belong to heads and towers besides this GPT."""
     for path in (folder / ADAPTER_CONFIG, *folder.glob("adapter_model*")):
         if path.exists():
             raise UserError(
-                f"{path}: an adapter lies beside the weights, and is not read; merge it (merge_and_unload of PEFT) and "
+                f"{path}: an adapter is next to the weights, and is not read; merge it (merge_and_unload of PEFT) and "
                 "save the model again"
             )
     for name, file in where.items():

@@ -393,7 +393,7 @@ class Run:
             reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
             if metrics.get("zero_variance") == 1:
                 reason = (
-                    "the completions of every prompt are worth the same "
+                    "the completions of every prompt get the same reward "
                     f"({metrics['all_right']:.0%} of the groups are all above 0, {metrics['all_wrong']:.0%} all at "
                     "most 0); bring easier or harder prompts, a reward with more shades, or a larger --group_size"
                 )

@@ -152,7 +152,7 @@ def check_sampler(model, chats, samples, logp, ref_logp, temperature, micro_batc
     """rollout.check_sampler_matches_trainer on samples without prompts of their own."""
     config = SimpleNamespace(temperature=temperature, micro_batch_tokens=micro_batch_tokens, max_new_tokens=32)
     completions = completions_of(chats, samples)
-    return rollout.check_sampler_matches_trainer(model, completions, logp, ref_logp, config, repeat)
+    return rollout.check_sampler_matches_trainer(model, completions, logp, config, ref_logp, repeat)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def first_step(make_model, gpu, **changed):
 
 def test_sampler_and_trainer_agree_but_for_rounding(make_model, gpu):
     model, completions, logp, config = first_step(make_model, gpu)
-    gap = rollout_module.check_sampler_matches_trainer(model, completions, logp, None, config, repeat=True)
+    gap = rollout_module.check_sampler_matches_trainer(model, completions, logp, config, repeat=True)
     assert 0 < gap < 8e-3
 
 
@@ -377,7 +377,7 @@ def test_a_sampler_that_is_not_the_trainer_is_refused(make_model, gpu, plant, mo
     plant(monkeypatch)
     model, completions, logp, config = first_step(make_model, gpu)
     with pytest.raises(UserError, match="sampler and trainer disagree"):
-        rollout_module.check_sampler_matches_trainer(model, completions, logp, None, config, repeat=True)
+        rollout_module.check_sampler_matches_trainer(model, completions, logp, config, repeat=True)
 
 
 def test_log_probabilities_come_from_fp32_logits(make_model, gpu):

@@ -106,9 +106,9 @@ def test_chats_of_one_prompt_share_its_tokens():
     whole, _ = pack_chats(chats)
     shared = share_prompts(whole, chats)
     assert shared.tokens.tolist() == [7, 8, 9, 0, 1, 7, 8, 0, 1, 2, 3, 0, 0, 1, 2]
-    assert torch.equal(shared.tokens[shared.rows], whole.tokens)
-    assert torch.equal(shared.positions[shared.rows], whole.positions)
-    assert torch.equal(shared.rows[shared.first], torch.arange(15))
+    assert torch.equal(shared.tokens[shared.stored_row], whole.tokens)
+    assert torch.equal(shared.positions[shared.stored_row], whole.positions)
+    assert torch.equal(shared.stored_row[shared.first_copy], torch.arange(15))
     assert torch.equal(shared.cu_seqlens, whole.cu_seqlens) and shared.max_len == whole.max_len
 
 

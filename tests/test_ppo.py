@@ -559,9 +559,18 @@ def test_one_step_by_hand(train, files, make_model, tmp_path):
     for kl, score in zip((logp - ref_logp).split(lengths), scores):
         rewards.append(-0.5 * kl)
         rewards[-1][-1] += score
-    advantages, _ = ppo.gae(torch.cat(rewards), values, lengths, 0.9, 0.8)
-    returns = advantages + values
-    wanted = {
+    advantages = ppo.gae(torch.cat(rewards), values, lengths, 0.9, 0.8)[0].detach()
+    returns = advantages + values.detach()
+    whitened = (advantages - advantages.mean()) / advantages.std(correction=0)
+    critic = moved(rm, by=0)
+    critic.score.data *= 2
+    gradients = {
+        "grad_norm": torch.autograd.grad(-(whitened * logp).mean(), list(model.parameters())),
+        "critic_grad_norm": torch.autograd.grad(
+            0.5 * (full_values(critic, chats, 0.5) - returns).square().mean(), list(critic.parameters())
+        ),
+    }
+    wanted = {name: torch.nn.utils.get_total_norm(some).item() for name, some in gradients.items()} | {
         "reward": np.mean(scores),
         f"{files}/rm": np.mean(scored),
         f"{files}/rewards.py:length": np.mean([len(t) - 10 * s.finished for t, s in zip(texts, samples)]),

@@ -375,7 +375,7 @@ def windows_beyond_the_layers(model):
     [
         (add_parameter, "parameter blocks.0.attn.gate has no Hugging Face name: add a row to model.parameter_table"),
         (add_rows, r"parameter blocks.1.attn.qkv has 64 rows; model.parameter_table says \[16, 8, 8\] for 3"),
-        (drop_parameter, "has a row for blocks.0.attn.k_norm, which this model has not"),
+        (drop_parameter, "has a row for blocks.0.attn.k_norm, which this model does not have"),
         (bias_and_qk_norm, "attention_bias=True is not supported"),
         (windows_beyond_the_layers, "GPTConfig.window_every=5 would be read back as 2"),
     ],
@@ -453,7 +453,7 @@ def test_endings_that_the_limit_cuts_are_said(base, tmp_path):
 
 def test_ten_steps_without_an_update_are_said_once_with_the_reason(base, tmp_path):
     (line,) = warnings_of(base, tmp_path / "a", [{}] + [IDLE] * 25)
-    assert "10 steps in a row without an update: the completions of every prompt are worth the same" in line
+    assert "10 steps in a row without an update: the completions of every prompt get the same reward" in line
     assert "25% of the groups are all above 0, 75% all at most 0" in line and "easier or harder prompts" in line
     (line,) = warnings_of(base, tmp_path / "b", [IDLE] * 2)  # a run of two steps that never updates says so too
     assert "2 steps in a row without an update" in line

@@ -55,7 +55,7 @@ class Served:
 
         argv = [f"--{name}={value}" for name, value in ({"device": "cpu", "port": 0} | flags).items()]
         self.child = Child(path, run, argv)
-        wait_until(lambda: "talk to it at" in self.child.output(), self.child)
+        wait_until(lambda: "chat at http" in self.child.output(), self.child)
         self.url = re.search(r"http://[^ /]+:(\d+)", self.child.output())[0]
         self.port = int(self.url.rpartition(":")[2])
         self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
