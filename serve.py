@@ -24,6 +24,7 @@ import shlex
 import socket
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,7 @@ from runtime.process import launch, setup
 
 WEB = Path(__file__).parent / "web"
 FOLLOW_SECONDS = 1.0  # between two looks for a new run
+MOST_MODELS = 50  # whose win rates are shown
 
 
 @dataclass
@@ -119,14 +121,16 @@ class Server:
     async def complete(self, request):
         """/v1/chat/completions and /v1/completions."""
         body = read_body(await body_of(request))
-        asked = read_request(body, "chat" in request.url.path, seed=secrets.randbits(63))
+        asked = read_request(body, "chat" in request.scope["path"], seed=secrets.randbits(63))
         served = self.choose(asked.model)
         context = served.model.config.context
         prompts, ends, hidden = encode_prompts(asked, served.tok, context, served.is_chat_model)
-        n = asked.n * len(prompts)
-        if self.unfinished + n > self.config.slots + self.config.queue:
+        n, room = asked.n * len(prompts), self.config.slots + self.config.queue
+        if n > room:
+            raise Refusal(400, f"n: {n} completions in all, but this server takes {room} at once", "n")
+        if self.unfinished + n > room:
             raise Refusal(429, "too many requests wait already; come again in a second", code="rate_limit_exceeded")
-        options = asked.sampling | {"n": asked.n, "max_new_tokens": asked.max_tokens or context, "stop": ends}
+        options = asked.sampling | {"n": asked.n, "max_new_tokens": asked.max_tokens, "stop": ends}
         job = Job(served, prompts, options, asked.stream or bool(asked.stop))
         completions = [Completion(served.tok, hidden, asked.stop) for _ in range(n)]
         if asked.stream:
@@ -194,7 +198,7 @@ class Server:
         except ValueError as e:
             raise Refusal(409, str(e)) from None
         except OSError as e:
-            raise Refusal(507, f"not stored: {e.strerror}; make room and send it again") from None
+            raise Refusal(507, f"not stored: {e.strerror}; send it again later") from None
         return JSONResponse({"stored": kind, "new": new})
 
     async def show_feedback(self, request):
@@ -204,7 +208,12 @@ class Server:
         journal, config = self.journal, self.config
         newest = [row for kind in KINDS for row in list(journal.newest[kind])]
         newest.sort(key=lambda row: row.get("time") or 0, reverse=True)
-        rates = await asyncio.to_thread(bradley_terry, dict(journal.matches), seed=0)
+        votes, matches = Counter(), dict(journal.matches)  # votes of each model
+        for (model, other, _), n in matches.items():
+            votes.update({model: n, other: n})
+        most = {model for model, _ in votes.most_common(MOST_MODELS)}  # all would fill the memory
+        matches = {match: n for match, n in matches.items() if most.issuperset(match[:2])}
+        rates = await asyncio.to_thread(bradley_terry, matches, seed=0)
         flags = [f"--init={config.model}", f"--feedback={config.feedback}", f"--rounds={config.follow or 'out/rounds'}"]
         sharpen = shlex.join(["python", "sharpen.py", *flags])
         commands = [sharpen, f"{sharpen} --method=ppo"]
@@ -294,7 +303,8 @@ async def run(config, models, journal, device, listening):
     # A client's error goes to the client, not to the terminal
     settings |= {"log_level": "error", "access_log": False}
     limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": 1000, "timeout_graceful_shutdown": 2}
-    where = f"http://{config.host}:{listening.getsockname()[1]}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    where = f"http://{host}:{listening.getsockname()[1]}"
     print0(f"{', '.join(served.name for served in models)}: chat at {where}, OpenAI's API at {where}/v1")
     await uvicorn.Server(uvicorn.Config(make_app(server), **settings, **limits)).serve(sockets=[listening])
 
@@ -314,7 +324,8 @@ def main(config):
     try:
         listening = socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as e:
-        raise UserError(f"--port={config.port}: {e.strerror}; choose another, or 0 for any free one") from None
+        where = f"--host={config.host} --port={config.port}"
+        raise UserError(f"{where}: {e.strerror}; choose another port, or 0 for any free one") from None
     asyncio.run(run(config, models, journal, device, listening))
 
 

@@ -12,10 +12,11 @@ One call is one round, out/rounds/1, out/rounds/2, ...; each is three lines that
 
 NEWEST is the last finished round's model, or --init. With --method=ppo the votes train a reward
 model, and PPO follows that one, on the questions that people asked. An interrupted round is
-continued by the same call.
+continued by the same call; one that has not saved a step yet begins with the votes of that moment.
 """
 
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from data.feedback import freeze
 from runtime.checkpoint import newest_finished
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
+from runtime.files import LOCKS, lock_file
 
 FEW = 200  # votes; of fewer than these, a fifth is held out to validate on, unless the flags say otherwise
 
@@ -52,7 +54,8 @@ class Config:
 def freezing(config, folder, earlier):
     """The words of the command that freezes a round's votes; earlier: those of rounds before."""
     after = [f"--after={','.join(map(str, earlier))}"] if earlier else []
-    return ["-m", "data.feedback", f"--feedback={config.feedback}", f"--out={folder / 'pairs.jsonl'}", *after]
+    words = ["-m", "data.feedback", f"--feedback={config.feedback}", f"--out={folder / 'pairs.jsonl'}", *after]
+    return [*words, "--overwrite=True"] if (folder / "pairs.jsonl").exists() else words
 
 
 def training(config, folder, init, votes):
@@ -61,22 +64,38 @@ def training(config, folder, init, votes):
     if config.method == "dpo":
         return [["dpo.py", *start, f"--out={folder}/dpo", *flags_for(votes, config.dpo)]]
     reward = ["reward.py", *start, f"--out={folder}/rm", *flags_for(votes, config.reward)]
-    ppo = ["ppo.py", *start, f"--reward={folder}/rm", f"--out={folder}/ppo", *shlex.split(config.ppo)]
+    ppo = ["ppo.py", *start, f"--reward={folder}/rm", f"--out={folder}/ppo", *split(config.ppo)]
     return [reward, ppo]
+
+
+def split(flags):
+    try:
+        return shlex.split(flags)
+    except ValueError as e:
+        raise UserError(f"{flags!r}: {e}; further flags stand in one pair of quotes") from None
 
 
 def flags_for(votes, flags):
     """The words of `flags`, and what few votes need besides."""
-    words = shlex.split(flags)
+    words = split(flags)
     if votes < FEW and not any(word.startswith("--val") for word in words):
         words.append("--val_fraction=0.2")
     return words
 
 
 def execute(words):
+    """Run one command. If a signal comes, the command saves and leaves, and then this process."""
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
-    status = subprocess.run([sys.executable, *words]).returncode
-    if status:
+    # It holds our lock too: if we are killed and it is not, the next call is refused until it ends
+    process = subprocess.Popen([sys.executable, *words], pass_fds=[lock.fileno() for lock in LOCKS])
+
+    def stop(number, frame):
+        if number == signal.SIGTERM:  # Ctrl-C reaches the command too
+            process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if status := process.wait():
         what = words[1] if words[0] == "-m" else words[0]
         raise UserError(f"{what} ended with status {status}; the same call continues from here")
 
@@ -86,17 +105,17 @@ def main(config):
     here, rounds = Path(__file__).parent, Path(config.rounds)
     if Path.cwd() != here:
         raise UserError(f"run it from the repository's directory: cd {here}")
+    lock_file(rounds / ".lock", rounds, "rounds")
     numbers = sorted(int(path.name) for path in rounds.glob("*") if path.name.isdecimal())
     if not numbers or newest_finished(rounds / str(numbers[-1])):
         numbers.append(numbers[-1] + 1 if numbers else 1)
     folder = rounds / str(numbers[-1])
     earlier = [rounds / str(n) / "pairs.jsonl" for n in numbers[:-1]]
     init = newest_finished(rounds) or config.init
-    resumed = (folder / "pairs.jsonl").exists()  # an interrupted round
-    if not resumed:
+    if not any(folder.glob("*/step_*")):  # or it has begun to train, and continues on the same votes
         execute(freezing(config, folder, earlier))
     for words in training(config, folder, init, len(freeze(folder / "pairs.jsonl", "pairs"))):
-        execute([*words, "--resume"] if resumed else words)
+        execute([*words, "--resume"])
     print(f"\nround {folder.name} is finished: serve.py --follow={config.rounds} answers with it from now on")
 
 

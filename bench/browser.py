@@ -165,13 +165,21 @@ def check_votes(page, feedback):
     page.click("#clear")
     ask(page, "hi")
     expect("step_" not in page.inner_text("#thread"), "a comparison shows the models before the vote")
-    left = page.locator(".answer .text").first.inner_text()
-    page.keyboard.press("1")
+    texts = page.locator(".answer .text").all_inner_texts()
+    cut = [set(text) == {"x"} for text in texts]  # it never ends
+    enabled = page.locator(".votes button").evaluate_all("all => all.map(button => !button.disabled)")
+    expect(enabled == [not cut[0], not cut[1], True, True], "an answer that was cut can be preferred")
+    page.evaluate("system.value = 'This comes after the answers.'")
+    page.keyboard.press(str(1 + cut.index(False)))
     wait(page, "document.getElementById('status').textContent.includes('stored')")
+    page.evaluate("system.value = ''")
     (row,) = rows_of(feedback / "pairs.jsonl")
-    expect(row["chosen"] == left and len(set(row["models"])) == 2, "the vote is not what was chosen")
+    expect(row["chosen"] == texts[cut.index(False)], "the vote is not what was chosen")
+    expect(len(set(row["models"])) == 2, "the two answers are of one model")
+    expect(row["prompt"] == [message("user", "hi")], "the prompt of a vote is not what the models read")
     expect("step_" in page.inner_text("#thread"), "the models stay hidden after the vote")
     expect(page.input_value("#message") == "", "the digit of a vote is typed into the next message")
+    ask(page, "hi")  # waits for its vote: a key votes on the newest
     # the disk is full for a while
     page.route("**/v1/feedback", lambda route: route.fulfill(status=507, body='{"error": {"message": "full"}}'))
     page.fill("#message", "hi")
@@ -179,11 +187,12 @@ def check_votes(page, feedback):
     page.wait_for_selector(".votes")
     page.keyboard.press("4")
     wait(page, "document.getElementById('status').textContent.includes('keeps it')")
+    expect(page.locator("#thread > li:last-child .votes").count() == 0, "a key votes on an older question")
     page.unroute("**/v1/feedback")
     page.reload()
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     expect(rows_of(feedback / "ties.jsonl")[0]["vote"] == "both_bad", "a vote kept by the page was not sent again")
-    expect(page.locator("#thread > li").count() == 2, "the conversation does not survive a reload")
+    expect(page.locator("#thread > li").count() == 3, "the conversation does not survive a reload")
 
 
 def check_rating_and_correction(page, address, feedback):
@@ -224,6 +233,60 @@ def check_report(page, address):
     with page.expect_download() as download:
         page.click("text=pairs.jsonl")
     expect(len(rows_of(Path(download.value.path()))) == 1, "the download is not the file")
+
+
+FORBIDDEN = "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, "
+FORBIDDEN += "{ get() { throw new DOMException('forbidden', 'SecurityError') } })"
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }"
+
+
+def check_without_storage(browser, address, feedback):
+    """A browser that stores nothing loses no vote."""
+    for script in (FORBIDDEN, FULL):
+        stored = len(rows_of(feedback / "ratings.jsonl"))
+        context = browser.new_context()
+        context.add_init_script(script)
+        page = context.new_page()
+        page.goto(address)
+        wait(page, "document.activeElement.id == 'message'")
+        ask(page, "hi")
+        page.click("text=Bad")
+        wait(page, "document.getElementById('status').textContent.includes('stored')")
+        expect(len(rows_of(feedback / "ratings.jsonl")) == stored + 1, "a vote is lost without storage")
+        context.close()
+
+
+def check_two_tabs_and_a_key(browser, model, folder):
+    """A key may have any letters; each tab keeps its conversation, and no vote is lost."""
+    server, address = start_server(model=model, feedback=folder / "tabs", device="cpu", api_key="ключ é")
+    try:
+        context = browser.new_context()
+        tabs = [context.new_page(), context.new_page()]
+        for page, questions in zip(tabs, (1, 2)):
+            page.goto(address)
+            page.wait_for_selector("#login:not([hidden])")
+            for key in ("wrong", "ключ é"):
+                page.fill("#key", key)
+                page.keyboard.press("Enter")
+                said = "document.getElementById('status').textContent.includes('key')"
+                wait(page, said if key == "wrong" else f"!{said}")
+            page.wait_for_selector("#login", state="hidden")
+            page.click("#clear")
+            for _ in range(questions):
+                ask(page, "hi")
+            page.route("**/v1/feedback", lambda route: route.abort())
+            page.locator("text=Bad").last.click()  # the server cannot be reached
+            wait(page, "document.getElementById('status').textContent.includes('keeps it')")
+        for page, questions in zip(tabs, (1, 2)):
+            page.unroute("**/v1/feedback")
+            page.reload()
+            wait(page, "!JSON.parse(localStorage.unsent).length")
+            expect(page.locator("#thread > li").count() == questions, "a tab has another tab's conversation")
+        expect(len(rows_of(folder / "tabs/ratings.jsonl")) == 2, "a vote of two tabs is lost")
+        context.close()
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def check_accessibility(page, axe):
@@ -307,6 +370,8 @@ def check(folder, out, chromium="", axe="", pictures=True, model=""):
             check_rating_and_correction(page, address, feedback)
             check_follow(page, rounds)
             check_report(page, address)
+            check_without_storage(browser, address, feedback)
+            check_two_tabs_and_a_key(browser, folder / "knows", folder)
             expect(not problems, f"errors in the browser: {problems}")
             if pictures:
                 screenshots(browser, address, out, axe)

@@ -37,6 +37,10 @@ ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.
 EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 TEMPLATES = "tests/test_template.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
+WEBUI = f"{FEEDBACK}::test_ratings_of_open_webui_become_pairs_and_ratings"
+ROUNDS = f"{FEEDBACK}::test_a_round_trains_on_the_new_votes_from_the_newest_model"
+SIGNALS = f"{FEEDBACK}::test_a_signal_lets_a_step_save_and_no_other_round_begins_beside_one"
+NEWEST = f"{FEEDBACK}::test_the_newest_finished_run_is_found"
 DISTILL, KL = "tests/test_distill.py", "tests/test_kl.py"
 PUZZLES = "tests/test_puzzles.py"
 KEPT = f"{EVALUATE}::test_the_right_answers_are_kept_as_conversations_for_sft"
@@ -990,20 +994,14 @@ MUTANTS = [
         FEEDBACK,
     ),
     ("voter_forgotten", "data/feedback.py", 'json.dumps([about, row.get("by", "")])', "json.dumps([about])", FEEDBACK),
-    ("torn_line_kept", "data/feedback.py", 'written.rfind(b"\\n") + 1)', "len(written))", FEEDBACK),
-    ("no_fsync", "data/feedback.py", "append(path, lines, size)", "append(path, lines, size, sync=False)", FEEDBACK),
+    ("torn_line_kept", "data/feedback.py", "path.stat().st_size - len(torn)", "path.stat().st_size", FEEDBACK),
+    ("no_fsync", "data/feedback.py", "return append(path, data)", "return append(path, data, sync=False)", FEEDBACK),
     ("half_line_left", "data/feedback.py", 'append(path, b"", size)  #', "pass  #", FEEDBACK),
     ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
     ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, pending))", "pass", SERVE),
-    (
-        "any_key",
-        "runtime/http.py",
-        'if not hmac.compare_digest(given.encode("latin-1"), key.encode()):',
-        "if False:",
-        SERVE,
-    ),
+    ("any_key", "runtime/http.py", 'if scheme.lower() != "bearer" or not right:', "if False:", SERVE),
     ("any_host", "runtime/http.py", "if not self.is_ours(host):", "if False:", SERVE),
     ("any_origin", "runtime/http.py", "if origin is not None and origin not in", "if False and origin not in", SERVE),
     (
@@ -1351,6 +1349,38 @@ MUTANTS = [
     ("steps_not_checked", "data/puzzles.py", "bool(steps) and all(", "bool(steps) or all(", PUZZLES),
     ("held_out_in_training", "data/puzzles.py", "is_held_out(question) == held_out", "True", PUZZLES),
     ("watched_norm_is_no_json", "optim.py", "if watched in name]).item()", "if watched in name])", OPTIM),
+    # Strangers at the server and in its files
+    ("carriage_returns", "data/feedback.py", "whole.splitlines(keepends=True)", 'whole.split(b"\\n")', FEEDBACK),
+    ("edit_overwritten", "data/feedback.py", "if path.stat().st_size != size:", "if False:", FEEDBACK),
+    ("torn_line_deleted", "data/feedback.py", 'append(path.with_suffix(".torn"), torn + b"\\n")', "pass", FEEDBACK),
+    ("lines_run_together", "data/feedback.py", 'path.read_bytes()[-1:] in (b"", b"\\n")', "True", FEEDBACK),
+    ("vote_stops_all_rounds", "data/feedback.py", "    if kind in PARSE:\n", "    if False:\n", FEEDBACK),
+    (
+        "import_beside_a_server",
+        "data/feedback.py",
+        'lock_file(Path(config.out) / ".lock", config.out)',
+        "pass",
+        f"{FEEDBACK}::test_an_import_leaves_what_is_there",
+    ),
+    ("arena_model_unknown", "data/feedback.py", 'other.get("selectedModelId") or other', "other", WEBUI),
+    ("unfinished_sibling", "data/feedback.py", ' and other.get("done") is not False', "", WEBUI),
+    (
+        "image_ignored",
+        "data/feedback.py",
+        '("role", "content", "files")',
+        '("role", "content")',
+        f"{FEEDBACK}::test_a_damaged_export_is_refused",
+    ),
+    ("round_of_too_few", "sharpen.py", 'any(folder.glob("*/step_*"))', '(folder / "pairs.jsonl").exists()', ROUNDS),
+    ("round_beside_a_round", "sharpen.py", 'lock_file(rounds / ".lock", rounds, "rounds")', "pass", SIGNALS),
+    ("step_not_told", "sharpen.py", "process.terminate()", "pass", SIGNALS),
+    ("step_killed", "sharpen.py", "in (signal.SIGINT, signal.SIGTERM):", "in (signal.SIGTERM,):", SIGNALS),
+    ("base_model_followed", "runtime/checkpoint.py", 'not in ("pretrain", "reward")', '!= "reward"', NEWEST),
+    ("deleted_run_ends_following", "runtime/checkpoint.py", 'info.get("stage", "reward")', 'info["stage"]', NEWEST),
+    ("second_limit_wins", "data/openai.py", "limit = min(limit, number(", "limit = (number(", SERVE),
+    ("retried_for_ever", "serve.py", "        if n > room:\n", "        if False:\n", SERVE),
+    ("strangers_fill_the_log", "runtime/http.py", "except ClientDisconnect:", "except ZeroDivisionError:", SERVE),
+    ("rates_of_all_models", "serve.py", "votes.most_common(MOST_MODELS)", "votes.most_common()", SERVE),
     # What the field's bug reports tell of
     (
         "template_twice",

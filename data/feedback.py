@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import rows
-from data.read import parse_row, read_jsonl, read_text
-from runtime.cli import check_ranges, launch
+from data.read import parse_row, read_text, reason
+from runtime.cli import check_ranges, launch, print0
 from runtime.errors import UserError
-from runtime.files import append, flush, lock_file, replace_text
+from runtime.files import append, check_apart, flush, lock_file, replace_text
 
 KINDS = ["pairs", "ratings", "corrections", "ties"]
 VOTES = ["left", "right", "tie", "both_bad"]
@@ -81,16 +81,24 @@ def entry_row(entry):
     said = [name for name in ("vote", "label", "correction") if name in entry]
     if len(said) != 1:
         raise ValueError('one of "vote", "label" and "correction" was expected')
+    kind, row = read_judgement(entry, said[0])
+    if kind in PARSE:
+        PARSE[kind](row)  # one row that no trainer reads would stop every round that comes
+    return kind, row
+
+
+def read_judgement(entry, said):
+    """`read_entry` of an entry that says a vote, a label or a correction."""
     prompt = rows.ends_with(rows.check_messages(entry.get("prompt"), "prompt"), "user", "prompt")
     by = entry.get("by") or ""
     if not isinstance(by, str) or len(by) > 64:
         raise ValueError('"by" is a name of at most 64 characters, or missing')
     end = {"time": round(time.time(), 3), "by": by}
-    if "vote" in said:
+    if said == "vote":
         return read_vote(entry, prompt, end)
     answer = rows.text_of(entry.get("answer"), "answer").rstrip()  # what it begins with may be indentation
     end = {"model": name(entry.get("model")), "seed": seed(entry.get("seed"))} | end
-    if "label" in said:
+    if said == "label":
         if not isinstance(entry["label"], bool):
             raise ValueError('"label" is not true or false')
         return "ratings", {"prompt": prompt, "completion": answer, "label": entry["label"]} | end
@@ -153,8 +161,7 @@ def identity(kind, row):
 class Journal:
     """The four files of a directory, and the thread that appends to them.
 
-    A row is on the disk (fsync) before `append` says so; rows that wait together share the fsync. A
-    last line without its end, which a kill may leave, was never acknowledged and is cut off.
+    A row is on the disk (fsync) before `append` says so; rows that wait together share the fsync.
     Raises UserError if a file holds what no server wrote, or another process writes here.
     """
 
@@ -162,29 +169,45 @@ class Journal:
         self.folder, self.waiting = Path(folder), queue.SimpleQueue()
         self.said, self.counts, self.matches = {}, Counter(), Counter()
         self.newest = {kind: deque(maxlen=NEWEST) for kind in KINDS}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock_file(self.folder / ".lock", folder)
-        except UserError:
-            raise UserError(f"--feedback={folder}: another server writes there; give each its own directory") from None
-        self.sizes = {kind: cut_torn_line(self.path(kind)) for kind in KINDS}
-        for kind in KINDS:
-            for _, row in read_jsonl(self.path(kind)):
-                self.remember(kind, row)
+        lock_file(self.folder / ".lock", folder, "feedback")
+        self.sizes = {kind: self.take_over(kind) for kind in KINDS}
         flush(self.folder)
         threading.Thread(target=self.write_all, daemon=True).start()
 
     def path(self, kind):
         return self.folder / f"{kind}.jsonl"
 
-    def remember(self, kind, row):
-        """Count a row that is on the disk."""
+    def take_over(self, kind):
+        """Count the rows of a file, which is made if it is not there -> its size.
+
+        Part of a line at its end, which a kill may leave, was never acknowledged. It is moved to
+        another file, in case that somebody has edited this one.
+        """
+        path = self.path(kind)
         try:
-            key, said = identity(kind, row)
-            if kind in ("pairs", "ties"):
-                self.matches[*row["models"], row.get("vote", "win")] += 1  # the winner's model first
-        except (KeyError, TypeError) as e:
-            raise UserError(f"{self.path(kind)}: not a row that serve.py wrote ({e!r}); move this file away") from None
+            append(path, b"")
+            found, torn = read_rows(path)
+            for number, row in found:
+                try:
+                    self.remember(kind, row)
+                except (KeyError, TypeError, ValueError) as e:
+                    raise UserError(f"{path}:{number}: not a row that serve.py wrote ({e!r}); remove it") from None
+            if torn:
+                append(path.with_suffix(".torn"), torn + b"\n")
+                print0(f"warning: {path}: the part of a line at its end is moved to {path.with_suffix('.torn')}")
+            size = append(path, b"", path.stat().st_size - len(torn))
+            return size if path.read_bytes()[-1:] in (b"", b"\n") else append(path, b"\n")
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from None
+
+    def remember(self, kind, row):
+        """Count a row that is on the disk. Raises KeyError, TypeError or ValueError for others."""
+        key, said = identity(kind, row)
+        if not isinstance(row.get("time") or 0, int | float):
+            raise ValueError('"time" is not a number')
+        if kind in ("pairs", "ties"):
+            winner, loser = map(name, row["models"])
+            self.matches[winner, loser, row.get("vote", "win")] += 1
         self.said[key] = said
         self.counts[row.get("vote") or kind] += 1
         self.newest[kind].append({"kind": kind} | row)
@@ -193,7 +216,7 @@ class Journal:
         """A Future: True once the row is on the disk, False if the same voter had said the same.
 
         Its exceptions: ValueError if the voter said something else before; OSError if the disk
-        takes no more, and then the file is as it was.
+        takes no more, and then the file is as it was, or if somebody else has changed the file.
         """
         done = Future()
         self.waiting.put((kind, row, done))
@@ -225,10 +248,8 @@ class Journal:
         path, size = self.path(kind), self.sizes[kind]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
         try:
-            self.sizes[kind] = append(path, lines, size)
+            self.sizes[kind] = extend(path, lines, size)
         except OSError as e:
-            with contextlib.suppress(OSError):
-                append(path, b"", size)  # whole lines may have been written: nobody was told so
             for _, done in new.values():
                 done.set_exception(e)
             return
@@ -237,10 +258,39 @@ class Journal:
             done.set_result(True)
 
 
-def cut_torn_line(path):
-    """Cut off what follows the last line end of a file, made if it is not there -> its size."""
-    written = path.read_bytes() if path.exists() else b""
-    return append(path, b"", written.rfind(b"\n") + 1)
+def extend(path, data, size):
+    """Append to a file of so many bytes -> its new size.
+
+    Raises OSError if the disk takes no more, or if the file has another size; it is then left as it
+    was.
+    """
+    if path.stat().st_size != size:
+        raise OSError(0, f"somebody else has changed {path}; the server must be started again")
+    try:
+        return append(path, data)
+    except OSError:
+        with contextlib.suppress(OSError):
+            append(path, b"", size)  # whole lines may have been written: nobody was told so
+        raise
+
+
+def read_rows(path):
+    """([(line number, row)], torn): the rows of a file that a server may be writing.
+
+    torn: the bytes at its end that are no whole row. Raises OSError, or UserError naming a line
+    that is no row.
+    """
+    whole, found, size = Path(path).read_bytes(), [], 0
+    for number, line in enumerate(whole.splitlines(keepends=True), 1):
+        try:
+            if line.strip():
+                found.append((number, parse_row(line.decode("utf-8-sig").strip())))
+        except (ValueError, RecursionError) as e:
+            if line[-1:] not in b"\r\n":
+                break
+            raise UserError(f"{path}:{number}: {reason(e)}; correct or remove the line") from None
+        size += len(line)
+    return found, whole[size:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,31 +300,26 @@ def cut_torn_line(path):
 def freeze(path, kind):
     """The rows of a file that a server may be writing, each checked as its trainer reads it."""
     try:
-        whole = Path(path).read_bytes()
+        found, _ = read_rows(path)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; no vote of this kind has been cast yet?") from None
-    found = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # what follows the last end is being written
+    for number, row in found:
         try:
-            row = parse_row(line.decode("utf-8"))
             PARSE[kind](row)
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}:{number}: {e}; correct or remove the line") from None
-        found.append(row)
-    return found
+            raise UserError(f"{path}:{number}: {reason(e)}; correct or remove the line") from None
+    return [row for _, row in found]
 
 
-def write_rows(path, found, overwrite):
-    """Write rows to a file, whole or not at all; says how many."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists; --overwrite=True replaces it, but a run that reads it would be refused")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def write_rows(files, overwrite):
+    """Write {path: rows}, each file whole or not at all, and none if one is there already; says how
+    many rows."""
+    for path in files:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists; --overwrite=True replaces it, but a run that reads it would be refused")
+    for path, found in files.items():
         replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    print(f"{path}: {len(found):,} rows")
+        print(f"{path}: {len(found):,} rows")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,16 +333,21 @@ def open_webui_rows(item):
     Those are the other answers to the same question by "sibling_model_ids"; they lose against +1
     and win against -1. Raises ValueError or KeyError saying what is missing.
     """
-    data, messages = item["data"], item["snapshot"]["chat"]["chat"]["history"]["messages"]
+    data, conversation = item["data"], item["snapshot"]["chat"]["chat"]
+    messages = conversation["history"]["messages"]
     label = {"1": True, "-1": False}.get(str(data.get("rating")))
     if label is None:
         raise ValueError(f'"rating" is {data.get("rating")!r}; 1 or -1 was expected')
     answer = messages[item["meta"]["message_id"]]
+    if answer.get("done") is False:
+        raise ValueError('"done" is false: the answer was cut')
     question = parent = messages[answer["parentId"]]
     prompt = []
     while parent and len(prompt) < len(messages):  # a damaged history may run in a circle
-        prompt.insert(0, rows.message(parent["role"], parent["content"]))
+        prompt.insert(0, {name: parent.get(name) for name in ("role", "content", "files")})
         parent = messages.get(parent.get("parentId"))
+    if system := (conversation.get("params") or {}).get("system"):
+        prompt.insert(0, rows.message("system", system))
     prompt = rows.ends_with(rows.check_messages(prompt, "messages"), "user", "messages")
     said = {name: data[name] for name in ("reason", "comment") if data.get(name)}
     end = {"time": item.get("created_at"), "by": ""} | said
@@ -307,11 +357,12 @@ def open_webui_rows(item):
     for name in question.get("childrenIds", []):
         other = messages.get(name, {})
         other_text = (other.get("content") or "").rstrip()
-        compared = other.get("model") in (data.get("sibling_model_ids") or [])
+        other_model = other.get("selectedModelId") or other.get("model")  # the first: of an arena, which hides it
+        compared = other_model in (data.get("sibling_model_ids") or []) and other.get("done") is not False
         if compared and other_text.strip() not in ("", completion.strip()):
             order = 1 if label else -1
             chosen, rejected = (completion, other_text)[::order]
-            models = [model, other["model"]][::order]
+            models = [model, other_model][::order]
             pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "models": models, "seeds": [None, None]}
             found.append(("pairs", pair | end))
     return found
@@ -325,17 +376,22 @@ def read_open_webui(path):
         raise UserError(f"{path}: not valid JSON ({e}); export it again") from None
     if not isinstance(items, list):
         raise UserError(f"{path}: an array of feedback was expected, as Open WebUI exports it")
-    found = {"pairs": [], "ratings": []}
+    found, unrated = {"pairs": [], "ratings": []}, 0
     for i, item in enumerate(items):
         try:
             if item["type"] != "rating":
                 raise ValueError(f'"type" is {item["type"]!r}; rating was expected')
+            if item["data"].get("rating") is None:  # a comment
+                unrated += 1
+                continue
             for kind, row in open_webui_rows(item):
                 found[kind].append(row)
         except KeyError as e:
             raise UserError(f"{path}: item {i} has no {e}; correct or remove it") from None
         except (ValueError, TypeError, AttributeError) as e:
             raise UserError(f"{path}: item {i}: {e}; correct or remove it") from None
+    if unrated:
+        print(f"{path}: {unrated:,} comments without a rating are left out")
     return found
 
 
@@ -344,16 +400,18 @@ def main(config):
     if bool(config.feedback) == bool(config.open_webui):
         raise UserError("one of --feedback and --open_webui must be given, and not both")
     if config.open_webui:
-        for kind, found in read_open_webui(config.open_webui).items():
-            write_rows(Path(config.out) / f"{kind}.jsonl", found, config.overwrite)
+        found = read_open_webui(config.open_webui)
+        lock_file(Path(config.out) / ".lock", config.out)  # a server may be writing there
+        write_rows({Path(config.out) / f"{kind}.jsonl": kept for kind, kept in found.items()}, config.overwrite)
         return
+    earlier = config.after.split(",") if config.after else []
+    check_apart("out", config.out, [*earlier, *(Path(config.feedback) / f"{kind}.jsonl" for kind in KINDS)])
     found = freeze(Path(config.feedback) / f"{config.kind}.jsonl", config.kind)
-    if config.after:
-        known = {json.dumps(row) for path in config.after.split(",") for row in freeze(path, config.kind)}
-        found = [row for row in found if json.dumps(row) not in known]
+    known = {json.dumps(row) for path in earlier for row in freeze(path, config.kind)}
+    found = [row for row in found if json.dumps(row) not in known]
     if not found:
         raise UserError(f"--feedback={config.feedback}: no {config.kind} to freeze; collect some first")
-    write_rows(config.out, found, config.overwrite)
+    write_rows({Path(config.out): found}, config.overwrite)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ READ = {"model", "stream", "stream_options", "n", "stop", "seed", "temperature",
 READ |= {"max_tokens"}
 READ_CHAT, READ_TEXT = READ | {"messages", "max_completion_tokens"}, READ | {"prompt"}
 
+LONGEST = 2**31  # tokens, more than any context
+
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -62,7 +64,7 @@ class Request:
     model: str
     prompts: list  # a list of messages each, or a text each
     n: int
-    max_tokens: int  # at most; 0: as many as the context leaves
+    max_tokens: int  # at most, as far as the context leaves room
     sampling: dict  # temperature, top_p, top_k, seed
     stop: list  # strings
     logprobs: bool
@@ -75,7 +77,7 @@ class Request:
 def read_body(text):
     """The JSON object in a request's body."""
     try:
-        return parse_row(text.decode("utf-8").strip())
+        return parse_row(text.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as e:
         reason = "nested too deeply" if isinstance(e, RecursionError) else e
         raise Refusal(400, f"the body is not a JSON object: {reason}") from None
@@ -91,9 +93,8 @@ def read_request(body, is_chat, seed):
         if not known and value is not None and value not in INERT.get(name, []):
             raise Refusal(400, f"{name}: this server does nothing with it; leave it out", name, "unsupported_parameter")
     n = number(body, "n", 1, 1, 128, int)
-    limit = number(body, "max_tokens", 0 if is_chat else 16, 1, 2**31, int)
-    if is_chat:
-        limit = number(body, "max_completion_tokens", limit, 1, 2**31, int)
+    limit = number(body, "max_tokens", LONGEST if is_chat else 16, 1, LONGEST, int)
+    limit = min(limit, number(body, "max_completion_tokens", LONGEST, 1, LONGEST, int))
     seed = number(body, "seed", seed, -(2**63), 2**63 - 1, int) % 2**64
     temperature = number(body, "temperature", 1.0, 0, 2)
     sampling = {
@@ -139,14 +140,14 @@ def truth(body, name):
 
 
 def read_model(body):
-    name = body.get("model", "latest")
+    name = "latest" if body.get("model") is None else body["model"]
     if not isinstance(name, str):
         raise Refusal(400, "model: the name of a model was expected; /v1/models lists them", "model")
     return name
 
 
 def read_stop(body):
-    stop = body.get("stop") or []
+    stop = [] if body.get("stop") in (None, "") else body["stop"]
     stop = [stop] if isinstance(stop, str) else stop
     if not (isinstance(stop, list) and len(stop) <= 4 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop)):
         raise Refusal(400, "stop: a string or up to 4 were expected, of 1 to 256 characters", "stop")
@@ -163,7 +164,7 @@ def read_prompts(body):
 
 
 def read_messages(body):
-    """The messages to answer; a content in parts is joined if all of them are text."""
+    """The messages to answer."""
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise Refusal(400, "messages: a list was expected", "messages")
@@ -175,12 +176,7 @@ def read_messages(body):
         extra = [name for name, value in m.items() if name not in ("role", "content") and value not in (None, [])]
         if extra:
             raise Refusal(400, f"{where}.{extra[0]}: this server does nothing with it; leave it out", "messages")
-        content = m.get("content")
-        if isinstance(content, list):
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                raise Refusal(400, f"{where}.content: only parts of the type text are read", "messages")
-            content = "".join(str(part.get("text", "")) for part in content)
-        plain.append({"role": m.get("role"), "content": content})
+        plain.append({"role": m.get("role"), "content": m.get("content")})
     try:
         return rows.ends_with(rows.check_messages(plain), "user", "messages")
     except ValueError as e:
@@ -263,7 +259,10 @@ class Completion:
 
 
 def logprobs_of(request, pieces):
-    """What a client that wants log-probabilities is told of some tokens."""
+    """What a client that wants log-probabilities is told of some tokens.
+
+    They are of the distribution that was drawn from: at temperature 0 all are 0.
+    """
     if not request.logprobs:
         return None
     texts = [piece.decode("utf-8", "replace") for piece, _, _ in pieces]

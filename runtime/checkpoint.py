@@ -86,7 +86,7 @@ def steps_in(run):
 
 
 def newest_finished(folder):
-    """The last checkpoint of the newest finished run below `folder` that can write; None: no such.
+    """The last checkpoint of the newest finished run below `folder` that can chat; None: no such.
 
     A run in mid-training has fewer steps behind it than its total.
     """
@@ -95,7 +95,8 @@ def newest_finished(folder):
         with contextlib.suppress(UserError, OSError, IndexError):  # being written, or deleted, right now
             last = steps_in(run)[-1]
             info = read_info(last)
-            if info["stage"] != "reward" and info["step"] == info.get("total_steps"):
+            chats = info.get("stage", "reward") not in ("pretrain", "reward")
+            if chats and info["step"] == info.get("total_steps"):
                 finished.append(((last / MANIFEST).stat().st_mtime, last))
     return max(finished, default=(0, None))[1]
 

@@ -18,8 +18,8 @@ LOCKS = []  # open while the process lives: closing a file gives its lock up
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # opened by name, a file they lead to would be emptied
 
 
-def lock_file(path, out):
-    """Hold `path`, in a folder that is made if it is missing, as the lock of `--out=out`.
+def lock_file(path, out, flag="out"):
+    """Hold `path`, in a folder that is made if it is missing, as the lock of `--flag=out`.
 
     Raises UserError if another process holds it, or it cannot be written.
     """
@@ -27,7 +27,7 @@ def lock_file(path, out):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
     except OSError as e:
-        raise UserError(f"--out={out}: {e.strerror}") from None
+        raise UserError(f"--{flag}={out}: {e.strerror}") from None
     if os.name != "posix":
         return  # fcntl is POSIX; on Windows two runs in one directory are the user's to avoid
     import fcntl
@@ -36,7 +36,7 @@ def lock_file(path, out):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
-            f"--out={out}: another process is writing this run; wait for it or choose another --out"
+            f"--{flag}={out}: another process is writing this run; wait for it or choose another --{flag}"
         ) from None
     LOCKS.append(file)
 

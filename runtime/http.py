@@ -9,13 +9,16 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
 import h11
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data.openai import Refusal
+from runtime.errors import UserError
 
 LARGEST_BODY = 2**20  # bytes
 PATIENCE = 20.0  # seconds that a client may take to send a request, or to read a piece of an answer
@@ -40,6 +43,8 @@ async def body_of(request):
                     body.append(piece)
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {PATIENCE:g} seconds") from None
+    except ClientDisconnect:
+        raise Refusal(499, "the client has left") from None
     if size > LARGEST_BODY:
         raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
     return b"".join(body)
@@ -86,6 +91,9 @@ class Guard:
     def __init__(self, app, config):
         self.app, self.config = app, config
         self.origins = [origin.strip() for origin in config.origin.split(",") if origin.strip()]
+        for origin in self.origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/A-Z\s]+", origin):
+                raise UserError(f"--origin={origin}: not as browsers send it, for example https://example.org:8000")
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -103,7 +111,7 @@ class Guard:
         if refusal := self.refusal(scope, headers):
             app = error_response(refusal)
         elif scope["method"] == "OPTIONS" and origin in self.origins:  # a browser asks before it sends
-            allowed = {"access-control-allow-headers": "authorization, content-type"}
+            allowed = {"access-control-allow-headers": "authorization, *"}  # OpenAI's client sends many of its own
             app = Response(status_code=204, headers=allowed | {"access-control-allow-methods": "GET, POST"})
         await app(scope, receive, send_with_headers)
 
@@ -115,8 +123,9 @@ class Guard:
         if origin is not None and origin not in (f"http://{host}", f"https://{host}", *self.origins):
             return Refusal(403, f"origin {origin!r} may not use this server; --origin adds it")
         if self.config.api_key and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
-            given, key = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
-            if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.config.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
                 return Refusal(401, "the API key is wrong or missing", code="invalid_api_key")
         return None
 

@@ -1,12 +1,15 @@
 """data/feedback.py: what is a vote, what the files hold after anything, what is frozen, and what
 people bring from Open WebUI."""
 
+import dataclasses
 import json
+import os
+import signal
 import time
 
 import pytest
 from conftest import ROOT, random_model
-from runs import refused, save, start, succeeds, write_rows
+from runs import kill, refused, save, start, succeeds, wait_until, write_rows
 
 import sharpen
 from data import feedback, rows
@@ -15,11 +18,12 @@ from data.rows import message
 from figures import bradley_terry
 from runtime.checkpoint import newest_finished
 from runtime.errors import UserError
-from runtime.files import LOCKS, write_json
+from runtime.files import LOCKS, lock_file, write_json
 
 PROMPT = [message("system", "be brief"), message("user", "hi")]
 TWO = {"prompt": PROMPT, "answers": ["yes ", "no"], "models": ["a", "b"], "seeds": [1, 2]}
 ONE = {"prompt": PROMPT, "answer": "yes", "model": "a", "seed": 1}
+ASKED = {"prompt": [message("user", "Name a colour.")], "models": ["a", "b"], "seeds": [1, 2], "model": "a"}
 
 
 @pytest.fixture
@@ -92,6 +96,7 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
         (ONE | {"label": 1}, "true or false"),
         (ONE | {"correction": ""}, "is empty"),
         (ONE | {"label": True, "answer": None}, "missing"),
+<<<<<<< HEAD
         # what sharpen.py could not read later
         (
             TWO
@@ -100,6 +105,12 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
             "only what follows it is the answer",
         ),
         (ONE | {"correction": "five<|im_end|>"}, "in a chat template already"),
+=======
+        # what their trainers do not read would be a line at which every round that comes ends
+        (ASKED | {"vote": "left", "answers": ["Name a colour. Red", "Name a colour. Blue"]}, "only what follows it"),
+        (ASKED | {"vote": "left", "answers": ["\n\nHuman: a\n\nAssistant: b", "no"]}, "answer different prompts"),
+        (ASKED | {"label": False, "answer": "Name a colour. Red"}, "only what follows it"),
+>>>>>>> main
     ],
 )
 def test_what_is_no_vote_is_refused(entry, wrong):
@@ -139,17 +150,53 @@ def test_votes_that_come_together_are_told_apart(journal, tmp_path):
     assert len(lines(tmp_path, "pairs")) + len(lines(tmp_path, "ties")) == 3
 
 
-@pytest.mark.parametrize("torn", [b'{"prompt": [', b"\xff" * 100, b"x" * 200_000, b'{"whole": "but without its end"}'])
-def test_a_torn_last_line_is_cut_off(journal, tmp_path, torn):
+@pytest.mark.parametrize("torn", [b'{"prompt": [', b"\xff" * 100, b"x" * 200_000, b"\0" * 100])
+def test_a_torn_last_line_is_moved_away(journal, tmp_path, torn):
     store(journal(), TWO | {"vote": "left"})
     file = tmp_path / "feedback/pairs.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + torn)
     again = journal()
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == whole and (tmp_path / "feedback/pairs.torn").read_bytes() == torn + b"\n"
     assert store(again, TWO | {"vote": "left", "by": "Bob"}) is True
     file.write_bytes(torn)  # the very first line
     assert journal().counts == {} and file.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda written: written.replace(b"\n", b"\r\n"),
+        lambda written: written.replace(b"\n", b"\r"),
+        lambda written: written[:-1],
+        lambda written: b"\xef\xbb\xbf" + written,
+        lambda written: written.replace(b"\n", b"\n\n") + b"  \n",
+    ],
+    ids=["CRLF", "CR", "no last end", "byte order mark", "blank lines"],
+)
+def test_what_an_editor_does_to_a_file_loses_no_vote(journal, tmp_path, edit):
+    first, file = journal(), tmp_path / "feedback/pairs.jsonl"
+    for voter in ("Ada", "Bob"):
+        store(first, TWO | {"vote": "left", "by": voter})
+    file.write_bytes(edit(file.read_bytes()))
+    assert len(feedback.freeze(file, "pairs")) == 2
+    again = journal()
+    assert again.counts == {"pairs": 2} and store(again, TWO | {"vote": "left", "by": "Ada"}) is False
+    assert store(again, TWO | {"vote": "left", "by": "Eve"}) is True
+    assert [row["by"] for row in feedback.freeze(file, "pairs")] == ["Ada", "Bob", "Eve"]
+
+
+def test_a_file_that_others_have_changed_is_left_alone(journal, tmp_path):
+    one, file = journal(), tmp_path / "feedback/pairs.jsonl"
+    store(one, TWO | {"vote": "left"})
+    whole = file.read_bytes()
+    for changed in (whole + whole, whole[:-1], b"", whole.replace(b"yes", b"yes, yes")):
+        file.write_bytes(changed)
+        with pytest.raises(OSError, match="somebody else has changed"):
+            store(one, TWO | {"vote": "left", "by": "Bob"})
+        assert file.read_bytes() == changed
+    file.write_bytes(whole)
+    assert store(one, TWO | {"vote": "left", "by": "Bob"}) is True
 
 
 def test_a_vote_is_acknowledged_only_when_the_disk_has_it(journal, tmp_path, monkeypatch):
@@ -170,15 +217,29 @@ def test_a_vote_is_acknowledged_only_when_the_disk_has_it(journal, tmp_path, mon
 
 def test_what_no_server_wrote_and_a_second_server_are_refused(journal, tmp_path):
     (tmp_path / "feedback").mkdir()
-    (tmp_path / "feedback/pairs.jsonl").write_text('{"text": "a story"}\n')
-    with pytest.raises(UserError, match="pairs.jsonl: not a row that serve.py wrote"):
-        journal()
-    (tmp_path / "feedback/pairs.jsonl").write_text("{}}\n")
-    with pytest.raises(UserError, match="pairs.jsonl:1: "):
-        journal()
-    (tmp_path / "feedback/pairs.jsonl").unlink()
+    file, row = tmp_path / "feedback/pairs.jsonl", read_entry(TWO | {"vote": "left"})[1]
+    strange = [{"text": "a story"}, row | {"models": ["a"]}, row | {"models": [1, 2]}, row | {"time": "2026"}]
+    for other in strange:  # the pages that show them count on what is there
+        write_rows(file, [row, other])
+        with pytest.raises(UserError, match="pairs.jsonl:2: not a row that serve.py wrote"):
+            journal()
+    for line in ("{}}", '{"prompt": [{"ro', "null", "[1]", "# mine", "\0"):  # torn in the middle of the file
+        file.write_text(f"{json.dumps(row)}\n{line}\n{json.dumps(row)}\n")
+        with pytest.raises(UserError, match="pairs.jsonl:2: .*; correct or remove the line"):
+            journal()
+    file.unlink()
     journal()
-    with pytest.raises(UserError, match="another server writes there"):
+    with pytest.raises(UserError, match="--feedback=.*: another process is writing"):
+        Journal(tmp_path / "feedback")
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match=f"--feedback={folder}: "):
+            Journal(folder)
+    (tmp_path / "feedback/ties.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match="ties.jsonl: Is a directory"):
         Journal(tmp_path / "feedback")
 
 
@@ -203,6 +264,9 @@ def test_freezing_takes_what_is_whole_and_new(tmp_path, capsys):
         feedback.main(feedback.Config(feedback=str(tmp_path), out=str(two)))
     with pytest.raises(UserError, match="no pairs to freeze"):
         feedback.main(feedback.Config(feedback=str(tmp_path), out=str(tmp_path / "3.jsonl"), after=str(file)))
+    for out in (file, tmp_path / "ties.jsonl", one):  # what a server or another round has
+        with pytest.raises(UserError, match="is what is read or written besides"):
+            feedback.main(feedback.Config(feedback=str(tmp_path), out=str(out), after=str(one), overwrite=True))
 
 
 def test_what_cannot_be_frozen_is_refused(tmp_path, fork):
@@ -238,15 +302,55 @@ def test_a_round_trains_on_the_new_votes_from_the_newest_model(tmp_path, fork, m
     (train,) = sharpen.training(config, rounds / "2", first, votes=4)
     assert f"--init={first}" in train and train[-1] == "--val_fraction=0.2"  # a twentieth of few is one row, or none
     assert "--val_fraction=0.2" not in sharpen.training(config, rounds / "2", first, votes=200)[0]
-    # an interrupted round is resumed, not frozen again
+    # a round that has saved nothing takes the votes that have come since: the first were too few
     (rounds / "2").mkdir()
-    write_rows(rounds / "2/pairs.jsonl", votes[5:])
+    write_rows(rounds / "2/pairs.jsonl", votes[5:6])
+    write_rows(tmp_path / "feedback/pairs.jsonl", votes)
     output = succeeds(start(fork, sharpen, **flags, dpo="--steps=1 --device=cpu --val_fraction=0.5"))
-    assert "dpo.py" in output and "--resume" in output and "data.feedback" not in output
+    assert len(feedback.freeze(rounds / "2/pairs.jsonl", "pairs")) == 4
     assert newest_finished(rounds) == rounds / "2/dpo/step_000001"
+    # one that has is resumed, not frozen again
+    info = rounds / "2/dpo/step_000001/feinschliff.json"
+    write_json(info, json.loads(info.read_text()) | {"total_steps": 2})
+    (tmp_path / "feedback/pairs.jsonl").unlink()
+    child = start(fork, sharpen, **flags)
+    wait_until(lambda: "$ " in child.output(), child)
+    status, output = kill(child, signal.SIGTERM)
+    assert "$ python dpo.py" in output and "--resume" in output and "data.feedback" not in output
     reward, ppo = sharpen.training(sharpen.Config(init="x", method="ppo"), rounds / "3", first, votes=9)
     assert reward[0] == "reward.py" and reward[-1] == "--val_fraction=0.2"
+    with pytest.raises(UserError, match="No closing quotation"):
+        sharpen.training(sharpen.Config(init="x", dpo="--data='x"), rounds / "3", first, votes=9)
     assert ppo[0] == "ppo.py" and f"--reward={rounds}/3/rm" in ppo and "--val_fraction=0.2" not in ppo
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_a_step_save_and_no_other_round_begins_beside_one(tmp_path, fork, monkeypatch, number):
+    monkeypatch.chdir(ROOT)
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    training = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(number, frame):\n    time.sleep(0.6)\n    pathlib.Path(sys.argv[2]).touch()\n    sys.exit(9)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(number, stop)\n"
+        "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)\n"
+    )
+
+    def round_of(folder):
+        os.setpgid(0, 0)  # as a shell does; Ctrl-C goes to all of them
+        lock_file(tmp_path / "rounds/.lock", tmp_path / "rounds", "rounds")
+        with pytest.raises(UserError, match="ended with status 9; the same call continues"):
+            sharpen.execute(["-c", training, str(ready), str(saved)])
+
+    child = fork(round_of, tmp_path)
+    wait_until(ready.exists, child)
+    flags = {"init": "out/sft", "rounds": tmp_path / "rounds"}
+    assert "--rounds=" in refused(start(fork, sharpen, **flags)) and not saved.exists()
+    if number == signal.SIGINT:
+        os.killpg(child.pid, number)
+    else:
+        os.kill(child.pid, number)
+    succeeds(child)
+    assert saved.exists()
 
 
 def test_the_newest_finished_run_is_found(tmp_path):
@@ -255,7 +359,10 @@ def test_the_newest_finished_run_is_found(tmp_path):
     def run(name, stage="dpo", **info):
         return save(random_model, tmp_path / name, stage, **info)
 
+    done = run("0/base", "pretrain") / "feinschliff.json"
+    write_json(done, json.loads(done.read_text()) | {"total_steps": 1})
     run("1/dpo")  # of before runs told their total
+    (run("foreign") / "feinschliff.json").unlink()  # also a run that is just being deleted
     assert newest_finished(tmp_path) is None
     info = json.loads((tmp_path / "1/dpo/step_000001/feinschliff.json").read_text())
     write_json(tmp_path / "1/dpo/step_000001/feinschliff.json", info | {"total_steps": 2})
@@ -295,7 +402,7 @@ def import_webui(tmp_path, items):
     ]
 
 
-def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path):
+def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path, capsys):
     prompt = [message("user", "hi"), message("assistant", "hello"), message("user", "2 + 2?")]
     pairs, ratings = import_webui(
         tmp_path, [webui_item(comment="right"), webui_item("-1", siblings=("llama", "gemma"))]
@@ -311,10 +418,34 @@ def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path):
     assert pairs == [] and len(ratings) == 1
     item = webui_item()
     said = item["snapshot"]["chat"]["chat"]["history"]["messages"]
+    item["snapshot"]["chat"]["chat"]["params"] = {"system": "Be brief."}
+    for name, model in (("c", "qwen"), ("d", "llama")):  # an arena hides the models, also from its answers
+        said[name] |= {"model": "arena-model", "selectedModelId": model, "done": True}
+    pairs, ratings = import_webui(tmp_path, [item])
+    assert pairs[0]["models"] == ["qwen", "llama"] and pairs[0]["prompt"] == [message("system", "Be brief."), *prompt]
+    said["d"]["done"] = False  # it was still being written
+    comment = webui_item(None, comment="so so")
+    assert import_webui(tmp_path, [item, comment]) == [[], ratings]
+    assert "1 comments without a rating are left out" in capsys.readouterr().out
+    item = webui_item()
+    said = item["snapshot"]["chat"]["chat"]["history"]["messages"]
     said["c"]["content"], said["d"]["content"] = "    return 4\n", " 5"
     pairs, ratings = import_webui(tmp_path, [item])
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("    return 4", " 5")
     assert ratings[0]["completion"] == "    return 4"
+
+
+def test_an_import_leaves_what_is_there(journal, tmp_path):
+    (tmp_path / "export.json").write_text(json.dumps([webui_item()]))
+    config = feedback.Config(open_webui=str(tmp_path / "export.json"), out=str(tmp_path / "new"))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/ratings.jsonl").write_text("")
+    with pytest.raises(UserError, match="ratings.jsonl: exists"):
+        feedback.main(config)
+    assert not (tmp_path / "new/pairs.jsonl").exists()
+    journal()
+    with pytest.raises(UserError, match="another process is writing"):
+        feedback.main(dataclasses.replace(config, out=str(tmp_path / "feedback"), overwrite=True))
 
 
 def broken(*path):
@@ -323,6 +454,13 @@ def broken(*path):
     for name in path[:-1]:
         inner = inner[name]
     del inner[path[-1]]
+    return item
+
+
+def changed(name, **fields):
+    """An item one of whose messages has other fields."""
+    item = webui_item()
+    item["snapshot"]["chat"]["chat"]["history"]["messages"][name] |= fields
     return item
 
 
@@ -337,6 +475,9 @@ MESSAGES = ("snapshot", "chat", "chat", "history", "messages")
         ([broken(*MESSAGES, "c")], "item 0 has no 'c'"),
         ([broken(*MESSAGES, "c", "content")], 'item 0: "content" is missing'),
         ([webui_item(5)], "1 or -1"),
+        ([changed("c", done=False)], "the answer was cut"),
+        ([changed("b", files=[{"type": "image", "url": "x"}])], "files"),
+        ([changed("b", role="tool")], "'tool'"),
         ([webui_item() | {"type": "arena"}], "'arena'"),
         ([webui_item() | {"snapshot": None}], "item 0: "),
         ({"a": 1}, "an array"),

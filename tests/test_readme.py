@@ -124,11 +124,12 @@ def test_a_command_runs(line, root, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
 
-    def run_small(words):  # what sharpen.py starts
+    def run_small(words, pass_fds):  # what sharpen.py starts
         words = words[1:]
-        return run(words if words[0] == "-m" else words_in(shlex.join(["python", *words]), root))
+        done = run(words if words[0] == "-m" else words_in(shlex.join(["python", *words]), root))
+        return SimpleNamespace(wait=lambda: done.returncode)
 
-    monkeypatch.setattr(sharpen, "subprocess", SimpleNamespace(run=run_small))
+    monkeypatch.setattr(sharpen, "subprocess", SimpleNamespace(Popen=run_small))
     words = words_in(line, root)
     run(words)
     for flag in words:

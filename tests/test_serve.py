@@ -50,7 +50,7 @@ class Served:
     def __init__(self, path, patience=None, **flags):
         def run(argv):
             http.PATIENCE = serve.PATIENCE = patience or http.PATIENCE
-            serve.FOLLOW_SECONDS = 0.1
+            serve.FOLLOW_SECONDS, serve.MOST_MODELS = 0.1, 8
             run_script(serve, argv)
 
         argv = [f"--{name}={value}" for name, value in ({"device": "cpu", "port": 0} | flags).items()]
@@ -218,6 +218,9 @@ def test_a_stop_string_ends_an_answer_and_is_never_shown(server, models):
         ({"temperature": "1"}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
         ({"stop": [""]}, "stop"),
+        ({"stop": False}, "stop"),
+        ({"stop": 0}, "stop"),
+        ({"stop": {}}, "stop"),
         ({"stop": list("abcde")}, "stop"),
         ({"logprobs": 2}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -228,6 +231,9 @@ def test_a_stop_string_ends_an_answer_and_is_never_shown(server, models):
         ({"messages": [*HI, *HI]}, "messages"),
         ({"messages": [HI[0] | {"tool_calls": [1]}]}, "messages"),
         ({"messages": [message("user", [{"type": "image_url"}])]}, "messages"),
+        ({"messages": [message("user", [{"type": "text", "text": "hi"}, {"type": "text", "text": None}])]}, "messages"),
+        ({"messages": [message("user", [{"type": "text", "text": "hi"}, {"type": "text", "text": 5}])]}, "messages"),
+        ({"messages": [message("user", [{"type": "text", "text": "hi"}, {"type": "text"}])]}, "messages"),
         ({"messages": [message("user", "y" * 290)]}, "messages"),
         ({"messages": [message("user", "y" * 90_000)]}, "messages"),
     ],
@@ -240,11 +246,31 @@ def test_what_would_be_ignored_or_cannot_be_is_refused_by_name(server, fields, p
 
 
 def test_fields_at_their_defaults_are_taken(server):
+    nothing = dict.fromkeys(READ_CHAT | set(INERT) | {"user"}) | {"messages": HI, "max_tokens": 3}
+    assert server.http.post("/v1/chat/completions", json=nothing).status_code == 200
     defaults = {name: values[0] for name, values in INERT.items()} | {"user": None, "logprobs": False}
     parts = [message("user", [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}])]
     assert server.ask(max_tokens=3, seed=1, **defaults).status_code == 200
     same = [server.ask(messages, max_tokens=3, seed=1).json()["choices"] for messages in (HI, parts)]
     assert same[0] == same[1]
+
+
+def test_both_limits_hold(server):
+    for limits in ({"max_tokens": 3, "max_completion_tokens": 9}, {"max_tokens": 9, "max_completion_tokens": 3}):
+        assert server.ask(model="latest", seed=1, **limits).json()["usage"]["completion_tokens"] == 3
+    text = {"prompt": "Ada", "max_completion_tokens": 3}  # which is no field there
+    assert "max_completion_tokens" in server.http.post("/v1/completions", json=text).json()["error"]["message"]
+
+
+def test_what_can_never_be_answered_is_not_to_be_tried_again(server):
+    for n, prompts in ((128, ["a", "b", "c"]), (3, ["a"] * 128)):
+        answer = server.http.post("/v1/completions", json={"prompt": prompts, "n": n, "max_tokens": 1})
+        assert answer.status_code == 400 and "384 completions" in answer.json()["error"]["message"]
+
+
+def test_a_body_may_have_a_byte_order_mark(server):
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": HI, "max_tokens": 1}).encode()
+    assert server.http.post("/v1/chat/completions", content=body).status_code == 200
 
 
 def test_a_base_model_continues_texts_and_does_not_chat(serving, models):
@@ -380,7 +406,13 @@ def test_large_and_broken_requests_are_refused_and_others_are_served(server):
     assert b"413" in server.raw(head(2**21) + b" " * 2**21, 3)[:20]
     assert b"400" in server.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 20_000, 3)[:20]
     assert b"400" in server.raw(b"\x16\x03\x01 nonsense\r\n\r\n", 3)[:20]
+    for path in (b"/v1/chat/completions", b"/v1/feedback"):  # they leave in the middle of a body, or it is none
+        start = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n"
+        assert b"Invalid" in server.raw(start + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 3)
+        with socket.create_connection(("127.0.0.1", server.port), 10) as s:
+            s.sendall(start + b"Content-Length: 100\r\n\r\n{")
     assert server.ask(max_tokens=1).status_code == 200
+    assert server.child.output().count("\n") == 1  # what strangers do does not fill the terminal
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,10 +439,11 @@ def test_pages_of_other_sites_and_other_names_are_refused(serving, models):
 def test_the_key(serving, models, fork):
     served = serving(model=models / "wild", api_key="ключ-1", host="0.0.0.0")
     served.http.base_url = f"http://127.0.0.1:{served.port}"
-    for key in ("", "Bearer", "Bearer wrong", "ключ-1".encode(), b"Bearer \xff"):
+    for key in ("", "Bearer", "Bearer wrong", "ключ-1".encode(), b"Bearer \xff", "Basic ключ-1".encode()):
         answer = served.http.get("/v1/models", headers={"authorization": key})
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-    assert served.http.get("/v1/models", headers={"authorization": "Bearer ключ-1".encode()}).status_code == 200
+    for right in ("Bearer ключ-1", "bearer ключ-1", "BEARER  ключ-1"):
+        assert served.http.get("/v1/models", headers={"authorization": right.encode()}).status_code == 200
     assert served.http.get("/").status_code == served.http.get("/app.js").status_code == 200
     assert "--api_key" in refused(start(fork, serve, model=models / "wild", host="0.0.0.0"))
 
@@ -458,6 +491,13 @@ def test_a_vote_is_stored_once_and_shown(server):
     row = json.loads(server.http.get("/v1/feedback/pairs.jsonl").text.splitlines()[0])
     assert row["chosen"] == "yes" and row["models"] == ["a", "b"] and row["by"] == "Ada"
     assert server.http.get("/v1/feedback/secrets.jsonl").status_code == 404
+
+
+def test_votes_on_very_many_models_show_the_rates_of_those_with_most(server):
+    for i in range(10):
+        server.http.post("/v1/feedback", json=vote(f"often {i}", models=["often", f"rare {i}"]))
+    rates = server.http.get("/v1/feedback").json()["win_rates"]
+    assert len(rates) <= 8 and rates["often"]["value"] > 0.5
 
 
 def test_a_kill_loses_no_acknowledged_vote_and_leaves_no_half_line(serving, models, tmp_path):
@@ -551,6 +591,18 @@ def test_what_cannot_be_served_is_refused(models, fork, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
         assert f"--port={port}" in refused(start(fork, serve, model=models / "wild", port=port))
+    for origin in ("example.org", "https://example.org/", "https://Example.org", "null", "*"):
+        assert "not as browsers send it" in refused(start(fork, serve, model=models / "wild", origin=origin, port=0))
+    assert "--host=no.such.name" in refused(start(fork, serve, model=models / "wild", host="no.such.name", api_key="x"))
+
+
+def test_an_ipv6_address_is_told_as_a_browser_takes_it(serving, models):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    served = serving(model=models / "wild", host="::1")
+    assert served.url.startswith("http://[::1]:") and served.http.get("/v1/models").status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------

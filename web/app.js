@@ -3,16 +3,19 @@ const $ = id => document.getElementById(id)
 const SETTINGS = ['system', 'temperature', 'top_p', 'max_tokens', 'seed', 'by']
 const VOTES = [['left', 'Left is better'], ['right', 'Right is better'], ['tie', 'Tie'], ['both_bad', 'Both are bad']]
 
-function recall(name, otherwise) {
-  try { return JSON.parse(localStorage.getItem(name)) ?? otherwise } catch { return otherwise }
+const kept = {}  // what the browser has no room for lasts until a reload
+function recall(name, otherwise, where = 'localStorage') {
+  try { return kept[where + name] ?? JSON.parse(window[where].getItem(name)) ?? otherwise } catch { return otherwise }
 }
-function remember(name, value) {
-  try { localStorage.setItem(name, JSON.stringify(value)) } catch { /* no room: it lasts until a reload */ }
+function remember(name, value, where = 'localStorage') {
+  delete kept[where + name]
+  try { window[where].setItem(name, JSON.stringify(value)) } catch { kept[where + name] = value }
 }
 const random = () => crypto.getRandomValues(new Uint32Array(1))[0]
 
-// A turn: {question, answers: [{text, model, seed, label, corrected}], vote}; two answers are a comparison
-let turns = recall('turns', [])
+// A turn: {question, prompt, answers: [{text, model, seed, whole, label, correction}], vote}; two answers are a
+// comparison. Each tab has its own.
+let turns = recall('turns', null, 'sessionStorage') ?? recall('turns', [])
 let models = [], keepsFeedback = false, running = null
 const visitor = recall('visitor', `visitor-${random()}${random()}`)
 remember('visitor', visitor)
@@ -26,13 +29,14 @@ function el(tag, properties = {}, ...children) {
 }
 const quiet = text => el('p', { className: 'quiet', textContent: text })
 const button = (label, onclick, more = {}) => el('button', { type: 'button', textContent: label, onclick, ...more })
+const votes = () => [...document.querySelectorAll('.votes')].at(-1)
 const say = text => { $(onReport ? 'report-status' : 'status').textContent = text }
 
 // ---- the server
 
 async function api(path, body, signal) {
-  const key = sessionStorage.getItem('key'), headers = {}
-  if (key) headers.authorization = `Bearer ${key}`
+  const key = recall('key', '', 'sessionStorage'), headers = {}
+  if (key) headers.authorization = String.fromCharCode(...new TextEncoder().encode(`Bearer ${key}`))
   if (body) headers['content-type'] = 'application/json'
   const method = body ? 'POST' : 'GET'
   const response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal })
@@ -56,12 +60,14 @@ async function* events(response) {
 
 async function loadModels() {
   const found = await (await api('/v1/models')).json()
-  const chosen = Math.max(0, $('model').selectedIndex)
+  const chosen = Math.max(0, $('model').selectedIndex), before = String(models)
   models = found.data.map(model => model.id)
   keepsFeedback = found.feedback
   $('stored').hidden = !keepsFeedback
-  $('model').replaceChildren(...models.map((name, i) => el('option', { textContent: name, value: i })))
-  $('model').selectedIndex = Math.min(chosen, models.length - 1)
+  if (String(models) !== before) {  // or somebody may be choosing
+    $('model').replaceChildren(...models.map((name, i) => el('option', { textContent: name, value: i })))
+    $('model').selectedIndex = Math.min(chosen, models.length - 1)
+  }
   $('who').textContent = comparing()
     ? 'Two answers to one question, without names. Which is better?'
     : `${models[$('model').selectedIndex]} answers.`
@@ -75,7 +81,7 @@ async function judge(entry) {
 
 async function sendUnsent() {
   while (recall('unsent', []).length) {
-    const [first, ...rest] = recall('unsent', [])
+    const [first] = recall('unsent', [])
     try {
       await api('/v1/feedback', first)
       say('Thank you, it is stored.')
@@ -85,7 +91,7 @@ async function sendUnsent() {
       say(`Not stored: ${reason}${never ? '' : '. The page keeps it and tries again.'}`)
       if (!never) return
     }
-    remember('unsent', rest)
+    remember('unsent', recall('unsent', []).filter(entry => JSON.stringify(entry) !== JSON.stringify(first)))
   }
 }
 
@@ -101,13 +107,13 @@ function messagesBefore(n) {
     const answer = chosenAnswer(turn)
     if (turn.vote === 'both_bad' || !answer?.text.trim()) continue
     messages.push({ role: 'user', content: turn.question })
-    messages.push({ role: 'assistant', content: answer.corrected ?? answer.text })
+    messages.push({ role: 'assistant', content: answer.correction ?? answer.text })
   }
   return [...messages, { role: 'user', content: turns[n].question }]
 }
 
 async function answer(n, two) {
-  const turn = turns[n], messages = messagesBefore(n)
+  const turn = turns[n], messages = turn.prompt = messagesBefore(n)
   const seed = $('seed').value === '' ? random() : Number($('seed').value) + n
   let names = [models[$('model').selectedIndex]]
   if (two) names = [models[0], models.at(-1)]
@@ -117,9 +123,8 @@ async function answer(n, two) {
   running = new AbortController()
   draw()
   say('')
-  const { signal } = running
   try {
-    await Promise.all(turn.answers.map((_, i) => streamAnswer(turn, n, i, messages, signal)))
+    await Promise.all(turn.answers.map((_, i) => streamAnswer(turn, n, i, messages, running.signal)))
   } catch (e) {
     say(e.name === 'AbortError' ? 'Stopped.' : `No answer: ${e.message}`)
     running.abort()
@@ -127,18 +132,19 @@ async function answer(n, two) {
   running = null
   draw()
   scrollTo(0, document.body.scrollHeight)
-  if (two) document.querySelector('.votes button:enabled')?.focus({ preventScroll: true })
+  if (two) votes()?.querySelector('button:enabled')?.focus({ preventScroll: true })
   loadModels().catch(() => {})
 }
 
 async function streamAnswer(turn, n, i, messages, signal) {
   const one = turn.answers[i]
   const body = { model: one.model === models[0] ? 'latest' : one.model, messages, seed: one.seed, stream: true }
-  for (const name of ['temperature', 'top_p', 'max_tokens']) body[name] = Number($(name).value)
+  for (const name of ['temperature', 'top_p', 'max_tokens']) if ($(name).value) body[name] = Number($(name).value)
   for await (const piece of events(await api('/v1/chat/completions', body, signal))) {
     if (piece.error) throw new Error(piece.error.message)
     one.model = piece.model
     one.text += piece.choices[0]?.delta.content ?? ''
+    one.whole = piece.choices[0]?.finish_reason === 'stop'
     document.querySelector(`[data-answer="${n}.${i}"]`).textContent = one.text
     if (innerHeight + scrollY > document.body.scrollHeight - 160) scrollTo(0, document.body.scrollHeight)
   }
@@ -147,23 +153,15 @@ async function streamAnswer(turn, n, i, messages, signal) {
 function vote(n, choice) {
   const turn = turns[n], both = name => turn.answers.map(one => one[name])
   turn.vote = choice
-  const prompt = messagesBefore(n)
-  if (keepsFeedback) judge({ vote: choice, prompt, answers: both('text'), models: both('model'), seeds: both('seed') })
+  const answers = { answers: both('text'), models: both('model'), seeds: both('seed') }
+  if (keepsFeedback) judge({ vote: choice, prompt: turn.prompt, ...answers })
   draw()
   $('message').focus()
 }
 
-function rate(n, label) {
-  const { text, model, seed } = turns[n].answers[0]
-  turns[n].answers[0].label = label
-  judge({ label, prompt: messagesBefore(n), answer: text, model, seed })
-  draw()
-}
-
-function correct(n, correction) {
-  const { text, model, seed } = chosenAnswer(turns[n])
-  chosenAnswer(turns[n]).corrected = correction
-  judge({ correction, prompt: messagesBefore(n), answer: text, model, seed })
+function judgeAnswer(n, said) {  // {label} or {correction}
+  const { text, model, seed } = Object.assign(chosenAnswer(turns[n]), said)
+  judge({ ...said, prompt: turns[n].prompt, answer: text, model, seed })
   draw()
 }
 
@@ -186,7 +184,7 @@ async function send(event) {
 // ---- drawing the conversation
 
 function draw() {
-  remember('turns', turns)
+  for (const where of ['localStorage', 'sessionStorage']) remember('turns', turns, where)
   $('thread').replaceChildren(...turns.map(drawTurn))
   $('send').hidden = Boolean(running)
   $('stop').hidden = !running
@@ -197,11 +195,11 @@ function drawTurn(turn, n) {
   const item = el('li', {}, el('p', { className: 'question text', textContent: turn.question }))
   item.append(el('div', { className: two ? 'two' : 'one' }, ...answers))
   if (running) return item
-  const whole = turn.answers.length && turn.answers.every(one => one.text.trim())
-  if (two && whole && !turn.vote) item.append(drawVotes(turn, n))
+  const said = turn.answers.length && turn.answers.every(one => one.text.trim())
+  if (two && said && !turn.vote) item.append(drawVotes(turn, n))
   const tools = el('div', { className: 'row tools' })
-  if (!two && whole && keepsFeedback) tools.append(drawThumb(turn, n, true), drawThumb(turn, n, false))
-  if (whole && keepsFeedback && (!two || turn.vote)) tools.append(button('Correct', () => drawCorrection(n, item)))
+  if (!two && said && keepsFeedback) tools.append(drawThumb(turn, n, true), drawThumb(turn, n, false))
+  if (said && keepsFeedback && (!two || turn.vote)) tools.append(button('Correct', () => drawCorrection(n, item)))
   if (n === turns.length - 1) tools.append(button('Retry', () => answer(n, two)))
   tools.append(button('Edit', () => edit(n)))
   item.append(tools)
@@ -215,23 +213,23 @@ function drawAnswer(turn, n, i) {
   const name = (!two || turn.vote) && one.model
   const text = el('p', { className: 'text', textContent: one.text || (running ? '' : '(no answer)') })
   text.dataset.answer = `${n}.${i}`
-  const above = quiet([side, name].filter(Boolean).join(' · '))
+  const above = quiet([side, name, !running && one.text && !one.whole && 'cut off'].filter(Boolean).join(' · '))
   const box = el('div', { className: won ? 'answer won' : 'answer' }, above, text)
-  if (one.corrected) box.append(quiet('Corrected:'), el('p', { className: 'text', textContent: one.corrected }))
+  if (one.correction) box.append(quiet('Corrected:'), el('p', { className: 'text', textContent: one.correction }))
   return box
 }
 
 function drawVotes(turn, n) {
   const same = turn.answers[0].text.trim() === turn.answers[1].text.trim()
-  const buttons = VOTES.map(([choice, label], i) =>
-    button(`${i + 1} ${label}`, () => vote(n, choice), { disabled: same && i < 2 }))
+  const buttons = VOTES.map(([choice, label], i) =>  // who learns from an answer that was cut would end there
+    button(`${i + 1} ${label}`, () => vote(n, choice), { disabled: i < 2 && (same || !turn.answers[i].whole) }))
   return el('div', { className: 'votes', role: 'group', ariaLabel: 'Your vote, keys 1 to 4' }, ...buttons)
 }
 
 function drawThumb(turn, n, label) {
-  const { label: given } = turn.answers[0]
-  const more = { ariaPressed: String(given === label), disabled: given !== undefined }
-  return button(label ? 'Good' : 'Bad', () => rate(n, label), more)
+  const { label: given, whole } = turn.answers[0]
+  const more = { ariaPressed: String(given === label), disabled: given !== undefined || (label && !whole) }
+  return button(label ? 'Good' : 'Bad', () => judgeAnswer(n, { label }), more)
 }
 
 function drawCorrection(n, item) {
@@ -240,7 +238,7 @@ function drawCorrection(n, item) {
   const form = el('form', {}, area, el('div', { className: 'row' }, store, button('Cancel', draw)))
   form.onsubmit = e => {
     e.preventDefault()
-    if (area.value.trim()) correct(n, area.value)
+    if (area.value.trim()) judgeAnswer(n, { correction: area.value })
   }
   item.append(form)
   area.focus()
@@ -248,6 +246,7 @@ function drawCorrection(n, item) {
 
 // ---- the feedback page
 
+const copy = text => navigator.clipboard.writeText(text).then(() => say('Copied.'))
 const percent = x => `${(100 * x).toFixed(0)} %`
 
 async function showReport() {
@@ -260,9 +259,9 @@ async function showReport() {
   if (!rates.length) $('rates').append(quiet('No two models have met yet.'))
   $('commands').replaceChildren(...report.commands.map(command => el('div', { className: 'row' },
     el('code', { textContent: command }),
-    button('Copy', () => navigator.clipboard.writeText(command).then(() => say('Copied.'))))))
+    button('Copy', () => copy(command), { hidden: !navigator.clipboard }))))
   $('files').replaceChildren(...['pairs', 'ratings', 'corrections', 'ties'].map(kind =>
-    button(`${kind}.jsonl`, () => download(`${kind}.jsonl`))))
+    button(`${kind}.jsonl`, () => download(`${kind}.jsonl`).catch(e => say(e.message)))))
   $('newest').replaceChildren(...report.newest.map(drawRow))
   if (!report.newest.length) $('newest').append(quiet('Nothing yet.'))
 }
@@ -281,9 +280,9 @@ function drawRow(row) {
   const prompt = row.prompt ?? row.messages.slice(0, -1)
   const text = row.chosen ?? row.completion ?? row.messages?.at(-1).content ?? row.answers.join('\n\n')
   const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], [row.models ?? row.model].flat().join(' over ')]
-  return el('li', {}, el('p', { className: 'question text', textContent: prompt.at(-1).content }),
+  return el('li', {}, el('p', { className: 'question text', textContent: prompt.at(-1)?.content ?? prompt }),
     el('p', { className: 'text', textContent: text }),
-    quiet([...said, new Date(1000 * row.time).toLocaleString()].join(' · ')))
+    quiet([...said, row.time && new Date(1000 * row.time).toLocaleString()].filter(Boolean).join(' · ')))
 }
 
 async function download(name) {
@@ -308,12 +307,13 @@ async function begin() {
   try {
     await loadModels()
     $('login').hidden = true
+    say('')
     if (onReport) return await showReport()
     draw()
     await sendUnsent()
     $('message').focus()
   } catch (e) {
-    say(e.status === 401 ? '' : `The server cannot be used: ${e.message}`)
+    say(`The server cannot be used: ${e.message}`)
   }
 }
 
@@ -323,7 +323,7 @@ for (const name of SETTINGS) {
 }
 $('login').onsubmit = e => {
   e.preventDefault()
-  sessionStorage.setItem('key', $('key').value)
+  remember('key', $('key').value, 'sessionStorage')
   begin()
 }
 $('composer').onsubmit = send
@@ -341,7 +341,7 @@ onhashchange = begin
 document.addEventListener('keydown', e => {
   if (e.key === 'Escape') running?.abort()
   if (e.target.closest('textarea, input, select') || e.ctrlKey || e.metaKey || e.altKey) return
-  const chosen = document.querySelector('.votes')?.children[Number(e.key) - 1]
+  const chosen = votes()?.children[Number(e.key) - 1]
   if (chosen) e.preventDefault()  // the vote moves the focus, and the digit would be typed there
   chosen?.click()
 })
