@@ -67,17 +67,8 @@ def read_entry(entry):
     """(kind, row) of {"vote" | "label" | "correction", "prompt": messages, ...}.
 
     "vote" goes with "answers", "models" and "seeds", two each, left and right; "label" (true or
-    false) and "correction" (a text) go with "answer", "model" and "seed"; "by" is optional. What
-    the trainers could not read is refused here, where the voter can still say otherwise.
+    false) and "correction" (a text) go with "answer", "model" and "seed"; "by" is optional.
     """
-    kind, row = entry_row(entry)
-    if kind in PARSE:
-        PARSE[kind](row)
-    return kind, row
-
-
-def entry_row(entry):
-    """`read_entry`, of which nobody has asked yet whether the trainers read it."""
     said = [name for name in ("vote", "label", "correction") if name in entry]
     if len(said) != 1:
         raise ValueError('one of "vote", "label" and "correction" was expected')

@@ -96,21 +96,11 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
         (ONE | {"label": 1}, "true or false"),
         (ONE | {"correction": ""}, "is empty"),
         (ONE | {"label": True, "answer": None}, "missing"),
-<<<<<<< HEAD
-        # what sharpen.py could not read later
-        (
-            TWO
-            | {"vote": "left", "prompt": [message("user", "Name a red fruit.")]}
-            | {"answers": ["Name a red fruit. Apple", "Name a red fruit. Plum"]},
-            "only what follows it is the answer",
-        ),
         (ONE | {"correction": "five<|im_end|>"}, "in a chat template already"),
-=======
         # what their trainers do not read would be a line at which every round that comes ends
         (ASKED | {"vote": "left", "answers": ["Name a colour. Red", "Name a colour. Blue"]}, "only what follows it"),
         (ASKED | {"vote": "left", "answers": ["\n\nHuman: a\n\nAssistant: b", "no"]}, "answer different prompts"),
         (ASKED | {"label": False, "answer": "Name a colour. Red"}, "only what follows it"),
->>>>>>> main
     ],
 )
 def test_what_is_no_vote_is_refused(entry, wrong):
