@@ -399,7 +399,7 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
         ({"judge": files / "rm"}, f"{files / 'rm'}: a reward model"),
         ({"judge": files / "bytes"}, '" A" and " B" are not single tokens'),
         ({"judge": files / "absent"}, "absent: no checkpoint here"),
-        ({"policy": files / "no_turns"}, "no <|im_end|>"),
+        ({"policy": files / "no_turns"}, "no <|im_start|>"),
         ({"reward": f"{files}/absent.py:f"}, "absent.py"),
         ({"mode": "rank"}, "--mode=rank"),
         ({"mode": "revise", "reward": "x.py:f"}, "--reward: only --mode=judge"),
