@@ -233,7 +233,8 @@ def add_gradients(policy, critic, completions, n_tokens, config, center):
 def ppo_update(run, step, policy, critic, optimizers, completions, lr_scale, center):
     """Let policy and critic learn from a step's completions: --epochs passes in minibatches, until
     the policy has moved too far (--stop_kl). Returns what the step logs of these updates."""
-    config = run.config
+    config, chats = run.config, [c.chat for c in completions]
+    advantages = get_per_token(policy, completions, "advantages")
     updates, max_ratio, grad_norms = [], 0.0, torch.zeros(2)
     for minibatch, n_tokens, _ in minibatches(completions, config.completions_per_step, step, config):
         stats = add_gradients(policy, critic, minibatch, n_tokens, config, center)
@@ -244,8 +245,6 @@ def ppo_update(run, step, policy, critic, optimizers, completions, lr_scale, cen
             break
         # sums the gradients over the ranks, clips, steps, clears them
         grad_norms = [optimizer.step(lr_scale, config.max_grad_norm) for optimizer in optimizers]
-        chats = [c.chat for c in completions]
-        advantages = get_per_token(policy, completions, "advantages")
         run.require_finite(step, stats["loss"] + stats["value_loss"], grad_norms, chats, advantages=advantages)
         updates.append(stats)
     grad_norm, critic_grad_norm = (norm.item() for norm in grad_norms)

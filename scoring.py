@@ -77,8 +77,9 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
     FUNCTION may take over one completion; monitor: more rewards, which are logged and weigh 0.
     Raises UserError if a reward is named twice or cannot be loaded.
     """
-    weights = dict(reward_names(names))
-    if len(weights) < len(reward_names(names)):
+    named = reward_names(names)
+    weights = dict(named)
+    if len(weights) < len(named):
         raise UserError(f"--reward={names}: a reward is named twice; give it one weight")
     for name, _ in reward_names(monitor):
         weights.setdefault(name, 0.0)

@@ -1482,6 +1482,13 @@ MUTANTS = [
         f"{HUB}::test_configs_this_gpt_cannot_be_are_named",
     ),
     (
+        "switch_of_another_architecture",
+        "runtime/hub.py",
+        "h[key] is True or h[key] not in",
+        "h[key] not in",
+        f"{HUB}::test_configs_this_gpt_cannot_be_are_named",
+    ),
+    (
         "softcap",
         "runtime/hub.py",
         'r"softcap|_multiplier$',

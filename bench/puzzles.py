@@ -73,6 +73,20 @@ def family_table(runs, models, figure):
     return lines
 
 
+def seed_table(runs, models):
+    """pass@1 / tokens / steps true of some models, by family, in each run."""
+    lines = []
+    for label in ("", *(f", family {family}" for family in FAMILIES)):
+        lines.append(label.removeprefix(", family ") or "all")
+        for number, run in enumerate(runs):
+            cells = []
+            for model in models:
+                right, tokens, steps = (run[model][name + label]["value"] for name in (PASS_1, TOKENS, STEPS))
+                cells.append(f"{model} {right:.2f}/{tokens:.0f}/{steps:.2f}")
+            lines.append(f"  run {number}: {'  '.join(cells)}")
+    return lines
+
+
 def lifts(runs):
     """By how much GRPO lifts pass@1 of each family over its start, and length."""
     lines = []
@@ -128,6 +142,7 @@ def main(config):
     for shown, figure in SHOWN.items():
         lines += ["", shown, *family_table(runs, measured, figure)]
     lines += ["", "GRPO from the start (R1-Zero)", *lifts(runs)]
+    lines += ["", "Each run: pass@1 / tokens / share of answers whose steps are all true", *seed_table(runs, measured)]
     text = "\n".join(line.rstrip() for line in lines) + "\n"
     print(text, end="")
     if config.out:

@@ -141,9 +141,10 @@ def object_of(pairs):
 def finite(text):
     """The float that a JSON number is; raises ValueError for one as large as 1e400, which would be
     written again as Infinity."""
-    if math.isinf(float(text)):
+    number = float(text)
+    if math.isinf(number):
         raise ValueError(f"{text[:40]} is too large a number")
-    return float(text)
+    return number
 
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=object_of)

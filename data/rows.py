@@ -915,7 +915,7 @@ def prompt_of(row):
 
 def questions(rows):
     """What is asked in each row, but for case and white space: the first message of the user,
-    whatever the system message and later turns are.
+    without the system message and later turns.
 
     It is the whole prompt where a hundredth of the rows begin with that message, and ten or more:
     that is no question but "Hi", or an example that shows the form of an answer.

@@ -95,7 +95,7 @@ def newest_finished(folder):
         with contextlib.suppress(UserError, OSError, IndexError):  # being written, or deleted, right now
             last = steps_in(run)[-1]
             info = read_info(last)
-            chats = info.get("stage", "reward") not in ("pretrain", "reward")
+            chats = info.get("stage") not in (None, "pretrain", "reward")
             if chats and info["step"] == info.get("total_steps"):
                 finished.append(((last / MANIFEST).stat().st_mtime, last))
     return max(finished, default=(0, None))[1]

@@ -247,7 +247,8 @@ def refuse_unsupported(h, path, family):
         "partial_rotary_factor": h.get("partial_rotary_factor") not in (None, 1),
         "architectures": (h.get("architectures") or []) not in known,
     }
-    refused |= {key: h[key] not in (None, False, 1, []) for key in h if FOREIGN.search(key)}
+    for key in filter(FOREIGN.search, h):  # a factor of 1 changes nothing, but True is a switch
+        refused[key] = h[key] is True or h[key] not in (None, False, 1, [])
     for key, found in refused.items():
         if found:
             quantised = "; quantised weights are not read: take the model without it" if "_config" in key else ""

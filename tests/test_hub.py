@@ -246,6 +246,7 @@ def windows(*layer_types, sliding_window=8):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"is_causal": False}, "is_causal"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),  # what other families compute by
+        ({"alibi": True}, "alibi"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"rotary_pct": 0.25}, "rotary_pct"),
         ({"num_experts": 8}, "num_experts"),
