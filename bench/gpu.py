@@ -7,7 +7,7 @@ the smoke test ends with an error. bench/gpu_first.sh runs the parts one after a
     python -m bench.gpu --part=smoke        set-up, the kernels' proof, a training step, a rollout
     python -m bench.gpu --part=floors       bytes/s of copies, FLOP/s of the model's products
     python -m bench.gpu --part=sweep        attention's blocks, the sampler's block
-    python -m bench.gpu --part=profile      PyTorch's profiler: a micro-batch, an optimizer step
+    python -m bench.gpu --part=profile      a micro-batch, an optimizer step and decoding, profiled
     python -m bench.gpu --part=micro        micro-batches, head widths, determinism; memory
     python -m bench.gpu --part=decode       decode steps of a real model's shape
     python -m bench.gpu --part=floors --tiny --device=cpu      the script itself, at toy sizes
@@ -33,7 +33,7 @@ from kernels.proof import prove
 from model import GPT, GPTConfig, config_for
 from optim import Optimizer
 from pretrain import nll_sum
-from rollout import Sampler, rollout
+from rollout import GRAPH_STEPS, Sampler, rollout
 from runtime.errors import UserError
 from runtime.process import describe, launch, setup
 
@@ -53,16 +53,17 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def seconds(f, device, rounds=5):
-    """The median seconds of f()."""
+def seconds(f, device, rounds=5, in_a_row=1):
+    """The median seconds of f(). Several in a row let the CPU launch ahead of the GPU."""
     f()  # compiles and warms up
     times = []
     for _ in range(rounds):
         wait(device)
         begin = time.perf_counter()
-        f()
+        for _ in range(in_a_row):
+            f()
         wait(device)
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin) / in_a_row)
     return statistics.median(times)
 
 
@@ -145,47 +146,88 @@ def sweep(device, tiny):
     for heads, dh in [(2, 64)] if tiny else [(12, 64), (6, 128)]:
         qkv = torch.randn(N, 3 * heads, dh, device=device, dtype=torch.bfloat16, requires_grad=True)
         upstream = torch.randn(N, heads, dh, device=device, dtype=torch.bfloat16)
+        q, k, v = qkv.split(heads, dim=1)
+        table = layout(cu_seqlens, q, dh)
 
-        def both(qkv=qkv, upstream=upstream, heads=heads, dh=dh):
-            q, k, v = qkv.split(heads, dim=1)
-            attention(q, k, v, layout(cu_seqlens, q, dh)).backward(upstream)
+        def both(q=q, k=k, v=v, table=table, upstream=upstream):
+            torch.autograd.grad(attention(q, k, v, table), (q, k, v), upstream)
+
+        def measure(both=both):
+            return f"{1e3 * seconds(both, device, 3, 1 if tiny else 20):.3f} ms"
 
         own = kernels.attention.blocks(qkv)
-        row(f"attention, {heads} heads of {dh}: {own}", lambda both=both: f"{1e3 * seconds(both, device):.2f} ms")
-        for i, name in enumerate(("forward", "dk and dv", "dq")):
-            for block_m, block_n, warps, stages in SWEPT:
-                table = [list(x) if isinstance(x, tuple) else x for x in own]
-                table[i] = (block_m, block_n, warps, stages)
-                with mock.patch.object(kernels.attention, "blocks", lambda x, table=table: table):
-                    row(f"  {name}: {table[i]}", lambda both=both: f"{1e3 * seconds(both, device, 3):.2f} ms")
+        row(f"attention, {heads} heads of {dh}: {own}", measure)
+        for i, (name, swept) in enumerate(SWEPT.items()):
+            for block in swept:
+                blocks = [*own[:i], block, *own[i + 1 :]]
+                with mock.patch.object(kernels.attention, "blocks", lambda x, blocks=blocks: blocks):
+                    row(f"  {name}: {block}", measure)
     B, V = (2, 200) if tiny else (128, 151936)
     logits, u = torch.randn(B, V, device=device), torch.rand(B, device=device)
     for settings in [(1.0, 0, 1.0), (0.8, 50, 0.9)]:
         for block in (4096, 8192, 16384):
             with mock.patch.object(kernels.draw, "BLOCK", block):
-                name = f"draw, {B} rows of {V}, {settings}, blocks of {block}"
-                row(
-                    name,
-                    lambda settings=settings: f"{1e6 * seconds(partial(draw, logits, u, *settings), device):.0f} us",
-                )
+                drawn = partial(draw, logits, u, *settings)
+                s = seconds(drawn, device, 3, 1 if tiny else 20)
+                print(f"draw, {B} rows of {V}, {settings}, blocks of {block:<7} {1e6 * s:.0f} us", flush=True)
 
 
-SWEPT = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+# Queries of a block, keys of a block, warps, stages: those that keep everything in registers at
+# heads of 64 or of 128 on sm_90.
+SWEPT = {
+    "forward": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 128, 4, 2),
+        (128, 32, 4, 3),
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+    ],
+    "dk and dv": [
+        (32, 64, 4, 2),
+        (32, 64, 4, 3),
+        (32, 128, 8, 2),
+        (32, 128, 8, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 8, 2),
+        (64, 128, 8, 2),
+        (64, 128, 8, 3),
+    ],
+    "dq": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+        (64, 128, 8, 2),
+        (128, 32, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    ],
+}
 
 
 def profiled(device, tiny):
     trained, tokens = Trained(device, tiny), 64 if tiny else 32768
     trained.step(tokens, 1)
+    print_profile(f"a micro-batch of {tokens} tokens", lambda: trained.micro_batch(tokens), device)
+    print_profile("an optimizer step", lambda: trained.optimizer.step(1.0), device)
+    name, shape, slots, held, steps = DECODED[0] if not tiny else TOY_DECODED
+    sampler = sampler_of(shape, slots, held, steps, device)
+    print_profile(f"a Sampler.step of {slots} slots, {name}: {GRAPH_STEPS} tokens each", sampler.step, device)
+
+
+def print_profile(name, run, device):
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     key = "cuda_time_total" if device.type == "cuda" else "cpu_time_total"
-    for name, run in [
-        (f"a micro-batch of {tokens} tokens", lambda: trained.micro_batch(tokens)),
-        ("an optimizer step", lambda: trained.optimizer.step(1.0)),
-    ]:
-        with profile(activities=activities) as found:
-            run()
-            wait(device)
-        print(f"{name}\n{found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)}", flush=True)
+    with profile(activities=activities) as found:
+        run()
+        wait(device)
+    print(f"{name}\n{found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)}", flush=True)
 
 
 def predicted_for(device):
@@ -221,31 +263,41 @@ def micro(device, tiny):
         print(f"predicted for {known} at 32,768: {said['step_ms']:.1f} ms, MFU {said['mfu']:.1%}")
 
 
+DECODED = [(name, SHAPES[name], slots, 400, 64) for name in ("Qwen2.5-0.5B", "Qwen3-0.6B") for slots in (128, 64, 256)]
+TOY_DECODED = ("toy", (1, 32, 2, 1, 16, 48, 61), 2, 8, 4)
+
+
 def decode(device, tiny):
-    for name in ("toy",) if tiny else ("Qwen2.5-0.5B", "Qwen3-0.6B"):
-        shape = (1, 32, 2, 1, 16, 48, 61) if tiny else SHAPES[name]
-        for slots in (2, 4) if tiny else (64, 128, 256):
-            decode_rows(device, name, shape, slots, *((8, 4) if tiny else (400, 64)))
+    if not tiny:  # the first rows of a process are slow: the GPU's clock and its allocator warm up
+        sampler_of(*DECODED[0][1:], device)
+    for row_of in [TOY_DECODED] if tiny else DECODED:
+        decode_row_measured(device, *row_of)
 
 
-def decode_rows(device, name, shape, slots, held, steps):
+def sampler_of(shape, slots, held, steps, device):
+    """A sampler whose slots hold prompts of `held` tokens, read and captured, with room for four
+    times `steps`."""
+    layers, width, heads, kv_heads, head_dim, ffn, vocab = shape
+    c = GPTConfig(vocab, layers, width, heads, kv_heads, head_dim, ffn, context=1024, tied=True)
+    sampler = Sampler(GPT(c).init_weights(0).to(device), slots, held + 4 * steps)
+    sampler.add([[i % vocab] * held for i in range(slots)], max_new_tokens=4 * steps)
+    sampler.step(), sampler.step()  # reads the prompts; captures
+    wait(device)
+    return sampler
+
+
+def decode_row_measured(device, name, shape, slots, held, steps):
     """Print what a decode step took, and what was predicted."""
     gpu = predicted_for(device)
-    layers, width, heads, kv_heads, head_dim, ffn, vocab = shape
 
     def measure():
-        c = GPTConfig(vocab, layers, width, heads, kv_heads, head_dim, ffn, context=1024, tied=True)
-        model = GPT(c).init_weights(0).to(device)
-        sampler = Sampler(model, slots, held + 4 * steps)
-        sampler.add([[i % vocab] * held for i in range(slots)], max_new_tokens=4 * steps)
-        sampler.step(), sampler.step()  # reads the prompts; captures
-        wait(device)
+        sampler = sampler_of(shape, slots, held, steps, device)
         begin, before = time.perf_counter(), sampler.drawn.sum().item()
         while sampler.drawn.sum().item() < before + slots * steps:
             sampler.step()
         s = time.perf_counter() - begin
         drawn = sampler.drawn.sum().item() - before
-        floor = decode_floor(model, slots, held + steps // 2) / GPUS[gpu].bytes_per_s
+        floor = decode_floor(sampler.model, slots, held + steps // 2) / GPUS[gpu].bytes_per_s
         per_step = s * slots / drawn
         return f"{1e3 * per_step:.2f} ms a step, {drawn / s:,.0f} tok/s, {floor / per_step:.0%} of floor"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What to run first on a machine with a CUDA GPU: does it run, is it right, how fast is it, beside
 # what bench/predict.py says, and does it learn. Every part has its time and is interrupted after
-# it, 16 minutes in all at most; a part that fails ends nothing but the smoke test. Every number is
+# it, 18 minutes in all at most; a part that fails ends nothing but the smoke test. Every number is
 # printed as soon as it is there.
 # Needs no network and no virtual environment, only Python 3 with torch, triton, numpy, tiktoken,
 # regex, jinja2, safetensors, pytest (pytest-xdist: tests on all cores but two; matplotlib: report).
@@ -43,9 +43,9 @@ part sweep 90 python3 -m bench.gpu --part=sweep $tiny
 size=(--depths=12 --contexts=1024 --steps=3 --contenders=baseline,kernels,kernels+compile)
 part train 100 python3 -m bench.train "${size[@]}" --out="$out" $tiny
 part quickstart 300 python3 quickstart.py --out="out/quickstart_gpu${TINY:+_tiny}" ${TINY:+--fast}
-size=(--depth=12 --vocab=50304 --steps=2)
+size=(--depth=12 --vocab=50304 --steps=2 --answers=128 --max_new_tokens=256)
 [ -z "$tiny" ] || size=(--depth=1 --width=32 --vocab=512 --answers=4 --group=2 --max_new_tokens=8 --steps=2 --device=cpu)
-part rl 40 python3 -m bench.rl "${size[@]}"
-part kernels 60 python3 -m bench.kernels --rounds=1 --out="$out" $tiny
+part rl 100 python3 -m bench.rl "${size[@]}"
+part kernels 110 python3 -m bench.kernels --rounds=1 --out="$out" $tiny
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv 2>/dev/null | tee -a "$out/gpu.txt"
 echo "=== done after $SECONDS s"

@@ -48,7 +48,7 @@ from runtime.process import describe, setup
 
 @dataclass
 class Config:
-    # ops whose name begins with this: attention, linear, rms_norm, ...
+    # ops whose names begin with one of these, comma-separated: attention,linear
     only: str = ""
     # turns of each contender
     rounds: int = 3
@@ -733,7 +733,7 @@ def main(config):
     # A graph cannot be captured on the default stream.
     with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):
         for contest in (contest for contests in CONTESTS for contest in contests(make)):
-            if not contest.op.startswith(config.only):
+            if not contest.op.startswith(tuple(config.only.split(","))):
                 continue
             if config.tiny:
                 contest.wanted_rate, contest.wanted_speed, contest.wanted_memory = 0, {}, {}
