@@ -494,9 +494,9 @@ def read_logprobs(run, step, model, reference, completions, always=True):
     return logp, ref_logp
 
 
-# The largest mean |log p by the sampler - by the trainer| that is rounding, by dtype. In bf16
-# SmolLM2-135M has 0.039 and small models with random weights 0.003; in fp32 both have 1e-6.
-GAPS = {torch.float32: 1e-5, torch.bfloat16: 8e-2}
+# The largest mean |log p by the sampler - by the trainer| that is rounding, by dtype. SmolLM2-135M
+# has 0.039 in bf16 and 1.6e-5 in fp32, small models with random weights 0.003 and 1e-6.
+GAPS = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
 
 
 def gap_in_fp32(model, completions, config):
@@ -555,8 +555,7 @@ def check_sampler_matches_trainer(model, completions, logp, config, ref_logp=Non
         )
     gap /= max(1, tokens)
     refuse_gap(gap, GAPS[model.compute_dtype], config.temperature)
-    # On a GPU sampler and trainer add up in other orders than on a CPU
-    refuse_gap(exact_gap / max(1, exact_tokens), 10 * GAPS[torch.float32], config.temperature, " in fp32")
+    refuse_gap(exact_gap / max(1, exact_tokens), GAPS[torch.float32], config.temperature, " in fp32")
     return gap
 
 

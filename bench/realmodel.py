@@ -361,7 +361,7 @@ def nats_per_token(folder, file):
 
 def sft(config, folder):
     where, val = tune(config, folder, "sft", "instructions", "--batch_tokens=2048", "--max_new_tokens=8")
-    return {"before": nats_per_token(folder, val), "after": nats_per_token(where, val)}
+    return {"before": nats_per_token(folder, val), "after": nats_per_token(checkpoint.find(where), val)}
 
 
 def dpo(config, folder):
