@@ -6,6 +6,7 @@ the smoke test ends with an error. bench/gpu_first.sh runs the parts one after a
 
     python -m bench.gpu --part=smoke        set-up, the kernels' proof, a training step, a rollout
     python -m bench.gpu --part=floors       bytes/s of copies, FLOP/s of the model's products
+    python -m bench.gpu --part=contexts     attention by the length of its documents
     python -m bench.gpu --part=sweep        attention's blocks, the sampler's block
     python -m bench.gpu --part=profile      a micro-batch, an optimizer step and decoding, profiled
     python -m bench.gpu --part=micro        micro-batches, head widths, determinism; memory
@@ -40,7 +41,7 @@ from runtime.process import describe, launch, setup
 
 @dataclass
 class Config:
-    # smoke, floors, sweep, profile, micro or decode
+    # smoke, floors, contexts, sweep, profile, micro or decode
     part: str
     # toy sizes: times mean nothing
     tiny: bool = False
@@ -139,6 +140,30 @@ def floors(device, tiny):
         row(f"product of {rows} x {inner} and {inner} x {columns}", rate)
 
 
+def contexts(device, tiny):
+    """Attention by the length of its documents."""
+    N, repeated = (64, 1) if tiny else (16384, 10)
+    for heads, dh in [(2, 64)] if tiny else [(16, 128), (32, 64)]:
+        qkv = torch.randn(N, 3 * heads, dh, device=device, dtype=torch.bfloat16, requires_grad=True)
+        upstream = torch.randn(N, heads, dh, device=device, dtype=torch.bfloat16)
+        q, k, v = qkv.split(heads, dim=1)
+        for T in (N // 4, N):
+            table = layout(torch.arange(0, N + 1, T, dtype=torch.int32, device=device), q, dh)
+
+            @torch.no_grad()
+            def forward(q=q, k=k, v=v, table=table):
+                attention(q, k, v, table)
+
+            def both(q=q, k=k, v=v, table=table, upstream=upstream):
+                torch.autograd.grad(attention(q, k, v, table), (q, k, v), upstream)
+
+            def measure(forward=forward, both=both):
+                one, two = (1e3 * seconds(f, device, 3, repeated) for f in (forward, both))
+                return f"forward {one:.3f} ms, and backward {two:.3f} ms"
+
+            row(f"{heads} heads of {dh}, {N // T} documents of {T}", measure)
+
+
 def sweep(device, tiny):
     """Attention's blocks, then the sampler's; the table's own come first."""
     N, T = (64, 32) if tiny else (32768, 1024)
@@ -156,7 +181,8 @@ def sweep(device, tiny):
             return f"{1e3 * seconds(both, device, 3, 1 if tiny else 20):.3f} ms"
 
         own = kernels.attention.blocks(qkv)
-        row(f"attention, {heads} heads of {dh}: {own}", measure)
+        print(f"attention, {heads} heads of {dh}, forward and backward; its blocks are {own}", flush=True)
+        row(f"  documents of {T}", measure)
         for i, (name, swept) in enumerate(SWEPT.items()):
             for block in swept:
                 blocks = [*own[:i], block, *own[i + 1 :]]
@@ -308,7 +334,15 @@ def decode_row_measured(device, name, shape, slots, held, steps):
         print(f"  predicted for {gpu}: {figures}", flush=True)
 
 
-PARTS = {"smoke": smoke, "floors": floors, "sweep": sweep, "profile": profiled, "micro": micro, "decode": decode}
+PARTS = {
+    "smoke": smoke,
+    "floors": floors,
+    "contexts": contexts,
+    "sweep": sweep,
+    "profile": profiled,
+    "micro": micro,
+    "decode": decode,
+}
 
 
 def main(config):

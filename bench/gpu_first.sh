@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What to run first on a machine with a CUDA GPU: does it run, is it right, how fast is it, beside
 # what bench/predict.py says, and does it learn. Every part has its time and is interrupted after
-# it, 18 minutes in all at most; a part that fails ends nothing but the smoke test. Every number is
+# it, 19 minutes in all at most; a part that fails ends nothing but the smoke test. Every number is
 # printed as soon as it is there.
 # Needs no network and no virtual environment, only Python 3 with torch, triton, numpy, tiktoken,
 # regex, jinja2, safetensors, pytest (pytest-xdist: tests on all cores but two; matplotlib: report).
@@ -39,7 +39,8 @@ part floors 20 python3 -m bench.gpu --part=floors $tiny
 part decode 50 python3 -m bench.gpu --part=decode $tiny
 part micro 60 python3 -m bench.gpu --part=micro $tiny
 part profile 40 python3 -m bench.gpu --part=profile $tiny
-part sweep 90 python3 -m bench.gpu --part=sweep $tiny
+part contexts 20 python3 -m bench.gpu --part=contexts $tiny
+part sweep 100 python3 -m bench.gpu --part=sweep $tiny
 size=(--depths=12 --contexts=1024 --steps=3 --contenders=baseline,kernels,kernels+compile)
 part train 100 python3 -m bench.train "${size[@]}" --out="$out" $tiny
 part quickstart 300 python3 quickstart.py --out="out/quickstart_gpu${TINY:+_tiny}" ${TINY:+--fast}

@@ -170,8 +170,9 @@ TILE = 128  # rows of a tile in the tables; a multiple of every BLOCK that a ker
 WIDTHS = (32, 64, 128)  # of a head; for others the reference runs
 
 # (architecture, head width): (BLOCK_M queries, BLOCK_N keys, warps, stages) of forward, dkdv, dq.
-# The largest that compile without spills (bench/sass.py), on sm_89 within the 99 KiB of shared
-# memory of consumer GPUs.
+# Those of sm_90 were the fastest on an H200 (bench.gpu --part=sweep). The others are the largest
+# that compile without spills (bench/sass.py), on sm_89 within the 99 KiB of shared memory of
+# consumer GPUs.
 BLOCKS = {
     (80, 64): ((128, 64, 4, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
     (80, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (128, 32, 8, 2)),
