@@ -141,6 +141,20 @@ MUTANTS = [
         GRPO,
     ),
     ("disagreement_let_through", "rollout.py", "if gap > bound:", "if False:", PPO),
+    (
+        "tail_of_the_vocabulary_lost",
+        "kernels/draw.py",
+        "[:, 0] / total).log().float()",
+        "[:, 0]).log().float()",
+        "tests/test_rollout.py",
+    ),
+    (
+        "a_real_models_rounding_refused",
+        "rollout.py",
+        "torch.float32: 1e-4",
+        "torch.float32: 1e-5",
+        "tests/test_rollout.py",
+    ),
     ("kl_at_the_start_let_through", "rollout.py", "if kl_not_zero:", "if False:", PPO),
     (
         "end_not_trained",

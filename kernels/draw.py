@@ -74,12 +74,14 @@ def draw_reference(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if isinstance(top_p, torch.Tensor) or top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-        likelier = running_sum(ordered) - ordered  # probability of all likelier tokens
-        cut = (likelier >= top_p) & (likelier > 0)
+        up_to = running_sum(ordered)
+        likelier = up_to - ordered  # probability of all likelier tokens
+        cut = (likelier >= top_p * up_to[:, -1:]) & (likelier > 0)
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -torch.inf)
     p = logits.softmax(-1)
-    tokens = invert(p, u)
-    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
+    tokens, total = invert(p, u)
+    # A softmax over many tokens in fp32 loses those far below the likeliest: the total is not 1
+    return tokens, (p.gather(1, tokens[:, None])[:, 0] / total).log().float()
 
 
 def wide_dtype(device):
@@ -101,13 +103,15 @@ def running_sum(x):
 
 
 def invert(p, u):
-    """The first token whose cumulative probability exceeds u: p fp32 [B, V], u [B] -> int64 [B].
+    """The first token whose cumulative probability exceeds the share u of the total:
+    p fp32 [B, V], u [B] -> (tokens int64 [B], total fp64 [B]).
 
     On a GPU in two levels, blocks and then tokens, so that p is read once.
     """
     if p.device.type == "cpu":
         up_to = running_sum(p)
-        return torch.searchsorted(up_to, u[:, None] * up_to[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+        tokens = torch.searchsorted(up_to, u[:, None] * up_to[:, -1:], right=True)[:, 0]
+        return tokens.clamp(max=p.shape[-1] - 1), up_to[:, -1]
     width = int(p.shape[-1] ** 0.5) + 1
     blocks = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width))  # [B, blocks, width]
     up_to = running_sum(blocks.sum(-1, dtype=wide_dtype(p.device)))  # [B, blocks]
@@ -118,7 +122,7 @@ def invert(p, u):
     # Rounding must not carry the rest past the block's last token
     largest = inside[:, -1] * (1 - torch.finfo(up_to.dtype).eps * 4)
     rest = torch.minimum(target - before, largest)
-    return block * width + (inside <= rest[:, None]).sum(-1)
+    return block * width + (inside <= rest[:, None]).sum(-1), up_to[:, -1]
 
 
 def record_draw_reference(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left, lengths):
