@@ -365,7 +365,7 @@ def sft(config, folder):
 
 
 def dpo(config, folder):
-    where, _ = tune(config, folder, "dpo", "ai_preferences", "--batch_size=8", "--context=512", "--skip_bad")
+    where, _ = tune(config, folder, "dpo", "ai_preferences", "--batch_size=8", "--context=256", "--skip_bad")
     chosen, rejected, accuracy = (logged(where, x)[-1] for x in ("chosen_logratio", "rejected_logratio", "accuracy"))
     return {"accuracy": accuracy, "margin": chosen - rejected}
 

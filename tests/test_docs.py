@@ -100,6 +100,27 @@ def test_every_flag_of_a_stage_is_explained(stage):
     assert not flags_of(f"{stage}.py") - explained
 
 
+def test_the_table_of_defaults_has_those_of_the_scripts():
+    lines = sections(read("docs/stages.md"))["Defaults"].splitlines()
+    rows = {line[3:].partition(".py")[0]: line for line in lines if line.startswith("| `")}
+    assert set(rows) == set(STAGES) - {"rlaif"}
+    for stage, text in rows.items():
+        defaults = {field.name: field.default for field in dataclasses.fields(config_of(stage))}
+        defaults |= {"dpo": {"beta": dpo.LOSSES["dpo"].beta}, "grpo": grpo.DEFAULT_RECIPE}.get(stage, {})
+        for flag, value in re.findall(r"`--(\w+)=([\d.]+)`", text):
+            assert float(value) == defaults[flag], (stage, flag)
+        for number, name in re.findall(r"(\d+) (pairs|prompts|answers|steps)", text):
+            flag = {"pairs": "batch_size", "prompts": "prompts_per_step", "answers": "group_size"}.get(name, "steps")
+            assert int(number) == defaults[flag], (stage, flag)
+        assert "one answer" not in text or defaults["group_size"] == 1
+        assert defaults.get("max_new_tokens", 256) == 256 or stage == "pretrain"
+    rates = dict(re.findall(r"`(\w+)\.py` \| (\S+) \(128", read("docs/stages.md")))
+    for stage in ("sft", "reward", "dpo", "distill"):
+        assert f"0: {rates[stage]} (128 / width)^" in sources()[f"{stage}.py"], stage
+    assert f"0: ppo {rates['ppo']} (128 / width)^2, grpo half of that" in sources()["runtime/run.py"]
+    assert float(rates["grpo"]) == float(rates["ppo"]) / 2
+
+
 # --------------------------------------------------------------------------------------------------
 # Links
 
