@@ -63,6 +63,7 @@ UNREAD = set("tool tools function functions apis plugins image images img imgs a
 UNREAD |= set("media picture pictures photo photos pixel screenshot screenshots attachments documents files".split())
 UNREAD |= {"prefix", "prefill", "suffix"}  # of an answer
 REASONING = set("reasoning thinking thought thoughts think cot scratchpad".split())
+NO_CONTENT = ("[]", "{}", "null", "None", "on", "off")  # Nemotron's "reasoning": "off"
 RATIONALE = {"rationale", "rationales"}  # of an answer; beside a preference it is the judge's
 ABOUT = set("id ids name count tokens length model score source type language quality".split())  # reasoning_model
 # Fields of messages, in full
@@ -76,7 +77,7 @@ MASKS = set("mask masks masked skip ignore loss weight weights".split())  # a wo
 GOOD = {"correct", "accepted", "approved", "passed"}  # a word in the name of a flag; false: a bad answer
 LABELS = {"true": True, "1": True, "false": False, "0": False, "-1": False}
 PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
-RATINGS = {"score", "rating"}
+RATINGS = {"score", "scores", "rating", "ratings", "reward", "rewards"}
 # What says that an answer was cut: ours, and what APIs and servers write
 WHOLE = {"finished", "complete", "completed"}  # and end_turn
 CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "incomplete", "interrupted", "content_filter"}
@@ -154,6 +155,14 @@ def text_of(value, field):
     return value
 
 
+def number_of(value):
+    """The number that a value is or spells; nan if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def squeezed(text):
     """A text with every run of white space as one space, to compare it."""
     return " ".join(text.split())
@@ -184,11 +193,12 @@ def system_columns(row):
 def check_read(fields, words, others, where=""):
     """Raises Unread for a field that is not empty and whose name has one of `words`.
 
-    A number, a flag or a remark ("image_id") is no content. others: names in full.
+    A number, a flag, a list of flags or a remark ("image_id") is no content. others: names in full.
     """
     for name, value in fields.items():
         found = words_of(name)
-        content = not isinstance(value, (bool, int, float)) and value not in ("[]", "{}", "null", "None")
+        flags = isinstance(value, list) and all(isinstance(v, bool) for v in value)
+        content = not flags and not isinstance(value, (bool, int, float)) and value not in NO_CONTENT
         by_word = words.intersection(found) and content and found[-1] not in ABOUT
         by_name = name in others and value not in (0, "0")
         if (by_word or by_name) and not is_empty(value):
@@ -562,7 +572,7 @@ def trained_reply(messages, field):
 
 def solution(row):
     """The "answer" of a problem, without GSM8K's <<48/2=24>> annotations."""
-    return re.sub(r"<<[^<>]*>>", "", text_of(row.get("answer"), "answer"))
+    return re.sub(r"<<[^<>]*=[^<>]*>>", "", text_of(row.get("answer"), "answer"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -748,8 +758,7 @@ def check_order(row):
     """Raises ValueError if something else in a row says that "chosen" is not the better side."""
     for name, value in row.items():
         words, other = words_of(name), row.get(name.replace("chosen", "rejected"))
-        rated = "chosen" in words and RATINGS.intersection(words)
-        if rated and isinstance(value, (int, float)) and isinstance(other, (int, float)) and value < other:
+        if "chosen" in words and RATINGS.intersection(words) and number_of(value) < number_of(other):
             raise ValueError(f'"{name}" is {value}, less than that of the rejected side, {other}; correct one of them')
         if name not in FIELDS and str(value).strip().lower() == "tie":
             raise Unread(name)

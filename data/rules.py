@@ -11,10 +11,12 @@ import re
 from decimal import Decimal
 
 # Bounded and without backtracking, so that no completion can make it slow. What follows must not
-# make it a part of 2e5, 2**5, 1/2, 5:30 or 1 000.
+# make it a part of 2e5, 2**5, 1/2, 5:30 or 1 000, of a list (2, 3), or of LaTeX and algebra, as
+# 10,\!080, 2\pi and 3x^2 are; a unit may follow (5\text{ cm}, 90^\circ).
 NUMBER = re.compile(
     r"-?\$?\d{1,40}+(?:,\d{3}){0,20}+(?:\.\d{1,40})?+"
-    r"(?![.,:'_xXeE \u00a0\u2009\u202f]?\d|[eE][-+]\d|[²³]| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"
+    r"(?![.,:'_xXeE \u00a0\u2009\u202f]?\d|, \d|[eE][-+]\d|[²³¼½¾π√]| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"
+    r"(?![ ,]{0,2}\\(?!text|mathrm|[%$)\]]))(?![ixynk]\b|[A-Za-z]{1,2} ?[-+*/^] ?[\d({])"
 )
 THINK = re.compile(
     r"<think>(?:(?!</?think>|</?answer>).)++</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>",

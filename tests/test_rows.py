@@ -160,6 +160,15 @@ CONVERSATIONS = {
         | {"reasoning_tokens": 12, "source": "z", "tools": "[]"},
         turns("a", "b"),
     ),
+    "OpenR1-Math": (
+        {"problem": "a", "messages": turns("a", "b"), "is_reasoning_complete": [True, False]},
+        turns("a", "b"),
+    ),
+    "Llama-Nemotron": (
+        {"input": turns("a"), "output": "b", "reasoning": "off", "system_prompt": "s"},
+        turns("a", "b", system="s"),
+    ),
+    "an answer with << and >>": ({"question": "a", "answer": "<<EOF>>, <<i>>"}, turns("a", "<<EOF>>, <<i>>")),
 }
 
 
@@ -976,6 +985,10 @@ BAD_PAIRS = [
     (
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 2, "rejected-rating": 3},
         '"chosen-rating" is 2, less',
+    ),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_reward": "-2.5", "rejected_reward": "0.5"},
+        '"chosen_reward" is -2.5, less than that of the rejected side, 0.5',
     ),
 ]
 BAD_JUDGED = [
