@@ -366,6 +366,11 @@ def without_nulls(row):
     return {name: value for name, value in row.items() if not is_null(value)}
 
 
+def one_line(error):
+    """What a library's exception says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def hub_rows(name):
     """Yield the rows of hf:NAME[configuration,split,rows] of Hugging Face, as dicts without nulls.
 
@@ -380,8 +385,8 @@ def hub_rows(name):
     try:
         stream = datasets.load_dataset(repository, configuration or None, split=split or "train", streaming=True)
         yield from map(without_nulls, itertools.islice(stream, int(rows) if rows else None))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{name}: {e!r}") from None
+    except Exception as e:  # for one that is made by a script it is a RuntimeError
+        raise UserError(f"{name}: {one_line(e)}") from None
 
 
 def parquet_rows(path):
@@ -391,10 +396,14 @@ def parquet_rows(path):
     except ImportError:
         raise UserError(f"{path}: needs the package `pyarrow`, which comes with pip install -e '.[data]'") from None
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):  # to_pylist keeps the last of them
+            raise ValueError(f"{max(names, key=names.count)!r} is the name of several columns")
+        for batch in file.iter_batches():
             yield from map(without_nulls, batch.to_pylist())
-    except (OSError, ValueError) as e:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"{path}: cannot be read as Parquet ({e})") from None
+    except Exception as e:  # a date may be an OverflowError, for example
+        raise UserError(f"{path}: cannot be read as Parquet ({one_line(e)})") from None
 
 
 def suffix(name):

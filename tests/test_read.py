@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -73,6 +74,30 @@ def test_parquet_is_read_by_every_script_under_any_name(tmp_path):
         path = str(tmp_path / name)
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
         assert every_reader(path) == [TEXTS] * 3
+
+
+def test_parquet_that_would_lose_a_column_or_cannot_be_converted_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    year_148108 = pyarrow.table({"text": ["a"], "at": pyarrow.array([2**62], pyarrow.timestamp("us"))})
+    for table, reason in ((twice, "'text' is the name of several columns"), (year_148108, "OverflowError")):
+        parquet.write_table(table, path)
+        with pytest.raises(UserError, match=f"a.parquet: cannot be read as Parquet .*{reason}"):
+            list(read_texts(path))
+
+
+def test_whatever_a_hub_reader_raises_is_one_line(monkeypatch):
+    """A data set that is made by a script: `datasets` has stopped reading these."""
+
+    def load_dataset(*args, **options):
+        raise RuntimeError("Dataset scripts are no longer supported,\nbut found a.py")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError) as e:
+        list(read_texts("hf:org/name"))
+    assert str(e.value) == "hf:org/name: RuntimeError: Dataset scripts are no longer supported, but found a.py"
 
 
 def test_rows_have_the_numbers_of_their_lines(tmp_path):
