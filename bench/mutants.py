@@ -1473,6 +1473,13 @@ MUTANTS = [
         f"{EVALUATE}::test_a_comparison_has_a_better_reply",
     ),
     (
+        "thought_left_out",
+        "data/chat.py",
+        "if leaves_out(self.contents[i], answer):",
+        "if False:",
+        f"{TEMPLATES}::test_an_answer_whose_thought_is_left_out_is_refused",
+    ),
+    (
         "column_twice",
         "data/read.py",
         "if len(set(names)) < len(names):",

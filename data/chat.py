@@ -18,6 +18,7 @@ the model's stop ids, is an answer.
 
 import functools
 import re
+from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -277,7 +278,8 @@ class Rendering:
     def answer(self, i):
         """(prompt, answer): what is rendered before message i, and what it adds.
 
-        Raises UserError if the template does not render the answer as the prompt's continuation.
+        Raises UserError if the template does not render the answer as the prompt's continuation, or
+        leaves out part of it, as some do with a thought.
         """
         prompt, text = self.text(i, True), self.text(i + 1, False)
         if not text.startswith(prompt):
@@ -286,7 +288,14 @@ class Rendering:
                 f"continue the prompt, which ends in {prompt[-40:]!r}; it cannot be trained on: give answers that do, "
                 "or take another template"
             )
-        return prompt, text[len(prompt) :]
+        answer = text[len(prompt) :]
+        if leaves_out(self.contents[i], answer):
+            raise UserError(
+                f"{self.tok.template.file}: this chat template leaves out part of the answer "
+                f"{self.contents[i][:80]!r}, and writes {answer[:80]!r}; give answers without that part, or take "
+                "another template"
+            )
+        return prompt, answer
 
     def end(self, ids, begin=0):
         """Where the answer that begins at ids[begin] ends: after the first stop id."""
@@ -313,6 +322,16 @@ class Rendering:
             else:
                 others.append(Chat(np.array(ids[:end], dtype=np.int32), np.arange(end) >= begin))
         return [Chat(np.array(whole, dtype=np.int32), mask), *others]
+
+
+def leaves_out(content, text):
+    """Whether a text lacks letters or digits of what it should hold.
+
+    White space, quotes and escapes may differ.
+    """
+    if "".join(content.split()) in "".join(text.split()):
+        return False
+    return bool(Counter(filter(str.isalnum, content)) - Counter(filter(str.isalnum, text)))
 
 
 def common_length(a, b):

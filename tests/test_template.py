@@ -4,6 +4,7 @@ what a checkpoint keeps of the conventions that it came with."""
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -220,15 +221,19 @@ def exchange(*contents):
 # Ids and masks
 
 
+THOUGHT = re.compile("^<think>.*?</think>", re.DOTALL)  # at the head of an answer
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_ids_are_those_of_transformers(models, name):
     _, tok, theirs = models[name]
     draw = random.Random(name)
-    for _ in range(12):
+    for _ in range(20):
         messages = some_messages(draw)
         prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
         assert chat.encode_prompt(tok, messages[:-1]) == prompt, messages
-        if name != "r1":
+        # what stands before a thought, or between two, Qwen3's leaves out, which is refused
+        if name != "r1" and not any("</think>" in THOUGHT.sub("", m["content"]) for m in messages):
             whole = theirs.apply_chat_template(messages)["input_ids"]
             assert chat.encode(tok, messages).ids.tolist() == whole, messages
             # what is drawn after the prompt, whatever joins in the tokens of the whole
@@ -288,6 +293,19 @@ def test_an_answer_that_does_not_continue_its_prompt_is_refused(models):
         with pytest.raises(UserError, match="does not continue the prompt, which ends in .*<think>") as e:
             encode(tok, exchange("What?", "<think>\nhm\n</think>\n\nfive"))
         assert str(folder / "chat_template.jinja") in str(e.value)
+
+
+def test_an_answer_whose_thought_is_left_out_is_refused(tmp_path):
+    """As R1's distilled models had it at first: what is trained would not be the data."""
+    source = R1.replace("<think>\n", "")
+    tok = tokenizer.load(download(tmp_path, "r1", source=source))
+    assert "«five<|end_of_text|>»" in chat.marked(tok, chat.encode(tok, exchange("What?", "five")))
+    thought = exchange("What?", "<think>\nhm\n</think>\n\nfive")
+    for encode in (chat.encode, chat.encode_turns, lambda tok, m: chat.encode_completion(tok, m[1]["content"], m[:1])):
+        with pytest.raises(UserError, match="leaves out part of the answer '<think>.*hm.*, and writes '.*five"):
+            encode(tok, thought)
+    thought[1]["train"] = False
+    assert "«six<|end_of_text|>»" in chat.marked(tok, chat.encode(tok, thought + exchange("And?", "six")))
 
 
 def test_no_text_becomes_a_special_token(models):
