@@ -1381,8 +1381,8 @@ MUTANTS = [
     (
         "image_ignored",
         "data/feedback.py",
-        '("role", "content", "files")',
-        '("role", "content")',
+        ', "files": parent.get("files")}',
+        "}",
         f"{FEEDBACK}::test_a_damaged_export_is_refused",
     ),
     ("round_of_too_few", "sharpen.py", 'any(folder.glob("*/step_*"))', '(folder / "pairs.jsonl").exists()', ROUNDS),
@@ -1471,6 +1471,13 @@ MUTANTS = [
         'row["better"] not in ("A", "B")',
         "False",
         f"{EVALUATE}::test_a_comparison_has_a_better_reply",
+    ),
+    (
+        "thought_folded_in",
+        "data/feedback.py",
+        """folded := re.search(r'<details type="(\\w+)"', content)""",
+        "folded := None",
+        f"{FEEDBACK}::test_a_thought_that_open_webui_folds_into_a_message_is_refused",
     ),
     (
         "thought_left_out",

@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import json
 import queue
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -318,6 +319,15 @@ def write_rows(files, overwrite):
 # "sibling_model_ids"}, "meta": {"message_id"}, "snapshot": {"chat": {"chat": {"history"}}}}
 
 
+def content_of(message):
+    """What a message of Open WebUI says; raises ValueError if a thought or a tool call is folded
+    into it, as HTML that no model wrote so."""
+    content = message.get("content") or ""
+    if folded := re.search(r'<details type="(\w+)"', content):
+        raise ValueError(f'"content" has <details type="{folded[1]}">, which is not read')
+    return content
+
+
 def open_webui_rows(item):
     """[(kind, row)] of one item: the rating, and a pair with each answer that it was compared with.
 
@@ -335,22 +345,22 @@ def open_webui_rows(item):
     question = parent = messages[answer["parentId"]]
     prompt = []
     while parent and len(prompt) < len(messages):  # a damaged history may run in a circle
-        prompt.insert(0, {name: parent.get(name) for name in ("role", "content", "files")})
+        prompt.insert(0, {"role": parent.get("role"), "content": content_of(parent), "files": parent.get("files")})
         parent = messages.get(parent.get("parentId"))
     if system := (conversation.get("params") or {}).get("system"):
         prompt.insert(0, rows.message("system", system))
     prompt = rows.ends_with(rows.check_messages(prompt, "messages"), "user", "messages")
     said = {name: data[name] for name in ("reason", "comment") if data.get(name)}
     end = {"time": item.get("created_at"), "by": ""} | said
-    completion, model = rows.text_of(answer.get("content"), "content").rstrip(), str(data.get("model_id"))
+    completion, model = rows.text_of(content_of(answer), "content").rstrip(), str(data.get("model_id"))
     rating = {"prompt": prompt, "completion": completion, "label": label, "model": model, "seed": None}
     found = [("ratings", rating | end)]
     for name in question.get("childrenIds", []):
         other = messages.get(name, {})
-        other_text = (other.get("content") or "").rstrip()
         other_model = other.get("selectedModelId") or other.get("model")  # the first: of an arena, which hides it
         compared = other_model in (data.get("sibling_model_ids") or []) and other.get("done") is not False
-        if compared and other_text.strip() not in ("", completion.strip()):
+        other_text = content_of(other).rstrip() if compared else ""
+        if other_text.strip() not in ("", completion.strip()):
             order = 1 if label else -1
             chosen, rejected = (completion, other_text)[::order]
             models = [model, other_model][::order]

@@ -425,6 +425,15 @@ def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path, capsys):
     assert ratings[0]["completion"] == "    return 4"
 
 
+@pytest.mark.parametrize("name", ["a", "c", "d"])
+def test_a_thought_that_open_webui_folds_into_a_message_is_refused(tmp_path, name):
+    item = webui_item()
+    said = item["snapshot"]["chat"]["chat"]["history"]["messages"]
+    said[name]["content"] = '<details type="reasoning" done="true" duration="3">\n> two and two\n</details>\n4'
+    with pytest.raises(UserError, match='export.json: item 0: "content" has <details type="reasoning">'):
+        import_webui(tmp_path, [item])
+
+
 def test_an_import_leaves_what_is_there(journal, tmp_path):
     (tmp_path / "export.json").write_text(json.dumps([webui_item()]))
     config = feedback.Config(open_webui=str(tmp_path / "export.json"), out=str(tmp_path / "new"))
