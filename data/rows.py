@@ -41,7 +41,7 @@ PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem")  # 
 COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
 # Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
 MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "choices", "options")
-MATERIAL += ("starter_code",)
+MATERIAL += ("starter_code", *"ABCDE", *(f"option_{letter}" for letter in "abcde"))
 SYSTEM_WORDS = {"system", "prompt", "message", "instruction", "instructions", "content", "text"}
 ALIASES = {  # a field's other names
     "chosen_response": "chosen",
@@ -205,6 +205,11 @@ def check_read(fields, words, others, where=""):
             raise Unread(name, where)
 
 
+def flag_of(value):
+    """True or false, 1 or 0, also in quotes, as a bool; None for anything else."""
+    return LABELS.get(str(value).lower().removesuffix(".0"))
+
+
 def check_whole(fields):
     """Raises ValueError if an answer was cut: a model trained on it would learn to end there."""
     said = []
@@ -212,8 +217,9 @@ def check_whole(fields):
         words = words_of(name)
         ends = WHOLE.intersection(words) or words == ["end", "turn"]
         cut = {"truncated", "interrupted"}.intersection(words)
-        reason_is_cut = words[-1:] in (["reason"], ["status"]) and str(value).lower() in CUT
-        if ends and value in (False,) or cut and value in (True,) or reason_is_cut:
+        reasons = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        reason_is_cut = words[-1:] in (["reason"], ["status"]) and any(str(said).lower() in CUT for said in reasons)
+        if ends and flag_of(value) is False or cut and flag_of(value) or reason_is_cut:
             said.append(name)
     if said:
         raise ValueError(
@@ -466,6 +472,9 @@ def stated_prompt(row):
         messages = [message("user", "\n\n".join(parts))]
     others = [name for name in PROMPTS if name != field]
     check_repeated(row, [*others, *MATERIAL], messages)
+    answer = first_stated(row, COMPLETIONS)
+    if answer and first_stated(row, others) and shows(value, row[answer]):
+        raise ValueError(f'"{field}" ends with the "{answer}", its answer; take "{field}" out, or the answer out of it')
     return field, messages
 
 
@@ -554,6 +563,13 @@ def repeats(text, prompt):
     return not short and squeezed(text).startswith(prompt)
 
 
+def shows(prompt, answer):
+    """Whether a prompt ends with its answer, as a text for training does that stands beside its
+    parts."""
+    texts = isinstance(prompt, str) and isinstance(answer, str)
+    return texts and squeezed(prompt).endswith(squeezed(answer))
+
+
 def single_reply(value, field):
     """The content of one message of the assistant, by itself or in a list."""
     messages = value if isinstance(value, list) else [value]
@@ -610,8 +626,8 @@ def conversation(row):
 
 
 def label_of(row):
-    """Whether a row is labelled as good: true or false, 1 or 0, also in quotes; None: neither."""
-    return LABELS.get(str(row.get("label")).lower().removesuffix(".0"))
+    """Whether a row is labelled as good; None: neither so nor as bad."""
+    return flag_of(row.get("label"))
 
 
 def read_conversation(row):

@@ -498,12 +498,13 @@ def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
     [{"finished": 0}, {"end_turn": False}, {"truncated": True}]
     + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")]
     + [{"finishReason": "MAX_TOKENS"}, {"done_reason": "length"}, {"is_truncated": True}]
-    + [{"is_complete": False}, {"completed": False}, {"status": "incomplete"}, {"finish_reason": "content_filter"}],
+    + [{"is_complete": False}, {"completed": False}, {"status": "incomplete"}, {"finish_reason": "content_filter"}]
+    + [{"finish_reason": {"type": "length", "length": 64}}, {"stop_reason": ["length"]}, {"truncated": "True"}],
 )
 def test_whatever_says_that_an_answer_was_cut_is_read(said):
     (name,) = said
     (value,) = said.values()
-    whole = {name: "stop" if isinstance(value, str) else not value}
+    whole = {name: not value if isinstance(value, bool | int) else "stop"}
     for row in ({"prompt": "q", "completion": "It is 4"} | said, {"messages": [Q, A | said]}):
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.conversation(row)
@@ -622,6 +623,8 @@ UNREAD_ROWS = {
     "ctxs": [{"id": 1, "text": "so"}],
     "passage": "so",
     "starter_code": "so",
+    "B": "so",
+    "option_c": "so",
     "tie": True,
     "chat_template_kwargs": {"enable_thinking": False},
     "history": "q a",
@@ -814,6 +817,17 @@ def test_an_answer_that_repeats_its_prompt_is_refused(prompt, more, refused):
             assert parse(row)
     assert rows.preference({"prompt": prompt, "chosen": text, "rejected": "no"}).chosen == text  # it may quote it
     assert rows.conversation({"messages": turns(prompt, text)})
+
+
+def test_a_prompt_that_ends_with_its_answer_is_refused():
+    """python_code_instructions_18k_alpaca has the whole text for training in "prompt"."""
+    row = {"instruction": "Add them", "output": "a + b"}
+    whole = row | {"prompt": "### Instruction:\nAdd them\n\n### Output:\na + b\n"}
+    for parse in (rows.conversation, rows.prompt):
+        with pytest.raises(ValueError, match='"prompt" ends with the "output", its answer'):
+            parse(whole)
+    assert rows.conversation(row | {"prompt": "Add them. Output:"}) == turns("Add them. Output:", "a + b")
+    assert rows.conversation({"prompt": "Repeat: a + b", "output": "a + b"})
 
 
 def test_the_beginning_of_an_answer_in_a_prompt_is_refused():
