@@ -1510,7 +1510,7 @@ MUTANTS = [
     (
         "thought_folded_in",
         "data/feedback.py",
-        """folded := re.search(r'<details type="(\\w+)"', content)""",
+        """folded := re.search(r'<details type="(\\w+)"', content or "")""",
         "folded := None",
         f"{FEEDBACK}::test_a_thought_that_open_webui_folds_into_a_message_is_refused",
     ),

@@ -322,8 +322,8 @@ def write_rows(files, overwrite):
 def content_of(message):
     """What a message of Open WebUI says; raises ValueError if a thought or a tool call is folded
     into it, as HTML that no model wrote so."""
-    content = message.get("content") or ""
-    if folded := re.search(r'<details type="(\w+)"', content):
+    content = message.get("content")
+    if folded := re.search(r'<details type="(\w+)"', content or ""):
         raise ValueError(f'"content" has <details type="{folded[1]}">, which is not read')
     return content
 
@@ -359,7 +359,7 @@ def open_webui_rows(item):
         other = messages.get(name, {})
         other_model = other.get("selectedModelId") or other.get("model")  # the first: of an arena, which hides it
         compared = other_model in (data.get("sibling_model_ids") or []) and other.get("done") is not False
-        other_text = content_of(other).rstrip() if compared else ""
+        other_text = (content_of(other) or "").rstrip() if compared else ""
         if other_text.strip() not in ("", completion.strip()):
             order = 1 if label else -1
             chosen, rejected = (completion, other_text)[::order]
