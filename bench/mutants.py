@@ -611,8 +611,8 @@ MUTANTS = [
     (
         "labels_in_quotes_unread",
         "data/rows.py",
-        'str(row.get("label")).lower()',
-        'repr(row.get("label")).lower()',
+        "LABELS.get(str(value).lower()",
+        "LABELS.get(repr(value).lower()",
         ROWS,
     ),
     ("masks_ignored", "data/rows.py", "if MASKS.intersection(words_of(name)) and", "if not MASKS and", ROWS),
@@ -666,7 +666,7 @@ MUTANTS = [
         ROWS,
     ),
     ("columns_unsaid", "data/rows.py", "columns |= unknown_columns(row)", "columns |= set()", ROWS),
-    ("cut_by_our_word_only", "data/rows.py", "and str(value).lower() in CUT", "and False", ROWS),
+    ("cut_by_our_word_only", "data/rows.py", "str(said).lower() in CUT for", "False for", ROWS),
     (
         "indentation_lost_in_feedback",
         "data/feedback.py",
