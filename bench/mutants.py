@@ -1475,15 +1475,15 @@ MUTANTS = [
     (
         "answer_in_its_prompt",
         "data/rows.py",
-        "if answer and first_stated(row, others) and shows(value, row[answer]):",
+        "if other and answer and is_whole(value, row[other], row[answer]):",
         "if False:",
         f"{ROWS}::test_a_prompt_that_ends_with_its_answer_is_refused",
     ),
     (
         "echo_is_refused",
         "data/rows.py",
-        "if answer and first_stated(row, others) and shows",
-        "if answer and shows",
+        "return squeezed(prompt) in squeezed(text) and",
+        "return",
         f"{ROWS}::test_a_prompt_that_ends_with_its_answer_is_refused",
     ),
     (

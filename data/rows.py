@@ -217,8 +217,8 @@ def check_whole(fields):
         words = words_of(name)
         ends = WHOLE.intersection(words) or words == ["end", "turn"]
         cut = {"truncated", "interrupted"}.intersection(words)
-        reasons = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        reason_is_cut = words[-1:] in (["reason"], ["status"]) and any(str(said).lower() in CUT for said in reasons)
+        reasons = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+        reason_is_cut = words[-1:] in (["reason"], ["status"]) and any(str(x).lower() in CUT for x in reasons)
         if ends and flag_of(value) is False or cut and flag_of(value) or reason_is_cut:
             said.append(name)
     if said:
@@ -472,8 +472,8 @@ def stated_prompt(row):
         messages = [message("user", "\n\n".join(parts))]
     others = [name for name in PROMPTS if name != field]
     check_repeated(row, [*others, *MATERIAL], messages)
-    answer = first_stated(row, COMPLETIONS)
-    if answer and first_stated(row, others) and shows(value, row[answer]):
+    other, answer = first_stated(row, others), first_stated(row, COMPLETIONS)
+    if other and answer and is_whole(value, row[other], row[answer]):
         raise ValueError(f'"{field}" ends with the "{answer}", its answer; take "{field}" out, or the answer out of it')
     return field, messages
 
@@ -563,11 +563,12 @@ def repeats(text, prompt):
     return not short and squeezed(text).startswith(prompt)
 
 
-def shows(prompt, answer):
-    """Whether a prompt ends with its answer, as a text for training does that stands beside its
-    parts."""
-    texts = isinstance(prompt, str) and isinstance(answer, str)
-    return texts and squeezed(prompt).endswith(squeezed(answer))
+def is_whole(text, prompt, answer):
+    """Whether a text for training, as it stands beside its parts in some data sets, holds the
+    prompt and ends with the answer."""
+    if not all(isinstance(x, str) for x in (text, prompt, answer)):
+        return False
+    return squeezed(prompt) in squeezed(text) and squeezed(text).endswith(squeezed(answer))
 
 
 def single_reply(value, field):

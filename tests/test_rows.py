@@ -828,6 +828,7 @@ def test_a_prompt_that_ends_with_its_answer_is_refused():
             parse(whole)
     assert rows.conversation(row | {"prompt": "Add them. Output:"}) == turns("Add them. Output:", "a + b")
     assert rows.conversation({"prompt": "Repeat: a + b", "output": "a + b"})
+    assert rows.conversation({"instruction": "Is it good or bad", "input": "I hate it", "output": "bad"})
 
 
 def test_the_beginning_of_an_answer_in_a_prompt_is_refused():
