@@ -93,7 +93,7 @@ def test_a_second_process_is_kept_out(tmp_path, fork):
     def hold():
         open_run(str(run), False, False)
         if not os.fork():  # as a pool of a user's reward, which outlives the run
-            time.sleep(20)
+            time.sleep(5)
             os._exit(0)
         (run / "log.jsonl").write_text("{}\n")
         time.sleep(60)
