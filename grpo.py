@@ -143,14 +143,14 @@ def check_flags(config):
 
 def group_advantages(rewards, kind):
     """[P, G] -> [P, G]: by how much each completion is better than its group; 0 in a group of equal
-    rewards.
+    rewards. The std of tiny rewards is taken at a scale at which their squares are not 0.
 
     grpo: (r - mean) / std (2402.03300, section 4.1.2); dr_grpo: r - mean (2503.20783, eq. 4); rloo:
     r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740)."""
-    G = rewards.shape[1]
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    G, advantages = rewards.shape[1], rewards - rewards.mean(1, keepdim=True)
     if kind == "grpo":
-        advantages = advantages / rewards.std(1, keepdim=True).clamp(min=1e-300)
+        std = torch.where(rewards.abs().amax(1) < 1e-100, (rewards * 1e200).std(1) / 1e200, rewards.std(1))
+        advantages = advantages / std[:, None].clamp(min=1e-300)
     elif kind == "rloo":
         advantages = advantages * G / (G - 1)
     # Equal rewards must give 0, but (r - mean) / std of three times 0.3 can be 0.7, by rounding
@@ -234,11 +234,12 @@ def roll_out(model, tok, scorers, order, train, step, config, time_phase):
     """([Completion], n_prompts): this rank's completions, and the number of prompts on all ranks:
     --prompts_per_step, and with --refill more, until so many groups have unequal rewards."""
     completions, n_prompts, missing = [], 0, config.prompts_per_step
+    largest = scoring.LARGEST_REWARD if config.advantage == "grpo" else scoring.LARGEST_SQUARED
     for _ in range(config.refill + 1):
         rows = [train[i] for i in order.batch(missing)]
         more = complete_rows(model, tok, rows, step, config, n_prompts)
         time_phase("rollout")
-        scoring.score_batch(scorers, more)
+        scoring.score_batch(scorers, more, largest=largest)
         if config.overlong == "punish":
             for c in more:
                 c.penalty = overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
@@ -314,8 +315,7 @@ def add_gradients(model, completions, n_tokens, n_completions, config):
         loss = (weights.to(logp.device) * losses).sum()
         loss.backward()
         with torch.no_grad():
-            logratio = logp - old_logp
-            approx_kl = logratio.exp() - 1 - logratio  # k3 of KL(old || new)
+            approx_kl = torch.exp(logp - old_logp) - 1 - (logp - old_logp)  # k3 of KL(old || new)
             clipped = ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).float()
             sums += torch.stack([loss, *(x.sum() / n_tokens for x in (approx_kl, clipped, ratio))])
     return dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))

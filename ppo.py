@@ -283,7 +283,8 @@ def main(config):
         run.time_phase("rollout")
 
         # 2. Score: what the reward says of each completion, less a penalty for one without an end
-        scoring.score_batch(scorers, completions, config.unfinished_penalty)
+        scoring.score_batch(scorers, completions, config.unfinished_penalty, scoring.LARGEST_SQUARED)
+        scoring.warn_of_offset(completions)
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # kept as old_logp, too

@@ -28,11 +28,12 @@ from runtime import checkpoint
 from runtime.cli import print0
 from runtime.errors import UserError
 from runtime.files import sha256
-from runtime.guard import guard, guard_batch, own_random, time_limit
+from runtime.guard import KEPT_BY_IMPORT, guard, guard_batch, kept, own_random, time_limit
 from runtime.hub import config_from_hf
 from runtime.process import rank, reduce_sum, world_size
 
 LARGEST_REWARD = 1e30  # fp32, in which advantages are computed, ends at 3e38
+LARGEST_SQUARED = 1e15  # where squares of rewards are added up in it
 
 # -------------------------------------------------------------------------------------------------
 # Rewards of a command line
@@ -97,6 +98,9 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
 
 def rewards_of(config, device):
     """(the rewards of a RolloutConfig, the hashes of their files)."""
+    names = [name for name, _ in reward_names(f"{config.reward},{config.monitor}")]
+    if config.constitution and not any(name.startswith("judge:") for name in names):
+        raise UserError(f"--constitution={config.constitution}: no judge:DIR in --reward or --monitor reads it")
     rewards = load_rewards(
         config.reward,
         device,
@@ -142,19 +146,32 @@ def score_completions(rewards, rows, samples, texts, unfinished_penalty=0.0):
     return total - unfinished_penalty * np.array([not s.finished for s in samples], dtype=float), parts
 
 
-def score_batch(rewards, completions, unfinished_penalty=0.0):
+def score_batch(rewards, completions, unfinished_penalty=0.0, largest=LARGEST_REWARD):
     """Set `score` and `parts` of a step's rollout.Completions, by `score_completions`. Raises
-    UserError if a score exceeds 1e30."""
+    UserError if a score exceeds `largest`."""
     rows = {c.sample.prompt_index: c.row for c in completions}
     samples, texts = [c.sample for c in completions], [c.text for c in completions]
     total, parts = score_completions(rewards, rows, samples, texts, unfinished_penalty)
     for i, c in enumerate(completions):
         c.score, c.parts = total[i], {name: values[i] for name, values in parts.items()}
-        if abs(c.score) > LARGEST_REWARD:
+        if abs(c.score) > largest:
             raise UserError(
-                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than {LARGEST_REWARD:g} "
+                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than {largest:g} "
                 "cannot be learned from: give the reward a smaller scale"
             )
+
+
+def warn_of_offset(completions):
+    """Warn, once, if scores differ by so little beside their size that PPO, whose critic learns
+    their size first, hardly sees it."""
+    scores = [c.score for c in completions]
+    spread, size = np.ptp(scores), np.abs(scores).max()
+    if 0 < spread < 1e-4 * size:
+        warn_once(
+            "--reward",
+            f"the scores of a step are {size:.3g} in size and differ by {spread:.3g} only, which PPO hardly sees; "
+            "subtract a constant in the reward, so that they lie around 0",
+        )
 
 
 WARNED = set()
@@ -206,7 +223,7 @@ def read_value(value):
     Raises UserError if it is no number (text and None are none) or not finite, or exceeds 1e30.
     """
     number = value.item() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
-    if not hasattr(type(number), "__float__"):
+    if not hasattr(type(number), "__float__") or np.ma.is_masked(value):
         raise UserError(f"returned {repr(value)[:100]} of the type {type(value).__name__}; a number was expected")
     number = float(number)
     if not abs(number) <= LARGEST_REWARD:
@@ -233,7 +250,7 @@ def load_function(name):
         module = sys.modules[spec.name] = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
         sys.path.append(str(path.parent))  # it may import the files next to it
         try:
-            with own_random(), guard(name):
+            with own_random(), kept(KEPT_BY_IMPORT), guard(name):
                 spec.loader.exec_module(module)
         except UserError as e:
             del sys.modules[str(path)]

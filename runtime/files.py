@@ -41,6 +41,18 @@ def lock_file(path, out, flag="out"):
     LOCKS.append(file)
 
 
+def close_locks():
+    """In a forked child: what a user's reward forks may outlive a run, and must not keep it locked.
+
+    The run's own locks stay."""
+    while LOCKS:
+        LOCKS.pop().close()
+
+
+if os.name == "posix":
+    os.register_at_fork(after_in_child=close_locks)
+
+
 def temporary_name(path):
     """Where a file is written before it takes the place of `path`; None: `path` is no regular file.
 

@@ -114,6 +114,14 @@ def set_autocast(flags):
         torch.set_autocast_enabled(kind, enabled)
 
 
+INFERENCE = []  # the modes that were entered to undo what a user's code had entered
+
+
+def set_inference_mode(enabled):
+    INFERENCE.append(torch.inference_mode(enabled))
+    INFERENCE[-1].__enter__()
+
+
 def mkldnn():
     return torch.backends.mkldnn.enabled
 
@@ -212,7 +220,8 @@ KEPT = [  # (read, set): as before after each call and after the import
     (gc.isenabled, set_collection),
     (np.geterr, set_numpy_errors),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_inference_mode_enabled, set_inference_mode),
+    (torch.is_grad_enabled, torch.set_grad_enabled),  # after the line above, which changes it
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
@@ -234,11 +243,9 @@ if os.name == "posix":
 if sys.platform == "linux":
     KEPT += [(affinity, set_affinity)]
 KEPT += [(signal_handlers, set_signal_handlers)]  # after the timers: none may go off without its handler
-KEPT_BY_BATCH = [  # slower to read; and the file may set them as it is imported, for what it imports
-    (warning_filters, set_warning_filters),
-    (environment, set_environment),
-    (torch.get_default_device, torch.set_default_device),
-]
+KEPT_BY_IMPORT = [(torch.get_default_device, torch.set_default_device)]  # slow to read, so not at each call
+# The file may set these two as it is imported, for what it imports
+KEPT_BY_BATCH = [*KEPT_BY_IMPORT, (warning_filters, set_warning_filters), (environment, set_environment)]
 
 
 @contextlib.contextmanager
@@ -481,7 +488,8 @@ def time_limit(seconds):
             raise late
 
     began, before = time.monotonic(), signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, for a body that catches the first
+    timer = min(seconds, 1e9)  # 30 years: the system counts no further than some hundred
+    signal.setitimer(signal.ITIMER_REAL, timer, timer)  # again and again, for a body that catches the first
     try:
         yield
     finally:

@@ -124,7 +124,7 @@ class Guard:
             return Refusal(403, f"origin {origin!r} may not use this server; --origin adds it")
         if self.config.api_key and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode("latin-1"), self.config.api_key.encode())
+            right = hmac.compare_digest(given.strip(" \t").encode("latin-1"), self.config.api_key.encode())
             if scheme.lower() != "bearer" or not right:
                 return Refusal(401, "the API key is wrong or missing", code="invalid_api_key")
         return None
@@ -134,7 +134,7 @@ class Guard:
         page's, which has pointed them here (DNS rebinding)."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
-            if name in ("localhost", self.config.host, *(urlsplit(origin).hostname for origin in self.origins)):
+            if name in ("localhost", self.config.host.lower(), *(urlsplit(origin).hostname for origin in self.origins)):
                 return True
             return bool(ipaddress.ip_address(name))
         except ValueError:

@@ -386,8 +386,8 @@ class Run:
             )
 
     def warn_of_standstill(self, metrics):
-        """Warn, once, if ten steps in a row, or all there are, have made no update; and, once, if
-        the loss is 0 although the policy learns."""
+        """Warn, once each, if ten steps in a row, or all there are, have made no update; if updates
+        move nothing; or if the loss is 0 although the policy learns."""
         self.idle_steps = 0 if metrics["updates"] else self.idle_steps + 1
         if self.idle_steps >= min(10, self.total_steps):
             reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
@@ -398,7 +398,13 @@ class Run:
                     "most 0); bring easier or harder prompts, a reward with more shades, or a larger --group_size"
                 )
             self.warn_once("standstill", f"{self.idle_steps} steps in a row without an update: {reason}")
-        if metrics["updates"] and abs(metrics["loss"]) < 1e-6:
+        if metrics["updates"] and metrics["grad_norm"] < 1e-8:
+            self.warn_once(
+                "tiny_gradient",
+                f"the gradient's norm is {metrics['grad_norm']:.2g}: AdamW, whose epsilon is 1e-10, hardly "
+                "moves the weights: give the reward a larger scale (--reward=NAME*1000)",
+            )
+        elif metrics["updates"] and abs(metrics["loss"]) < 1e-6:
             self.warn_once(
                 "zero_loss",
                 "the loss is 0 and the policy learns: before its first update every ratio is 1, and a group's "

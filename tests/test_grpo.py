@@ -125,7 +125,9 @@ def test_advantages_are_of_each_group_alone(kind):
         assert row.tolist() == pytest.approx(alone.tolist(), abs=1e-12)
 
 
-@pytest.mark.parametrize("scale, offset", [(1e-7, 0.0), (1.0, 1e9), (1e-7, 0.5), (1e29, 0.0), (1e-30, 0.0), (3.0, -4)])
+@pytest.mark.parametrize(
+    "scale, offset", [(1e-7, 0.0), (1.0, 1e9), (1e-7, 0.5), (1e29, 0.0), (1e-30, 0.0), (1e-200, 0.0), (3.0, -4)]
+)
 def test_advantages_depend_neither_on_scale_nor_on_offset(scale, offset):
     """Whether rewards differ is judged by their own size: 1e-7 apart, or beside 1e9, they still
     do."""
@@ -764,6 +766,7 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files,
         ({"reward": ""}, "--reward: name what to maximise"),
         ({"reward": f"{files}/rewards.py:yes*"}, "'' is not a number"),
         ({"reward": "nowhere.py:f"}, "nowhere.py does not exist"),
+        ({"constitution": long}, f"--constitution={long}: no judge:DIR in --reward or --monitor reads it"),
         ({"reward": files / "sft"}, "not a reward model"),
         ({"reward": f"{files}/rm,{files}/rm*0.5"}, "named twice"),
         ({"kl": "k1", "beta": 0.1}, "--kl=k1"),

@@ -188,6 +188,7 @@ CHANGES = {
     "alarm": "signal.alarm(1)",
     "profiling timer": "signal.setitimer(signal.ITIMER_PROF, 30)",
     "trace": "sys.settrace(print); sys.setprofile(None)",
+    "inference mode": "global M; M = torch.inference_mode(); M.__enter__()",
     "autocast": "torch.set_autocast_enabled('cpu', True)",
     "anomaly": "torch.autograd.set_detect_anomaly(True)",
     "product of another library": "torch.backends.mkldnn.enabled = not torch.backends.mkldnn.enabled",
@@ -210,6 +211,7 @@ def settings():
     python += [locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile()]
     numbers = [np.geterr(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()]
     numbers += [torch.get_num_threads(), torch.get_float32_matmul_precision(), guard.deterministic()]
+    numbers += [torch.is_inference_mode_enabled()]
     numbers += [torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(), torch.backends.mkldnn.enabled]
     python += [sys.excepthook, threading.excepthook, builtins.print, builtins.open, sys.getswitchinterval()]
     python += [decimal.getcontext().prec, gc.get_threshold(), os.get_blocking(2), os.sched_getaffinity(0)]
@@ -251,9 +253,10 @@ def test_random_states_are_as_before_and_a_reward_draws_from_its_own(tmp_path):
 def test_an_import_changes_no_directory_but_what_it_sets_for_libraries_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("OF_A_LIBRARY", "0")
     monkeypatch.chdir(tmp_path)
-    head = "import os\nos.chdir('/')\nos.environ['OF_A_LIBRARY'] = '1'\nprint('loaded')\n" + HEAD
+    head = "import os, torch\nos.chdir('/')\nos.environ['OF_A_LIBRARY'] = '1'\nprint('loaded')\n"
+    head += "torch.set_default_device('meta')\n" + HEAD
     assert score(write_reward(tmp_path, "return float(os.environ['OF_A_LIBRARY'])", head)) == [1.0]
-    assert os.getcwd() == str(tmp_path)
+    assert os.getcwd() == str(tmp_path) and torch.zeros(1).device.type == "cpu"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,6 +373,7 @@ def test_numbers_of_every_library_are_rewards(value, number):
         (np.array("1"), "of the type ndarray"),
         (b"1", "of the type bytes"),
         ([1.0], "of the type list"),
+        (np.ma.masked, "returned masked of the type MaskedConstant"),
         (1j, "of the type complex"),
         (torch.tensor(1j), "of the type Tensor"),
         (float("nan"), "returned nan; a finite number was expected"),

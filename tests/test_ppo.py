@@ -78,6 +78,12 @@ def raises(prompt, completion, row):
 
 def word(prompt, completion, row):
     return "good"
+
+def huge(prompt, completion, row):
+    return 1e16 * len(completion)
+
+def beside(prompt, completion, row):
+    return 1e9 + len(completion)
 """
 
 
@@ -894,6 +900,13 @@ def test_a_critic_or_reference_that_reaches_less_far_than_the_policy_is_refused(
 def test_a_reward_function_that_fails_is_named_with_the_answer_it_failed_on(train, files, tmp_path, name, named):
     line = refused(train(tmp_path / "run", reward=f"{files}/rewards.py:{name}", steps=1))
     assert f"--reward={files}/rewards.py:{name}: {named}" in line and "completion" in line
+
+
+def test_rewards_that_fp32_does_not_hold_are_said(train, files, tmp_path):
+    line = refused(train(tmp_path / "huge", reward=f"{files}/rewards.py:huge", steps=1))
+    assert "more than 1e+15 cannot be learned from: give the reward a smaller scale" in line
+    output = succeeds(train(tmp_path / "beside", reward=f"{files}/rewards.py:beside", steps=2))
+    assert output.count("are 1e+09 in size and differ by") == 1 and "subtract a constant in the reward" in output
 
 
 def test_beta_is_adapted_only_where_it_can_be():

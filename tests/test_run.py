@@ -92,6 +92,9 @@ def test_a_second_process_is_kept_out(tmp_path, fork):
 
     def hold():
         open_run(str(run), False, False)
+        if not os.fork():  # as a pool of a user's reward, which outlives the run
+            time.sleep(5)
+            os._exit(0)
         (run / "log.jsonl").write_text("{}\n")
         time.sleep(60)
 
@@ -104,7 +107,7 @@ def test_a_second_process_is_kept_out(tmp_path, fork):
     assert (run / "log.jsonl").exists()
     os.kill(child.pid, 9)
     child.wait()
-    open_run(str(run), True, False)  # a killed process holds nothing
+    open_run(str(run), True, False)  # neither a killed process nor its child holds anything
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
@@ -408,7 +411,7 @@ class Rollouts(RolloutConfig):
 
 
 STEP = {"finished": 0.9, "completion_tokens": 10.0, "entropy": 1.0, "updates": 1, "loss": 0.5, "zero_variance": 0.25}
-STEP |= {"all_right": 0.25, "all_wrong": 0.0, "all_cut": 0.0}
+STEP |= {"all_right": 0.25, "all_wrong": 0.0, "all_cut": 0.0, "grad_norm": 0.1}
 IDLE = {"updates": 0, "loss": 0.0, "zero_variance": 1.0, "all_right": 0.25, "all_wrong": 0.75}
 
 
@@ -439,6 +442,7 @@ def test_a_run_that_is_well_warns_of_nothing(base, tmp_path):
         ({"finished": 0.6}, "60% of the completions end", "a larger --max_new_tokens"),
         ({"completion_tokens": 21.0}, "after 21 tokens", "look at samples.txt"),
         ({"loss": 1e-9}, "the loss is 0 and the policy learns", "watch the reward and grad_norm"),
+        ({"loss": 0.0, "grad_norm": 1e-12}, "the gradient's norm is 1e-12", "give the reward a larger scale"),
     ],
 )
 def test_each_change_for_the_worse_is_said_once_with_what_to_do(base, tmp_path, later, named, remedy):

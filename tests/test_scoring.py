@@ -177,8 +177,9 @@ def test_a_time_limit_ends_with_what_it_limits():
         with time_limit(0.05):
             while True:
                 pass
-    with time_limit(0.05):
-        pass
+    for seconds in (0.05, 1e30):
+        with time_limit(seconds):
+            pass
     with pytest.raises(KeyError):
         with time_limit(0.05):
             raise KeyError
@@ -347,3 +348,5 @@ def test_a_score_too_large_to_learn_from_is_refused():
         assert completion.score == value and completion.parts == {"r": value}
         with pytest.raises(UserError, match="--reward: .*e[+][36].* for the completion 'some text'.*a smaller scale"):
             score_batch([("r", 1e31, same)], [completion])
+    with pytest.raises(UserError, match="--reward: 3 for .*more than 2 cannot be learned from"):
+        score_batch([("r", 1.0, same)], [completion], largest=2.0)

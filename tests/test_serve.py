@@ -436,13 +436,17 @@ def test_pages_of_other_sites_and_other_names_are_refused(serving, models):
     assert served.http.options("/v1/models", headers={"origin": "https://evil.example"}).status_code == 403
 
 
+def test_a_host_in_capitals_is_ours():
+    assert http.Guard(None, serve.Config(model="m", host="MyBox")).is_ours("mybox:8000")
+
+
 def test_the_key(serving, models, fork):
-    served = serving(model=models / "wild", api_key="ключ-1", host="0.0.0.0")
+    served = serving(model=models / "wild", api_key="ключ-à", host="0.0.0.0")
     served.http.base_url = f"http://127.0.0.1:{served.port}"
-    for key in ("", "Bearer", "Bearer wrong", "ключ-1".encode(), b"Bearer \xff", "Basic ключ-1".encode()):
+    for key in ("", "Bearer", "Bearer wrong", "ключ-à".encode(), b"Bearer \xff", "Basic ключ-à".encode()):
         answer = served.http.get("/v1/models", headers={"authorization": key})
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-    for right in ("Bearer ключ-1", "bearer ключ-1", "BEARER  ключ-1"):
+    for right in ("Bearer ключ-à", "bearer ключ-à", "BEARER  ключ-à"):
         assert served.http.get("/v1/models", headers={"authorization": right.encode()}).status_code == 200
     assert served.http.get("/").status_code == served.http.get("/app.js").status_code == 200
     assert "--api_key" in refused(start(fork, serve, model=models / "wild", host="0.0.0.0"))
