@@ -142,17 +142,16 @@ def check_flags(config):
 
 
 def group_advantages(rewards, kind):
-    """[P, G] -> [P, G]: by how much each completion is better than its group; 0 in a group of equal
-    rewards. The std of tiny rewards is taken at a scale at which their squares are not 0.
+    """[P, G] -> [P, G]: how much better each completion is than its group; 0 if all are equal.
 
     grpo: (r - mean) / std (2402.03300, section 4.1.2); dr_grpo: r - mean (2503.20783, eq. 4); rloo:
     r - mean of the other G - 1 (Ahmadian et al. 2024, 2402.14740)."""
-    G, advantages = rewards.shape[1], rewards - rewards.mean(1, keepdim=True)
+    advantages = rewards - rewards.mean(1, keepdim=True)
     if kind == "grpo":
-        std = torch.where(rewards.abs().amax(1) < 1e-100, (rewards * 1e200).std(1) / 1e200, rewards.std(1))
-        advantages = advantages / std[:, None].clamp(min=1e-300)
+        advantages /= advantages.abs().amax(1, keepdim=True).clamp(min=1e-300)  # tiny ones' squares would be 0
+        advantages /= advantages.std(1, keepdim=True).clamp(min=1e-300)
     elif kind == "rloo":
-        advantages = advantages * G / (G - 1)
+        advantages *= rewards.shape[1] / (rewards.shape[1] - 1)
     # Equal rewards must give 0, but (r - mean) / std of three times 0.3 can be 0.7, by rounding
     return torch.where(differs(rewards)[:, None], advantages, 0.0)
 
@@ -315,7 +314,8 @@ def add_gradients(model, completions, n_tokens, n_completions, config):
         loss = (weights.to(logp.device) * losses).sum()
         loss.backward()
         with torch.no_grad():
-            approx_kl = torch.exp(logp - old_logp) - 1 - (logp - old_logp)  # k3 of KL(old || new)
+            logratio = logp - old_logp
+            approx_kl = logratio.exp() - 1 - logratio  # k3 of KL(old || new)
             clipped = ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).float()
             sums += torch.stack([loss, *(x.sum() / n_tokens for x in (approx_kl, clipped, ratio))])
     return dict(zip(UPDATE_STATS, reduce_sum(*sums), strict=True))
