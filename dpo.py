@@ -36,7 +36,7 @@ from optim import Optimizer, wsd
 from runtime import memory
 from runtime.batches import index_order, micro_batches
 from runtime.checkpoint import fingerprints
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
 from runtime.process import launch, reduce_sum
 from runtime.run import Run, RunConfig
@@ -166,9 +166,8 @@ def check_flags(config):
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
     row = LOSSES[config.loss]
     read = {*row.flags, "nll" if row.takes_nll else "", "reference" if "ratio" in row.compares else ""}
-    for flag in ("smoothing", "gamma", "desirable", "undesirable", "nll", "reference"):
-        if vars(config)[flag] != vars(Config)[flag] and flag not in read:
-            raise UserError(f"--{flag}: --loss={config.loss} does not read it; leave it out")
+    unread = {"smoothing", "gamma", "desirable", "undesirable", "nll", "reference"} - read
+    refuse_unread(config, dict.fromkeys(sorted(unread), f"--loss={config.loss} does not read it"))
 
 
 # --------------------------------------------------------------------------------------------------

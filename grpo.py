@@ -40,7 +40,7 @@ from optim import Optimizer, wsd
 from rollout import check_sampler_matches_trainer, complete_rows, get_per_token, read_logprobs, set_per_token
 from runtime import checkpoint, memory
 from runtime.batches import index_order, minibatches
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
 from runtime.process import launch, reduce_sum
 from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
@@ -134,6 +134,8 @@ def check_flags(config):
         raise UserError(f"--beta={config.beta} and --kl={config.kl}: give both (--kl=k2 --beta=0.02) or neither")
     if config.kl == "none" and (config.reference or config.reference_every):
         raise UserError("--reference and --reference_every need --kl; --kl=k2 --beta=0.001 does little but log it")
+    if config.overlong != "punish":
+        refuse_unread(config, {"overlong_share": "only --overlong=punish reads it"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,12 +235,10 @@ def roll_out(model, tok, scorers, order, train, step, config, time_phase):
     """([Completion], n_prompts): this rank's completions, and the number of prompts on all ranks:
     --prompts_per_step, and with --refill more, until so many groups have unequal rewards."""
     completions, n_prompts, missing = [], 0, config.prompts_per_step
-    largest = scoring.LARGEST_REWARD if config.advantage == "grpo" else scoring.LARGEST_SQUARED
     for _ in range(config.refill + 1):
-        rows = [train[i] for i in order.batch(missing)]
-        more = complete_rows(model, tok, rows, step, config, n_prompts)
+        more = complete_rows(model, tok, [train[i] for i in order.batch(missing)], step, config, n_prompts)
         time_phase("rollout")
-        scoring.score_batch(scorers, more, largest=largest)
+        scoring.score_batch(scorers, more)
         if config.overlong == "punish":
             for c in more:
                 c.penalty = overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)

@@ -283,7 +283,7 @@ def main(config):
         run.time_phase("rollout")
 
         # 2. Score: what the reward says of each completion, less a penalty for one without an end
-        scoring.score_batch(scorers, completions, config.unfinished_penalty, scoring.LARGEST_SQUARED)
+        scoring.score_batch(scorers, completions, config.unfinished_penalty)
         scoring.warn_of_offset(completions)
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected

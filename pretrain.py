@@ -31,7 +31,7 @@ from rollout import stream
 from runtime import memory
 from runtime.batches import micro_batches, text_order
 from runtime.checkpoint import check_same_data
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
 from runtime.process import launch, rank, reduce_sum, world_size
 from runtime.run import Run, RunConfig
@@ -135,10 +135,7 @@ def check_flags(config):
     if config.init:
         flags = ("depth", *SHAPE, "tokenizer")
         decided |= dict.fromkeys(flags, f"the shape and the tokenizer come from --init={config.init}")
-    for flag, reason in decided.items():
-        value = vars(config)[flag]
-        if value != vars(Config)[flag]:
-            raise UserError(f"--{flag}={value}: {reason}; leave it out")
+    refuse_unread(config, decided)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -32,8 +32,7 @@ from runtime.guard import KEPT_BY_IMPORT, guard, guard_batch, kept, own_random, 
 from runtime.hub import config_from_hf
 from runtime.process import rank, reduce_sum, world_size
 
-LARGEST_REWARD = 1e30  # fp32, in which advantages are computed, ends at 3e38
-LARGEST_SQUARED = 1e15  # where squares of rewards are added up in it
+LARGEST_REWARD = 1e15  # squares of them are added up in fp32, which ends at 3e38
 
 # -------------------------------------------------------------------------------------------------
 # Rewards of a command line
@@ -146,17 +145,17 @@ def score_completions(rewards, rows, samples, texts, unfinished_penalty=0.0):
     return total - unfinished_penalty * np.array([not s.finished for s in samples], dtype=float), parts
 
 
-def score_batch(rewards, completions, unfinished_penalty=0.0, largest=LARGEST_REWARD):
+def score_batch(rewards, completions, unfinished_penalty=0.0):
     """Set `score` and `parts` of a step's rollout.Completions, by `score_completions`. Raises
-    UserError if a score exceeds `largest`."""
+    UserError if a score exceeds 1e15."""
     rows = {c.sample.prompt_index: c.row for c in completions}
     samples, texts = [c.sample for c in completions], [c.text for c in completions]
     total, parts = score_completions(rewards, rows, samples, texts, unfinished_penalty)
     for i, c in enumerate(completions):
         c.score, c.parts = total[i], {name: values[i] for name, values in parts.items()}
-        if abs(c.score) > largest:
+        if abs(c.score) > LARGEST_REWARD:
             raise UserError(
-                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than {largest:g} "
+                f"--reward: {c.score:.3g} for the completion {c.text[:200]!r}; more than {LARGEST_REWARD:g} "
                 "cannot be learned from: give the reward a smaller scale"
             )
 
@@ -220,7 +219,7 @@ def call_function(name, function, timeout, messages, row, text):
 def read_value(value):
     """A user's reward as a float: of a bool 0 or 1; of a tensor or array its only element.
 
-    Raises UserError if it is no number (text and None are none) or not finite, or exceeds 1e30.
+    Raises UserError if it is no number (text and None are none) or not finite, or exceeds 1e15.
     """
     number = value.item() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
     if not hasattr(type(number), "__float__") or np.ma.is_masked(value):

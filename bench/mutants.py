@@ -86,8 +86,8 @@ MUTANTS = [
     (
         "no_penalty_for_no_end",
         "ppo.py",
-        "(scorers, completions, config.unfinished_penalty, ",
-        "(scorers, completions, 0.0, ",
+        "(scorers, completions, config.unfinished_penalty)",
+        "(scorers, completions)",
         PPO,
     ),
     (
@@ -499,8 +499,9 @@ MUTANTS = [
     ),
     ("std_with_a_floor", "grpo.py", "std(1, keepdim=True).clamp(min=1e-300)", "std(1, keepdim=True) + 1e-4", GRPO),
     ("rounding_teaches", "grpo.py", "text = c.index //", "text = c.score, c.index //", GRPO),
-    ("huge_rewards_taken", "scoring.py", "if abs(c.score) > largest:", "if False:", SCORING),
-    ("squares_beyond_fp32", "ppo.py", ", scoring.LARGEST_SQUARED)", ")", PPO),
+    ("unread_flag_taken", "runtime/cli.py", "if value != vars(type(config))[flag]:", "if False:", GRPO),
+    ("huge_rewards_taken", "scoring.py", "if abs(c.score) > LARGEST_REWARD:", "if False:", SCORING),
+    ("squares_beyond_fp32", "scoring.py", "LARGEST_REWARD = 1e15", "LARGEST_REWARD = 1e30", PPO),
     ("offset_unsaid", "scoring.py", "if 0 < spread < 1e-4 * size:", "if False:", PPO),
     ("squares_of_tiny_rewards", "grpo.py", "advantages.abs().amax(1, keepdim=True).clamp(min=1e-300)", "1.0", GRPO),
     ("tiny_gradient_unsaid", "runtime/run.py", 'metrics["grad_norm"] < 1e-8', "False", RUN),

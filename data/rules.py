@@ -3,7 +3,7 @@
 prompt: text, or messages; completion: text; row: the row of the data, with "answer" and, for a
 sampled completion, "finished": whether it ended by itself. Text is read, never evaluated.
 A file of your own works the same: --reward=my_rewards.py:brief. It runs with all your rights, on
-copies of prompt and row. It may return a bool (0 or 1) or any finite number up to 1e30 in size, a
+copies of prompt and row. It may return a bool (0 or 1) or any finite number up to 1e15 in size, a
 tensor's or an array's only element too; not None, not text.
 """
 

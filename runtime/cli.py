@@ -50,6 +50,14 @@ def print0(*args, **kwargs):
         print(*args, flush=True, **kwargs)
 
 
+def refuse_unread(config, unread):
+    """Raises UserError for a flag that was given and that nothing reads. unread: {flag: why}."""
+    for flag, reason in unread.items():
+        value = vars(config)[flag]
+        if value != vars(type(config))[flag]:
+            raise UserError(f"--{flag}={value}: {reason}; leave it out")
+
+
 @dataclasses.dataclass
 class Flag:
     """What the comment above a field says about it."""

@@ -366,6 +366,7 @@ def test_a_flag_wins_over_the_recipe():
         ({"refill": -2}, "--refill=-2"),
         ({"temperature": 0.0}, "--temperature=0.0"),
         ({"overlong_share": 0.0}, "--overlong_share=0.0"),
+        ({"overlong_share": 0.5}, "--overlong_share=0.5: only --overlong=punish reads it; leave it out"),
         ({"reward_timeout": 0.0}, "--reward_timeout=0.0"),
         ({"decay": 2.0}, "--decay=2.0"),
         ({"stop_kl": math.inf}, "--stop_kl=inf"),

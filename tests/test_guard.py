@@ -356,7 +356,7 @@ def test_what_cannot_be_undone_names_the_reward(tmp_path):
         (torch.tensor([True]), 1.0),
         (Decimal("0.5"), 0.5),
         (Fraction(1, 4), 0.25),
-        (-1e30, -1e30),
+        (-1e15, -1e15),
     ],
 )
 def test_numbers_of_every_library_are_rewards(value, number):
@@ -379,8 +379,8 @@ def test_numbers_of_every_library_are_rewards(value, number):
         (float("nan"), "returned nan; a finite number was expected"),
         (float("-inf"), "returned -inf"),
         (torch.tensor(float("inf")), "returned inf"),
-        (-1.1e30, r"returned -1.1e\+30"),
-        (1e39, r"returned 1e\+39; .*at most 1e\+30"),
+        (-1.1e15, r"returned -1.1e\+15"),
+        (1e39, r"returned 1e\+39; .*at most 1e\+15"),
     ],
 )
 def test_what_is_no_reward_is_refused_by_name(value, said):

@@ -342,11 +342,9 @@ def test_a_score_too_large_to_learn_from_is_refused():
     def same(conversations, rows, samples, texts):
         return np.array([rows[0]["worth"]])
 
-    for value in (1e30, -1e30, 3.0):
+    for value in (1e15, -1e15, 3.0):
         completion = Completion(0, (ask("q")[0], {"worth": value}), None, Sample(0, [1], [0.0], True), "some text")
         score_batch([("r", 1.0, same)], [completion])
         assert completion.score == value and completion.parts == {"r": value}
-        with pytest.raises(UserError, match="--reward: .*e[+][36].* for the completion 'some text'.*a smaller scale"):
-            score_batch([("r", 1e31, same)], [completion])
-    with pytest.raises(UserError, match="--reward: 3 for .*more than 2 cannot be learned from"):
-        score_batch([("r", 1.0, same)], [completion], largest=2.0)
+        with pytest.raises(UserError, match="--reward: .*e[+].* for the completion 'some text'.*a smaller scale"):
+            score_batch([("r", 1e16, same)], [completion])
