@@ -277,8 +277,7 @@ def main(config):
 
     for step in run.steps():
         # 1. Roll out: each rank completes its share of the prompts
-        rows = [train[i] for i in order.batch(config.prompts_per_step)]
-        completions = complete_rows(policy, tok, rows, step, config)
+        completions = complete_rows(policy, tok, [train[i] for i in order.batch(config.prompts_per_step)], step, config)
         chats, lengths = [c.chat for c in completions], [c.n_tokens for c in completions]
         run.time_phase("rollout")
 

@@ -294,10 +294,8 @@ TOY_DECODED = ("toy", (1, 32, 2, 1, 16, 48, 61), 2, 8, 4)
 
 
 def decode(device, tiny):
-    if not tiny:  # the first rows of a process are slow: the GPU's clock and its allocator warm up
-        sampler_of(*DECODED[0][1:], device)
     for row_of in [TOY_DECODED] if tiny else DECODED:
-        decode_row_measured(device, *row_of)
+        print_decode_row(device, *row_of)
 
 
 def sampler_of(shape, slots, held, steps, device):
@@ -312,7 +310,7 @@ def sampler_of(shape, slots, held, steps, device):
     return sampler
 
 
-def decode_row_measured(device, name, shape, slots, held, steps):
+def print_decode_row(device, name, shape, slots, held, steps):
     """Print what a decode step took, and what was predicted."""
     gpu = predicted_for(device)
 

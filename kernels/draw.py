@@ -35,7 +35,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     V = logits.shape[1]
     if per_row:
         columns = [x if isinstance(x, torch.Tensor) else logits.new_full((len(logits), 1), x) for x in settings]
-        rows = torch.cat([x.to(torch.float32) for x in columns], dim=1)  # [B, 3]
+        rows = torch.cat([x.to(torch.float32) for x in columns], 1)  # [B, 3]
         return draw_kernels(logits, u, rows, 1.0, 0.0, 1.0, True)
     cut = 0 < top_k < V or top_p < 1
     return draw_kernels(logits, u, None, float(temperature), float(top_k), float(top_p), cut)
@@ -74,9 +74,8 @@ def draw_reference(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if isinstance(top_p, torch.Tensor) or top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-        up_to = running_sum(ordered)
-        likelier = up_to - ordered  # probability of all likelier tokens
-        cut = (likelier >= top_p * up_to[:, -1:]) & (likelier > 0)
+        likelier = running_sum(ordered) - ordered  # probability of all likelier tokens
+        cut = (likelier >= top_p) & (likelier > 0)
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -torch.inf)
     p = logits.softmax(-1)
     tokens, total = invert(p, u)
@@ -89,16 +88,20 @@ def wide_dtype(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def in_blocks(x):
+    """x [..., V] -> [..., blocks, width], zeros behind its end; both about the root of V."""
+    width = int(x.shape[-1] ** 0.5) + 1
+    return F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
+
+
 def running_sum(x):
     """cumsum over the last dimension, in fp64. By products on a GPU: CUDA's own may change its
     bits."""
     if x.device.type == "cpu":
         return x.cumsum(-1, dtype=torch.float64)
-    x = x.to(wide_dtype(x.device))
-    width = int(x.shape[-1] ** 0.5) + 1
-    blocks = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
-    inside = blocks @ x.new_ones(width, width).triu()
-    before = blocks.sum(-1) @ x.new_ones(blocks.shape[-2], blocks.shape[-2]).triu(1)
+    blocks = in_blocks(x.to(wide_dtype(x.device)))
+    inside = blocks @ blocks.new_ones(blocks.shape[-1], blocks.shape[-1]).triu()
+    before = blocks.sum(-1) @ blocks.new_ones(blocks.shape[-2], blocks.shape[-2]).triu(1)
     return (inside + before[..., None]).flatten(-2)[..., : x.shape[-1]]
 
 
@@ -112,8 +115,7 @@ def invert(p, u):
         up_to = running_sum(p)
         tokens = torch.searchsorted(up_to, u[:, None] * up_to[:, -1:], right=True)[:, 0]
         return tokens.clamp(max=p.shape[-1] - 1), up_to[:, -1]
-    width = int(p.shape[-1] ** 0.5) + 1
-    blocks = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width))  # [B, blocks, width]
+    blocks = in_blocks(p)  # [B, blocks, width]
     up_to = running_sum(blocks.sum(-1, dtype=wide_dtype(p.device)))  # [B, blocks]
     target = u.to(up_to.dtype) * up_to[:, -1]
     block = (up_to <= target[:, None]).sum(-1).clamp(max=up_to.shape[1] - 1)
@@ -122,7 +124,7 @@ def invert(p, u):
     # Rounding must not carry the rest past the block's last token
     largest = inside[:, -1] * (1 - torch.finfo(up_to.dtype).eps * 4)
     rest = torch.minimum(target - before, largest)
-    return block * width + (inside <= rest[:, None]).sum(-1), up_to[:, -1]
+    return block * blocks.shape[-1] + (inside <= rest[:, None]).sum(-1), up_to[:, -1]
 
 
 def record_draw_reference(token, logp, slots, is_stop, tokens, logprobs, last, drawn, left, lengths):

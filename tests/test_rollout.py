@@ -399,7 +399,7 @@ def test_log_probabilities_keep_the_tail_of_a_large_vocabulary(temperature):
     expected = (logits.double() / temperature).log_softmax(-1)
     tops = []
     if isinstance(temperature, torch.Tensor):
-        tops = [torch.full((4, 1), 50_000), torch.full((4, 1), 1.0)]
+        tops = [torch.full((4, 1), 50_000), torch.full((4, 1), math.inf)]
     tokens, logp = draw_reference(logits, torch.rand(4, generator=generator), temperature, *tops)
     assert (logp - expected.gather(1, tokens[:, None])[:, 0]).abs().max() < 2e-6
 
