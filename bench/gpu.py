@@ -140,25 +140,32 @@ def floors(device, tiny):
         row(f"product of {rows} x {inner} and {inner} x {columns}", rate)
 
 
+def attention_of(N, T, heads, dh, device):
+    """(queries, forward, both): attention of N tokens in documents of T, also with its backward."""
+    qkv = torch.randn(N, 3 * heads, dh, device=device, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(N, heads, dh, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.split(heads, dim=1)
+    table = layout(torch.arange(0, N + 1, T, dtype=torch.int32, device=device), q, dh)
+
+    @torch.no_grad()
+    def forward():
+        attention(q, k, v, table)
+
+    def both():
+        torch.autograd.grad(attention(q, k, v, table), (q, k, v), upstream)
+
+    return q, forward, both
+
+
 def contexts(device, tiny):
     """Attention by the length of its documents."""
     N, repeated = (64, 1) if tiny else (16384, 10)
     for heads, dh in [(2, 64)] if tiny else [(16, 128), (32, 64)]:
-        qkv = torch.randn(N, 3 * heads, dh, device=device, dtype=torch.bfloat16, requires_grad=True)
-        upstream = torch.randn(N, heads, dh, device=device, dtype=torch.bfloat16)
-        q, k, v = qkv.split(heads, dim=1)
         for T in (N // 4, N):
-            table = layout(torch.arange(0, N + 1, T, dtype=torch.int32, device=device), q, dh)
+            _, *timed = attention_of(N, T, heads, dh, device)
 
-            @torch.no_grad()
-            def forward(q=q, k=k, v=v, table=table):
-                attention(q, k, v, table)
-
-            def both(q=q, k=k, v=v, table=table, upstream=upstream):
-                torch.autograd.grad(attention(q, k, v, table), (q, k, v), upstream)
-
-            def measure(forward=forward, both=both):
-                one, two = (1e3 * seconds(f, device, 3, repeated) for f in (forward, both))
+            def measure(timed=timed):
+                one, two = (1e3 * seconds(f, device, 3, repeated) for f in timed)
                 return f"forward {one:.3f} ms, and backward {two:.3f} ms"
 
             row(f"{heads} heads of {dh}, {N // T} documents of {T}", measure)
@@ -167,20 +174,13 @@ def contexts(device, tiny):
 def sweep(device, tiny):
     """Attention's blocks, then the sampler's; the table's own come first."""
     N, T = (64, 32) if tiny else (32768, 1024)
-    cu_seqlens = torch.arange(0, N + 1, T, dtype=torch.int32, device=device)
     for heads, dh in [(2, 64)] if tiny else [(12, 64), (6, 128)]:
-        qkv = torch.randn(N, 3 * heads, dh, device=device, dtype=torch.bfloat16, requires_grad=True)
-        upstream = torch.randn(N, heads, dh, device=device, dtype=torch.bfloat16)
-        q, k, v = qkv.split(heads, dim=1)
-        table = layout(cu_seqlens, q, dh)
-
-        def both(q=q, k=k, v=v, table=table, upstream=upstream):
-            torch.autograd.grad(attention(q, k, v, table), (q, k, v), upstream)
+        q, _, both = attention_of(N, T, heads, dh, device)
 
         def measure(both=both):
             return f"{1e3 * seconds(both, device, 3, 1 if tiny else 20):.3f} ms"
 
-        own = kernels.attention.blocks(qkv)
+        own = kernels.attention.blocks(q)
         print(f"attention, {heads} heads of {dh}, forward and backward; its blocks are {own}", flush=True)
         row(f"  documents of {T}", measure)
         for i, (name, swept) in enumerate(SWEPT.items()):
