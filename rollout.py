@@ -26,7 +26,7 @@ from data.pack import Chat, make_completion, pack, rank_span, token_slices
 from kernels._lib import use
 from kernels.attention import WIDTHS
 from kernels.draw import draw, record_draw, wide_dtype
-from kernels.linear import linear
+from kernels.linear import ONEDNN, linear
 from model import GPT, KVCache, completion_logprobs, logprobs_no_grad
 from runtime.checkpoint import ADVICE
 from runtime.errors import UserError
@@ -64,12 +64,13 @@ def logits_of(model, hidden):
 
 def sampling_weights(model):
     """The model with its matrices as a step reads them fastest: on CUDA in the dtype it computes
-    in, on a CPU transposed in memory, because a product of few rows would transpose them each time.
+    in; where oneDNN multiplies, transposed in memory, because it would transpose them for each
+    product of few rows.
 
     A step is as fast as the weights are read. The model's own matrices stay as they are.
     """
     device, dtype = model.embed.device, model.compute_dtype
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cuda" and not (device.type == "cpu" and ONEDNN):
         return model
     with torch.device("meta"):
         copy = GPT(model.config)

@@ -3,9 +3,9 @@
 There is no kernel of ours: cuBLAS multiplies on CUDA, one of PyTorch's two libraries on a CPU.
 
 PyTorch gives fp32 products to MKL, and MKL runs its AVX2 code on AMD's processors even if they
-have AVX-512. oneDNN does not ask who made the processor: on a core of an EPYC it is up to 2.4 times
-as fast, but each call costs it as much as MKL needs for two million multiplications, so small
-products go to MKL (python -m bench.products).
+have AVX-512. oneDNN does not ask who made the processor: on a core of an EPYC with AVX-512 it is up
+to 2.4 times as fast, but each call costs it as much as MKL needs for two million multiplications,
+so small products go to MKL (python -m bench.products). Without AVX-512 all go to MKL.
 """
 
 import sys
@@ -21,24 +21,30 @@ def is_amd():
         return "AuthenticAMD" in f.read(2000)
 
 
-AMD = torch.backends.mkldnn.is_available() and is_amd()
-ONEDNN = AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
+AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN = AVX512 and is_amd()
 WORK = 2_200_000  # multiplications per thread from which on oneDNN multiplies
-# oneDNN compiles and keeps code for each number of rows, up to 0.5 MB: a server that reads prompts
-# of all lengths would grow by half a gigabyte if rows were not filled up to a multiple of this
-ROWS = 64
 
 
-def product(a, b, onednn=ONEDNN):
+def filled_rows(n):
+    """The number of rows that oneDNN multiplies in place of n.
+
+    It compiles and keeps code for each number of rows, up to 0.5 MB: a server that reads prompts of
+    all lengths would grow by half a gigabyte if it saw every number.
+    """
+    multiple = 64 if n > 64 else 8
+    return -(-n // multiple) * multiple
+
+
+def product(a, b):
     """a [n, k] times b^T [k, m] -> [n, m], without a gradient.
 
-    onednn: whether oneDNN may multiply, if the product is large enough. The same shapes and threads
-    give the same bits.
+    The same shapes and threads give the same bits.
     """
     fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
-    if onednn and fp32_on_cpu and not torch.compiler.is_compiling():
+    if ONEDNN and fp32_on_cpu and not torch.compiler.is_compiling():
         if len(a) * b.numel() >= WORK * torch.get_num_threads():
-            filled = F.pad(a, (0, 0, 0, -len(a) % ROWS)) if len(a) % ROWS else a
+            filled = F.pad(a, (0, 0, 0, filled_rows(len(a)) - len(a)))
             return torch.ops.mkldnn._linear_pointwise(filled, b, None, "none", [], "")[: len(a)]
     return a @ b.T
 
@@ -59,9 +65,7 @@ class OneDNNLinear(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """x [N, in] W^T (+ b) -> [N, out], in x's dtype: parameters of another dtype are cast to it."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    # Of transposed weights (rollout.sampling_weights) oneDNN is faster without AVX-512 too
-    onednn = ONEDNN or (AMD and weight.stride(0) == 1 and not torch.is_grad_enabled())
-    if not onednn or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    y = OneDNNLinear.apply(x, weight) if torch.is_grad_enabled() else product(x, weight, onednn)
+    y = OneDNNLinear.apply(x, weight) if torch.is_grad_enabled() else product(x, weight)
     return y if bias is None else y + bias

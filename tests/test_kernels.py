@@ -1097,7 +1097,7 @@ MANY_SHAPES = """
 import torch
 from kernels import linear
 
-linear.WORK = 0
+linear.WORK, linear.ONEDNN = 0, True
 weight = torch.randn(64, 64)
 
 def resident():
@@ -1105,7 +1105,7 @@ def resident():
 
 def read_prompts(lengths):
     for n in lengths:
-        linear.product(torch.randn(n, 64), weight, onednn=True)
+        linear.product(torch.randn(n, 64), weight)
 
 read_prompts(range(1, 2000, 60))
 before = resident()

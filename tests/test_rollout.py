@@ -491,8 +491,11 @@ def test_rows_of_a_draw_may_have_their_own_settings():
     assert logp.tolist() == [float(logp) for _, logp in alone]
 
 
-def test_sampling_weights_are_the_models_own_transposed_in_memory(make_model):
+def test_sampling_weights_are_the_models_own_transposed_in_memory_for_onednn(make_model, monkeypatch):
     model = make_model()
+    monkeypatch.setattr("rollout.ONEDNN", False)
+    assert sampling_weights(model) is model
+    monkeypatch.setattr("rollout.ONEDNN", True)
     copy = sampling_weights(model)
     for (name, p), own in zip(copy.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(p, own) and own.is_contiguous(), name
