@@ -32,7 +32,7 @@ from rollout import check_sampler_matches_trainer, complete_rows
 from runtime import memory
 from runtime.batches import index_order
 from runtime.checkpoint import fingerprints, load_matching
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
 from runtime.process import launch, rank, reduce_sum, world_size
 from runtime.run import Run, RunConfig
@@ -207,6 +207,8 @@ def check_flags(config):
         raise UserError("--teacher: name the checkpoint to learn from")
     if bool(config.data) == bool(config.offline):
         raise UserError("--data and --offline: give prompts to sample from, or conversations to learn from")
+    if config.offline:
+        refuse_unread(config, dict.fromkeys(["group_size", "max_new_tokens"], "with --offline nothing is sampled"))
     if config.prompts_per_step < world_size():
         raise UserError(f"--prompts_per_step={config.prompts_per_step}: fewer than there are ranks ({world_size()})")
 

@@ -132,6 +132,8 @@ def check_flags(config):
         decided["window_every"] = "no layer is windowed without --window"
     if Path(config.data).is_dir():
         decided |= dict.fromkeys(("tokenizer", "val", "val_fraction"), "prepared data bring their own")
+    elif config.val:
+        decided["val_fraction"] = f"--val={config.val} is what is validated on"
     if config.init:
         flags = ("depth", *SHAPE, "tokenizer")
         decided |= dict.fromkeys(flags, f"the shape and the tokenizer come from --init={config.init}")

@@ -34,7 +34,7 @@ from data.judge import judge_prompt, other_fields, question, reply_pair, swap_si
 from figures import label_margins, show_record, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
-from runtime.cli import check_ranges
+from runtime.cli import check_ranges, refuse_unread
 from runtime.errors import UserError
 from runtime.files import check_apart
 from runtime.output import open_output, write_batch
@@ -285,17 +285,28 @@ def revise_batch(config, policy, judge, principles, batch, first):
     return written, counts, {"revisions that change nothing": [text == answers[i] for i, text in revisions.items()]}
 
 
+def check_flags(config):
+    """Raises UserError for flags that do not go together."""
+    if world_size() > 1:
+        raise UserError("rlaif.py is one process; for several GPUs start several, each with its own --data and --out")
+    if config.mode == "revise":
+        if not config.policy:
+            raise UserError("--policy: name the checkpoint whose answers are to be revised")
+        unread = ["principles", "group_size", "min_margin", "micro_batch_tokens", "reward"]
+        refuse_unread(config, dict.fromkeys(unread, "only --mode=judge reads it"))
+        return
+    if not config.judge:
+        raise UserError("--judge: name the checkpoint that judges; the pretrained model is a good one")
+    refuse_unread(config, {"ask": "only --mode=revise reads it"})
+    if not config.policy:
+        unread = ["group_size", "temperature", "max_new_tokens"]
+        refuse_unread(config, dict.fromkeys(unread, "without --policy nothing is sampled"))
+
+
 def main(config):
     check_ranges(config)
     device = setup(config.device, config.seed)
-    if config.mode == "judge" and not config.judge:
-        raise UserError("--judge: name the checkpoint that judges; the pretrained model is a good one")
-    if config.mode == "revise" and not config.policy:
-        raise UserError("--policy: name the checkpoint whose answers are to be revised")
-    if config.mode == "revise" and config.reward:
-        raise UserError("--reward: only --mode=judge has an order to compare with; evaluate.py measures answers")
-    if world_size() > 1:
-        raise UserError("rlaif.py is one process; for several GPUs start several, each with its own --data and --out")
+    check_flags(config)
 
     # 1. Principles, rows and models
     principles = read_constitution(config.constitution)

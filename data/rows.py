@@ -32,7 +32,7 @@ import numpy as np
 
 from data.read import bad_row, is_null, parse_mixture, read_rows, reason
 from data.rules import right_number
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
 
 FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
@@ -998,6 +998,7 @@ def read_split(config, parse, encode=None):
     """
     rows, hashes = read(config.data, parse, config.skip_bad, config.seed, encode)
     if config.val:
+        refuse_unread(config, {"val_fraction": f"--val={config.val} is what is validated on"})
         what, more = f"--val={config.val}", "bring more"
         train, (val, val_hashes) = rows, read(config.val, parse, config.skip_bad, encode=encode)
         hashes |= val_hashes

@@ -52,9 +52,10 @@ def print0(*args, **kwargs):
 
 def refuse_unread(config, unread):
     """Raises UserError for a flag that was given and that nothing reads. unread: {flag: why}."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for flag, reason in unread.items():
         value = vars(config)[flag]
-        if value != vars(type(config))[flag]:
+        if value != defaults[flag]:
             raise UserError(f"--{flag}={value}: {reason}; leave it out")
 
 

@@ -1,12 +1,12 @@
 """Conversations as tokens: the ids of `transformers`' chat template, and what is trained."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import write_rows
 
+import distill
 from data import chat, rows, tokenizer
 from data.pack import Chat
 from runtime.errors import UserError
@@ -155,7 +155,7 @@ def test_a_pair_with_a_long_side_is_left_out(capsys):
 def test_prompts_leave_room_for_a_completion(tmp_path, capsys):
     questions = [{"prompt": "q" * n} for n in (1, 2, 3, 4, 60)]
     path = str(write_rows(tmp_path / "prompts.jsonl", questions))
-    config = SimpleNamespace(data=path, val=path, skip_bad=False, seed=0, max_new_tokens=8)
+    config = distill.Config(init="", teacher="", out="", data=path, val=path, max_new_tokens=8)
     context = len(chat.encode_prompt(BYTES, turns("qqqq"))) + 8
     train, val, hashes = chat.read_prompts(config, BYTES, context)
     assert [row["prompt"] for _, row in train] == ["q", "qq", "qqq", "qqqq"] and val == train and list(hashes) == [path]

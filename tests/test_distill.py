@@ -105,7 +105,7 @@ def test_a_student_becomes_its_teacher(train, flags, tmp_path):
 def test_a_killed_run_resumes_as_if_nothing_had_been(train, tmp_path, offline):
     flags = {"steps": 9, "save_every": 3}
     if offline:
-        flags |= {"data": "", "offline": conversations(tmp_path)}
+        flags |= unsampled(tmp_path)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     succeeds(train(straight, **flags))
     child = train(killed, **flags)
@@ -122,6 +122,11 @@ def conversations(tmp_path, **more):
         {"messages": [*ask(f"q{i}"), {"role": "assistant", "content": ["yes", "no"][i % 2]}], **more} for i in range(20)
     ]
     return write_rows(tmp_path / "conversations.jsonl", rows)
+
+
+def unsampled(tmp_path):
+    """The flags of a run on conversations that are there."""
+    return {"data": "", "offline": conversations(tmp_path), "max_new_tokens": distill.Config.max_new_tokens}
 
 
 def test_one_process_and_two_agree(train, fork, flags, tmp_path):
@@ -146,6 +151,8 @@ def test_refusals(train, files, make_model, tmp_path):
     assert "--teacher" in refused(train(tmp_path / "a", teacher=""))
     assert "--data and --offline" in refused(train(tmp_path / "a", offline=conversations(tmp_path)))
     assert "--data and --offline" in refused(train(tmp_path / "a", data=""))
+    line = refused(train(tmp_path / "a", **unsampled(tmp_path) | {"max_new_tokens": 6}))
+    assert "--max_new_tokens=6: with --offline nothing is sampled" in line
     assert "--direction=sideways" in refused(train(tmp_path / "a", direction="sideways"))
     assert "a reward model" in refused(train(tmp_path / "a", teacher=files / "rm"))
     from data import tokenizer
@@ -166,7 +173,7 @@ def test_a_student_may_be_of_another_shape(train, make_model, tmp_path):
 
 def test_offline_validation_is_the_kl_of_held_out_conversations(train, files, tmp_path):
     out = tmp_path / "run"
-    succeeds(train(out, data="", offline=conversations(tmp_path), steps=2))
+    succeeds(train(out, **unsampled(tmp_path), steps=2))
     (validation,) = [r for r in records(out) if "val_loss" in r]
     student, _, _ = checkpoint.load(out)
     teacher, _, _ = checkpoint.load(files / "sft")

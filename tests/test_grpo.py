@@ -569,8 +569,8 @@ def test_one_step_by_hand(train, files, tmp_path):
     reference_folder = checkpoint.save(tmp_path / "reference", reference, TOK, {"stage": "sft", "step": 1})
     flags = {"temperature": 0.8, "max_new_tokens": 4, "group_size": 3}
     run_flags = flags | {"loss_aggregation": "sequence", "kl": "k3", "beta": 0.5, "prompts_per_step": 6}
-    run_flags |= {"val": write_rows(tmp_path / "val.jsonl", questions(4)), "reference": reference_folder}
-    succeeds(train(tmp_path / "run", steps=1, **run_flags))
+    run_flags |= {"val": write_rows(tmp_path / "val.jsonl", questions(4)), "val_fraction": 0.05}
+    succeeds(train(tmp_path / "run", steps=1, reference=reference_folder, **run_flags))
     (log,) = [r for r in records(tmp_path / "run") if "loss" in r]
 
     completions, seen, config, *_ = roll_out(files, 6, "some", **flags)

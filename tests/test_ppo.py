@@ -834,10 +834,10 @@ def test_with_and_without_a_reward_model_and_a_critic(train, files, tmp_path, re
 
 def test_a_prompt_that_leaves_no_room_is_counted_and_left_out(train, tmp_path):
     rows = write_rows(tmp_path / "long.jsonl", [*questions(9), {"prompt": "x" * 90, "flat": False}])
-    assert (
-        f"{rows}: 1 of 10 prompts left out, which leave less than --max_new_tokens=6 of the context's 96 tokens"
-        in succeeds(train(tmp_path / "run", data=rows, val=write_rows(tmp_path / "val.jsonl", questions(4)), steps=1))
-    )
+    validation = {"val": write_rows(tmp_path / "val.jsonl", questions(4)), "val_fraction": 0.05}
+    output = succeeds(train(tmp_path / "run", data=rows, **validation, steps=1))
+    left_out = "1 of 10 prompts left out, which leave less than --max_new_tokens=6 of the context's 96 tokens"
+    assert f"{rows}: {left_out}" in output
     only = write_rows(tmp_path / "only.jsonl", [{"prompt": x * 90} for x in "xy"])
     assert "no prompt leaves room for a completion of --max_new_tokens=6 tokens" in refused(
         train(tmp_path / "none", data=only)

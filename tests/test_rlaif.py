@@ -51,7 +51,11 @@ def files(make_model, tmp_path):
 def flags_of(files, **changed):
     flags = {"policy": files / "sft", "judge": files / "base", "data": files / "prompts.jsonl"}
     flags |= {"out": files / "out.jsonl", "constitution": files / "constitution.txt", "device": "cpu"}
-    flags |= {"max_new_tokens": 30, "rows_per_write": 4, "min_margin": 0.0} | changed
+    flags |= {"rows_per_write": 4} | changed
+    if flags["policy"]:
+        flags.setdefault("max_new_tokens", 30)
+    if flags.get("mode") != "revise":
+        flags.setdefault("min_margin", 0.0)
     return {name: str(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()}
 
 
@@ -292,15 +296,15 @@ def test_a_run_writes_what_dpo_reads_soft_labels_and_all(files, capsys):
     assert (agreeing, n) == (sum(x > 0 for x in margins), sum(x != 0 for x in margins))
 
 
-@pytest.mark.parametrize("mode", ["judge", "revise"])
-def test_a_run_cut_anywhere_ends_in_the_same_bytes(files, mode, monkeypatch):
-    flags = {"mode": mode, "principles": "random", "ask": "text", "max_new_tokens": 60}
+@pytest.mark.parametrize("flags", [{"mode": "judge", "principles": "random"}, {"mode": "revise", "ask": "text"}])
+def test_a_run_cut_anywhere_ends_in_the_same_bytes(files, flags, monkeypatch):
+    flags |= {"max_new_tokens": 60}
     run(files, out=files / "whole.jsonl", **flags)
     whole, whole_log = (files / "whole.jsonl").read_bytes(), log(files / "whole.jsonl")
     assert len(whole) > 500
     ends = [record["bytes"] for record in whole_log[1:]]
     assert ends[-1] == len(whole) and [record["rows"] for record in whole_log[1:]] == [4, 8, 10]
-    name, done = f"{mode}_batch", []
+    name, done = f"{flags['mode']}_batch", []
     work = vars(rlaif)[name]
     monkeypatch.setattr(rlaif, name, lambda *args: done.append(args[-1]) or work(*args))
     cut, cut_log = files / "cut.jsonl", files / "cut.log.jsonl"
@@ -390,7 +394,6 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
     save(make_model, files / "no_turns", "pretrain", tok=plain)
     (files / "empty.txt").write_text("# nothing\n")
     (files / "null.jsonl").symlink_to("/dev/null")
-    flags = flags_of(files)
     for changed, why in [
         ({"constitution": files / "empty.txt"}, "no principle in it"),
         ({"constitution": files / "prompts.jsonl"}, "no principle in it; one per line is expected, as plain text"),
@@ -402,7 +405,11 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
         ({"policy": files / "no_turns"}, "no <|im_start|>"),
         ({"reward": f"{files}/absent.py:f"}, "absent.py"),
         ({"mode": "rank"}, "--mode=rank"),
-        ({"mode": "revise", "reward": "x.py:f"}, "--reward: only --mode=judge"),
+        ({"mode": "revise", "reward": "x.py:f"}, "--reward=x.py:f: only --mode=judge reads it"),
+        ({"mode": "revise", "principles": "vote"}, "--principles=vote: only --mode=judge reads it"),
+        ({"mode": "revise", "min_margin": 0.3}, "--min_margin=0.3: only --mode=judge reads it"),
+        ({"ask": "text"}, "--ask=text: only --mode=revise reads it"),
+        ({"policy": "", "temperature": 0.5}, "--temperature=0.5: without --policy nothing is sampled"),
         ({"mode": "revise", "policy": ""}, "--policy: name the checkpoint"),
         ({"judge": ""}, "--judge: name the checkpoint"),
         ({"policy": ""}, "prompts.jsonl:1: no pair of replies in the fields prompt, answer"),
@@ -420,6 +427,6 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
         ({"out": files / "prompts.jsonl", "overwrite": True}, "is what is read"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite: choose one"),
     ]:
-        line = refused(start(fork, rlaif, **(flags | changed)))
+        line = refused(start(fork, rlaif, **flags_of(files, **changed)))
         assert why in line, (changed, line)
     assert not (files / "out.jsonl").exists() and len(read(files / "prompts.jsonl")) == 10

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +33,11 @@ def reply(content):
 def write(path, some_rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some_rows), encoding="utf-8")
     return str(path)
+
+
+def reading(**flags):
+    """The config of a stage that reads rows."""
+    return sft.Config(init="", out="", **flags)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -415,13 +419,12 @@ def test_a_question_is_held_out_with_whatever_surrounds_it(parse, surrounding, t
     answers |= {"label": True} if parse is rows.judged else {}
     prompts = [make(f"is it {i}") for i in range(40) for make in (turns, SURROUNDINGS[surrounding])]
     data = write(tmp_path / "a.jsonl", [{"prompt": prompt} | answers for prompt in prompts])
-    config = SimpleNamespace(data=data, val="", val_fraction=0.4, skip_bad=False, seed=0)
-    train, val, _ = rows.read_split(config, parse)
+    train, val, _ = rows.read_split(reading(data=data, val_fraction=0.4), parse)
     numbers = [set(re.findall(r"\d+", repr(list(map(rows.prompt_of, some))))) for some in (train, val)]
     assert not numbers[0] & numbers[1] and len(val) == 32 and "trained on" not in capsys.readouterr().out
-    for name, some in (("data", prompts[::2]), ("val", prompts[1::2])):
-        setattr(config, name, write(tmp_path / name, [{"prompt": prompt} | answers for prompt in some]))
-    rows.read_split(config, parse)
+    halves = {"data": prompts[::2], "val": prompts[1::2]}
+    files = {name: write(tmp_path / name, [{"prompt": x} | answers for x in half]) for name, half in halves.items()}
+    rows.read_split(reading(**files), parse)
     found = re.search("of 40 rows to validate on, ([0-9]+) have .*, ([0-9]+) one that", capsys.readouterr().out)
     assert sum(map(int, found.groups())) == 40
 
@@ -443,43 +446,40 @@ def test_prompts_that_begin_alike_are_told_apart_by_their_system_message():
 def test_prompts_that_data_and_val_share_are_said(parse, make, tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", [make(q, f"a{i}") for i, q in enumerate(["How are you?", "b", "c"])])
     shared = ["how  ARE you?", "How are you?", "d", "e", "f"]
-    config = SimpleNamespace(data=data, val_fraction=0.2, skip_bad=False, seed=0)
-    config.val = write(tmp_path / "b.jsonl", [make(q, f"a{i}") for i, q in enumerate(shared)])
-    rows.read_split(config, parse)
+    val = write(tmp_path / "b.jsonl", [make(q, f"a{i}") for i, q in enumerate(shared)])
+    rows.read_split(reading(data=data, val=val), parse)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "trained on" in x]
     assert "of 5 rows to validate on, 1 have a prompt that is trained on" in line and "1 one that asks the same" in line
-    config.val = write(tmp_path / "c.jsonl", [make(q, f"a{i}") for i, q in enumerate("defg")])
-    rows.read_split(config, parse)
+    val = write(tmp_path / "c.jsonl", [make(q, f"a{i}") for i, q in enumerate("defg")])
+    rows.read_split(reading(data=data, val=val), parse)
     assert "trained on" not in capsys.readouterr().out
 
 
 def test_validation_rows_come_from_their_file_or_are_held_out(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(20)])
     b = write(tmp_path / "b.jsonl", [{"prompt": q} for q in "bcde"])
-    config = SimpleNamespace(data=a, val="", val_fraction=0.2, skip_bad=False, seed=0)
-    train, val, hashes = rows.read_split(config, rows.prompt)
+    train, val, hashes = rows.read_split(reading(data=a, val_fraction=0.2), rows.prompt)
     assert (len(train), len(val), list(hashes)) == (16, 4, [a])
-    config.val = b
-    train, val, hashes = rows.read_split(config, rows.prompt)
+    train, val, hashes = rows.read_split(reading(data=a, val=b), rows.prompt)
     assert (len(train), val, list(hashes)) == (20, [turns(q) for q in "bcde"], [a, b])
+    with pytest.raises(UserError, match="--val_fraction=0.2: --val=.*b.jsonl is what is validated on; leave it out"):
+        rows.read_split(reading(data=a, val=b, val_fraction=0.2), rows.prompt)
 
 
 def test_too_few_prompts_to_validate_on_are_refused(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "c"} for i in range(20)])
     b = write(tmp_path / "b.jsonl", [{"prompt": "b", "completion": f"c{i}"} for i in range(9)])
-    config = SimpleNamespace(data=a, val="", val_fraction=0.05, skip_bad=False, seed=0)
     with pytest.raises(UserError, match="held out of --data=.*one prompt only.*raise --val_fraction, or give --val"):
-        rows.read_split(config, rows.conversation)
-    assert len(rows.read_split(config, rows.prompt_only)[1]) == 1  # what is sampled to it is new each time
-    config.val = b
+        rows.read_split(reading(data=a), rows.conversation)
+    assert len(rows.read_split(reading(data=a), rows.prompt_only)[1]) == 1  # what is sampled to it is new each time
     with pytest.raises(UserError, match="--val=.*b.jsonl: rows of one prompt only.*bring more"):
-        rows.read_split(config, rows.conversation)
+        rows.read_split(reading(data=a, val=b), rows.conversation)
 
 
 @pytest.mark.parametrize("n, warned", [(2, True), (9, True), (10, False)])
 def test_few_prompts_to_validate_on_are_warned_of(tmp_path, capsys, n, warned):
     a, b = (write(tmp_path / f"{q}.jsonl", [{"prompt": f"{q}{i}", "completion": "c"} for i in range(n)]) for q in "ab")
-    rows.read_split(SimpleNamespace(data=a, val=b, skip_bad=False, seed=0), rows.conversation)
+    rows.read_split(reading(data=a, val=b), rows.conversation)
     assert (f"b.jsonl: {n} prompts to validate on, so its figures are" in capsys.readouterr().out) == warned
 
 
