@@ -15,6 +15,7 @@ from kernels.draw import draw, draw_reference, invert, running_sum
 from model import GPT, KVCache, logprobs, logprobs_no_grad
 from rollout import (
     GRAPH_STEPS,
+    PATIENCE,
     Sample,
     Sampler,
     logits_of,
@@ -256,6 +257,16 @@ def test_a_slot_that_ends_between_two_looks_is_left_alone(make_model, alone):
             samples += sampler.collect()
     found = {s.request: (s.tokens, s.logprobs, s.finished) for s in samples}
     assert [found[id] for id in range(13)] == alone
+
+
+def test_prompts_are_read_together_but_none_is_put_off_for_long(make_model):
+    sampler = Sampler(make_model(), 20, 40)
+    sampler.add([[1, 2]], n=16, max_new_tokens=38)
+    sampler.step()
+    for newcomers, steps in [(1, PATIENCE + 1), (2, 1)]:  # two are an eighth of those that wait for their reading
+        ids = sampler.add([[3]], n=newcomers, max_new_tokens=1)
+        found = [[sample.request for sample in sampler.step()] for _ in range(steps)]
+        assert found == [[]] * (steps - 1) + [ids]
 
 
 def test_cancelling_frees_the_slot_and_changes_nothing_for_the_others(make_model):
