@@ -192,7 +192,7 @@ def encode_prompts(request, tok, context, is_chat_model):
     if request.is_chat and not is_chat_model:
         raise Refusal(400, f"{request.model} is not a chat model; /v1/completions continues a text", "model")
     # More characters than this cannot fit, and need not be encoded to know it
-    if len(json.dumps(request.prompts)) > 8 * context * max(map(len, tok._mergeable_ranks)) * len(request.prompts):
+    if len(json.dumps(request.prompts)) > 8 * context * tok.longest_token * len(request.prompts):
         raise Refusal(400, f"{field}: longer than the context of {context} tokens", field, "context_length_exceeded")
     try:
         if request.is_chat:

@@ -137,6 +137,7 @@ class Tokenizer(tiktoken.Encoding):
         self.special_ids = frozenset(special_tokens.values()) - text_ids  # that no text yields
         contents = sorted((row["content"] for row in self.text_tokens), key=len, reverse=True)
         self.text_pattern = re.compile("|".join(map(re.escape, contents)))  # of several at one place the longest
+        self.longest_token = max(map(len, mergeable_ranks))  # in bytes
         self.missing_bytes = {b for b in range(256) if bytes([b]) not in mergeable_ranks}
 
     def encode_ordinary(self, text):
