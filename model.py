@@ -83,8 +83,8 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
     kv_heads = kv_heads or heads
     if head_dim < 2 or head_dim % 2 or heads % kv_heads:
         raise UserError(
-            f"--heads={heads}: width {width} gives heads of {head_dim}, and that must be even; kv_heads ({kv_heads}) "
-            "must divide heads"
+            f"--heads={heads} --kv_heads={kv_heads}: width {width} gives heads of {head_dim}, and that must be even; "
+            "kv_heads must divide heads"
         )
     multiple = 16 if width < 512 else 128  # what the matrix units like
     ffn = ffn or 8 * width // 3 // multiple * multiple

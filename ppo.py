@@ -42,7 +42,7 @@ from optim import Optimizer, wsd
 from rollout import check_sampler_matches_trainer, complete_rows, get_per_token, read_logprobs, set_per_token
 from runtime import checkpoint, memory
 from runtime.batches import index_order, minibatches
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
 from runtime.process import launch, rank, reduce_sum, world_size
 from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
@@ -92,6 +92,8 @@ def check_flags(config):
         raise UserError("--reward: name what to maximise")
     if n < config.minibatches:
         raise UserError(f"--minibatches={config.minibatches}: more than the {n} completions of a step")
+    if not config.adaptive_kl:
+        refuse_unread(config, {"adaptive_kl_horizon": "only --adaptive_kl reads it"})
     if config.adaptive_kl and (not config.beta or n >= 5 * config.adaptive_kl_horizon):
         raise UserError(
             f"--adaptive_kl={config.adaptive_kl}: it adapts --beta={config.beta}, which must not be 0, over "

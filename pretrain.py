@@ -132,8 +132,11 @@ def check_flags(config):
         decided["window_every"] = "no layer is windowed without --window"
     if Path(config.data).is_dir():
         decided |= dict.fromkeys(("tokenizer", "val", "val_fraction"), "prepared data bring their own")
+        decided["skip_bad"] = "prepared data have no bad lines"
     elif config.val:
         decided["val_fraction"] = f"--val={config.val} is what is validated on"
+    if not config.sample_every:
+        decided |= dict.fromkeys(("prompt", "max_new_tokens"), "--sample_every=0 writes no samples")
     if config.init:
         flags = ("depth", *SHAPE, "tokenizer")
         decided |= dict.fromkeys(flags, f"the shape and the tokenizer come from --init={config.init}")
@@ -265,7 +268,7 @@ def main(config):
     run = Run("pretrain", config)
 
     # 1. Data and model: fresh, from --init, or as they were when the run was stopped
-    hashes = text_hashes(config.data) | text_hashes(config.val)
+    hashes = text_hashes(config.data, "data") | text_hashes(config.val, "val")
     if run.resumed:  # before it is read: changed text may have characters that the tokenizer lacks
         check_same_data(run.info, hashes)
     model, tok = run.load("cpu") if run.folder else (None, None)

@@ -401,7 +401,7 @@ def stream(model, prompt, *, max_new_tokens, **options):
     text, part = list(prompt)[-context:], 0
     while max_new_tokens > 0:
         if len(text) >= context:
-            text = text[-(context // 2) :]
+            text = text[-max(1, context // 2) :]
         (id,) = sampler.add([text], max_new_tokens=max_new_tokens, first=part, **options)
         tokens = []
         while sampler.busy:

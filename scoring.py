@@ -38,7 +38,7 @@ LARGEST_REWARD = 1e15  # squares of them are added up in fp32, which ends at 3e3
 # Rewards of a command line
 
 
-def reward_names(text):
+def reward_names(text, flag="reward"):
     """[(name, weight)] of a --reward flag: comma-separated names, each with or without *WEIGHT.
 
     Raises UserError if a weight is no finite number, or there are only commas.
@@ -52,11 +52,11 @@ def reward_names(text):
             factor = math.nan
         if not abs(factor) <= LARGEST_REWARD:
             raise UserError(
-                f"--reward={piece}: {weight!r} is not a number of at most {LARGEST_REWARD:g}; write NAME*0.5"
+                f"--{flag}={piece}: {weight!r} is not a number of at most {LARGEST_REWARD:g}; write NAME*0.5"
             )
         names.append((name if star else piece, factor))
     if text and not names:
-        raise UserError(f"--reward={text}: there is no name in it")
+        raise UserError(f"--{flag}={text}: there is no name in it")
     return names
 
 
@@ -81,7 +81,9 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
     weights = dict(named)
     if len(weights) < len(named):
         raise UserError(f"--reward={names}: a reward is named twice; give it one weight")
-    for name, _ in reward_names(monitor):
+    for name, weight in reward_names(monitor, "monitor"):
+        if weight != 1:
+            raise UserError(f"--monitor={name}*{weight:g}: what is only logged has no weight; leave it out")
         weights.setdefault(name, 0.0)
     rewards = []
     for name, weight in weights.items():
@@ -97,7 +99,7 @@ def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.
 
 def rewards_of(config, device):
     """(the rewards of a RolloutConfig, the hashes of their files)."""
-    names = [name for name, _ in reward_names(f"{config.reward},{config.monitor}")]
+    names = [name for name, _ in [*reward_names(config.reward), *reward_names(config.monitor, "monitor")]]
     if config.constitution and not any(name.startswith("judge:") for name in names):
         raise UserError(f"--constitution={config.constitution}: no judge:DIR in --reward or --monitor reads it")
     rewards = load_rewards(
@@ -494,9 +496,10 @@ def first_critic(config, policy, tok):
 
     The reward model gives at a completion's end the very score that the critic is to predict before
     it."""
-    for name, weight in [(config.critic, 1.0), *reward_names(config.reward)]:
-        if name and is_model(name):
-            critic = checkpoint.load_matching(name, policy, tok, f"--critic={name}", scalar_head=True)
+    named = [("critic", config.critic, 1.0)] if config.critic else []
+    for flag, name, weight in [*named, *(("reward", *reward) for reward in reward_names(config.reward))]:
+        if is_model(name):
+            critic = checkpoint.load_matching(name, policy, tok, f"--{flag}={name}", scalar_head=True)
             critic.score.data *= weight
             return critic, checkpoint.read_info(checkpoint.find(name)).get("center", 0.0) * weight
     critic = GPT(dataclasses.replace(policy.config, scalar_head=True))

@@ -27,7 +27,8 @@ from optim import Optimizer, wsd
 from rollout import sample_completions, token_budgets
 from runtime import memory
 from runtime.batches import index_order, micro_batches, text_order
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
+from runtime.errors import UserError
 from runtime.process import launch, rank, reduce_sum, world_size
 from runtime.run import Run, RunConfig
 from runtime.shard import shard, unsharded
@@ -91,8 +92,10 @@ class Config(RunConfig):
 
 @torch.no_grad()
 def add_chat_tokens(model, tok):
-    """(model, tok) that know the tokens of a conversation, as all of pretrain.py do; the model of
-    another source gets rows for them, each the mean of all rows."""
+    """(model, tok) that know the tokens of a conversation, as all of pretrain.py do.
+
+    In the model of another source they take the rows that pad its vocabulary, as they are; beyond
+    these it gets rows for them, each the mean of all."""
     tok = tokenizer.with_turns(tok)
     missing = tok.n_vocab - model.config.vocab_size
     model.config.padding = max(0, -missing)
@@ -154,6 +157,8 @@ def mean_nll(model, chats, micro_batch_tokens):
 
 
 def main(config):
+    if not config.replay:
+        refuse_unread(config, {"replay_share": "only --replay reads it"})
     run = Run("sft", config)
 
     # 1. Model and conversations
@@ -167,17 +172,19 @@ def main(config):
     prompts = [chat.encode_prompt(tok, messages) for messages in [question, *(messages for messages, _ in problems)]]
     token_budgets(model, prompts, config.max_new_tokens)  # so that one too long is refused now
     streams = read_replay(config, tok)
-    hashes |= text_hashes(config.replay)
+    hashes |= text_hashes(config.replay, "replay")
 
     batch_tokens = config.batch_tokens or 256 * model.config.layers**2
     replayed = int(config.replay_share * batch_tokens) if streams else 0
+    if streams and not replayed:
+        raise UserError(f"--replay_share={config.replay_share}: no token of a batch of {batch_tokens}; raise it")
     order = index_order(len(train), config.seed, [len(c.ids) for c in train])
     steps, epochs = order.plan(batch_tokens - replayed, config.epochs, config.steps)
     lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
     optimizer = Optimizer(model, lr, weight_decay=config.weight_decay)
     saved = {"optimizer": optimizer, "order": order}
     if streams:
-        replay = saved["replay"] = text_order(streams, tok.eot, context - 1, config.seed)
+        replay = saved["replay"] = text_order(streams, tok.eot, min(context - 1, replayed), config.seed)
     check_memory(run, model, optimizer, train, batch_tokens, [len(p) for p in prompts])
 
     # bookkeeping: what is printed, saved and resumed

@@ -42,7 +42,7 @@ def load_manifest(folder):
     return manifest
 
 
-def text_hashes(sources):
+def text_hashes(sources, flag):
     """{source: SHA-256} of text files, comma-separated, or of prepared data: that of the manifest.
 
     Raises UserError if they are not there.
@@ -50,7 +50,7 @@ def text_hashes(sources):
     if sources and Path(sources).is_dir():
         load_manifest(sources)
         return {sources: sha256(Path(sources) / "manifest.json")}
-    on_disk = [name for name in source_names(sources, "data") if file_kind(name) != "hub"]
+    on_disk = [name for name in source_names(sources, flag) if file_kind(name) != "hub"]
     return {name: sha256(name) for name in on_disk}
 
 

@@ -34,10 +34,12 @@ def lock_file(path, out, flag="out"):
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(
             f"--{flag}={out}: another process is writing this run; wait for it or choose another --{flag}"
         ) from None
+    except OSError as e:  # a file system without locks, say
+        raise UserError(f"--{flag}={out}: it cannot be locked ({e.strerror}); choose another --{flag}") from None
     LOCKS.append(file)
 
 

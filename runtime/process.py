@@ -25,10 +25,10 @@ def launch(main, Config):
         try:
             main(config)
         except torch.OutOfMemoryError as e:
-            raise UserError(
-                f"{str(e).splitlines()[0]} A smaller --micro_batch_tokens or --checkpoint_activations needs less"
-            ) from None
+            raise UserError(out_of_memory(e, config)) from None
         except RuntimeError as e:
+            if "DefaultCPUAllocator: " in str(e):
+                raise UserError(out_of_memory(e, config)) from None
             if not (isinstance(e, dist.DistError) or re.search(r"[/\\]gloo[/\\]", str(e))):
                 raise  # gloo's errors are plain RuntimeErrors that name its sources
             raise UserError(
@@ -47,6 +47,14 @@ def launch(main, Config):
     end_in_time(status)
     if status:
         sys.exit(status)
+
+
+def out_of_memory(error, config):
+    """What is said of it: which flags of this script need less."""
+    saving = {"micro_batch_tokens": "a smaller --micro_batch_tokens", "max_new_tokens": "a smaller --max_new_tokens"}
+    saving["checkpoint_activations"] = "--checkpoint_activations"
+    less = [advice for flag, advice in saving.items() if flag in vars(config)]
+    return f"out of memory: {str(error).splitlines()[0]} Less is needed with {', '.join(less) or 'a smaller model'}"
 
 
 def end_in_time(status, seconds=10):
@@ -108,11 +116,15 @@ def choose_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device={name}: not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type not in ("cpu", *is_there):
+        raise UserError(f"--device={name}: not tried here; use auto, cpu, cuda, cuda:0 or mps")
     if not is_there.get(device.type, True):
         raise UserError(f"--device={name}: no such GPU is visible here; use --device=cpu")
     if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants an index
         index = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
         device = torch.device("cuda", index)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device={device}: {torch.cuda.device_count()} GPUs are visible here, from cuda:0 on")
     return device
 
 

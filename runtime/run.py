@@ -334,7 +334,7 @@ class Run:
 
     def log(self, step, model, lengths, **printed):
         """Log a step on documents of these lengths, on all ranks; see Log.step."""
-        self.log_file.step(step, int(np.sum(lengths)), model.flops_per_token(int(np.mean(lengths))), **printed)
+        self.log_file.step(step, round(np.sum(lengths)), model.flops_per_token(int(np.mean(lengths))), **printed)
 
     def log_rollout(self, step, model, chats, passes, metrics):
         """Log a step on this rank's completions `chats`; metrics: those of `rollout_metrics` and
@@ -447,8 +447,8 @@ class Run:
         if all(norm.isfinite() for norm in norms):
             return
         path = self.path / f"nonfinite_step_{step:06d}.safetensors"
-        where = f"the batch is in {path}"
-        if rank() == 0:
+        where = f"the batch is in {path}" if chats or rank() else "the first process had no part of the batch"
+        if rank() == 0 and chats:
             pack, targets = pack_chats(chats)
             batch = {"tokens": pack.tokens, "cu_seqlens": pack.cu_seqlens, "targets": targets, **tensors}
             try:

@@ -982,7 +982,7 @@ def raises(y):
 
 
 DAMAGES = {  # name: (what happens to the kernel's output, words of the warning)
-    "wrong": (lambda y: y * 1.1, "times that of PyTorch's own ops"),
+    "wrong": (lambda y: y * 1.1, "times what is allowed"),
     "nan": (lambda y: y * torch.nan, "inf times"),
     "not always the same": (lambda y: y * (1 + 5e-3 * (next(CALLS) % 2)), "two runs on the same numbers differ"),
     "raises": (raises, "RuntimeError: no such instruction"),

@@ -31,6 +31,7 @@ def test_a_single_gpu_is_named_by_its_index(name, monkeypatch):
     """torch.cuda.set_device refuses a device without an index, on a CPU build as on a GPU."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     monkeypatch.setattr(process, "prove", lambda device: {})
@@ -47,10 +48,17 @@ def test_apples_gpus_are_used_by_name_only(monkeypatch):
 
 def test_each_rank_has_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert process.choose_device("auto") == process.choose_device("cuda") == torch.device("cuda", 3)
     assert process.choose_device("cuda:1") == torch.device("cuda", 1)
     assert process.choose_device("cpu") == torch.device("cpu")
+    for name, why in [("cuda:4", "4 GPUs are visible here"), ("meta", "not tried here"), ("xpu", "not tried here")]:
+        with pytest.raises(UserError, match=f"--device={name}: {why}"):
+            process.choose_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "4")  # more ranks than GPUs
+    with pytest.raises(UserError, match="--device=cuda:4: 4 GPUs"):
+        process.choose_device("cuda")
 
 
 def test_random_state_comes_back():
@@ -100,7 +108,11 @@ def end_with(error):
 @pytest.mark.parametrize(
     "error, line",
     [
-        (torch.OutOfMemoryError("Tried to allocate 2 GiB.\nDetails"), "error: Tried to allocate 2 GiB. A smaller"),
+        (
+            torch.OutOfMemoryError("Tried to allocate 2 GiB.\nDetails"),
+            "error: out of memory: Tried to allocate 2 GiB. ",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory: [enforce"),
         (
             RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:5] Connection closed"),
             "error: another process",
