@@ -653,7 +653,20 @@ MUTANTS = [
     ("prompt_in_answer", "data/rows.py", "return not short and squeezed", "return False and squeezed", ROWS),
     ("unread_not_counted", "data/rows.py", "unread[e.field] += 1", "pass", ROWS),
     ("question_is_no_prompt", "data/rows.py", '("prompt", "question", "query"', '("prompt", "query"', ROWS),
-    ("rows_as_text", "data/read.py", " or holds_objects(name, head)", "", READ),
+    ("rows_as_text", "data/read.py", " and holds_objects(name)", " and False", READ),
+    (
+        "refused_rows_go_on",
+        "data/read.py",
+        """        GRAMMAR.decode(raw.decode("utf-8", "replace").strip())
+    except json.JSONDecodeError:
+""",
+        """        decode_json(raw.decode("utf-8").strip())
+    except ValueError:
+""",
+        READ,
+    ),
+    ("first_value_reads_all", "data/read.py", "    lines, size, due = [], 0, LOOK", "    lines, size, due = [], 0, 1e99", READ),
+    ("first_value_ends_early", "data/read.py", "            if text[e.pos :].strip():", "            if text:", READ),
     ("autocast_of_a_reward_stays", "runtime/guard.py", "    (autocast, set_autocast),\n", "", GUARD),
     ("limits_of_a_reward_stay", "runtime/guard.py", "    KEPT += [(limits, set_limits)]\n", "", GUARD),
     ("print_of_a_reward_stays", "runtime/guard.py", "    (hooks, set_hooks),\n", "", GUARD),
