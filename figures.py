@@ -25,8 +25,11 @@ def interval(statistic, rows, seed):
     rows = np.asarray(rows, dtype=np.float64)
     if len(rows) == 1:
         return point_estimate(statistic(rows[0]))
-    picks = np.random.default_rng(seed).integers(0, len(rows), (1000, len(rows)))
-    low, high = np.percentile([statistic(rows[pick].sum(0)) for pick in picks], [2.5, 97.5])
+    random, drawn = np.random.default_rng(seed), []
+    for _ in range(1000):  # one after another, for a million rows would take 8 GB at once
+        pick = random.integers(0, len(rows), len(rows))
+        drawn.append(statistic(rows[pick].sum(0)))
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
 
 

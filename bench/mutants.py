@@ -469,6 +469,13 @@ MUTANTS = [
     ),
     ("kto_one_sided_unsaid", "data/kto.py", "if labels.min() == labels.max():", "if False:", KTO),
     (
+        "draws_at_once",
+        "figures.py",
+        "        pick = random.integers(0, len(rows), len(rows))\n",
+        "        pick = random.integers(0, len(rows), (1000, len(rows)))[0]\n",
+        FIGURES,
+    ),
+    (
         "ties_are_wrong",
         "figures.py",
         "np.where(margins == 0, 0.5, ",

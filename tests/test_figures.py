@@ -1,6 +1,7 @@
 """figures.py: intervals that cover, preferences by hand, calibration, what verdicts say."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +22,21 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         assert figure["low"] <= figure["value"] <= figure["high"]
         covered += figure["low"] <= 0.3 <= figure["high"]
     assert 87 <= covered <= 99
+
+
+def test_the_draws_of_many_rows_are_those_at_once_and_need_no_memory_of_them_all():
+    """A million documents would take 8 GB at once."""
+    rows = np.random.default_rng(0).random((5000, 1))
+    picks = np.random.default_rng(5).integers(0, len(rows), (1000, len(rows)))
+    expected = np.percentile([rows[pick].sum() for pick in picks], [2.5, 97.5])
+    del picks
+    tracemalloc.start()
+    try:
+        figure = figures.interval(lambda sums: sums[0], rows, seed=5)
+        assert tracemalloc.get_traced_memory()[1] < 100 * rows.nbytes
+    finally:
+        tracemalloc.stop()
+    assert [figure["low"], figure["high"]] == expected.tolist()
 
 
 def test_one_row_has_no_interval():
