@@ -419,7 +419,16 @@ MUTANTS = [
         "by_question.setdefault((i, question), [])",
         ROWS,
     ),
-    ("prompts_all_of_a_conversation", "data/rows.py", 'm["role"] != "assistant", row', "True, row", ROWS),
+    ("prompts_all_of_a_conversation", "data/rows.py", 'm["role"] != "assistant", messages', "True, messages", ROWS),
+    (
+        "answers_in_the_prompts_of_distillation",
+        "data/rows.py",
+        """    if messages[-1]["role"] == "assistant":
+        messages = itertools""",
+        """    if messages is row and messages[-1]["role"] == "assistant":
+        messages = itertools""",
+        ROWS,
+    ),
     ("questions_told_apart_by_their_system", "data/rows.py", "return asked if", "return prompts if", ROWS),
     ("an_example_of_the_form_is_the_question", "data/rows.py", "times[message] >= common", "False", ROWS),
     ("few_prompts_unsaid", "data/rows.py", "if prompts < FEW_PROMPTS:", "if False:", ROWS),

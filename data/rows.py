@@ -926,16 +926,13 @@ def read(sources, parse, skip_bad=False, seed=0, encode=None):
 
 
 def prompt_of(row):
-    """The prompt of a row as `read` gives it: ((role, content), ...), all before the first
-    answer."""
-    if isinstance(row, Encoded):
-        row = row.row
-    if isinstance(row, tuple):  # a Pair, or (messages, row)
-        messages = row[0]
-    elif isinstance(row[0], tuple):  # of `judged`
-        messages = row[0][0]
-    else:
-        messages = itertools.takewhile(lambda m: m["role"] != "assistant", row)
+    """The prompt of a row as `read` gives it: ((role, content), ...); of a conversation all before
+    the first answer."""
+    messages = row
+    while not isinstance(messages[0], dict):  # Encoded, a Pair, (messages, row), [(messages, ...)] of `judged`
+        messages = messages[0]
+    if messages[-1]["role"] == "assistant":
+        messages = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
     return tuple((m["role"], m["content"]) for m in messages)
 
 
