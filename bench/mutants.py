@@ -736,6 +736,13 @@ MUTANTS = [
     ),
     ("pointer_as_text", "data/read.py", "if head.startswith(POINTER):", "if False:", READ),
     ("home_is_a_folder", "runtime/cli.py", "if kind is str and name not in TEXTS:", "if False:", CLI),
+    (
+        "characters_of_the_corpus_at_once",
+        "data/tokenizer.py",
+        "        for text in read_documents(names, config.skip_bad):\n",
+        "        for text in list(read_documents(names, config.skip_bad)):\n",
+        "tests/test_tokenizer.py",
+    ),
     ("processor_ignored", "data/tokenizer.py", 'not in ("ByteLevel", "Template', 'in ("None", "Template', TEMPLATES),
     ("types_ignored", "data/rows.py", '.intersection(words_of(str(m.get("type", ""))))', ".intersection(())", ROWS),
     (

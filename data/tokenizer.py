@@ -758,7 +758,10 @@ def main(config):
     if config.kind == "bpe":
         tok = train(read_documents(names, config.skip_bad), config.vocab_size, config.workers)
     elif config.kind == "char":
-        tok = characters("".join(set().union(*read_documents(names, config.skip_bad))))
+        found = set()
+        for text in read_documents(names, config.skip_bad):
+            found.update(text)
+        tok = characters("".join(found))
     else:
         tok = byte_level()
     save(tok, config.out)
