@@ -384,6 +384,7 @@ MUTANTS = [
     ),
     ("old_run_continued", "runtime/run.py", 'if self.info.get("format") != FORMAT:', "if False:", RUN),
     ("renamed_flag_unsaid", "runtime/cli.py", "    if renamed:\n", "    if False:\n", CLI),
+    ("words_given_twice", "runtime/cli.py", "if fields[name].type is list:", "if False:", CLI),
     ("range_unchecked", "runtime/cli.py", "if not COMPARE[sign](value, bound):", "if False:", CLI),
     (
         "gpu_without_an_index",
