@@ -200,10 +200,11 @@ def completions_right(model, tok, examples):
     prompts = [[tok.bos, *tok.encode_ordinary(row["prompt"])] for row in examples]
     answers = [row["answer"].strip() for row in examples]
     longest = max(len(tok.encode_ordinary(f" {answer}")) for answer in answers)
-    samples = rollout(model, prompts, max_new_tokens=longest + 1, temperature=0, stop={tok.eot})
+    stop = chat.text_stop_ids(tok)
+    samples = rollout(model, prompts, max_new_tokens=longest + 1, temperature=0, stop=stop)
     right = []
     for sample, answer in zip(samples, answers, strict=True):
-        text = tok.decode([token for token in sample.tokens if token != tok.eot]).strip()
+        text = tok.decode([token for token in sample.tokens if token not in stop]).strip()
         following = text[len(answer) : len(answer) + 1]
         right.append(text.startswith(answer) and not following.isalnum())
     return right

@@ -255,7 +255,7 @@ def main(config):
         stop = {tok.eot} | chat.stop_ids(tok)
     else:
         prompt = [tok.bos, *tok.encode_ordinary(config.prompt)]
-        stop = {tok.eot, *tok.eos_ids}
+        stop = chat.text_stop_ids(tok)
         print(config.prompt, end="", flush=True)
     write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
 

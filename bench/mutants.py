@@ -959,6 +959,7 @@ MUTANTS = [
         "stops = frozenset([] if end is None else [end])",
         TEMPLATES,
     ),
+    ("text_ends_with_a_document_only", "data/chat.py", "{tok.eot, *tok.eos_ids}", "{tok.eot}", TEMPLATES),
     ("train_false_trained", "data/chat.py", ' and message.get("train", True)', "", TEMPLATES),
     (
         "base_chats",

@@ -74,6 +74,14 @@ def stop_ids(tok):
     return {*structure(tok).stop_ids}
 
 
+def text_stop_ids(tok):
+    """The set of ids at which a text ends that is continued, not answered.
+
+    A downloaded chat model may end it as it ends a turn.
+    """
+    return {tok.eot, *tok.eos_ids}
+
+
 def is_chat_model(tok, info):
     """Whether a model of this tokenizer and feinschliff.json ends its turns.
 

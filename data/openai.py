@@ -199,7 +199,7 @@ def encode_prompts(request, tok, context, is_chat_model):
             ends = {tok.eot} | chat.stop_ids(tok)
             prompts = [chat.encode_prompt(tok, messages) for messages in request.prompts]
         else:
-            ends = {tok.eot, *tok.eos_ids}
+            ends = chat.text_stop_ids(tok)
             prompts = [[tok.bos, *tok.encode_ordinary(text)] for text in request.prompts]
     except UserError as e:  # a character that this tokenizer does not have
         raise Refusal(400, f"{field}: {e}", field) from None
