@@ -1075,6 +1075,7 @@ MUTANTS = [
     ("half_line_left", "data/feedback.py", 'append(path, b"", size)  #', "pass  #", FEEDBACK),
     ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
+    ("other_tokens_promised", "data/openai.py", "if type(value) is not int or value != 0:", "if value < 0:", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
     ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, pending))", "pass", SERVE),
     ("any_key", "runtime/http.py", 'if scheme.lower() != "bearer" or not right:', "if False:", SERVE),
