@@ -39,8 +39,13 @@ def mean_interval(values, seed):
 
 
 def mean_intervals(values, seed):
-    """{name: `mean_interval` of its values}, without those that have no value."""
-    return {name: mean_interval(some, seed) for name, some in values.items() if len(some)}
+    """{name: `mean_interval` of its values}, without those that have no value; what is a figure
+    already stays as it is."""
+    return {
+        name: some if isinstance(some, dict) else mean_interval(some, seed)
+        for name, some in values.items()
+        if len(some)
+    }
 
 
 def distinct(texts, n):
