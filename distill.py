@@ -152,17 +152,18 @@ def read_data(config, tok, context):
 
     if not config.offline:
         return chat.read_prompts(config, tok, context, parse)
-    found, data = [], dataclasses.replace(config, data=config.offline)
 
     def encode(tok, row):
         return chat.encode(tok, row[0]), teacher_number(row[1], n_teachers)
 
-    train, val, hashes = rows.read_split(data, parse, chat.encoder(tok, encode))
-    for part, what in ((train, config.offline), (val, config.val or "held out of it")):
-        items = [item for _, item in part]
-        kept = chat.drop_long_pairs([(item,) for item, _ in items], context, what)
-        found.append([items[i] for i in kept])
-    return *found, hashes
+    def fit(found, what):
+        items, why = [item for _, item in found], f"which exceed the model's context of {context} tokens"
+        advice = f"fits into the model's context of {context} tokens; bring shorter ones"
+        kept = chat.fitting([len(c.ids) for c, _ in items], context, what, "conversation", why, advice)
+        return [items[i] for i in kept]
+
+    data = dataclasses.replace(config, data=config.offline)
+    return rows.read_split(data, parse, chat.encoder(tok, encode), fit)
 
 
 def with_teachers(completions, config):

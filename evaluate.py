@@ -432,7 +432,7 @@ def completion_figures(config, model, tok, examples, device):
 def pair_figures(config, model, tok, pairs):
     """`preference_figures` of a reward model on the pairs whose sides fit into its context."""
     encoded = [chat.encode_pair(tok, pair) for pair in pairs]
-    kept = chat.drop_long_pairs(encoded, model.config.context, "--pairs")
+    kept = chat.fitting_pairs(encoded, model.config.context, "--pairs")
     chosen, rejected = zip(*[encoded[i] for i in kept], strict=True)
     scores = reward_scores(model, [side.ids for side in chosen + rejected], config.micro_batch_tokens)
     margins = scores[: len(kept)] - scores[len(kept) :]

@@ -213,7 +213,7 @@ def cross_validated(config, sft):
         model, tok, _ = checkpoint.load(folder / "rm")
         mine = [p for p, here in zip(pairs, fold_of == fold) if here]
         items = [chat.encode_pair(tok, pair) for pair in mine]
-        fits = chat.drop_long_pairs(items, model.config.context, str(folder))
+        fits = chat.fitting_pairs(items, model.config.context, str(folder))
         documents = [side.ids.tolist() for i in fits for side in items[i]]
         found = reward_scores(model.eval(), documents, 16384).reshape(-1, 2)
         kept += [mine[i] for i in fits]

@@ -389,21 +389,28 @@ def drop_too_long(chats, limit, end, what):
     return kept
 
 
-def drop_long_pairs(pairs, limit, what):
+def fitting(lengths, limit, what, unit, why, advice):
+    """The indices of what has at most `limit` tokens; says how many of `what` were left out.
+
+    unit: what has a length, in a word; why it was left out. Raises UserError with the advice if
+    none is left.
+    """
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    if len(kept) < len(lengths):
+        print0(f"{what}: {len(lengths) - len(kept)} of {len(lengths)} {unit}s left out, {why}")
+    if not kept:
+        raise UserError(f"{what}: no {unit} {advice}")
+    return kept
+
+
+def fitting_pairs(pairs, limit, what):
     """The indices of the pairs (Chat, Chat) whose sides both fit into `limit` tokens.
 
     A cut answer would have lost its end. Raises UserError if no pair is left.
     """
-    kept = [i for i, sides in enumerate(pairs) if max(len(side.ids) for side in sides) <= limit]
-    if len(kept) < len(pairs):
-        print0(
-            f"{what}: {len(pairs) - len(kept)} of {len(pairs)} pairs left out, a side of which exceeds {limit} tokens"
-        )
-    if not kept:
-        raise UserError(
-            f"{what}: no pair fits into {limit} tokens; give a larger --context if the model's reaches further"
-        )
-    return kept
+    lengths = [max(len(side.ids) for side in sides) for sides in pairs]
+    advice = f"fits into {limit} tokens; give a larger --context if the model's reaches further"
+    return fitting(lengths, limit, what, "pair", f"a side of which exceeds {limit} tokens", advice)
 
 
 def prompt_length(tok, row):
@@ -421,19 +428,14 @@ def read_prompts(config, tok, context, parse=rows.prompt_only):
     flag = f"--max_new_tokens={config.max_new_tokens}"
     if longest <= 0:
         raise UserError(f"{flag}: the model's context is {context} tokens, and a prompt must fit in as well")
-    train, val, hashes = rows.read_split(config, parse, encoder(tok, prompt_length))
-    kept = []
-    for found, what in ((train, config.data), (val, config.val or "held out of it")):
-        fitting = [row for row, length in found if length <= longest]
-        if len(fitting) < len(found):
-            print0(
-                f"{what}: {len(found) - len(fitting)} of {len(found)} prompts left out, "
-                f"which leave less than {flag} of the context's {context} tokens"
-            )
-        if not fitting:
-            raise UserError(f"{what}: no prompt leaves room for a completion of {flag} tokens; lower that")
-        kept.append(fitting)
-    return *kept, hashes
+    why = f"which leave less than {flag} of the context's {context} tokens"
+    advice = f"leaves room for a completion of {flag} tokens; lower that"
+
+    def fit(found, what):
+        kept = fitting([length for _, length in found], longest, what, "prompt", why, advice)
+        return [found[i].row for i in kept]
+
+    return rows.read_split(config, parse, encoder(tok, prompt_length), fit)
 
 
 def read_pairs(config, tok, context):
@@ -442,13 +444,14 @@ def read_pairs(config, tok, context):
 
     Pairs are rows.Pair, with the text; items are the same in tokens.
     """
-    train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair))
-    found = []
-    for part, what in ((train, config.data), (val, config.val or "held out of it")):
-        pairs, items = zip(*part)
-        kept = drop_long_pairs(items, context, what)
-        found += [[pairs[i] for i in kept], [items[i] for i in kept]]
-    return *found, hashes
+
+    def fit(found, what):
+        pairs, items = zip(*found)
+        kept = fitting_pairs(items, context, what)
+        return [pairs[i] for i in kept], [items[i] for i in kept]
+
+    train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair), fit)
+    return *train, *val, hashes
 
 
 def read_items(config, tok, context):

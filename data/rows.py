@@ -987,11 +987,12 @@ def warn_of_shared_prompts(train, val, what):
         )
 
 
-def read_split(config, parse, encode=None):
+def read_split(config, parse, encode=None, fit=None):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val, as `read` gives them.
 
-    Without --val, --val_fraction of --data is held out. Raises UserError if the answers to validate
-    on are all to one prompt; a single prompt that is to be answered may do.
+    Without --val, --val_fraction of --data is held out. With `fit`, each side is what fit(rows,
+    their name for messages) makes of it. Raises UserError if the answers to validate on are all to
+    one prompt; a single prompt that is to be answered may do.
     """
     rows, hashes = read(config.data, parse, config.skip_bad, config.seed, encode)
     if config.val:
@@ -1008,4 +1009,6 @@ def read_split(config, parse, encode=None):
     if prompts < FEW_PROMPTS:
         print0(f"warning: {what}: {prompts} prompts to validate on, so its figures are mostly chance; {more}")
     warn_of_shared_prompts(train, val, what)
+    if fit:
+        train, val = fit(train, config.data), fit(val, config.val or "held out of it")
     return train, val, hashes
