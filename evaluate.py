@@ -27,7 +27,6 @@ several right answers to a prompt, and none if none is right (R1, 2501.12948, se
     python evaluate.py --model=out/rm --pairs=pairs.jsonl
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ from rollout import rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import check_apart, check_writable, replace_text, write_json
+from runtime.files import check_apart, check_writable, json_lines, replace_text, write_json
 from runtime.process import launch, setup
 from scoring import judge_score, load_rewards, reward_names, reward_scores, score_completions
 
@@ -448,14 +447,14 @@ def write_kept(config, examples, groups, samples, texts, right):
         mine = kept[sample.prompt_index]
         if is_right and sample.finished and text not in mine and len(mine) < config.keep_per_prompt:
             mine.append(text)
-    lines = []
+    chats = []
     for (messages, _), some in zip(examples, kept, strict=True):
-        lines += [json.dumps({"messages": [*messages, rows.message("assistant", text)]}) + "\n" for text in some]
-    replace_text(config.kept, "".join(lines))
+        chats += [{"messages": [*messages, rows.message("assistant", text)]} for text in some]
+    replace_text(config.kept, json_lines(chats))
     for label, mine in groups.items():
         n, solved = sum(len(kept[i]) for i in mine), sum(bool(kept[i]) for i in mine)
         print(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
-    if not lines:
+    if not chats:
         raise UserError(f"--kept={config.kept}: no completion is right and ended, so that there is nothing to keep")
 
 
@@ -467,7 +466,7 @@ def write_samples(config, sampled):
         if left_out:
             print(f"{config.samples}: {left_out} of {len(sampled)} prompts left out: no completion finished")
         sampled = finished
-    replace_text(config.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
+    replace_text(config.samples, json_lines(sampled))
 
 
 def check_flags(config):

@@ -34,7 +34,7 @@ from data import rows
 from data.read import parse_row, read_text, reason
 from runtime.cli import check_ranges, launch, print0
 from runtime.errors import UserError
-from runtime.files import append, check_apart, flush, lock_file, replace_text
+from runtime.files import append, check_apart, flush, json_lines, lock_file, replace_text
 
 KINDS = ["pairs", "ratings", "corrections", "ties"]
 VOTES = ["left", "right", "tie", "both_bad"]
@@ -238,7 +238,7 @@ class Journal:
         if not new:
             return
         path, size = self.path(kind), self.sizes[kind]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
+        lines = json_lines(row for row, _ in new.values()).encode()
         try:
             self.sizes[kind] = extend(path, lines, size)
         except OSError as e:
@@ -310,7 +310,7 @@ def write_rows(files, overwrite):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; --overwrite=True replaces it, but a run that reads it would be refused")
     for path, found in files.items():
-        replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        replace_text(path, json_lines(found))
         print(f"{path}: {len(found):,} rows")
 
 

@@ -34,7 +34,7 @@ from runtime import checkpoint, hub
 from runtime.checkpoint import ADVICE
 from runtime.cli import check_ranges, print0, read_flags
 from runtime.errors import UserError
-from runtime.files import append, flush, lock_file, replace_text
+from runtime.files import append, flush, json_lines, lock_file, replace_text
 from runtime.process import (
     Stop,
     describe,
@@ -668,7 +668,7 @@ class Log:
 
     def write(self, record):
         """Append one JSON object to log.jsonl."""
-        self.append("log.jsonl", json.dumps(record, ensure_ascii=False) + "\n")
+        self.append("log.jsonl", json_lines([record]))
 
     def append(self, name, text):
         """Append text to a file of the run. Returns why that failed, "" if it did not."""
