@@ -274,8 +274,9 @@ def check_masks(fields, where=""):
     """Raises Unread for a field that says which tokens or turns are trained, and is no flag of one
     message: ignore_loss, mask_history, or a list of 0 and 1 beside the messages."""
     for name, value in fields.items():
-        listed = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
-        if MASKS.intersection(words_of(name)) and (listed or value in (True,) and not is_flag(name)):
+        of_parts = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
+        of_others = value == 1 and not is_flag(name)  # true is 1
+        if MASKS.intersection(words_of(name)) and (of_parts or of_others):
             raise Unread(name, where)
 
 
@@ -423,10 +424,12 @@ def normalise(row, answered=True):
                 raise ValueError(f'"{alias}" and "{name}" differ; leave one of them out')
             if alias == "rejected_response" and "chosen" not in row:  # ms-swift's, beside the good one
                 row |= sides_of_swift(row)
-    check_read(row, UNREAD | REASONING if answered else UNREAD, PREFERRED)
-    if answered:
-        check_masks(row)
-    for name, flag in train_flags(row).items() if answered else ():
+    if not answered:
+        check_read(row, UNREAD, PREFERRED)
+        return row
+    check_read(row, UNREAD | REASONING, PREFERRED)
+    check_masks(row)
+    for name, flag in train_flags(row).items():
         if isinstance(flag, (int, float)) and flag != 1 and name != "loss":  # of a whole row a measurement
             raise Unread(name)
     return row
