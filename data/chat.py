@@ -142,7 +142,9 @@ def encode_turns(tok, messages):
     if not has_own_template(tok):
         return [encode(tok, messages)]
     whole, *rewritten = Rendering(tok, messages).chats()
-    return [whole, *rewritten] if whole.loss_mask.any() or not rewritten else rewritten
+    if rewritten and not whole.loss_mask.any():  # nothing is left to train in the whole
+        return rewritten
+    return [whole, *rewritten]
 
 
 def encode_prompt(tok, messages):

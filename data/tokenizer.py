@@ -597,11 +597,12 @@ def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
         ) from None
     ranks = {token: vocab[text] for text, token in as_bytes.items()}
     merge_of = merge_of_each(ranks)
-    expected, known = list(merge_of.values()), set(merge_of.values())
-    for ours, theirs in zip_longest(expected, (pair for pair in dict.fromkeys(listed) if pair in known)):
-        if ours != theirs:
+    ours, known = list(merge_of.values()), set(merge_of.values())
+    theirs = [pair for pair in dict.fromkeys(listed) if pair in known]
+    for by_ids, by_merges in zip_longest(ours, theirs):
+        if by_ids != by_merges:
             raise UserError(
-                f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, "
+                f"{path}: by the ids the next merge is {by_ids}, by the merges {by_merges}; the file is damaged, "
                 "or its ids do not follow the order of its merges (OPT, RoBERTa), which tiktoken needs"
             )
     unmade = [token for token in ranks if len(token) > 1 and token not in merge_of]

@@ -232,16 +232,16 @@ def refuse_unsupported(h, path, family):
     contradicts."""
     name = family.capitalize()
     known = ([], [f"{name}ForCausalLM"], [f"{name}ForSequenceClassification"])
-    types, windows = listed(h, "layer_types"), h.get("use_sliding_window", False)
-    refused = {
-        "quantization_config": h.get("quantization_config"),
-        "compression_config": h.get("compression_config"),
+    types, windows = listed(h, "layer_types"), bool(h.get("use_sliding_window"))
+    refused = {  # whether a key says what this GPT cannot do
+        "quantization_config": bool(h.get("quantization_config")),
+        "compression_config": bool(h.get("compression_config")),
         "hidden_act": h.get("hidden_act", "silu") not in ("silu", "swish"),
         "is_causal": not h.get("is_causal", True),
-        "mlp_bias": h.get("mlp_bias", False),
+        "mlp_bias": bool(h.get("mlp_bias")),
         "use_sliding_window": windows and family == "llama",
         "sliding_window": h.get("sliding_window") is not None and family == "llama",
-        "attention_bias": h.get("attention_bias", False) and family != "qwen2",
+        "attention_bias": bool(h.get("attention_bias")) and family != "qwen2",
         "layer_types": not windows and h.get("layer_types") not in (None, ["full_attention"] * len(types)),
         "tie_word_embeddings": h.get("tie_word_embeddings") not in (None, True, False),
         "partial_rotary_factor": h.get("partial_rotary_factor") not in (None, 1),
@@ -249,8 +249,8 @@ def refuse_unsupported(h, path, family):
     }
     for key in filter(FOREIGN.search, h):  # a factor of 1 changes nothing, but True is a switch
         refused[key] = h[key] is True or h[key] not in (None, False, 1, [])
-    for key, found in refused.items():
-        if found:
+    for key, is_refused in refused.items():
+        if is_refused:
             quantised = "; quantised weights are not read: take the model without it" if "_config" in key else ""
             raise UserError(f"{path}: {key}={reprlib.repr(h[key])} is not supported by this GPT{quantised}")
     if len(types) not in (0, h.get("num_hidden_layers")):
