@@ -1065,8 +1065,8 @@ MUTANTS = [
     (
         "winner_reversed",
         "data/feedback.py",
-        'order = 1 if vote == "left" else -1',
-        'order = -1 if vote == "left" else 1',
+        "order = 1 if first_wins else -1",
+        "order = -1 if first_wins else 1",
         FEEDBACK,
     ),
     ("voter_forgotten", "data/feedback.py", 'json.dumps([about, row.get("by", "")])', "json.dumps([about])", FEEDBACK),
