@@ -33,7 +33,7 @@ import regex
 import tiktoken
 
 from data import template
-from data.read import file_kind, good_texts, inside, parse_mixture, read_json, read_lines
+from data.read import file_kind, good_texts, parse_mixture, read_json, read_lines
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
@@ -350,8 +350,6 @@ def load(where):
     tiktoken.
     """
     path = Path(where)
-    if path.name in ("latest", "best") and path.is_file():  # a link that a copy made a file of
-        path = inside(path, path.read_text(encoding="utf-8", errors="replace").strip())
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
