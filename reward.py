@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from data import chat
-from data.pack import Chat, pack, to_device
+from data.pack import Chat, item_lengths, pack, to_device
 from figures import agreement, preference_figures, show
 from model import GPT, score
 from optim import Optimizer, wsd
@@ -111,11 +111,6 @@ def score_margins(model, items):
     p = pack([side.ids for item in items for side in item])
     scores = score(model, p.to(model.embed.device))  # [2P]
     return scores[::2] - scores[1::2]
-
-
-def item_lengths(items):
-    """The tokens of both sides of each item together."""
-    return [len(chosen.ids) + len(rejected.ids) for chosen, rejected in items]
 
 
 def run_batch(model, items, label_probs, micro_batch_tokens, margin=0.0, smoothing=0.0):

@@ -648,7 +648,7 @@ MUTANTS = [
     ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
     ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
     ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
-    ("bad_answer_trained", "data/rows.py", '["label"] if label_of(row) is False else []', "[]", ROWS),
+    ("bad_answer_trained", "data/rows.py", '["label"] if flag_of(row.get("label")) is False else []', "[]", ROWS),
     (
         "labels_in_quotes_unread",
         "data/rows.py",

@@ -24,6 +24,7 @@ from runtime.errors import UserError
 
 LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack
 JSON_SUFFIXES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
+LONG_SPACE = 500_000  # white-space characters in a row; a million overflow the stack of tiktoken's regex engine
 LOOK = 8192  # bytes at the head of a file, of which text has none of value 0
 TABLES = {".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather"}
 POINTER = b"version https://git-lfs"  # what stands for a file that Git LFS has not fetched

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.read import bad_row, is_null, parse_mixture, read_rows, reason
+from data.read import LONG_SPACE, bad_row, is_null, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
@@ -92,8 +92,6 @@ BEGUN = re.compile(
     r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\])"
 )
 ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
-
-LONG_SPACE = 500_000  # white-space characters in a row that no tokenizer takes, as in data/tokenizer.py
 
 
 class Pair(NamedTuple):
@@ -619,7 +617,7 @@ def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
     check_read(row, RATIONALE, ())
-    bad = ["label"] if label_of(row) is False else []
+    bad = ["label"] if flag_of(row.get("label")) is False else []
     bad += [name for name, value in row.items() if value is False and GOOD.intersection(words_of(name))]
     if bad:
         raise ValueError(
@@ -627,11 +625,6 @@ def conversation(row):
             "here it would be trained"
         )
     return read_conversation(row)
-
-
-def label_of(row):
-    """Whether a row is labelled as good; None: neither so nor as bad."""
-    return flag_of(row.get("label"))
 
 
 def read_conversation(row):
@@ -830,7 +823,7 @@ def judged(row):
     if "label" not in labelled:
         pair = preference(row)
         return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
-    label = label_of(labelled)
+    label = flag_of(labelled["label"])
     if label is None:
         raise ValueError(f'"label" is {labelled["label"]!r}; true or false was expected')
     messages = read_conversation(labelled)

@@ -33,7 +33,7 @@ import regex
 import tiktoken
 
 from data import template
-from data.read import file_kind, good_texts, parse_mixture, read_json, read_lines
+from data.read import LONG_SPACE, file_kind, good_texts, parse_mixture, read_json, read_lines
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
@@ -89,7 +89,6 @@ BATCH = 2**20  # characters that a worker counts at once
 # line cannot stall training.
 LONG_PIECE = 100
 SAMPLE = 2**16  # characters of a document that are shown in tokens
-LONG_SPACE = 500_000  # a run of a million spaces overflows the stack of tiktoken's regex engine
 # An imported vocabulary beyond these is damaged; it would cost too much time and memory.
 LONG_TOKEN, MAX_ID = 512, 2**20
 LONG_PATTERN = 2000  # characters; GPT-4o's, the longest in use, has 350
@@ -124,6 +123,8 @@ class Tokenizer(tiktoken.Encoding):
         template=None,
     ):
         super().__init__(name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
+        self.options = {"nfc": nfc, "eot": eot, "pad": pad, "added": added, "bos": bos, "eos_ids": eos_ids}
+        self.options["template"] = template
         self.nfc = nfc  # NFC-normalize a text first (Qwen)
         self.eot = special_tokens[eot]  # id that begins and ends a document
         self.pad = special_tokens[pad]  # id for other people's padding; may be eot's
@@ -218,9 +219,7 @@ class Tokenizer(tiktoken.Encoding):
 
     def __getstate__(self):
         """The arguments of __init__: tiktoken pickles an encoding by them, for worker processes."""
-        state = {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "added": self.added}
-        state |= {"bos": None if self.bos == self.eot else self.bos, "eos_ids": self.eos_ids}
-        return super().__getstate__() | state | {"template": self.template}
+        return super().__getstate__() | self.options
 
 
 # -------------------------------------------------------------------------------------------------
