@@ -6,6 +6,7 @@ Reads Llama, Qwen2 and Qwen3; writes whichever of them the model is.
 
 import contextlib
 import dataclasses
+import functools
 import re
 import reprlib
 
@@ -141,18 +142,19 @@ def parse_config(h, path):
     rope = rope_settings(h, path)
     rope_type = rope.get("rope_type", "default")
     refuse_unsupported(h, path, family)
-    heads, width = number(h, "num_attention_heads", int, path), number(h, "hidden_size", int, path)
+    size = functools.partial(number, h, kind=int, path=path)
+    heads, width = size("num_attention_heads"), size("hidden_size")
     # What an absent key means is what transformers takes it to mean.
     qwen = family != "llama"
     c = GPTConfig(
-        vocab_size=number(h, "vocab_size", int, path),
-        layers=number(h, "num_hidden_layers", int, path),
+        vocab_size=size("vocab_size"),
+        layers=size("num_hidden_layers"),
         width=width,
         heads=heads,
-        kv_heads=number(h, "num_key_value_heads", int, path, default=heads),
-        head_dim=number(h, "head_dim", int, path, default=128 if family == "qwen3" else width // heads),
-        ffn=number(h, "intermediate_size", int, path),
-        context=number(h, "max_position_embeddings", int, path, default=32768 if qwen else 2048),
+        kv_heads=size("num_key_value_heads", default=heads),
+        head_dim=size("head_dim", default=128 if family == "qwen3" else width // heads),
+        ffn=size("intermediate_size"),
+        context=size("max_position_embeddings", default=32768 if qwen else 2048),
         norm_eps=number(h, "rms_norm_eps", float, path, default=1e-6),
         tied=bool(h.get("tie_word_embeddings", False)),
         rope_theta=number(rope, "rope_theta", float, path, default=10000.0),
