@@ -48,7 +48,7 @@ from figures import (
     point_estimate,
     position_bias,
     preference_figures,
-    show,
+    table,
 )
 from kernels.head import linear_logprob
 from model import logprobs_no_grad
@@ -549,7 +549,7 @@ def main(config):
 
     # 3. Show and write
     figures = mean_intervals(values, config.seed)
-    print(show(figures))
+    print(table(figures))
     if config.samples:
         write_samples(config, sampled)
     if config.out:

@@ -66,7 +66,7 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def show(figures):
+def table(figures):
     """The figures as lines of text."""
     lines = []
     width = max([48, *map(len, figures)])
@@ -206,7 +206,7 @@ def show_record(record):
             error = 1.96 * math.sqrt(max(0.0, mean * (1 - mean)) / n)
             figures[name] = {"value": mean, "low": mean - error, "high": mean + error}
     counts = [f"{name:<48} {n:>9,}" for name, n in record["counts"].items()]
-    return "\n".join([*counts, show(figures)])
+    return "\n".join([*counts, table(figures)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data import chat
 from data.pack import Chat, item_lengths, pack, to_device
-from figures import agreement, preference_figures, show
+from figures import agreement, preference_figures, table
 from model import GPT, score
 from optim import Optimizer, wsd
 from rollout import sample_completions
@@ -202,7 +202,7 @@ def validate(run, step, model, pairs, items):
         lengths = [[side.loss_mask.sum() for side in item] for item in items]
         figures = preference_figures(pairs, margins, lengths, run.config.seed)
         run.metrics["figures"] = figures  # saved, not logged
-        print0(f"\nheld-out pairs, with 95 % intervals\n{show(figures)}\n")
+        print0(f"\nheld-out pairs, with 95 % intervals\n{table(figures)}\n")
 
 
 def check_memory(run, model, optimizer, items, prompt_lengths):

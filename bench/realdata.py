@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import chat, rows
-from figures import preference_figures, show
+from figures import preference_figures, table
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import replace_text
@@ -295,7 +295,7 @@ def main(config):
         )
     print("judge: " + "; ".join(f"{name} {value:.4g}" for name, value in found["judge"].items()))
     for name in [n for n in found if n.startswith("reward model")]:
-        print(f"\n{name}\n{show(found[name])}")
+        print(f"\n{name}\n{table(found[name])}")
     print(json.dumps(found))
 
 

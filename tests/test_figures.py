@@ -57,7 +57,7 @@ def test_distinct_by_hand():
 
 
 def test_figures_are_shown_in_columns():
-    shown = figures.show({"a": {"value": 0.5, "low": 0.25, "high": 1.0}, "b": figures.point_estimate(2)})
+    shown = figures.table({"a": {"value": 0.5, "low": 0.25, "high": 1.0}, "b": figures.point_estimate(2)})
     assert shown.splitlines() == [f"{'a':<48}    0.5000   [0.2500, 1.0000]", f"{'b':<48}    2.0000"]
 
 
