@@ -151,8 +151,8 @@ def document_nats(model, tok, documents, micro_batch_tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured. Each *_figures returns {figure: its values, one per document, problem, ...}, whose
-# mean is shown; or the figure itself, where it is no mean.
+# What is measured. Each *_figures returns {figure: its values, one per document, problem, ...},
+# whose mean is shown; or the figure itself, where it is no mean.
 
 
 def text_figures(config, model, tok):
@@ -495,7 +495,7 @@ def check_flags(config):
 
 
 def check_outputs(config):
-    """Raises UserError for a file to write that cannot be written, or is read or written besides."""
+    """Raises UserError for a file that cannot be written, or is read or written besides."""
     files = {flag: vars(config)[flag] for flag in (*READ, *WRITTEN)}
     for flag in WRITTEN:
         if files[flag]:

@@ -116,7 +116,13 @@ def pair_row(prompt, answers, models, seeds, first_wins):
     """A row of pairs.jsonl, in every list of which the winner comes first."""
     order = 1 if first_wins else -1
     chosen, rejected = answers[::order]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "models": models[::order], "seeds": seeds[::order]}
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "models": models[::order],
+        "seeds": seeds[::order],
+    }
 
 
 def two(entry, field):

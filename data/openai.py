@@ -138,7 +138,7 @@ def truth(body, name):
 
 
 def read_logprobs(body):
-    """Whether the log-probabilities of a text's tokens are asked for: for /v1/completions a number."""
+    """Whether /v1/completions is asked for the log-probabilities of its tokens, by a number."""
     value = body.get("logprobs")
     if value is None:
         return False

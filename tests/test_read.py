@@ -200,7 +200,12 @@ LONG = "".join(f"line {i} of a long text\n" for i in range(200_000))  # 5 MB
 
 @pytest.mark.parametrize(
     "name, head, kind",
-    [("a.txt", "[Chapter 1]", "text"), ("a.txt", "{", "text"), ("a", '[{"a": 1},', "text"), ("a.jsonl", "{broken", "json")],
+    [
+        ("a.txt", "[Chapter 1]", "text"),
+        ("a.txt", "{", "text"),
+        ("a", '[{"a": 1},', "text"),
+        ("a.jsonl", "{broken", "json"),
+    ],
 )
 def test_what_a_file_is_follows_from_its_head(tmp_path, name, head, kind):
     """A corpus that begins with a bracket need not fit into memory."""
@@ -215,7 +220,9 @@ def test_what_a_file_is_follows_from_its_head(tmp_path, name, head, kind):
 
 
 @pytest.mark.parametrize("rows", [ROWS[:2], [*ROWS, {"text": 100_000 * "long "}], 3000 * ROWS])
-@pytest.mark.parametrize("form", [lambda rows: "[" + ",\n".join(map(json.dumps, rows)) + "\n]", lambda rows: json.dumps(rows, indent=1)])
+@pytest.mark.parametrize(
+    "form", [lambda rows: "[" + ",\n".join(map(json.dumps, rows)) + "\n]", lambda rows: json.dumps(rows, indent=1)]
+)
 def test_a_value_that_spans_lines_is_found_whatever_its_length(tmp_path, rows, form):
     for name in ("a.jsonl", "a.txt"):
         path = write(tmp_path / name, form(rows))

@@ -455,7 +455,7 @@ def test_sampling_ends_at_every_eos_id(models):
 
 
 def test_a_text_ends_at_every_eos_id_too(make_model, tmp_path, capsys):
-    """A chat model that continues a text may end it as a turn; what it writes then is no part of it."""
+    """A chat model that continues a text may end it as a turn."""
     ranks = {bytes([b]): b for b in range(256)}
     specials = {"<|endoftext|>": 256, "<|pad|>": 257, "end": 258}
     tok = tokenizer.Tokenizer("bytes", tokenizer.PATTERN, ranks, specials, eos_ids=(258,))
