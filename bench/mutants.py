@@ -482,7 +482,8 @@ MUTANTS = [
         "draws_at_once",
         "figures.py",
         "        pick = random.integers(0, len(rows), len(rows))\n",
-        "        pick = random.integers(0, len(rows), (1000, len(rows)))[0]\n",
+        "        picks = picks if drawn else random.integers(0, len(rows), (1000, len(rows)))\n"
+        "        pick = picks[len(drawn)]\n",
         FIGURES,
     ),
     (
