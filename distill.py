@@ -146,12 +146,15 @@ def read_data(config, tok, context):
     number)]."""
     n_teachers = len(teacher_names(config))
 
-    def parse(row):
-        teacher_number(row, n_teachers)
-        return (rows.conversation if config.offline else rows.prompt)(row), row
+    def prompt_length(tok, row):
+        teacher_number(row[1], n_teachers)  # ValueError for a row that is no teacher's
+        return chat.prompt_length(tok, row)
 
     if not config.offline:
-        return chat.read_prompts(config, tok, context, parse)
+        return chat.read_prompts(config, tok, context, prompt_length)
+
+    def parse(row):
+        return rows.conversation(row), row
 
     def encode(tok, row):
         return chat.encode(tok, row[0]), teacher_number(row[1], n_teachers)

@@ -1121,6 +1121,13 @@ MUTANTS = [
     ),
     ("kl_gradient_not_centred", "kernels/kl.py", "p * (log_ratio - kl)", "p * log_ratio", KL),
     ("kl_kernel_not_centred", "kernels/kl.py", "p * (log_p - log_q - kl)", "p * (log_p - log_q)", KL),
+    (
+        "single_prompt_of_distillation_refused",
+        "data/chat.py",
+        "rows.read_split(config, rows.prompt_only, encoder(tok, length), fit)",
+        "rows.read_split(config, lambda row: rows.prompt_only(row), encoder(tok, length), fit)",
+        f"{DISTILL}::test_a_single_prompt_may_be_validated_on",
+    ),
     ("every_row_the_first_teacher", "distill.py", "if its_teacher == number", "if number == 0", DISTILL),
     ("mean_of_this_micro_batch", "distill.py", "/ n_tokens\n", "/ count_trained(items[:1])\n", DISTILL),
     # GRPO's variants

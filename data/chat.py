@@ -420,11 +420,11 @@ def prompt_length(tok, row):
     return len(encode_prompt(tok, row[0]))
 
 
-def read_prompts(config, tok, context, parse=rows.prompt_only):
+def read_prompts(config, tok, context, length=prompt_length):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val.
 
-    A row is (messages, row). Prompts that leave less than --max_new_tokens of the context are left
-    out; says how many. Raises UserError if none is left.
+    A row is (messages, row); length(tok, row): its tokens. Prompts that leave less than
+    --max_new_tokens of the context are left out; says how many. Raises UserError if none is left.
     """
     longest = context - config.max_new_tokens
     flag = f"--max_new_tokens={config.max_new_tokens}"
@@ -434,10 +434,10 @@ def read_prompts(config, tok, context, parse=rows.prompt_only):
     advice = f"leaves room for a completion of {flag} tokens; lower that"
 
     def fit(found, what):
-        kept = fitting([length for _, length in found], longest, what, "prompt", why, advice)
+        kept = fitting([n for _, n in found], longest, what, "prompt", why, advice)
         return [found[i].row for i in kept]
 
-    return rows.read_split(config, parse, encoder(tok, prompt_length), fit)
+    return rows.read_split(config, rows.prompt_only, encoder(tok, length), fit)
 
 
 def read_pairs(config, tok, context):
