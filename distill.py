@@ -146,23 +146,27 @@ def read_data(config, tok, context):
     number)]."""
     n_teachers = len(teacher_names(config))
 
-    def parse(row):
-        teacher_number(row, n_teachers)
-        return (rows.conversation if config.offline else rows.prompt)(row), row
+    def prompt_length(tok, row):
+        teacher_number(row[1], n_teachers)  # ValueError for a row that is no teacher's
+        return chat.prompt_length(tok, row)
 
     if not config.offline:
-        return chat.read_prompts(config, tok, context, parse)
-    found, data = [], dataclasses.replace(config, data=config.offline)
+        return chat.read_prompts(config, tok, context, prompt_length)
+
+    def parse(row):
+        return rows.conversation(row), row
 
     def encode(tok, row):
         return chat.encode(tok, row[0]), teacher_number(row[1], n_teachers)
 
-    train, val, hashes = rows.read_split(data, parse, chat.encoder(tok, encode))
-    for part, what in ((train, config.offline), (val, config.val or "held out of it")):
-        items = [item for _, item in part]
-        kept = chat.drop_long_pairs([(item,) for item, _ in items], context, what)
-        found.append([items[i] for i in kept])
-    return *found, hashes
+    def fit(found, what):
+        items, why = [item for _, item in found], f"which exceed the model's context of {context} tokens"
+        advice = f"fits into the model's context of {context} tokens; bring shorter ones"
+        kept = chat.fitting([len(c.ids) for c, _ in items], context, what, "conversation", why, advice)
+        return [items[i] for i in kept]
+
+    data = dataclasses.replace(config, data=config.offline)
+    return rows.read_split(data, parse, chat.encoder(tok, encode), fit)
 
 
 def with_teachers(completions, config):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import chat, kto
-from data.pack import to_device
+from data.pack import item_lengths, to_device
 from figures import agreement
 from model import completion_logprob_sums
 from optim import Optimizer, wsd
@@ -173,11 +173,6 @@ def check_flags(config):
 # --------------------------------------------------------------------------------------------------
 # Items: (Chat, Chat), the chosen and the rejected completion to a prompt. For kto: the completion
 # that was judged, and the same prompt with another prompt's completion, used only for its z.
-
-
-def item_lengths(items):
-    """The tokens of both sides of each item together."""
-    return [len(a.ids) + len(b.ids) for a, b in items]
 
 
 def completion_lengths(items):

@@ -27,7 +27,6 @@ several right answers to a prompt, and none if none is right (R1, 2501.12948, se
     python evaluate.py --model=out/rm --pairs=pairs.jsonl
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -44,12 +43,12 @@ from figures import (
     agreement,
     distinct,
     interval,
-    mean_interval,
+    mean_intervals,
     pass_at_k,
     point_estimate,
     position_bias,
     preference_figures,
-    show,
+    table,
 )
 from kernels.head import linear_logprob
 from model import logprobs_no_grad
@@ -57,7 +56,7 @@ from rollout import rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import check_apart, check_writable, replace_text, write_json
+from runtime.files import check_apart, check_writable, json_lines, replace_text, write_json
 from runtime.process import launch, setup
 from scoring import judge_score, load_rewards, reward_names, reward_scores, score_completions
 
@@ -151,6 +150,11 @@ def document_nats(model, tok, documents, micro_batch_tokens):
     return totals
 
 
+# --------------------------------------------------------------------------------------------------
+# What is measured. Each *_figures returns {figure: its values, one per document, problem, ...},
+# whose mean is shown; or the figure itself, where it is no mean.
+
+
 def text_figures(config, model, tok):
     documents = []
     for file in source_names(config.text, "text"):
@@ -159,8 +163,8 @@ def text_figures(config, model, tok):
     return {
         "nats/token": interval(lambda sums: sums[0] / sums[1], totals, config.seed),
         "bits/byte": interval(lambda sums: sums[0] / math.log(2) / sums[2], totals, config.seed),
-        "nats/document": mean_interval(totals[:, 0], config.seed),
-        "tokens/document": mean_interval(totals[:, 1], config.seed),
+        "nats/document": totals[:, 0],
+        "tokens/document": totals[:, 1],
     }
 
 
@@ -169,9 +173,7 @@ def read_strings(path, fields, skip_bad=False):
 
     def parse(row):
         for field in fields:
-            if not isinstance(row.get(field), str):
-                raise ValueError(f'no "{field}" string')
-            rows.text_of(row[field], field)
+            rows.text_of(row.get(field), field)
         if "better" in fields and row["better"] not in ("A", "B"):
             raise ValueError(f'"better" is {row["better"]!r}; "A" or "B" was expected')
         return row
@@ -200,10 +202,11 @@ def completions_right(model, tok, examples):
     prompts = [[tok.bos, *tok.encode_ordinary(row["prompt"])] for row in examples]
     answers = [row["answer"].strip() for row in examples]
     longest = max(len(tok.encode_ordinary(f" {answer}")) for answer in answers)
-    samples = rollout(model, prompts, max_new_tokens=longest + 1, temperature=0, stop={tok.eot})
+    stop = chat.text_stop_ids(tok)
+    samples = rollout(model, prompts, max_new_tokens=longest + 1, temperature=0, stop=stop)
     right = []
     for sample, answer in zip(samples, answers, strict=True):
-        text = tok.decode([token for token in sample.tokens if token != tok.eot]).strip()
+        text = tok.decode([token for token in sample.tokens if token not in stop]).strip()
         following = text[len(answer) : len(answer) + 1]
         right.append(text.startswith(answer) and not following.isalnum())
     return right
@@ -278,9 +281,9 @@ def choice_figures(config, model, tok, examples):
         per_byte.append(right_share(scores / sizes, answer))
         share.append(np.exp(scores[answer] - np.logaddexp.reduce(scores)))
     return {
-        "choices right": mean_interval(raw, config.seed),
-        "choices right, per byte": mean_interval(per_byte, config.seed),
-        "probability of the right one among the choices": mean_interval(share, config.seed),
+        "choices right": raw,
+        "choices right, per byte": per_byte,
+        "probability of the right one among the choices": share,
     }
 
 
@@ -314,7 +317,7 @@ def problem_figures(config, model, tok, problems, device):
     first, *others = [name for name, _, _ in checkers]
     groups = group_rows(problems, config.by)
     _, _, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
-    values = {"problems right, greedy": scores[first] > 0}  # {figure: [problems]}
+    values = {"problems right, greedy": scores[first] > 0}
     n = config.samples_per_problem
     if n:
         _, samples, _, scores = sample_and_score(config, model, tok, problems, checkers, n, config.temperature)
@@ -325,11 +328,7 @@ def problem_figures(config, model, tok, problems, device):
             k *= 2
         values["tokens per sample"] = np.reshape([len(sample.tokens) for sample in samples], (-1, n)).mean(1)
         values |= {f"samples: {name}": scores[name].reshape(-1, n).mean(1) for name in others}
-    figures = {}
-    for label, mine in groups.items():
-        for name, each in values.items():
-            figures[name + label] = mean_interval(np.take(each, mine), config.seed)
-    return figures
+    return {name + label: np.take(each, mine) for label, mine in groups.items() for name, each in values.items()}
 
 
 def judge_figures(config, model, tok, examples):
@@ -337,7 +336,7 @@ def judge_figures(config, model, tok, examples):
 
     The bias is how much the judge says " A" if both orders are asked: 1/2 is none.
     """
-    figures, bias = {}, []
+    values, bias = {}, []
     for principle in dict.fromkeys(row["principle"] for row in examples):
         mine = [row for row in examples if row["principle"] == principle]
         triples = [(row["prompt"], row["reply_a"], row["reply_b"]) for row in mine]
@@ -345,11 +344,10 @@ def judge_figures(config, model, tok, examples):
         a_is_better = np.array([row["better"] == "A" for row in mine])
         name = principle.partition(":")[0].strip(".").lower()
         margins = np.round(p.mean(1) - 0.5, 12)  # orders that cancel are a tie, whatever their last bit
-        figures[f"judge: {name}, both orders"] = mean_interval(agreement(margins, a_is_better), config.seed)
-        figures[f"judge: {name}, one order"] = mean_interval(agreement(p[:, 0] - 0.5, a_is_better), config.seed)
+        values[f"judge: {name}, both orders"] = agreement(margins, a_is_better)
+        values[f"judge: {name}, one order"] = agreement(p[:, 0] - 0.5, a_is_better)
         bias.extend(position_bias(p))
-    figures["judge: position bias"] = mean_interval(bias, config.seed)
-    return figures
+    return values | {"judge: position bias": bias}
 
 
 def sample_and_score(config, model, tok, examples, rewards, n=1, temperature=1.0):
@@ -364,24 +362,22 @@ def sample_and_score(config, model, tok, examples, rewards, n=1, temperature=1.0
 def best_of_n(config, samples, scores, first_reward):
     """The best of the first n completions to each prompt, for n = 1, 2, 4, ..., --best_of.
 
-    That is the one the first reward scores highest, of those that finished if any did. Returns the
-    figures, and int64 [prompts]: the best of all --best_of.
+    That is the one the first reward scores highest, of those that finished if any did. Returns
+    their values, and int64 [prompts]: the best of all --best_of.
     """
     largest = config.best_of
     finished = [sample.finished for sample in samples]
     ranking = np.where(finished, scores[first_reward], -np.inf).reshape(-1, largest)  # [prompts, n]
-    figures = {}
-    sizes = [1]
+    values, sizes = {}, [1]
     while sizes[-1] < largest:
         sizes.append(min(2 * sizes[-1], largest))
     for n in sizes:
         best = ranking[:, :n].argmax(1) + np.arange(0, len(samples), largest)
-        for name, values in scores.items():
-            figures[f"best of {n}: {name}"] = mean_interval(values[best], config.seed)
+        values |= {f"best of {n}: {name}": score[best] for name, score in scores.items()}
         # exact if no two completions score the same (Beirami et al. 2024, arXiv 2401.01879)
         bound = math.log(n) - (n - 1) / n
-        figures[f"best of {n}: KL to one completion, at most, nats"] = point_estimate(bound)
-    return figures, best
+        values[f"best of {n}: KL to one completion, at most, nats"] = point_estimate(bound)
+    return values, best
 
 
 def sequence_logprobs(config, model, prompts, samples):
@@ -395,8 +391,8 @@ def sequence_logprobs(config, model, prompts, samples):
 def completion_figures(config, model, tok, examples, device):
     """Figures of completions sampled to prompts, and what was sampled.
 
-    examples: [(messages, row)]. Returns ({name: figure}, [{"prompt", "completion", "finished",
-    reward: value}]).
+    examples: [(messages, row)]. Returns ({figure: its values}, [{"prompt", "completion",
+    "finished", reward: value}]).
     """
     rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution)
     groups = group_rows(examples, config.by) if config.kept else {}
@@ -404,41 +400,38 @@ def completion_figures(config, model, tok, examples, device):
     prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, *draws)
     if config.kept:
         write_kept(config, examples, groups, samples, texts, scores[rewards[0][0]] > 0)
-    figures = {}
+    values = {}
     if config.best_of > 1:
-        figures, best = best_of_n(config, samples, scores, rewards[0][0])
+        values, best = best_of_n(config, samples, scores, rewards[0][0])
         samples, texts = [samples[i] for i in best], [texts[i] for i in best]
-        scores = {name: values[best] for name, values in scores.items()}
-    figures["completion tokens"] = mean_interval([len(sample.tokens) for sample in samples], config.seed)
-    figures["completions finished"] = mean_interval([sample.finished for sample in samples], config.seed)
-    for n in (1, 2):
-        figures[f"distinct-{n}"] = point_estimate(distinct(texts, n))
-    for name, values in scores.items():
-        figures[f"reward {name}"] = mean_interval(values, config.seed)
+        scores = {name: score[best] for name, score in scores.items()}
+    values["completion tokens"] = [len(sample.tokens) for sample in samples]
+    values["completions finished"] = [sample.finished for sample in samples]
+    values |= {f"distinct-{n}": point_estimate(distinct(texts, n)) for n in (1, 2)}
+    values |= {f"reward {name}": score for name, score in scores.items()}
 
     if config.reference:
         reference = checkpoint.load_matching(config.reference, model, tok, f"--reference={config.reference}")
         if config.temperature and config.best_of == 1:  # else these are not fair draws, and the mean is no KL
             logp = sequence_logprobs(config, model, prompts, samples)
             ref_logp = sequence_logprobs(config, reference, prompts, samples)
-            figures["KL to the reference, nats per completion"] = mean_interval(logp - ref_logp, config.seed)
+            values["KL to the reference, nats per completion"] = logp - ref_logp
         _, _, _, ref_scores = sample_and_score(config, reference, tok, examples, rewards, 1, config.temperature)
-        for name, ref_values in ref_scores.items():
-            wins = agreement(scores[name] - ref_values, 1.0)
-            figures[f"reference's reward {name}"] = mean_interval(ref_values, config.seed)
-            figures[f"win rate by {name}"] = mean_interval(wins, config.seed)
+        for name, ref_score in ref_scores.items():
+            values[f"reference's reward {name}"] = ref_score
+            values[f"win rate by {name}"] = agreement(scores[name] - ref_score, 1.0)
 
     sampled = []
     for i, (messages, _) in enumerate(examples):
         row = {"prompt": question(messages), "completion": texts[i], "finished": samples[i].finished}
-        sampled.append(row | {name: float(values[i]) for name, values in scores.items()})
-    return figures, sampled
+        sampled.append(row | {name: float(score[i]) for name, score in scores.items()})
+    return values, sampled
 
 
 def pair_figures(config, model, tok, pairs):
     """`preference_figures` of a reward model on the pairs whose sides fit into its context."""
     encoded = [chat.encode_pair(tok, pair) for pair in pairs]
-    kept = chat.drop_long_pairs(encoded, model.config.context, "--pairs")
+    kept = chat.fitting_pairs(encoded, model.config.context, "--pairs")
     chosen, rejected = zip(*[encoded[i] for i in kept], strict=True)
     scores = reward_scores(model, [side.ids for side in chosen + rejected], config.micro_batch_tokens)
     margins = scores[: len(kept)] - scores[len(kept) :]
@@ -454,14 +447,14 @@ def write_kept(config, examples, groups, samples, texts, right):
         mine = kept[sample.prompt_index]
         if is_right and sample.finished and text not in mine and len(mine) < config.keep_per_prompt:
             mine.append(text)
-    lines = []
+    chats = []
     for (messages, _), some in zip(examples, kept, strict=True):
-        lines += [json.dumps({"messages": [*messages, rows.message("assistant", text)]}) + "\n" for text in some]
-    replace_text(config.kept, "".join(lines))
+        chats += [{"messages": [*messages, rows.message("assistant", text)]} for text in some]
+    replace_text(config.kept, json_lines(chats))
     for label, mine in groups.items():
         n, solved = sum(len(kept[i]) for i in mine), sum(bool(kept[i]) for i in mine)
         print(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
-    if not lines:
+    if not chats:
         raise UserError(f"--kept={config.kept}: no completion is right and ended, so that there is nothing to keep")
 
 
@@ -473,7 +466,7 @@ def write_samples(config, sampled):
         if left_out:
             print(f"{config.samples}: {left_out} of {len(sampled)} prompts left out: no completion finished")
         sampled = finished
-    replace_text(config.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled))
+    replace_text(config.samples, json_lines(sampled))
 
 
 def check_flags(config):
@@ -501,6 +494,16 @@ def check_flags(config):
             raise UserError(f"--reward={name}: a judge compares: --best_of must be 2 or more, without --reference")
 
 
+def check_outputs(config):
+    """Raises UserError for a file that cannot be written, or is read or written besides."""
+    files = {flag: vars(config)[flag] for flag in (*READ, *WRITTEN)}
+    for flag in WRITTEN:
+        if files[flag]:
+            check_writable(flag, files[flag])
+            others = ",".join(names for other, names in files.items() if other != flag)
+            check_apart(flag, files[flag], [split_weight(name)[0] for name in others.split(",")])
+
+
 def main(config):
     # 1. The flags and the model
     check_flags(config)
@@ -512,45 +515,41 @@ def main(config):
         raise UserError(f"--model={config.model}: a reward model writes nothing; it is measured with --pairs")
     if config.pairs and writes:
         raise UserError(f"--pairs: {config.model} is not a reward model; reward.py trains one")
-    files = {flag: vars(config)[flag] for flag in (*WRITTEN, *READ) if vars(config)[flag]}
-    for flag in filter(files.get, WRITTEN):
-        check_writable(flag, files[flag])
-        others = [split_weight(name)[0] for other in files.keys() - {flag} for name in files[other].split(",")]
-        check_apart(flag, files[flag], others)
+    check_outputs(config)
 
     # 2. Measure
-    figures, sampled = {}, []
-    limit, seed = config.limit or None, config.seed
+    values, sampled, limit = {}, [], config.limit or None
     if config.text:
-        figures |= text_figures(config, model, tok)
+        values |= text_figures(config, model, tok)
     if config.complete:
         examples = read_strings(config.complete, ("prompt", "answer"), config.skip_bad)
-        figures["completions right"] = mean_interval(completions_right(model, tok, examples), seed)
+        values["completions right"] = completions_right(model, tok, examples)
     if config.choices:
         examples = rows.read(config.choices, multiple_choice, config.skip_bad)[0][:limit]
-        figures |= choice_figures(config, model, tok, examples)
+        values |= choice_figures(config, model, tok, examples)
     if config.judge:
         fields = ("prompt", "reply_a", "reply_b", "principle", "better")
         examples = read_strings(config.judge, fields, config.skip_bad)
-        figures |= judge_figures(config, model, tok, examples)
+        values |= judge_figures(config, model, tok, examples)
     if config.problems:
         parse = rows.prompt_only if config.checker else rows.problem
         problems = read_prompts(config.problems, parse, model, tok, config.skip_bad)[:limit]
-        figures |= problem_figures(config, model, tok, problems, device)
+        values |= problem_figures(config, model, tok, problems, device)
     if config.data:
         examples = read_prompts(config.data, rows.prompt_only, model, tok, config.skip_bad)[:limit]
         found, sampled = completion_figures(config, model, tok, examples, device)
-        figures |= found
+        values |= found
     if config.pairs:
         pairs = rows.read(config.pairs, rows.preference, config.skip_bad)[0][:limit]
-        figures |= pair_figures(config, model, tok, pairs)
-    if not figures:
+        values |= pair_figures(config, model, tok, pairs)
+    if not values:
         raise UserError(
             "nothing to measure: give --text, --complete, --choices, --judge, --problems, --data or --pairs"
         )
 
     # 3. Show and write
-    print(show(figures))
+    figures = mean_intervals(values, config.seed)
+    print(table(figures))
     if config.samples:
         write_samples(config, sampled)
     if config.out:

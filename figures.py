@@ -25,8 +25,11 @@ def interval(statistic, rows, seed):
     rows = np.asarray(rows, dtype=np.float64)
     if len(rows) == 1:
         return point_estimate(statistic(rows[0]))
-    picks = np.random.default_rng(seed).integers(0, len(rows), (1000, len(rows)))
-    low, high = np.percentile([statistic(rows[pick].sum(0)) for pick in picks], [2.5, 97.5])
+    random, drawn = np.random.default_rng(seed), []
+    for _ in range(1000):  # one after another, for a million rows would take 8 GB at once
+        pick = random.integers(0, len(rows), len(rows))
+        drawn.append(statistic(rows[pick].sum(0)))
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
 
 
@@ -36,8 +39,13 @@ def mean_interval(values, seed):
 
 
 def mean_intervals(values, seed):
-    """{name: `mean_interval` of its values}, without those that have no value."""
-    return {name: mean_interval(some, seed) for name, some in values.items() if len(some)}
+    """{name: `mean_interval` of its values}, without those that have no value; what is a figure
+    already stays as it is."""
+    return {
+        name: some if isinstance(some, dict) else mean_interval(some, seed)
+        for name, some in values.items()
+        if len(some)
+    }
 
 
 def distinct(texts, n):
@@ -58,7 +66,7 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def show(figures):
+def table(figures):
     """The figures as lines of text."""
     lines = []
     width = max([48, *map(len, figures)])
@@ -198,7 +206,7 @@ def show_record(record):
             error = 1.96 * math.sqrt(max(0.0, mean * (1 - mean)) / n)
             figures[name] = {"value": mean, "low": mean - error, "high": mean + error}
     counts = [f"{name:<48} {n:>9,}" for name, n in record["counts"].items()]
-    return "\n".join([*counts, show(figures)])
+    return "\n".join([*counts, table(figures)])
 
 
 # --------------------------------------------------------------------------------------------------

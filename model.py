@@ -68,6 +68,10 @@ class GPTConfig:
         """The window of each layer; 0: its tokens see all of their document so far."""
         return [self.window if i % self.window_every == 0 else 0 for i in range(self.layers)]
 
+    def slot_bytes(self, length, item_size):
+        """Bytes of the keys and values of `length` tokens: a slot of a KVCache."""
+        return 2 * self.layers * length * self.kv_heads * self.head_dim * item_size
+
 
 def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options):
     """The one dial: `depth` layers of width 64 x depth, and everything else from the width.

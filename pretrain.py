@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import corpus, tokenizer
+from data import chat, corpus, tokenizer
 from data.pack import IGNORE, fill, to_device
 from data.read import source_names
 from data.shards import read_prepared, text_hashes
@@ -334,8 +334,9 @@ def write_sample(run, step, model, tok, prompt):
     """Append `prompt` (ids, the end of a document first) and a continuation to samples.txt."""
     model = unsharded(model, run.device, keep=rank() == 0)
     if rank() == 0:
-        ids = stream(model, prompt, max_new_tokens=run.config.max_new_tokens, stop={tok.eot}, seed=run.config.seed)
-        run.sample(step, tok.decode([i for i in [*prompt, *ids] if i not in (tok.bos, tok.eot)]))
+        stop = chat.text_stop_ids(tok)
+        ids = stream(model, prompt, max_new_tokens=run.config.max_new_tokens, stop=stop, seed=run.config.seed)
+        run.sample(step, tok.decode([i for i in [*prompt, *ids] if i not in {tok.bos, *stop}]))
 
 
 def check_memory(run, model, optimizer, streams, order, batch_tokens, prompt_length):

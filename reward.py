@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from data import chat
-from data.pack import Chat, pack, to_device
-from figures import agreement, preference_figures, show
+from data.pack import Chat, item_lengths, pack, to_device
+from figures import agreement, preference_figures, table
 from model import GPT, score
 from optim import Optimizer, wsd
 from rollout import sample_completions
@@ -111,11 +111,6 @@ def score_margins(model, items):
     p = pack([side.ids for item in items for side in item])
     scores = score(model, p.to(model.embed.device))  # [2P]
     return scores[::2] - scores[1::2]
-
-
-def item_lengths(items):
-    """The tokens of both sides of each item together."""
-    return [len(chosen.ids) + len(rejected.ids) for chosen, rejected in items]
 
 
 def run_batch(model, items, label_probs, micro_batch_tokens, margin=0.0, smoothing=0.0):
@@ -207,7 +202,7 @@ def validate(run, step, model, pairs, items):
         lengths = [[side.loss_mask.sum() for side in item] for item in items]
         figures = preference_figures(pairs, margins, lengths, run.config.seed)
         run.metrics["figures"] = figures  # saved, not logged
-        print0(f"\nheld-out pairs, with 95 % intervals\n{show(figures)}\n")
+        print0(f"\nheld-out pairs, with 95 % intervals\n{table(figures)}\n")
 
 
 def check_memory(run, model, optimizer, items, prompt_lengths):

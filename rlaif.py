@@ -228,7 +228,7 @@ def reply(config, model, tok, as_chat, talks, seed, first, keep_cut=False):
             ids = [tok.bos, *tok.encode_ordinary(text + "Assistant:")]
         if len(ids) < model.config.context:
             prompts[i] = ids
-    stop = chat.stop_ids(tok) if as_chat else {tok.eot}
+    stop = chat.stop_ids(tok) if as_chat else chat.text_stop_ids(tok)
     samples = rollout(model, list(prompts.values()), stop=stop, first=first, **sampling(config, seed))
     replies = {}
     for i, sample in zip(prompts, samples, strict=True):

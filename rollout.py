@@ -102,12 +102,12 @@ def affordable_slots(model, length):
 
     The allocator's unused cache is free too. On a CPU there is no limit.
     """
-    c, device = model.config, model.embed.device
+    device = model.embed.device
     if device.type != "cuda":
         return 2**31
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    slot_bytes = 2 * c.layers * length * c.kv_heads * c.head_dim * model.compute_dtype.itemsize
-    return max(1, (torch.cuda.mem_get_info(device)[0] + cached) // 2 // slot_bytes)
+    slot = model.config.slot_bytes(length, model.compute_dtype.itemsize)
+    return max(1, (torch.cuda.mem_get_info(device)[0] + cached) // 2 // slot)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ stdout, everything about the chat goes to stderr.
 import codecs
 import contextlib
 import importlib
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from rollout import stream
 from runtime import checkpoint
 from runtime.cli import check_ranges
 from runtime.errors import UserError
-from runtime.files import append
+from runtime.files import append, json_lines
 from runtime.process import launch, setup
 
 
@@ -166,7 +165,7 @@ def save(name, messages):
         row = {"messages": rows.conversation({"messages": messages})}
     except ValueError as e:  # an empty answer
         raise UserError(f"not saved, sft.py could not read it: {e}; /undo or /retry the last exchange") from None
-    line, path = json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n", os.path.expanduser(name)
+    line, path = json_lines([row]).encode(errors="replace"), os.path.expanduser(name)
     try:
         size = os.path.getsize(path) if os.path.isfile(path) else 0
         if size:
@@ -255,7 +254,7 @@ def main(config):
         stop = {tok.eot} | chat.stop_ids(tok)
     else:
         prompt = [tok.bos, *tok.encode_ordinary(config.prompt)]
-        stop = {tok.eot, *tok.eos_ids}
+        stop = chat.text_stop_ids(tok)
         print(config.prompt, end="", flush=True)
     write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
 

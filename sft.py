@@ -112,15 +112,16 @@ def add_chat_tokens(model, tok):
 def read_chats(config, tok, context):
     """(train Chats, validation Chats, a first question of the latter as messages, {source:
     SHA-256})."""
-    train_rows, val_rows, hashes = rows.read_split(config, rows.conversation, chat.encoder(tok, chat.encode_turns))
-    end, kept = chat.end_of_turn(tok), []
-    for some_rows, what in ((train_rows, config.data), (val_rows, config.val or "held out of it")):
-        chats = [item for _, items in some_rows for item in items]
-        kept.append(chat.drop_too_long(chats, context, end, what))
-    chat.audit(tok, kept[0], config.data)
+    encode, end = chat.encoder(tok, chat.encode_turns), chat.end_of_turn(tok)
+
+    def fit(found, what):
+        return chat.drop_too_long([item for _, items in found for item in items], context, end, what), found
+
+    (train, _), (val, val_rows), hashes = rows.read_split(config, rows.conversation, encode, fit)
+    chat.audit(tok, train, config.data)
     shown = next(m for m, items in val_rows if any(chat.whole_turns(c, context, end) for c in items))
     first_answer = [message["role"] for message in shown].index("assistant")
-    return *kept, shown[:first_answer], hashes
+    return train, val, shown[:first_answer], hashes
 
 
 def read_replay(config, tok):

@@ -384,6 +384,7 @@ MUTANTS = [
     ),
     ("old_run_continued", "runtime/run.py", 'if self.info.get("format") != FORMAT:', "if False:", RUN),
     ("renamed_flag_unsaid", "runtime/cli.py", "    if renamed:\n", "    if False:\n", CLI),
+    ("words_given_twice", "runtime/cli.py", "if fields[name].type is list:", "if False:", CLI),
     ("range_unchecked", "runtime/cli.py", "if not COMPARE[sign](value, bound):", "if False:", CLI),
     (
         "gpu_without_an_index",
@@ -419,7 +420,16 @@ MUTANTS = [
         "by_question.setdefault((i, question), [])",
         ROWS,
     ),
-    ("prompts_all_of_a_conversation", "data/rows.py", 'm["role"] != "assistant", row', "True, row", ROWS),
+    ("prompts_all_of_a_conversation", "data/rows.py", 'm["role"] != "assistant", messages', "True, messages", ROWS),
+    (
+        "answers_in_the_prompts_of_distillation",
+        "data/rows.py",
+        """    if messages[-1]["role"] == "assistant":
+        messages = itertools""",
+        """    if messages is row and messages[-1]["role"] == "assistant":
+        messages = itertools""",
+        ROWS,
+    ),
     ("questions_told_apart_by_their_system", "data/rows.py", "return asked if", "return prompts if", ROWS),
     ("an_example_of_the_form_is_the_question", "data/rows.py", "times[message] >= common", "False", ROWS),
     ("few_prompts_unsaid", "data/rows.py", "if prompts < FEW_PROMPTS:", "if False:", ROWS),
@@ -468,6 +478,14 @@ MUTANTS = [
         KTO,
     ),
     ("kto_one_sided_unsaid", "data/kto.py", "if labels.min() == labels.max():", "if False:", KTO),
+    (
+        "draws_at_once",
+        "figures.py",
+        "        pick = random.integers(0, len(rows), len(rows))\n",
+        "        picks = picks if drawn else random.integers(0, len(rows), (1000, len(rows)))\n"
+        "        pick = picks[len(drawn)]\n",
+        FIGURES,
+    ),
     (
         "ties_are_wrong",
         "figures.py",
@@ -542,7 +560,13 @@ MUTANTS = [
         FILES,
     ),
     ("output_over_its_input", "runtime/files.py", "if temporary_name(path) and os.path", "if False and os.path", FILES),
-    ("output_over_another", "evaluate.py", "check_apart(flag, files[flag], others)", "pass", EVALUATE),
+    (
+        "output_over_another",
+        "evaluate.py",
+        "            check_apart(flag,",
+        "            (lambda *_: 0)(flag,",
+        EVALUATE,
+    ),
     ("resume_ends_at_a_foreign_line", "runtime/run.py", "except (AttributeError, TypeError, V", "except (V", RUN),
     ("deleted_log_filled_with_zeros", "runtime/files.py", " and file.tell() > size", "", FILES),
     ("ties_right_by_their_place", "evaluate.py", "best[answer] / best.sum()", "scores.argmax() == answer", EVALUATE),
@@ -631,7 +655,7 @@ MUTANTS = [
     ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
     ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
     ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
-    ("bad_answer_trained", "data/rows.py", '["label"] if label_of(row) is False else []', "[]", ROWS),
+    ("bad_answer_trained", "data/rows.py", '["label"] if flag_of(row.get("label")) is False else []', "[]", ROWS),
     (
         "labels_in_quotes_unread",
         "data/rows.py",
@@ -653,7 +677,26 @@ MUTANTS = [
     ("prompt_in_answer", "data/rows.py", "return not short and squeezed", "return False and squeezed", ROWS),
     ("unread_not_counted", "data/rows.py", "unread[e.field] += 1", "pass", ROWS),
     ("question_is_no_prompt", "data/rows.py", '("prompt", "question", "query"', '("prompt", "query"', ROWS),
-    ("rows_as_text", "data/read.py", " or holds_objects(name, head)", "", READ),
+    ("rows_as_text", "data/read.py", " and holds_objects(name)", " and False", READ),
+    (
+        "refused_rows_go_on",
+        "data/read.py",
+        """        GRAMMAR.decode(raw.decode("utf-8", "replace").strip())
+    except json.JSONDecodeError:
+""",
+        """        decode_json(raw.decode("utf-8").strip())
+    except ValueError:
+""",
+        READ,
+    ),
+    (
+        "first_value_reads_all",
+        "data/read.py",
+        "    lines, size, due = [], 0, LOOK",
+        "    lines, size, due = [], 0, 1e99",
+        READ,
+    ),
+    ("first_value_ends_early", "data/read.py", "            if text[e.pos :].strip():", "            if text:", READ),
     ("autocast_of_a_reward_stays", "runtime/guard.py", "    (autocast, set_autocast),\n", "", GUARD),
     ("limits_of_a_reward_stay", "runtime/guard.py", "    KEPT += [(limits, set_limits)]\n", "", GUARD),
     ("print_of_a_reward_stays", "runtime/guard.py", "    (hooks, set_hooks),\n", "", GUARD),
@@ -707,6 +750,13 @@ MUTANTS = [
     ),
     ("pointer_as_text", "data/read.py", "if head.startswith(POINTER):", "if False:", READ),
     ("home_is_a_folder", "runtime/cli.py", "if kind is str and name not in TEXTS:", "if False:", CLI),
+    (
+        "characters_of_the_corpus_at_once",
+        "data/tokenizer.py",
+        "        for text in read_documents(names, config.skip_bad):\n",
+        "        for text in list(read_documents(names, config.skip_bad)):\n",
+        "tests/test_tokenizer.py",
+    ),
     ("processor_ignored", "data/tokenizer.py", 'not in ("ByteLevel", "Template', 'in ("None", "Template', TEMPLATES),
     ("types_ignored", "data/rows.py", '.intersection(words_of(str(m.get("type", ""))))', ".intersection(())", ROWS),
     (
@@ -922,6 +972,7 @@ MUTANTS = [
         "stops = frozenset([] if end is None else [end])",
         TEMPLATES,
     ),
+    ("text_ends_with_a_document_only", "data/chat.py", "{tok.eot, *tok.eos_ids}", "{tok.eot}", TEMPLATES),
     ("train_false_trained", "data/chat.py", ' and message.get("train", True)', "", TEMPLATES),
     (
         "base_chats",
@@ -1027,8 +1078,8 @@ MUTANTS = [
     (
         "winner_reversed",
         "data/feedback.py",
-        'order = 1 if vote == "left" else -1',
-        'order = -1 if vote == "left" else 1',
+        "order = 1 if first_wins else -1",
+        "order = -1 if first_wins else 1",
         FEEDBACK,
     ),
     ("voter_forgotten", "data/feedback.py", 'json.dumps([about, row.get("by", "")])', "json.dumps([about])", FEEDBACK),
@@ -1037,6 +1088,7 @@ MUTANTS = [
     ("half_line_left", "data/feedback.py", 'append(path, b"", size)  #', "pass  #", FEEDBACK),
     ("round_repeats_votes", "data/feedback.py", "if json.dumps(row) not in known", "if known", FEEDBACK),
     ("stop_string_shown", "data/openai.py", "return max(begun, default=0)", "return 0", SERVE),
+    ("other_tokens_promised", "data/openai.py", "if type(value) is not int or value != 0:", "if value < 0:", SERVE),
     ("field_ignored", "data/openai.py", "if not known and value is not None", "if False and value is not None", SERVE),
     ("draws_for_nobody", "serve.py", "self.thread.inbox.put((self.thread.cancel, job, pending))", "pass", SERVE),
     ("any_key", "runtime/http.py", 'if scheme.lower() != "bearer" or not right:', "if False:", SERVE),
@@ -1069,6 +1121,13 @@ MUTANTS = [
     ),
     ("kl_gradient_not_centred", "kernels/kl.py", "p * (log_ratio - kl)", "p * log_ratio", KL),
     ("kl_kernel_not_centred", "kernels/kl.py", "p * (log_p - log_q - kl)", "p * (log_p - log_q)", KL),
+    (
+        "single_prompt_of_distillation_refused",
+        "data/chat.py",
+        "rows.read_split(config, rows.prompt_only, encoder(tok, length), fit)",
+        "rows.read_split(config, lambda row: rows.prompt_only(row), encoder(tok, length), fit)",
+        f"{DISTILL}::test_a_single_prompt_may_be_validated_on",
+    ),
     ("every_row_the_first_teacher", "distill.py", "if its_teacher == number", "if number == 0", DISTILL),
     ("mean_of_this_micro_batch", "distill.py", "/ n_tokens\n", "/ count_trained(items[:1])\n", DISTILL),
     # GRPO's variants
@@ -1485,8 +1544,8 @@ MUTANTS = [
     (
         "blank_completion_is_right",
         "evaluate.py",
-        "            rows.text_of(row[field], field)\n",
-        "",
+        "rows.text_of(row.get(field), field)",
+        "str(row[field])",
         f"{EVALUATE}::test_rows_without_their_fields_are_named",
     ),
     (

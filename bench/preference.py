@@ -194,7 +194,7 @@ def main(config):
     rows, _ = data_rows.read(config.data, data_rows.preference, skip_bad=True)
     tok = tokenizer.train((f"{r.prompt[-1]['content']}\n{r.chosen}\n{r.rejected}" for r in rows), config.vocab)
     items = [chat.encode_pair(tok, row) for row in rows]
-    items = [items[i] for i in chat.drop_long_pairs(items, config.context, config.data)]
+    items = [items[i] for i in chat.fitting_pairs(items, config.context, config.data)]
     needed = config.pairs * (config.steps + 1)
     if len(items) < needed:
         raise UserError(

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import chat, rows
-from figures import preference_figures, show
+from figures import preference_figures, table
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import replace_text
@@ -213,7 +213,7 @@ def cross_validated(config, sft):
         model, tok, _ = checkpoint.load(folder / "rm")
         mine = [p for p, here in zip(pairs, fold_of == fold) if here]
         items = [chat.encode_pair(tok, pair) for pair in mine]
-        fits = chat.drop_long_pairs(items, model.config.context, str(folder))
+        fits = chat.fitting_pairs(items, model.config.context, str(folder))
         documents = [side.ids.tolist() for i in fits for side in items[i]]
         found = reward_scores(model.eval(), documents, 16384).reshape(-1, 2)
         kept += [mine[i] for i in fits]
@@ -295,7 +295,7 @@ def main(config):
         )
     print("judge: " + "; ".join(f"{name} {value:.4g}" for name, value in found["judge"].items()))
     for name in [n for n in found if n.startswith("reward model")]:
-        print(f"\n{name}\n{show(found[name])}")
+        print(f"\n{name}\n{table(found[name])}")
     print(json.dumps(found))
 
 

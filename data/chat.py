@@ -74,6 +74,14 @@ def stop_ids(tok):
     return {*structure(tok).stop_ids}
 
 
+def text_stop_ids(tok):
+    """The set of ids at which a text ends that is continued, not answered.
+
+    A downloaded chat model may end it as it ends a turn.
+    """
+    return {tok.eot, *tok.eos_ids}
+
+
 def is_chat_model(tok, info):
     """Whether a model of this tokenizer and feinschliff.json ends its turns.
 
@@ -134,7 +142,9 @@ def encode_turns(tok, messages):
     if not has_own_template(tok):
         return [encode(tok, messages)]
     whole, *rewritten = Rendering(tok, messages).chats()
-    return [whole, *rewritten] if whole.loss_mask.any() or not rewritten else rewritten
+    if rewritten and not whole.loss_mask.any():  # nothing is left to train in the whole
+        return rewritten
+    return [whole, *rewritten]
 
 
 def encode_prompt(tok, messages):
@@ -381,21 +391,28 @@ def drop_too_long(chats, limit, end, what):
     return kept
 
 
-def drop_long_pairs(pairs, limit, what):
+def fitting(lengths, limit, what, unit, why, advice):
+    """The indices of what has at most `limit` tokens; says how many of `what` were left out.
+
+    unit: what has a length, in a word; why it was left out. Raises UserError with the advice if
+    none is left.
+    """
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    if len(kept) < len(lengths):
+        print0(f"{what}: {len(lengths) - len(kept)} of {len(lengths)} {unit}s left out, {why}")
+    if not kept:
+        raise UserError(f"{what}: no {unit} {advice}")
+    return kept
+
+
+def fitting_pairs(pairs, limit, what):
     """The indices of the pairs (Chat, Chat) whose sides both fit into `limit` tokens.
 
     A cut answer would have lost its end. Raises UserError if no pair is left.
     """
-    kept = [i for i, sides in enumerate(pairs) if max(len(side.ids) for side in sides) <= limit]
-    if len(kept) < len(pairs):
-        print0(
-            f"{what}: {len(pairs) - len(kept)} of {len(pairs)} pairs left out, a side of which exceeds {limit} tokens"
-        )
-    if not kept:
-        raise UserError(
-            f"{what}: no pair fits into {limit} tokens; give a larger --context if the model's reaches further"
-        )
-    return kept
+    lengths = [max(len(side.ids) for side in sides) for sides in pairs]
+    advice = f"fits into {limit} tokens; give a larger --context if the model's reaches further"
+    return fitting(lengths, limit, what, "pair", f"a side of which exceeds {limit} tokens", advice)
 
 
 def prompt_length(tok, row):
@@ -403,29 +420,24 @@ def prompt_length(tok, row):
     return len(encode_prompt(tok, row[0]))
 
 
-def read_prompts(config, tok, context, parse=rows.prompt_only):
+def read_prompts(config, tok, context, length=prompt_length):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val.
 
-    A row is (messages, row). Prompts that leave less than --max_new_tokens of the context are left
-    out; says how many. Raises UserError if none is left.
+    A row is (messages, row); length(tok, row): its tokens. Prompts that leave less than
+    --max_new_tokens of the context are left out; says how many. Raises UserError if none is left.
     """
     longest = context - config.max_new_tokens
     flag = f"--max_new_tokens={config.max_new_tokens}"
     if longest <= 0:
         raise UserError(f"{flag}: the model's context is {context} tokens, and a prompt must fit in as well")
-    train, val, hashes = rows.read_split(config, parse, encoder(tok, prompt_length))
-    kept = []
-    for found, what in ((train, config.data), (val, config.val or "held out of it")):
-        fitting = [row for row, length in found if length <= longest]
-        if len(fitting) < len(found):
-            print0(
-                f"{what}: {len(found) - len(fitting)} of {len(found)} prompts left out, "
-                f"which leave less than {flag} of the context's {context} tokens"
-            )
-        if not fitting:
-            raise UserError(f"{what}: no prompt leaves room for a completion of {flag} tokens; lower that")
-        kept.append(fitting)
-    return *kept, hashes
+    why = f"which leave less than {flag} of the context's {context} tokens"
+    advice = f"leaves room for a completion of {flag} tokens; lower that"
+
+    def fit(found, what):
+        kept = fitting([n for _, n in found], longest, what, "prompt", why, advice)
+        return [found[i].row for i in kept]
+
+    return rows.read_split(config, rows.prompt_only, encoder(tok, length), fit)
 
 
 def read_pairs(config, tok, context):
@@ -434,13 +446,14 @@ def read_pairs(config, tok, context):
 
     Pairs are rows.Pair, with the text; items are the same in tokens.
     """
-    train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair))
-    found = []
-    for part, what in ((train, config.data), (val, config.val or "held out of it")):
-        pairs, items = zip(*part)
-        kept = drop_long_pairs(items, context, what)
-        found += [[pairs[i] for i in kept], [items[i] for i in kept]]
-    return *found, hashes
+
+    def fit(found, what):
+        pairs, items = zip(*found)
+        kept = fitting_pairs(items, context, what)
+        return [pairs[i] for i in kept], [items[i] for i in kept]
+
+    train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair), fit)
+    return *train, *val, hashes
 
 
 def read_items(config, tok, context):

@@ -34,7 +34,7 @@ from data import rows
 from data.read import parse_row, read_text, reason
 from runtime.cli import check_ranges, launch, print0
 from runtime.errors import UserError
-from runtime.files import append, check_apart, flush, lock_file, replace_text
+from runtime.files import append, check_apart, flush, json_lines, lock_file, replace_text
 
 KINDS = ["pairs", "ratings", "corrections", "ties"]
 VOTES = ["left", "right", "tie", "both_bad"]
@@ -89,7 +89,7 @@ def read_judgement(entry, said):
     if said == "vote":
         return read_vote(entry, prompt, end)
     answer = rows.text_of(entry.get("answer"), "answer").rstrip()  # what it begins with may be indentation
-    end = {"model": name(entry.get("model")), "seed": seed(entry.get("seed"))} | end
+    end = {"model": checked_name(entry.get("model")), "seed": checked_seed(entry.get("seed"))} | end
     if said == "label":
         if not isinstance(entry["label"], bool):
             raise ValueError('"label" is not true or false')
@@ -99,20 +99,30 @@ def read_judgement(entry, said):
 
 
 def read_vote(entry, prompt, end):
-    """(kind, row) of a vote between two answers: the winner comes first in every list of a pair."""
+    """(kind, row) of a vote between two answers."""
     answers, vote = two(entry, "answers"), entry["vote"]
     if vote not in VOTES:
         raise ValueError(f'"vote" is not one of {", ".join(VOTES)}')
     answers = [rows.text_of(answer, f"answers[{i}]").rstrip() for i, answer in enumerate(answers)]
-    models, seeds = [name(model) for model in two(entry, "models")], [seed(s) for s in two(entry, "seeds")]
+    models, seeds = list(map(checked_name, two(entry, "models"))), list(map(checked_seed, two(entry, "seeds")))
     if vote in ("tie", "both_bad"):
         return "ties", {"prompt": prompt, "answers": answers, "vote": vote, "models": models, "seeds": seeds} | end
     if answers[0].strip() == answers[1].strip():
         raise ValueError('"answers" are the same text: only "tie" and "both_bad" say something of them')
-    order = 1 if vote == "left" else -1
+    return "pairs", pair_row(prompt, answers, models, seeds, vote == "left") | end
+
+
+def pair_row(prompt, answers, models, seeds, first_wins):
+    """A row of pairs.jsonl, in every list of which the winner comes first."""
+    order = 1 if first_wins else -1
     chosen, rejected = answers[::order]
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "models": models[::order], "seeds": seeds[::order]}
-    return "pairs", row | end
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "models": models[::order],
+        "seeds": seeds[::order],
+    }
 
 
 def two(entry, field):
@@ -121,13 +131,13 @@ def two(entry, field):
     return entry[field]
 
 
-def name(model):
+def checked_name(model):
     if not isinstance(model, str) or len(model) > 1000:
         raise ValueError("the name of a model is not a string, or too long")
     return model
 
 
-def seed(number):
+def checked_seed(number):
     if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
         raise ValueError("a seed is not an integer")
     return number
@@ -198,7 +208,7 @@ class Journal:
         if not isinstance(row.get("time") or 0, int | float):
             raise ValueError('"time" is not a number')
         if kind in ("pairs", "ties"):
-            winner, loser = map(name, row["models"])
+            winner, loser = map(checked_name, row["models"])
             self.matches[winner, loser, row.get("vote", "win")] += 1
         self.said[key] = said
         self.counts[row.get("vote") or kind] += 1
@@ -238,7 +248,7 @@ class Journal:
         if not new:
             return
         path, size = self.path(kind), self.sizes[kind]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in new.values()).encode()
+        lines = json_lines(row for row, _ in new.values()).encode()
         try:
             self.sizes[kind] = extend(path, lines, size)
         except OSError as e:
@@ -310,7 +320,7 @@ def write_rows(files, overwrite):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; --overwrite=True replaces it, but a run that reads it would be refused")
     for path, found in files.items():
-        replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        replace_text(path, json_lines(found))
         print(f"{path}: {len(found):,} rows")
 
 
@@ -355,16 +365,13 @@ def open_webui_rows(item):
     completion, model = rows.text_of(content_of(answer), "content").rstrip(), str(data.get("model_id"))
     rating = {"prompt": prompt, "completion": completion, "label": label, "model": model, "seed": None}
     found = [("ratings", rating | end)]
-    for name in question.get("childrenIds", []):
-        other = messages.get(name, {})
+    for child in question.get("childrenIds", []):
+        other = messages.get(child, {})
         other_model = other.get("selectedModelId") or other.get("model")  # the first: of an arena, which hides it
         compared = other_model in (data.get("sibling_model_ids") or []) and other.get("done") is not False
         other_text = (content_of(other) or "").rstrip() if compared else ""
         if other_text.strip() not in ("", completion.strip()):
-            order = 1 if label else -1
-            chosen, rejected = (completion, other_text)[::order]
-            models = [model, other_model][::order]
-            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "models": models, "seeds": [None, None]}
+            pair = pair_row(prompt, [completion, other_text], [model, other_model], [None, None], label)
             found.append(("pairs", pair | end))
     return found
 

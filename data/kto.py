@@ -18,11 +18,12 @@ def read_items(config, tok, context):
     An item is (Chat, Chat): the completion that was judged, and one to another prompt. labels: fp32
     [n], 1 for a good one.
     """
-    train, val, hashes = rows.read_split(config, rows.judged, chat.encoder(tok, encode_judged))
-    found = []
-    for part, what in ((train, config.data), (val, config.val or "held out of it")):
-        found += make_items([single for _, singles in part for single in singles], context, what)
-    return *found, hashes
+
+    def fit(found, what):
+        return make_items([single for _, singles in found for single in singles], context, what)
+
+    train, val, hashes = rows.read_split(config, rows.judged, chat.encoder(tok, encode_judged), fit)
+    return *train, *val, hashes
 
 
 def encode_judged(tok, judged):
@@ -40,7 +41,9 @@ def make_items(encoded, context, what):
 
     Those that exceed `context` are dropped. A completion to another prompt is cut to fit.
     """
-    kept = chat.drop_long_pairs([[document] for _, document in encoded], context, what)
+    lengths, why = [len(document.ids) for _, document in encoded], f"which exceed {context} tokens"
+    advice = f"fits into {context} tokens; give a larger --context if the model's reaches further"
+    kept = chat.fitting(lengths, context, what, "completion", why, advice)
     judged, documents = zip(*[encoded[i] for i in kept])
     others = other_prompts([(rows.prompt_of([single]), single[1]) for single in judged], what)
     items = []

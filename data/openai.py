@@ -11,8 +11,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from data import chat, rows
-from data.read import parse_row
+from data import chat, read, rows
 from runtime.errors import UserError
 
 # Fields that nothing here depends on -> the values that change nothing, besides null
@@ -77,10 +76,9 @@ class Request:
 def read_body(text):
     """The JSON object in a request's body."""
     try:
-        return parse_row(text.decode("utf-8-sig").strip())
+        return read.parse_row(text.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as e:
-        reason = "nested too deeply" if isinstance(e, RecursionError) else e
-        raise Refusal(400, f"the body is not a JSON object: {reason}") from None
+        raise Refusal(400, f"the body is not a JSON object: {read.reason(e)}") from None
 
 
 def read_request(body, is_chat, seed):
@@ -115,7 +113,7 @@ def read_request(body, is_chat, seed):
         max_tokens=limit,
         sampling=sampling,
         stop=read_stop(body),
-        logprobs=truth(body, "logprobs") if is_chat else number(body, "logprobs", None, 0, 0, int) is not None,
+        logprobs=truth(body, "logprobs") if is_chat else read_logprobs(body),
         stream=stream,
         include_usage=truth(options or {}, "include_usage"),
     )
@@ -137,6 +135,17 @@ def truth(body, name):
     if not (value is None or isinstance(value, bool)):
         raise Refusal(400, f"{name}: true or false was expected", name)
     return bool(value)
+
+
+def read_logprobs(body):
+    """Whether /v1/completions is asked for the log-probabilities of its tokens, by a number."""
+    value = body.get("logprobs")
+    if value is None:
+        return False
+    if type(value) is not int or value != 0:
+        message = "logprobs: 0 was expected, for the tokens that are drawn; of others this server says nothing"
+        raise Refusal(400, message, "logprobs")
+    return True
 
 
 def read_model(body):
@@ -199,7 +208,7 @@ def encode_prompts(request, tok, context, is_chat_model):
             ends = {tok.eot} | chat.stop_ids(tok)
             prompts = [chat.encode_prompt(tok, messages) for messages in request.prompts]
         else:
-            ends = {tok.eot, *tok.eos_ids}
+            ends = chat.text_stop_ids(tok)
             prompts = [[tok.bos, *tok.encode_ordinary(text)] for text in request.prompts]
     except UserError as e:  # a character that this tokenizer does not have
         raise Refusal(400, f"{field}: {e}", field) from None

@@ -107,6 +107,11 @@ def make_completion(prompt_ids, completion_ids, loss_mask=None):
     return Chat(ids, trained)
 
 
+def item_lengths(items):
+    """The tokens of both sides of each item (Chat, Chat) together."""
+    return [len(a.ids) + len(b.ids) for a, b in items]
+
+
 def token_slices(lengths, limit):
     """Cut a run of documents into packs of at most `limit` tokens: lengths -> [slice, ...].
 

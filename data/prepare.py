@@ -428,16 +428,17 @@ def begin(out, recipe, overwrite):
     lock_file(out / ".lock", out)
     work = out / "work"
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()
-    if complete and not overwrite or begun and not complete:
-        old = load_manifest(out) if complete else read_json(work / "recipe.json")
-        changed = [key for part in recipe for key, value in recipe[part].items() if old.get(part, {}).get(key) != value]
-        if not changed:
-            if complete:
-                shutil.rmtree(work, ignore_errors=True)
-            return complete
+    if complete and not overwrite:
+        check_same(out, load_manifest(out), recipe)
+        shutil.rmtree(work, ignore_errors=True)
+        return True
+    if begun and not complete:
+        old = read_json(work / "recipe.json")
+        if old == recipe:
+            return False
         # an input may change before the run is complete: a bad line that the user corrects
-        if not overwrite and (complete or old["config"] != recipe["config"]):
-            raise UserError(f"{out}: made with another {' and '.join(changed)}; --overwrite=True replaces it")
+        if not overwrite and old["config"] != recipe["config"]:
+            check_same(out, old, recipe)
     elif not overwrite and {path.name for path in out.iterdir()} - OTHER_FILES:
         raise UserError(f"{out}: holds other files; choose another --out")
     (out / "manifest.json").unlink(missing_ok=True)  # first, for it says that the rest is whole
@@ -445,6 +446,13 @@ def begin(out, recipe, overwrite):
     work.mkdir()
     write_json(work / "recipe.json", recipe)
     return False
+
+
+def check_same(out, old, recipe):
+    """Raises UserError if what is in `out` was made by another recipe than this."""
+    changed = [key for part in recipe for key, value in recipe[part].items() if old.get(part, {}).get(key) != value]
+    if changed:
+        raise UserError(f"{out}: made with another {' and '.join(changed)}; --overwrite=True replaces it")
 
 
 def source_entries(sources, hashes, records, copies, epochs):

@@ -23,7 +23,6 @@ of each family altogether: no training text has it.
 
 import hashlib
 import itertools
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from pathlib import Path
 
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import replace_text
+from runtime.files import json_lines, replace_text
 
 
 @dataclass
@@ -283,7 +282,7 @@ def main(config):
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, rows in make_rows(config).items():
-            replace_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+            replace_text(out / name, json_lines(rows))
             print(f"{out / name}: {len(rows):,} rows")
     except OSError as e:
         raise UserError(f"--out={out}: {e.strerror}") from None

@@ -24,6 +24,7 @@ from runtime.errors import UserError
 
 LARGEST_JSON = 2**25  # bytes; the largest tokenizer.json in use has 28 million. More is an attack
 JSON_SUFFIXES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
+LONG_SPACE = 500_000  # white-space characters in a row; a million overflow the stack of tiktoken's regex engine
 LOOK = 8192  # bytes at the head of a file, of which text has none of value 0
 TABLES = {".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather"}
 POINTER = b"version https://git-lfs"  # what stands for a file that Git LFS has not fetched
@@ -148,6 +149,7 @@ def finite(text):
 
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=object_of)
+GRAMMAR = json.JSONDecoder()  # of JSON alone: what JSON refuses besides, it takes
 SPACE = re.compile(r"\s*")
 CONTENT = {"content", "value", "text", "tool_calls"}
 
@@ -234,7 +236,7 @@ def spanning_values(text):
 
 def spans_lines(path):
     """Whether the JSON values of a file span lines: its first line is no JSON, and neither are the
-    lines after it; or it is not, but the whole text is."""
+    lines after it; or it is not, but with later ones it is."""
     if not os.path.isfile(path):  # a pipe can be read but once
         return False
     begin = [raw for _, _, raw in itertools.islice(raw_lines(path), 5) if raw.strip()]
@@ -242,15 +244,49 @@ def spans_lines(path):
         return False
     if begin[0].strip() in (b"{", b"[") or len(begin) > 1 and not any(map(is_json, begin[1:])):
         return True
-    return is_json(b"".join(raw for _, _, raw in raw_lines(path)))
+    return "\n" in first_value(path)[1]
 
 
 def is_json(raw):
+    """Whether a line follows JSON's grammar: what is refused besides, as a key that is there twice,
+    is the fault of one row."""
     try:
-        decode_json(raw.decode("utf-8").strip())
-    except (ValueError, RecursionError):
+        GRAMMAR.decode(raw.decode("utf-8", "replace").strip())
+    except json.JSONDecodeError:
         return False
+    except (ValueError, RecursionError):
+        pass
     return True
+
+
+def first_value(path):
+    """(the JSON value that a file begins with, its text); (None, "") if it begins with none.
+
+    Reads as far as the value goes, or as what is there may be one.
+    """
+    for text in heads(path):
+        begin = skip_space(text, 0)
+        try:
+            value, end = GRAMMAR.raw_decode(text, begin)
+            return value, text[begin:end]
+        except json.JSONDecodeError as e:
+            if text[e.pos :].strip():  # a fault; at the end of the text, the value may go on
+                break
+        except (ValueError, RecursionError):
+            break
+    return None, ""
+
+
+def heads(path):
+    """Yield the head of a file, in whole lines, and each time twice as much of it, up to all."""
+    lines, size, due = [], 0, LOOK
+    for _, _, raw in raw_lines(path):
+        lines.append(raw)
+        size += len(raw)
+        if size >= due:
+            yield b"".join(lines).decode("utf-8", "replace")
+            due = 2 * size
+    yield b"".join(lines).decode("utf-8", "replace")
 
 
 def reason(error):
@@ -442,7 +478,7 @@ def file_kind(name):
             raise UserError(f"{name}: packed by {packer}, which is not read; unpack it")
     if head.startswith(b"PAR1") or suffix(name) in (".parquet", ".pq"):
         return "parquet"
-    if suffix(name) in JSON_SUFFIXES or holds_objects(name, head):
+    if suffix(name) in JSON_SUFFIXES or head.strip()[:1] in (b"{", b"[") and holds_objects(name):
         return "json"
     if b"\0" in head[:LOOK]:
         raise UserError(
@@ -458,18 +494,12 @@ def first_line(path):
     return next((raw for _, _, raw in raw_lines(path) if raw.strip()), b"")
 
 
-def holds_objects(path, head):
+def holds_objects(path):
     """Whether a text begins with a JSON object, in its first line or over several."""
-    if head.strip()[:1] not in (b"{", b"["):
-        return False
+    value, _ = first_value(path)
     try:
-        return bool(rows_of(decode_json(head.decode("utf-8").strip())))
+        return bool(rows_of(value[0] if isinstance(value, list) and value else value))
     except (ValueError, RecursionError):
-        pass
-    try:
-        first = next(spanning_values(read_text(path)), (1, None))
-        return bool(rows_of(first[1]))
-    except (ValueError, RecursionError, UserError):
         return False
 
 

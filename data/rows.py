@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.read import bad_row, is_null, parse_mixture, read_rows, reason
+from data.read import LONG_SPACE, bad_row, is_null, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
@@ -92,8 +92,6 @@ BEGUN = re.compile(
     r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\])"
 )
 ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
-
-LONG_SPACE = 500_000  # white-space characters in a row that no tokenizer takes, as in data/tokenizer.py
 
 
 class Pair(NamedTuple):
@@ -274,8 +272,9 @@ def check_masks(fields, where=""):
     """Raises Unread for a field that says which tokens or turns are trained, and is no flag of one
     message: ignore_loss, mask_history, or a list of 0 and 1 beside the messages."""
     for name, value in fields.items():
-        listed = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
-        if MASKS.intersection(words_of(name)) and (listed or value in (True,) and not is_flag(name)):
+        of_parts = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
+        of_others = value == 1 and not is_flag(name)  # true is 1
+        if MASKS.intersection(words_of(name)) and (of_parts or of_others):
             raise Unread(name, where)
 
 
@@ -423,10 +422,12 @@ def normalise(row, answered=True):
                 raise ValueError(f'"{alias}" and "{name}" differ; leave one of them out')
             if alias == "rejected_response" and "chosen" not in row:  # ms-swift's, beside the good one
                 row |= sides_of_swift(row)
-    check_read(row, UNREAD | REASONING if answered else UNREAD, PREFERRED)
-    if answered:
-        check_masks(row)
-    for name, flag in train_flags(row).items() if answered else ():
+    if not answered:
+        check_read(row, UNREAD, PREFERRED)
+        return row
+    check_read(row, UNREAD | REASONING, PREFERRED)
+    check_masks(row)
+    for name, flag in train_flags(row).items():
         if isinstance(flag, (int, float)) and flag != 1 and name != "loss":  # of a whole row a measurement
             raise Unread(name)
     return row
@@ -616,7 +617,7 @@ def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
     check_read(row, RATIONALE, ())
-    bad = ["label"] if label_of(row) is False else []
+    bad = ["label"] if flag_of(row.get("label")) is False else []
     bad += [name for name, value in row.items() if value is False and GOOD.intersection(words_of(name))]
     if bad:
         raise ValueError(
@@ -624,11 +625,6 @@ def conversation(row):
             "here it would be trained"
         )
     return read_conversation(row)
-
-
-def label_of(row):
-    """Whether a row is labelled as good; None: neither so nor as bad."""
-    return flag_of(row.get("label"))
 
 
 def read_conversation(row):
@@ -827,7 +823,7 @@ def judged(row):
     if "label" not in labelled:
         pair = preference(row)
         return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
-    label = label_of(labelled)
+    label = flag_of(labelled["label"])
     if label is None:
         raise ValueError(f'"label" is {labelled["label"]!r}; true or false was expected')
     messages = read_conversation(labelled)
@@ -926,16 +922,13 @@ def read(sources, parse, skip_bad=False, seed=0, encode=None):
 
 
 def prompt_of(row):
-    """The prompt of a row as `read` gives it: ((role, content), ...), all before the first
-    answer."""
-    if isinstance(row, Encoded):
-        row = row.row
-    if isinstance(row, tuple):  # a Pair, or (messages, row)
-        messages = row[0]
-    elif isinstance(row[0], tuple):  # of `judged`
-        messages = row[0][0]
-    else:
-        messages = itertools.takewhile(lambda m: m["role"] != "assistant", row)
+    """The prompt of a row as `read` gives it: ((role, content), ...); of a conversation all before
+    the first answer."""
+    messages = row
+    while not isinstance(messages[0], dict):  # Encoded, a Pair, (messages, row), [(messages, ...)] of `judged`
+        messages = messages[0]
+    if messages[-1]["role"] == "assistant":
+        messages = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
     return tuple((m["role"], m["content"]) for m in messages)
 
 
@@ -990,11 +983,12 @@ def warn_of_shared_prompts(train, val, what):
         )
 
 
-def read_split(config, parse, encode=None):
+def read_split(config, parse, encode=None, fit=None):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val, as `read` gives them.
 
-    Without --val, --val_fraction of --data is held out. Raises UserError if the answers to validate
-    on are all to one prompt; a single prompt that is to be answered may do.
+    Without --val, --val_fraction of --data is held out. With `fit`, each side is what fit(rows,
+    their name for messages) makes of it. Raises UserError if the answers to validate on are all to
+    one prompt; a single prompt that is to be answered may do.
     """
     rows, hashes = read(config.data, parse, config.skip_bad, config.seed, encode)
     if config.val:
@@ -1011,4 +1005,6 @@ def read_split(config, parse, encode=None):
     if prompts < FEW_PROMPTS:
         print0(f"warning: {what}: {prompts} prompts to validate on, so its figures are mostly chance; {more}")
     warn_of_shared_prompts(train, val, what)
+    if fit:
+        train, val = fit(train, config.data), fit(val, config.val or "held out of it")
     return train, val, hashes

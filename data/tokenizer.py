@@ -33,7 +33,7 @@ import regex
 import tiktoken
 
 from data import template
-from data.read import file_kind, good_texts, inside, parse_mixture, read_json, read_lines
+from data.read import LONG_SPACE, file_kind, good_texts, parse_mixture, read_json, read_lines
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
@@ -89,7 +89,6 @@ BATCH = 2**20  # characters that a worker counts at once
 # line cannot stall training.
 LONG_PIECE = 100
 SAMPLE = 2**16  # characters of a document that are shown in tokens
-LONG_SPACE = 500_000  # a run of a million spaces overflows the stack of tiktoken's regex engine
 # An imported vocabulary beyond these is damaged; it would cost too much time and memory.
 LONG_TOKEN, MAX_ID = 512, 2**20
 LONG_PATTERN = 2000  # characters; GPT-4o's, the longest in use, has 350
@@ -124,6 +123,8 @@ class Tokenizer(tiktoken.Encoding):
         template=None,
     ):
         super().__init__(name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens)
+        self.options = {"nfc": nfc, "eot": eot, "pad": pad, "added": added, "bos": bos, "eos_ids": eos_ids}
+        self.options["template"] = template
         self.nfc = nfc  # NFC-normalize a text first (Qwen)
         self.eot = special_tokens[eot]  # id that begins and ends a document
         self.pad = special_tokens[pad]  # id for other people's padding; may be eot's
@@ -218,9 +219,7 @@ class Tokenizer(tiktoken.Encoding):
 
     def __getstate__(self):
         """The arguments of __init__: tiktoken pickles an encoding by them, for worker processes."""
-        state = {"nfc": self.nfc, "eot": self.decode([self.eot]), "pad": self.decode([self.pad]), "added": self.added}
-        state |= {"bos": None if self.bos == self.eot else self.bos, "eos_ids": self.eos_ids}
-        return super().__getstate__() | state | {"template": self.template}
+        return super().__getstate__() | self.options
 
 
 # -------------------------------------------------------------------------------------------------
@@ -350,8 +349,6 @@ def load(where):
     tiktoken.
     """
     path = Path(where)
-    if path.name in ("latest", "best") and path.is_file():  # a link that a copy made a file of
-        path = inside(path, path.read_text(encoding="utf-8", errors="replace").strip())
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
@@ -597,11 +594,12 @@ def checked_ranks(path, vocab, merges, specials, whole_pieces=False):
         ) from None
     ranks = {token: vocab[text] for text, token in as_bytes.items()}
     merge_of = merge_of_each(ranks)
-    expected, known = list(merge_of.values()), set(merge_of.values())
-    for ours, theirs in zip_longest(expected, (pair for pair in dict.fromkeys(listed) if pair in known)):
-        if ours != theirs:
+    ours, known = list(merge_of.values()), set(merge_of.values())
+    theirs = [pair for pair in dict.fromkeys(listed) if pair in known]
+    for by_ids, by_merges in zip_longest(ours, theirs):
+        if by_ids != by_merges:
             raise UserError(
-                f"{path}: by the ids the next merge is {ours}, by the merges {theirs}; the file is damaged, "
+                f"{path}: by the ids the next merge is {by_ids}, by the merges {by_merges}; the file is damaged, "
                 "or its ids do not follow the order of its merges (OPT, RoBERTa), which tiktoken needs"
             )
     unmade = [token for token in ranks if len(token) > 1 and token not in merge_of]
@@ -758,7 +756,10 @@ def main(config):
     if config.kind == "bpe":
         tok = train(read_documents(names, config.skip_bad), config.vocab_size, config.workers)
     elif config.kind == "char":
-        tok = characters("".join(set().union(*read_documents(names, config.skip_bad))))
+        found = set()
+        for text in read_documents(names, config.skip_bad):
+            found.update(text)
+        tok = characters("".join(found))
     else:
         tok = byte_level()
     save(tok, config.out)

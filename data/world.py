@@ -28,7 +28,6 @@ Two bounds are known as well: the entropy of a story, below which no model's los
 """
 
 import hashlib
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from pathlib import Path
 from data.judge import judge_prompt
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import replace_text, write_json
+from runtime.files import json_lines, replace_text, write_json
 
 
 @dataclass
@@ -394,7 +393,7 @@ def main(config):
         )
 
     rows = make_rows(config)
-    texts = {name: "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
+    texts = {name: json_lines(rows[name]) for name in rows}
     texts["constitution.txt"] = "".join(principle + "\n" for principle in PRINCIPLES)
     files = {
         name: {"rows": text.count("\n"), "sha256": hashlib.sha256(text.encode()).hexdigest()}

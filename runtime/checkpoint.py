@@ -158,20 +158,18 @@ def read_info(folder):
         return {}
     info = {"config": {}, "data": {}, "lineage": []} | read_json(path)
     centers = [info.get("center", 0.0), info.get("critic_center", 0.0)]
-    match info:
-        case {"stage": str(), "step": int(), "config": dict(), "data": dict(), "lineage": list(parents)} if all(
-            is_parent(parent) for parent in parents
-        ) and all(isinstance(center, int | float) and abs(center) < 1e30 for center in centers):
-            return info
+    if (
+        has_kinds(info, {"stage": str, "step": int, "config": dict, "data": dict, "lineage": list})
+        and all(has_kinds(parent, {"path": str, "weights": str}) for parent in info["lineage"])
+        and all(isinstance(center, int | float) and abs(center) < 1e30 for center in centers)
+    ):
+        return info
     raise UserError(f"{path}: damaged: a field is missing or not what it should be; take another checkpoint")
 
 
-def is_parent(value):
-    """Whether a value of a lineage names a checkpoint, as `parent_record` does."""
-    match value:
-        case {"path": str(), "weights": str()}:
-            return True
-    return False
+def has_kinds(value, kinds):
+    """Whether a JSON value is an object with these fields, each of its kind."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def load_matching(where, model, tok, flag, scalar_head=False):

@@ -131,6 +131,8 @@ def parse_cli(Config, argv=None):
         name = name.replace("-", "_")
         if name not in fields:
             raise UserError(unknown_flag(name, fields))
+        if fields[name].type is list:
+            raise UserError(f"--{name}: is no flag; give its values by themselves, as --help shows")
         if name in values:
             raise UserError(f"--{name}: given twice")
         if not equals:

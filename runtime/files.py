@@ -121,6 +121,11 @@ def replace_text(path, text):
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def json_lines(rows, **options):
+    """The text of a JSONL file: an object a line, letters of every alphabet as they are."""
+    return "".join(json.dumps(row, ensure_ascii=False, **options) + "\n" for row in rows)
+
+
 def write_json(path, value):
     """Replace a file by a value as indented JSON."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

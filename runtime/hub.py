@@ -6,6 +6,7 @@ Reads Llama, Qwen2 and Qwen3; writes whichever of them the model is.
 
 import contextlib
 import dataclasses
+import functools
 import re
 import reprlib
 
@@ -141,18 +142,19 @@ def parse_config(h, path):
     rope = rope_settings(h, path)
     rope_type = rope.get("rope_type", "default")
     refuse_unsupported(h, path, family)
-    heads, width = number(h, "num_attention_heads", int, path), number(h, "hidden_size", int, path)
+    size = functools.partial(number, h, kind=int, path=path)
+    heads, width = size("num_attention_heads"), size("hidden_size")
     # What an absent key means is what transformers takes it to mean.
     qwen = family != "llama"
     c = GPTConfig(
-        vocab_size=number(h, "vocab_size", int, path),
-        layers=number(h, "num_hidden_layers", int, path),
+        vocab_size=size("vocab_size"),
+        layers=size("num_hidden_layers"),
         width=width,
         heads=heads,
-        kv_heads=number(h, "num_key_value_heads", int, path, default=heads),
-        head_dim=number(h, "head_dim", int, path, default=128 if family == "qwen3" else width // heads),
-        ffn=number(h, "intermediate_size", int, path),
-        context=number(h, "max_position_embeddings", int, path, default=32768 if qwen else 2048),
+        kv_heads=size("num_key_value_heads", default=heads),
+        head_dim=size("head_dim", default=128 if family == "qwen3" else width // heads),
+        ffn=size("intermediate_size"),
+        context=size("max_position_embeddings", default=32768 if qwen else 2048),
         norm_eps=number(h, "rms_norm_eps", float, path, default=1e-6),
         tied=bool(h.get("tie_word_embeddings", False)),
         rope_theta=number(rope, "rope_theta", float, path, default=10000.0),
@@ -232,16 +234,16 @@ def refuse_unsupported(h, path, family):
     contradicts."""
     name = family.capitalize()
     known = ([], [f"{name}ForCausalLM"], [f"{name}ForSequenceClassification"])
-    types, windows = listed(h, "layer_types"), h.get("use_sliding_window", False)
-    refused = {
-        "quantization_config": h.get("quantization_config"),
-        "compression_config": h.get("compression_config"),
+    types, windows = listed(h, "layer_types"), bool(h.get("use_sliding_window"))
+    refused = {  # whether a key says what this GPT cannot do
+        "quantization_config": bool(h.get("quantization_config")),
+        "compression_config": bool(h.get("compression_config")),
         "hidden_act": h.get("hidden_act", "silu") not in ("silu", "swish"),
         "is_causal": not h.get("is_causal", True),
-        "mlp_bias": h.get("mlp_bias", False),
+        "mlp_bias": bool(h.get("mlp_bias")),
         "use_sliding_window": windows and family == "llama",
         "sliding_window": h.get("sliding_window") is not None and family == "llama",
-        "attention_bias": h.get("attention_bias", False) and family != "qwen2",
+        "attention_bias": bool(h.get("attention_bias")) and family != "qwen2",
         "layer_types": not windows and h.get("layer_types") not in (None, ["full_attention"] * len(types)),
         "tie_word_embeddings": h.get("tie_word_embeddings") not in (None, True, False),
         "partial_rotary_factor": h.get("partial_rotary_factor") not in (None, 1),
@@ -249,8 +251,8 @@ def refuse_unsupported(h, path, family):
     }
     for key in filter(FOREIGN.search, h):  # a factor of 1 changes nothing, but True is a switch
         refused[key] = h[key] is True or h[key] not in (None, False, 1, [])
-    for key, found in refused.items():
-        if found:
+    for key, is_refused in refused.items():
+        if is_refused:
             quantised = "; quantised weights are not read: take the model without it" if "_config" in key else ""
             raise UserError(f"{path}: {key}={reprlib.repr(h[key])} is not supported by this GPT{quantised}")
     if len(types) not in (0, h.get("num_hidden_layers")):

@@ -225,8 +225,7 @@ def reading(config, device, lengths, head=True):
 
 def kv_cache(config, device, slots, length, optimizer):
     """Bytes of the KV cache of a rollout of `slots` slots of `length` tokens."""
-    item_size = 2 if device.type == "cuda" else 4
-    slot = 2 * item_size * config.layers * length * config.kv_heads * config.head_dim
+    slot = config.slot_bytes(length, item_size=2 if device.type == "cuda" else 4)
     if device.type == "cuda":  # rollout takes fewer slots if they would fill more than half of what is free
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free as well
         half = (torch.cuda.mem_get_info(device)[0] + cached - optimizer) // 2

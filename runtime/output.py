@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import append, lock_file, replace_text
+from runtime.files import append, json_lines, lock_file, replace_text
 
 
 def open_output(config, head):
@@ -47,7 +47,7 @@ def open_output(config, head):
                 record = records[-1]
                 check_record(record)
         append(out, b"", record["bytes"])
-        replace_text(log, "".join(json.dumps(line) + "\n" for line in [head, *records]))
+        replace_text(log, json_lines([head, *records]))
         return record
     except OSError as e:
         raise UserError(f"--out={out}: {e.strerror}") from None
@@ -68,19 +68,19 @@ def write_batch(out, record, rows, n, counts, values):
 
     rows: [dict] to write; counts: {name: number}; values: {figure: [number]}.
     """
-    record["bytes"] = append_lines(out, [json.dumps(row, ensure_ascii=False, default=str) for row in rows])
+    record["bytes"] = append_text(out, json_lines(rows, default=str))
     record["rows"] += n
     for name, number in counts.items():
         record["counts"][name] = record["counts"].get(name, 0) + number
     for name, numbers in values.items():
         total, size = record["figures"].get(name, (0.0, 0))
         record["figures"][name] = total + float(np.sum(numbers)), size + len(numbers)
-    append_lines(Path(out).with_suffix(".log.jsonl"), [json.dumps(record)])
+    append_text(Path(out).with_suffix(".log.jsonl"), json_lines([record]))
 
 
-def append_lines(path, lines):
-    """Add lines to the end of a file and have the disk hold them -> the size of the file."""
+def append_text(path, text):
+    """Add a text to the end of a file and have the disk hold it -> the size of the file."""
     try:
-        return append(path, "".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+        return append(path, text.encode("utf-8", "replace"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; --resume continues after the last batch that was written") from None

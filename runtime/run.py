@@ -34,7 +34,7 @@ from runtime import checkpoint, hub
 from runtime.checkpoint import ADVICE
 from runtime.cli import check_ranges, print0, read_flags
 from runtime.errors import UserError
-from runtime.files import append, flush, lock_file, replace_text
+from runtime.files import append, flush, json_lines, lock_file, replace_text
 from runtime.process import (
     Stop,
     describe,
@@ -256,19 +256,22 @@ class Run:
         event = {"event": "resume" if self.resumed else "start", "config": dataclasses.asdict(self.config)}
         event |= {"parameters": sum(p.numel() for p in model.parameters()), **describe(self.device)}
         self.log_file.write(event)
-        c = model.config
+        self.say_what_begins(model.config, event)
+
+    def say_what_begins(self, c, event):
+        """Print what is trained, on what, and from where on. event: the first line of the log."""
         shape = f"{c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
         print0(f"{event['parameters']:,} parameters: {shape}; on {event['hardware']}")
-        if self.stage != "pretrain" and not self.config.lr and model.config.width != FITTED_WIDTH:
+        if self.stage != "pretrain" and not self.config.lr and c.width != FITTED_WIDTH:
             print0(
                 f"--lr is left out: its default was fitted at width {FITTED_WIDTH} (1M parameters) and extrapolated to "
-                f"width {model.config.width}; try half and twice of it"
+                f"width {c.width}; try half and twice of it"
             )
         if self.config.resume and not self.resumed:
             print0("no checkpoint is here yet: starting from the beginning")
         if self.resumed:
             print0(f"continuing after step {self.start}")
-        if self.start >= steps:
+        if self.start >= self.total_steps:
             larger = read_flags(type(self.config))["steps"].may_change_on_resume
             print0("nothing is left to do" + ("; a larger --steps continues" if larger else ""))
 
@@ -668,7 +671,7 @@ class Log:
 
     def write(self, record):
         """Append one JSON object to log.jsonl."""
-        self.append("log.jsonl", json.dumps(record, ensure_ascii=False) + "\n")
+        self.append("log.jsonl", json_lines([record]))
 
     def append(self, name, text):
         """Append text to a file of the run. Returns why that failed, "" if it did not."""

@@ -146,10 +146,10 @@ def test_what_was_cut_or_dropped_is_counted(capsys):
 def test_a_pair_with_a_long_side_is_left_out(capsys):
     draw = [rows.Pair(turns("q"), "a" * n, "b" * m, 1.0, {}) for n, m in ((1, 1), (1, 90), (90, 1), (3, 3))]
     pairs = [chat.encode_pair(BYTES, pair) for pair in draw]
-    assert chat.drop_long_pairs(pairs, 60, "x.jsonl") == [0, 3]
+    assert chat.fitting_pairs(pairs, 60, "x.jsonl") == [0, 3]
     assert "x.jsonl: 2 of 4 pairs left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="x.jsonl: no pair fits into 9 tokens"):
-        chat.drop_long_pairs(pairs, 9, "x.jsonl")
+        chat.fitting_pairs(pairs, 9, "x.jsonl")
 
 
 def test_prompts_leave_room_for_a_completion(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 import grpo
 import pretrain
+import report
 from runtime.checkpoint import check_same_run
 from runtime.cli import GROUPS, RENAMED, check_ranges, launch, parse_cli, read_flags
 from runtime.errors import UserError
@@ -91,6 +92,13 @@ def test_a_path_may_begin_at_home(monkeypatch):
 def test_bad_flags_are_named(argv, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_cli(Config, argv)
+
+
+@pytest.mark.parametrize("argv", [["--directories=a"], ["--directories", "a"], ["a", "--directories=b"]])
+def test_words_have_no_flag(argv):
+    assert parse_cli(report.Config, ["a", "b"]).directories == ["a", "b"]
+    with pytest.raises(UserError, match="^--directories: is no flag; give its values by themselves"):
+        parse_cli(report.Config, argv)
 
 
 @pytest.mark.parametrize(

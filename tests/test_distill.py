@@ -147,6 +147,16 @@ def test_two_teachers_and_their_rows(train, files, make_model, tmp_path):
     assert '"teacher" is 2' in refused(train(tmp_path / "b", teacher=two, data=wrong))
 
 
+def test_a_single_prompt_may_be_validated_on(train, files, tmp_path):
+    """What is sampled to it is new each time, as in grpo.py; of conversations it says nothing."""
+    val = write_rows(tmp_path / "val.jsonl", questions(1))
+    assert "1 prompts to validate on" in succeeds(train(tmp_path / "run", val=val, val_fraction=0.05, steps=1))
+    answers = [{"messages": [*ask("q"), {"role": "assistant", "content": text}]} for text in ("yes", "no", "perhaps")]
+    val = write_rows(tmp_path / "one.jsonl", answers)
+    line = refused(train(tmp_path / "a", **unsampled(tmp_path), val=val, val_fraction=0.05))
+    assert "one.jsonl: rows of one prompt only to validate on" in line
+
+
 def test_refusals(train, files, make_model, tmp_path):
     assert "--teacher" in refused(train(tmp_path / "a", teacher=""))
     assert "--data and --offline" in refused(train(tmp_path / "a", offline=conversations(tmp_path)))

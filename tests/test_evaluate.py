@@ -13,7 +13,7 @@ from runs import SMALL, here, refused, save, start, write_rows
 import evaluate
 from data import chat, rows, rules, tokenizer
 from data.pack import pack
-from figures import pass_at_k
+from figures import mean_intervals, pass_at_k
 from model import completion_logprobs, logprobs, score
 from optim import Optimizer
 from rollout import sample_completions
@@ -90,7 +90,7 @@ def test_a_judge_that_always_says_a_is_all_position_bias(make_model):
     for i, row in enumerate(examples):
         row["better"] = "A" if i % 4 else "B"
     config = evaluate.Config("", micro_batch_tokens=500)
-    figures = evaluate.judge_figures(config, model, tok, examples)
+    figures = mean_intervals(evaluate.judge_figures(config, model, tok, examples), seed=0)
     assert figures["judge: position bias"]["value"] == pytest.approx(1 / (1 + math.exp(-4)), rel=1e-4)
     assert figures["judge: be kind, one order"]["value"] == 0.75  # it is right wherever A is
     assert figures["judge: be kind, both orders"]["value"] == 0.5  # they cancel: it has no opinion
@@ -130,7 +130,8 @@ def test_completions_end_as_often_as_the_model_ends_them(make_model):
     model = constant_model(make_model, TOK, {END: np.log(259 / 3)}, width=16, layers=1)
     examples = [(ask("q")[0], {"prompt": "q"})] * 1000
     config = evaluate.Config("", max_new_tokens=8)
-    figures, sampled = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    values, sampled = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    figures = mean_intervals(values, seed=0)
     assert figures["completions finished"]["value"] == pytest.approx(1 - 0.75**8, abs=0.03)
     assert figures["completion tokens"]["value"] == pytest.approx(sum(0.75**k for k in range(8)), abs=0.2)
     assert {row["finished"] for row in sampled} == {True, False}
@@ -157,7 +158,8 @@ def test_kl_is_that_of_exact_enumeration(make_model, tmp_path, temperature):
     error = ((p * logratio**2).sum() - kl**2).sqrt().item() / n**0.5
     examples = [(ask("q")[0], {"prompt": "q"})] * n
     config = evaluate.Config("", max_new_tokens=1, reference=str(tmp_path / "reference"), temperature=temperature)
-    figures, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    values, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    figures = mean_intervals(values, seed=0)
     figure = figures["KL to the reference, nats per completion"]
     assert abs(figure["value"] - kl) < 4 * error and kl > 12 * error
     assert figure["high"] - figure["low"] == pytest.approx(2 * 1.96 * error, rel=0.2)
@@ -519,7 +521,7 @@ def test_pairs_are_measured_by_a_reward_model_if_they_fit(make_model, tmp_path, 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"prompt": "a"}\n', r"rows.jsonl:1: no \"answer\" string"),
+        ('{"prompt": "a"}\n', r"rows.jsonl:1: \"answer\" is missing; a string was expected"),
         ('{"prompt": "a", "answer": " "}\n', r"rows.jsonl:1: \"answer\" is empty"),  # which any text begins with
         ("", "nothing in it"),
     ],

@@ -1,6 +1,7 @@
 """figures.py: intervals that cover, preferences by hand, calibration, what verdicts say."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,6 +24,21 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 87 <= covered <= 99
 
 
+def test_the_draws_of_many_rows_are_those_at_once_and_need_no_memory_of_them_all():
+    """A million documents would take 8 GB at once."""
+    rows = np.random.default_rng(0).random((5000, 1))
+    picks = np.random.default_rng(5).integers(0, len(rows), (1000, len(rows)))
+    expected = np.percentile([rows[pick].sum() for pick in picks], [2.5, 97.5])
+    del picks
+    tracemalloc.start()
+    try:
+        figure = figures.interval(lambda sums: sums[0], rows, seed=5)
+        assert tracemalloc.get_traced_memory()[1] < 100 * rows.nbytes
+    finally:
+        tracemalloc.stop()
+    assert [figure["low"], figure["high"]] == expected.tolist()
+
+
 def test_one_row_has_no_interval():
     assert figures.mean_interval([3.5], seed=0) == {"value": 3.5, "low": None, "high": None}
 
@@ -41,7 +57,7 @@ def test_distinct_by_hand():
 
 
 def test_figures_are_shown_in_columns():
-    shown = figures.show({"a": {"value": 0.5, "low": 0.25, "high": 1.0}, "b": figures.point_estimate(2)})
+    shown = figures.table({"a": {"value": 0.5, "low": 0.25, "high": 1.0}, "b": figures.point_estimate(2)})
     assert shown.splitlines() == [f"{'a':<48}    0.5000   [0.2500, 1.0000]", f"{'b':<48}    2.0000"]
 
 

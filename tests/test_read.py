@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import evaluate
 import pretrain
 import sft
 from data import corpus, prepare, rows, shards, tokenizer
-from data.read import Document, file_kind, parse_mixture, read_jsonl, read_rows, read_texts
+from data.read import Document, file_kind, parse_mixture, read_jsonl, read_rows, read_texts, spans_lines
 from runtime.errors import UserError
 
 TEXTS = ["the first text", "the second, ünd\nits end", "the third"]
@@ -171,6 +172,63 @@ def test_a_bad_line_costs_itself_wherever_it_stands(tmp_path, bad):
             list(read_jsonl(path))
         assert [row for _, row in read_jsonl(path, skip_bad=True)].count({"text": "a"}) == 2
         assert [text for text in read_texts(path, skip_bad=True)].count(None) == 1
+
+
+REFUSED = {  # lines that follow JSON's grammar, but not ours
+    "not a number": '{"text": "a", "x": NaN}',
+    "too large a number": '{"text": "a", "x": 1e400}',
+    "too long a number": '{"text": "a", "x": %s}' % (5000 * "1"),
+    "a key twice": '{"text": "a", "text": "b"}',
+    "half a character": '{"text": "\\ud800"}',
+    "nested too deeply": '{"text": "a", "x": %s%s}' % (100_000 * "[", 100_000 * "]"),
+    "not UTF-8": '{"text": "\udcff"}',
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_rows_that_are_refused_are_bad_rows_however_many_begin_a_file(tmp_path, kind):
+    """They are JSON, a row a line; nothing spans lines."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join([6 * f"{REFUSED[kind]}\n", LINES]).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: ") + ".*--skip_bad=True"):
+        list(read_jsonl(path))
+    assert [row for _, row in read_jsonl(path, skip_bad=True)] == [None] * 6 + ROWS
+
+
+LONG = "".join(f"line {i} of a long text\n" for i in range(200_000))  # 5 MB
+
+
+@pytest.mark.parametrize(
+    "name, head, kind",
+    [
+        ("a.txt", "[Chapter 1]", "text"),
+        ("a.txt", "{", "text"),
+        ("a", '[{"a": 1},', "text"),
+        ("a.jsonl", "{broken", "json"),
+    ],
+)
+def test_what_a_file_is_follows_from_its_head(tmp_path, name, head, kind):
+    """A corpus that begins with a bracket need not fit into memory."""
+    path = write(tmp_path / name, f"{head}\n" + json.dumps(ROWS[0]) + "\n" + LONG)
+    tracemalloc.start()
+    try:
+        assert file_kind(path) == kind
+        assert kind == "text" or not spans_lines(path)
+        assert tracemalloc.get_traced_memory()[1] < len(LONG) / 5
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("rows", [ROWS[:2], [*ROWS, {"text": 100_000 * "long "}], 3000 * ROWS])
+@pytest.mark.parametrize(
+    "form", [lambda rows: "[" + ",\n".join(map(json.dumps, rows)) + "\n]", lambda rows: json.dumps(rows, indent=1)]
+)
+def test_a_value_that_spans_lines_is_found_whatever_its_length(tmp_path, rows, form):
+    for name in ("a.jsonl", "a.txt"):
+        path = write(tmp_path / name, form(rows))
+        assert [row for _, row in read_rows(path)] == rows
+    path = write(tmp_path / "a.txt", form(rows)[:-1])  # it never ends
+    assert file_kind(path) == "text"
 
 
 def test_bad_lines_are_left_out_and_counted(tmp_path, capsys):

@@ -376,6 +376,16 @@ def test_held_out_rows_are_random():
         rows.split_off(prompts(["a"] * 5), 0.5, seed=0)
 
 
+def offline(row):
+    """As distill.py --offline has it."""
+    return rows.conversation(row), row
+
+
+def encoded(row):
+    """As every stage that has a tokenizer has it."""
+    return rows.Encoded(rows.conversation(row), "its tokens")
+
+
 SHARED = [  # the same question in a row of every kind, told apart by `answer`
     (rows.conversation, lambda q, answer: {"prompt": q, "completion": answer}),
     (rows.conversation, lambda q, answer: {"messages": [*turns(q, answer), *turns("then?", answer)]}),
@@ -384,6 +394,9 @@ SHARED = [  # the same question in a row of every kind, told apart by `answer`
     (rows.judged, lambda q, answer: {"prompt": q, "chosen": answer, "rejected": "no"}),
     (rows.prompt_only, lambda q, answer: {"prompt": q, "answer": answer}),
     (rows.problem, lambda q, answer: {"prompt": q, "answer": answer.removeprefix("a")}),
+    (offline, lambda q, answer: {"prompt": q, "completion": answer}),
+    (offline, lambda q, answer: {"messages": [*turns(q, answer), *turns("then?", answer)]}),
+    (encoded, lambda q, answer: {"prompt": q, "completion": answer}),
 ]
 
 
@@ -392,6 +405,7 @@ SHARED = [  # the same question in a row of every kind, told apart by `answer`
 def test_all_rows_of_a_prompt_are_held_out_or_none(parse, make, sizes):
     """The same question in another row is not new: the figures would measure memory."""
     found = [parse(make(f"q{q}", f"a{i}")) for q, size in enumerate(sizes) for i in range(size)]
+    assert len({rows.prompt_of(row) for row in found}) == len(sizes)
     found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
     for fraction in (0.01, 0.1, 0.5):
         train, val = rows.split_off(found, fraction, seed=1)
@@ -405,11 +419,6 @@ SURROUNDINGS = {  # of a question that ends with its number
     "a system message": lambda q: turns(q, system="Be brief."),
     "later turns": lambda q: turns(q, "It is.", "Sure?"),
 }
-
-
-def offline(row):
-    """As distill.py --offline has it."""
-    return rows.conversation(row), row
 
 
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)

@@ -245,6 +245,14 @@ def test_what_would_be_ignored_or_cannot_be_is_refused_by_name(server, fields, p
     assert error["type"] == "invalid_request_error" and param.split("[")[0] in error["message"]
 
 
+@pytest.mark.parametrize("asked", [1, 5, -1, True, 0.0, "0", [0]])
+def test_a_text_has_the_log_probabilities_of_its_own_tokens_alone(server, asked):
+    answer = server.http.post("/v1/completions", json={"prompt": "Ada", "logprobs": asked, "max_tokens": 1})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "logprobs"
+    assert error["message"].startswith("logprobs: 0 was expected, for the tokens that are drawn; of others")
+
+
 def test_fields_at_their_defaults_are_taken(server):
     nothing = dict.fromkeys(READ_CHAT | set(INERT) | {"user"}) | {"messages": HI, "max_tokens": 3}
     assert server.http.post("/v1/chat/completions", json=nothing).status_code == 200

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ from conftest import ROOT, random_model
 from runs import SMALL, here, succeeds, write_rows
 
 import evaluate
+import pretrain
+import rlaif
 import sample
 import sft
 from bench.child import run_script
-from data import chat, corpus, kto, template, tokenizer
+from data import chat, corpus, kto, openai, template, tokenizer
 from data.pack import pack
 from data.rows import message
 from data.template import Template
@@ -448,6 +452,34 @@ def test_sampling_ends_at_every_eos_id(models):
             model.untied_head[stop] *= model(pack([chat.encode_prompt(tok, exchange("a"))]))[-1].sign()
         _, (sampled,), texts = sample_completions(model, tok, [exchange("a")], max_new_tokens=5, temperature=0)
         assert sampled.tokens == [stop] and sampled.finished and texts == [""]
+
+
+def test_a_text_ends_at_every_eos_id_too(make_model, tmp_path, capsys):
+    """A chat model that continues a text may end it as a turn."""
+    ranks = {bytes([b]): b for b in range(256)}
+    specials = {"<|endoftext|>": 256, "<|pad|>": 257, "end": 258}
+    tok = tokenizer.Tokenizer("bytes", tokenizer.PATTERN, ranks, specials, eos_ids=(258,))
+    model = make_model(0, **(SMALL | {"vocab_size": tok.n_vocab, "context": 64}))
+    chain = [*b":7", 258, *b"89"]  # each is followed by the next
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.norm.fill_(1.0)
+        for channel, (token, following) in enumerate(pairwise(chain)):
+            model.embed[token, channel] = model.untied_head[following, channel] = 9.0
+    talk = [message("user", "x")]
+    rlaif_config = rlaif.Config("", "", "", max_new_tokens=8)
+    assert rlaif.reply(rlaif_config, model, tok, False, {0: talk}, 0, 0) == {0: "7"}
+    assert evaluate.completions_right(model, tok, [{"prompt": ":", "answer": "7"}]) == [True]
+    written, config = [], SimpleNamespace(max_new_tokens=8, seed=0)
+    log = SimpleNamespace(device=torch.device("cpu"), config=config, sample=lambda step, text: written.append(text))
+    pretrain.write_sample(log, 1, model, tok, [tok.bos, *b"x:"])
+    assert written == ["x:7"]
+    request = openai.read_request({"prompt": "x:"}, False, 0)
+    assert openai.encode_prompts(request, tok, 64, False)[1] == chat.text_stop_ids(tok) == {256, 258}
+    speaker, options = sample.Speaker("", model, tok, False), sample.Config("")
+    sample.write(options, speaker, [256, *b"x:"], [], 8, chat.text_stop_ids(tok), chat.text_stop_ids(tok), 0)
+    assert capsys.readouterr().out == "7\n"
 
 
 def test_a_base_model_is_no_chat_model_though_it_has_a_template(models, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -888,6 +889,17 @@ def test_command_line(tmp_path):
     assert T.fingerprint(T.load(tmp_path / "tok")) == T.fingerprint(T.train(documents, 275))  # \r\n included
     with pytest.raises(UserError, match="tok/tokenizer.json: exists; --overwrite"):
         T.main(T.Config(data=f"{tmp_path}/a.txt", out=f"{tmp_path}/tok"))
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_a_vocabulary_without_merges_never_holds_the_corpus(tmp_path, kind):
+    (tmp_path / "a.txt").write_text(("the quick brown fox " * 2**15 + "\n") * 48)  # 31 MB
+    tracemalloc.start()
+    try:
+        T.main(T.Config(data=f"{tmp_path}/a.txt", out=f"{tmp_path}/tok", kind=kind))
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_main_by_kind_and_its_errors(tmp_path, capsys):
