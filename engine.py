@@ -64,14 +64,21 @@ class ModelThread(threading.Thread):
             while not self.busy or not self.inbox.empty():
                 method, *arguments = self.inbox.get()
                 method(*arguments)
-            for served in self.busy:
-                self.step(served)
-            self.busy = [served for served in self.busy if served.sampler and served.sampler.busy]
+            self.step_all()
             if time.monotonic() > self.last_sent + PIECE_SECONDS:
                 self.send_progress()
             if self.events:
                 self.loop.call_soon_threadsafe(hand_out, self.events)
                 self.events = []
+
+    def step_all(self):
+        """A step of each model that is busy.
+
+        A method of its own: a name left over in `run` would keep a model that is no longer served
+        in memory."""
+        for served in self.busy:
+            self.step(served)
+        self.busy = [served for served in self.busy if served.sampler and served.sampler.busy]
 
     def add(self, job):
         """Queue the completions of a job; an error goes to its client."""
@@ -90,7 +97,9 @@ class ModelThread(threading.Thread):
     def cancel(self, job, completions):
         """Drop some of a job's completions; those that have ended are left alone."""
         for i, request in enumerate(job.sent):
-            if i in completions and job.served.writing.pop(request, None):
+            # After a failed step a new sampler counts from 0, and the number may be another job's
+            if i in completions and job.served.writing.get(request) == (job, i):
+                del job.served.writing[request]
                 job.served.sampler.cancel(request)
 
     def step(self, served):

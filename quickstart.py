@@ -49,7 +49,7 @@ class Config:
     world: str = "shop"
     # directory of everything; "": out/quickstart, or out/puzzles
     out: str = ""
-    # when all is done, serve the result, to be talked to and voted on
+    # when all is done, serve the model of DPO, to be talked to and voted on
     serve: bool = False
     # -- What you will rarely set --
     # seed of the world, the weights and the samples

@@ -302,7 +302,9 @@ def make(directories):
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; name one with runs in it, or a run's own")
     root, runs = common(directories), find_runs(directories)
-    measured = {name: run["figures"] for name, run in runs.items()} | read_all(directories, "*.json", read_figures)
+    measured = {name: run["figures"] for name, run in runs.items()}
+    for name, figures in read_all(directories, "*.json", read_figures).items():
+        measured[name] = measured.get(name, {}) | figures  # of rm/ and of rm.json
     evaluations = {name: figures for name, figures in measured.items() if figures}
     completions = read_completions(directories)
     if not (runs or evaluations or completions):

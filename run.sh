@@ -3,5 +3,5 @@
 # quickstart.py. Arguments are passed on to it.
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./venv.sh report  # matplotlib, for the charts
+source ./venv.sh report,serve  # matplotlib for the charts, starlette and uvicorn for serve.py
 exec python quickstart.py "$@"

@@ -211,7 +211,8 @@ def converse(config, speaker, device):
                     notice(f"only {config.model} answers from now on")
                 case "/compare":
                     other = load(argument, device)
-                    chat.encode_prompt(other.tok, conversation(system, exchanges))  # UserError if it cannot
+                    # UserError if it cannot; many templates want a message of a user
+                    chat.encode_prompt(other.tok, conversation(system, [*exchanges, ("Hello", [])]))
                     speakers = [speaker, other]
                     exchanges = [(question, answers[:1]) for question, answers in exchanges]
                     but = "" if other.is_chat_model else ", though it is not a chat model"
@@ -248,15 +249,13 @@ def main(config):
             "put the text into --prompt"
         )
     if speaker.is_chat_model and not config.prompt:
-        return converse(config, speaker, device)
-    if speaker.is_chat_model:
-        prompt = chat.encode_prompt(tok, conversation(config.system, [(config.prompt, [])]))
-        stop = {tok.eot} | chat.stop_ids(tok)
+        converse(config, speaker, device)
+    elif speaker.is_chat_model:
+        answer(config, [speaker], config.system, [(config.prompt, [])], config.seed)
     else:
-        prompt = [tok.bos, *tok.encode_ordinary(config.prompt)]
-        stop = chat.text_stop_ids(tok)
+        prompt, stop = [tok.bos, *tok.encode_ordinary(config.prompt)], chat.text_stop_ids(tok)
         print(config.prompt, end="", flush=True)
-    write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
+        write(config, speaker, prompt, [], config.max_new_tokens, stop, stop, config.seed)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import sample
@@ -58,6 +58,7 @@ from runtime.process import launch, setup
 
 WEB = Path(__file__).parent / "web"
 FOLLOW_SECONDS = 1.0  # between two looks for a new run
+RETRY_SECONDS = 30.0  # until a run that could not be loaded is tried again
 MOST_MODELS = 50  # whose win rates are shown
 
 
@@ -224,7 +225,8 @@ class Server:
         kind = request.path_params["kind"]
         if not self.journal or kind not in KINDS:
             raise Refusal(404, "there is no such file")
-        return FileResponse(self.journal.path(kind), media_type="application/x-ndjson")
+        # Whole, as it is now: votes may be appended while it is sent
+        return Response(self.journal.path(kind).read_bytes(), media_type="application/x-ndjson")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,16 +235,21 @@ class Server:
 
 def follow(server, folder):
     """Serve the newest finished run from now on; what is being answered ends on the old one."""
-    seen = None
+    failed, retry_at, said = None, 0.0, ""
     while True:
-        newest = newest_finished(folder)
-        if newest not in (None, seen, Path(server.models[0].name)):
-            seen = newest
-            try:
+        newest = None
+        try:
+            newest = newest_finished(folder)
+            is_new = newest not in (None, Path(server.models[0].name))
+            if is_new and (newest != failed or time.monotonic() >= retry_at):
                 server.models = [load(newest), *server.models[1:]]
                 print0(f"{newest} answers from now on")
-            except Exception as e:  # damaged, say: the old one stays
-                print0(f"warning: {newest} is not served: {e}")
+        except Exception as e:  # damaged, or being copied or moved right now: the old one stays
+            failed, retry_at = newest, time.monotonic() + RETRY_SECONDS
+            warning = f"warning: {newest or folder} is not served: {e}"
+            if warning != said:
+                print0(warning)
+            said = warning
         time.sleep(FOLLOW_SECONDS)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data.feedback import freeze
 from runtime.checkpoint import newest_finished
-from runtime.cli import check_ranges, launch
+from runtime.cli import check_ranges, launch, refuse_unread
 from runtime.errors import UserError
 from runtime.files import LOCKS, lock_file
 
@@ -83,18 +83,27 @@ def flags_for(votes, flags):
     return words
 
 
+SIGNALS = []  # that have come
+
+
 def execute(words):
-    """Run one command. If a signal comes, the command saves and leaves, and then this process."""
+    """Run one command. If a signal comes, the command saves and leaves, and then this process.
+
+    After a signal no further command begins."""
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
-    # It holds our lock too: if we are killed and it is not, the next call is refused until it ends
-    process = subprocess.Popen([sys.executable, *words], pass_fds=[lock.fileno() for lock in LOCKS])
+    process = None
 
     def stop(number, frame):
-        if number == signal.SIGTERM:  # Ctrl-C reaches the command too
+        SIGNALS.append(number)
+        if process and number == signal.SIGTERM:  # Ctrl-C reaches the command too
             process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    if SIGNALS:
+        raise UserError("stopped by a signal; the same call continues from here")
+    # It holds our lock too: if we are killed and it is not, the next call is refused until it ends
+    process = subprocess.Popen([sys.executable, *words], pass_fds=[lock.fileno() for lock in LOCKS])
     if status := process.wait():
         what = words[1] if words[0] == "-m" else words[0]
         raise UserError(f"{what} ended with status {status}; the same call continues from here")
@@ -102,6 +111,8 @@ def execute(words):
 
 def main(config):
     check_ranges(config)
+    unread = ("dpo",) if config.method == "ppo" else ("reward", "ppo")
+    refuse_unread(config, dict.fromkeys(unread, f"--method={config.method} does not run it"))
     here, rounds = Path(__file__).parent, Path(config.rounds)
     if Path.cwd() != here:
         raise UserError(f"run it from the repository's directory: cd {here}")

@@ -10,7 +10,7 @@ for candidate in python3 python3.13 python3.12 python3.11 python; do
     fi
 done
 [ -n "$python" ] || { echo "Python 3.11 or newer is needed (python3 --version)" >&2; exit 1; }
-if [ ! -x .venv/bin/python ]; then
+if [ ! -e .venv/bin/activate ]; then  # written last: without pip, python3 -m venv leaves half of it
     system=""
     "$python" -c 'import torch' 2>/dev/null && system=--system-site-packages  # its PyTorch is seen from the environment
     "$python" -m venv $system .venv

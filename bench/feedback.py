@@ -219,7 +219,8 @@ def training_flags(seed):
 
 
 def sharpen(config, folder, seed, method="dpo"):
-    flags = [f"--{name}={vars(config)[name]} {training_flags(seed)}" for name in ("dpo", "reward", "ppo")]
+    stages = ["dpo"] if method == "dpo" else ["reward", "ppo"]
+    flags = [f"--{name}={vars(config)[name]} {training_flags(seed)}" for name in stages]
     init = f"--init={Path(config.start).resolve() / 'sft'}"
     where = [f"--feedback={folder / 'feedback'}", f"--rounds={folder / 'rounds'}", f"--method={method}"]
     python("sharpen.py", init, *where, *flags)

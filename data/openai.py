@@ -33,7 +33,7 @@ INERT = {
     "top_logprobs": [0],
 }
 READ = {"model", "stream", "stream_options", "n", "stop", "seed", "temperature", "top_p", "top_k", "logprobs"}
-READ |= {"max_tokens"}
+READ |= {"max_tokens", "user"}  # a client's name for its user changes no answer
 READ_CHAT, READ_TEXT = READ | {"messages", "max_completion_tokens"}, READ | {"prompt"}
 
 LONGEST = 2**31  # tokens, more than any context

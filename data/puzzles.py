@@ -8,8 +8,8 @@
 
 Every puzzle has a level, which is how many steps it takes. An answer is steps, if any, and "####"
 with the result: "8 + 7 = 15. 15 + 5 = 20. #### 20". Results and steps are both checked, so that a
-right result by wrong steps shows. A tenth of the puzzles is held out by hash, and the hardest level
-of each family altogether: no training text has it.
+right result by wrong steps shows. A tenth of the puzzles is held out by hash, and of each family of
+several levels the hardest altogether: no training text has it.
 
     pretrain.jsonl        text: questions and answers, one in three with steps, one in eight wrong
     answers.jsonl         chats with such answers: they teach whose turn it is, and nothing else

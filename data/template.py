@@ -261,11 +261,13 @@ def limit_time():
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 2, most))
 
 
-def answer(source, now, variables):
+def answer(line):
     """{"text"} of one request, or {"error"}."""
     try:
-        strftime_now = datetime.datetime.fromisoformat(now).strftime
-        text = compiled(source).render(tools=None, documents=None, strftime_now=strftime_now, **variables)
+        request = json.loads(line)
+        strftime_now = datetime.datetime.fromisoformat(request["now"]).strftime
+        given = {"tools": None, "documents": None, "strftime_now": strftime_now} | request["variables"]
+        text = compiled(request["source"]).render(given)
     except MemoryError:
         return {"error": f"takes more than {MEMORY >> 20} MB"}
     except Exception as e:
@@ -279,7 +281,7 @@ def serve():
     limit_memory()
     for line in sys.stdin.buffer:
         limit_time()
-        reply = answer(**json.loads(line))
+        reply = answer(line)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 

@@ -309,6 +309,8 @@ def test_a_round_trains_on_the_new_votes_from_the_newest_model(tmp_path, fork, m
     assert "$ python dpo.py" in output and "--resume" in output and "data.feedback" not in output
     reward, ppo = sharpen.training(sharpen.Config(init="x", method="ppo"), rounds / "3", first, votes=9)
     assert reward[0] == "reward.py" and reward[-1] == "--val_fraction=0.2"
+    line = refused(start(fork, sharpen, **flags, method="ppo", dpo="--steps=1"))
+    assert "--dpo=--steps=1: --method=ppo does not run it" in line
     with pytest.raises(UserError, match="No closing quotation"):
         sharpen.training(sharpen.Config(init="x", dpo="--data='x"), rounds / "3", first, votes=9)
     assert ppo[0] == "ppo.py" and f"--reward={rounds}/3/rm" in ppo and "--val_fraction=0.2" not in ppo

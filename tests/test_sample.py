@@ -125,6 +125,7 @@ def test_what_cannot_talk_is_refused(models, fork):
         ({"model": models / "base", "top_p": 0}, "--top_p=0"),
         ({"model": models / "base", "temperature": -1}, "--temperature=-1"),
         ({"model": models / "base", "max_new_tokens": 0}, "--max_new_tokens=0"),
+        ({"model": models / "wild", "prompt": "x" * 999}, "shorten it or the system message"),
     ]:
         assert why in refused(start(fork, sample, device="cpu", **flags))
 

@@ -18,6 +18,7 @@ from conftest import random_model
 from hypothesis import HealthCheck, given, settings, strategies as st
 from runs import refused, save, start, wait_until
 
+import engine
 import serve
 from bench import browser
 from bench.child import Child, run_script
@@ -557,6 +558,21 @@ def test_a_full_disk_is_told_and_nothing_half_is_left(serving, models, small_dis
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+def test_the_end_of_a_failed_job_leaves_the_requests_of_the_next_sampler_alone(make_model):
+    served, thread = (
+        engine.Served("m", make_model(), None, True),
+        engine.ModelThread("cpu", 4, asyncio.new_event_loop()),
+    )
+    failed, later = (engine.Job(served, [[1, 2]], {"max_new_tokens": 5}, False) for _ in range(2))
+    thread.add(failed)
+    served.writing, served.sampler = {}, None  # as `step` leaves them when the model fails
+    thread.add(later)
+    thread.cancel(failed, {0})
+    assert list(served.writing.values()) == [(later, 0)] and served.sampler.busy
+    thread.cancel(later, {0})
+    assert not served.writing and not served.sampler.busy
 
 
 def test_the_newest_finished_run_is_followed_and_running_answers_end_on_the_old_one(serving, models, tmp_path):

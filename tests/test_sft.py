@@ -305,6 +305,13 @@ def test_replay_keeps_what_was_known(tune, tmp_path, files):
         model, tok, _ = checkpoint.load(tmp_path / name)
         nats[name] = evaluate.document_nats(model, tok, [text], 10**6)[0, 0]
     assert "30 steps of 300 tokens, 150 of them replayed text" in output
+    few = {"replay": files["replay"], "replay_share": 0.05, "eval_every": 0, "steps": 5}
+    succeeds(tune(tmp_path / "few", **few))
+    most = 300 + 1  # with the id that begins the replayed piece
+    assert max(record["tokens"] for record in records(tmp_path / "few") if "loss" in record) <= most
+    assert "--replay_share=0.001: no token of a batch of 300" in refused(
+        tune(tmp_path / "none", **few | {"replay_share": 0.001})
+    )
     assert nats["with"] < 0.8 * nats["without"]
 
 

@@ -86,7 +86,7 @@ async function sendUnsent() {
       await api('/v1/feedback', first)
       say('Thank you, it is stored.')
     } catch (e) {
-      const never = e.status === 400 || e.status === 409  // what is wrong with it stays wrong
+      const never = [400, 409, 413].includes(e.status)  // what is wrong with it stays wrong
       const reason = e.status ? e.message : 'the server cannot be reached'
       say(`Not stored: ${reason}${never ? '' : '. The page keeps it and tries again.'}`)
       if (!never) return
@@ -130,8 +130,9 @@ async function answer(n, two) {
     running.abort()
   }
   running = null
+  const reads = innerHeight + scrollY > document.body.scrollHeight - 160  // the end, not what is above
   draw()
-  scrollTo(0, document.body.scrollHeight)
+  if (reads) scrollTo(0, document.body.scrollHeight)
   if (two) votes()?.querySelector('button:enabled')?.focus({ preventScroll: true })
   loadModels().catch(() => {})
 }
@@ -279,7 +280,7 @@ function drawRow(row) {
   const judged = { pairs: 'preferred', ratings: row.label ? 'good' : 'bad', corrections: 'corrected' }
   const prompt = row.prompt ?? row.messages.slice(0, -1)
   const text = row.chosen ?? row.completion ?? row.messages?.at(-1).content ?? row.answers.join('\n\n')
-  const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], [row.models ?? row.model].flat().join(' over ')]
+  const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], [row.models ?? row.model].flat().join(row.vote ? ' and ' : ' over ')]
   return el('li', {}, el('p', { className: 'question text', textContent: prompt.at(-1)?.content ?? prompt }),
     el('p', { className: 'text', textContent: text }),
     quiet([...said, row.time && new Date(1000 * row.time).toLocaleString()].filter(Boolean).join(' · ')))
