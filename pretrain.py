@@ -135,8 +135,6 @@ def check_flags(config):
         decided["skip_bad"] = "prepared data have no bad lines"
     elif config.val:
         decided["val_fraction"] = f"--val={config.val} is what is validated on"
-    if not config.sample_every:
-        decided |= dict.fromkeys(("prompt", "max_new_tokens"), "--sample_every=0 writes no samples")
     if config.init:
         flags = ("depth", *SHAPE, "tokenizer")
         decided |= dict.fromkeys(flags, f"the shape and the tokenizer come from --init={config.init}")

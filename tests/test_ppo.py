@@ -298,7 +298,7 @@ def test_beta_is_adapted_towards_the_target():
     assert adapted(0.1, 6.6, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.064))
     assert adapted(0.1, 60.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
     assert adapted(0.1, -5.0, 64, 6.0, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
-    assert adapted(0.1, 60.0, 64, 0.0, 1000) == 0.1  # without a target it stays
+    assert adapted(0.1, 60.0, 64, 0.0, ppo.Config.adaptive_kl_horizon) == 0.1  # without a target it stays
 
 
 def test_the_clipped_objective_and_where_it_has_no_gradient():
@@ -914,3 +914,5 @@ def test_beta_is_adapted_only_where_it_can_be():
         with pytest.raises(UserError, match="--adaptive_kl"):
             ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", adaptive_kl=6.0, **flags))
     ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", adaptive_kl=6.0))
+    with pytest.raises(UserError, match="--adaptive_kl_horizon=50: only --adaptive_kl reads it"):
+        ppo.check_flags(ppo.Config(init="", reward="r", data="", out="", adaptive_kl_horizon=50))

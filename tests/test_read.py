@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import tracemalloc
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -386,7 +387,8 @@ def test_what_follows_a_data_file_must_be_a_weight(name, weight):
     "name", ["data/*.jsonl", "s3://bucket/a.jsonl", "https://a.b/c.txt", "owner/name", "a.jsonl;b"]
 )
 def test_what_is_no_file_here_says_what_is_read(name):
-    for read in (corpus.read_documents, shards.text_hashes, lambda path: rows.read(path, rows.conversation)):
+    hashes = partial(shards.text_hashes, flag="data")
+    for read in (corpus.read_documents, hashes, lambda path: rows.read(path, rows.conversation)):
         with pytest.raises(UserError, match=re.escape(f"{name}: No such file") + ".*hf:NAME.*separated by commas"):
             read(name)
 
@@ -401,7 +403,7 @@ def test_a_list_of_texts_is_read_as_any_other_list(tmp_path, monkeypatch):
     assert tok.decode(val.tolist()) == f"<|endoftext|>the text<|endoftext|>{hub}<|endoftext|>"
     replayed = sft.read_replay(SimpleNamespace(replay=config.data, skip_bad=False), tok)
     assert [stream.tolist() for stream in replayed] == [train.tolist()]
-    assert list(shards.text_hashes(config.data)) == [path]
+    assert list(shards.text_hashes(config.data, "data")) == [path]
     with pytest.raises(UserError, match=re.escape(f"--data: {path} has the weight 0.5, but all of it is read")):
         pretrain.read_data(pretrain.Config(data=f"{path}:0.5", out=""), None)
     with pytest.raises(UserError, match="--text: .*has the weight 2"):
