@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from data import chat, rows
-from data.judge import judge_prompt, other_fields, question, reply_pair, swap_sides, transcript
+from data.judge import judge_prompt, other_fields, question, random_principles, reply_pair, swap_sides, transcript
 from figures import label_margins, show_record, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
@@ -95,11 +95,6 @@ class Config:
 CRITIQUE = "Think of this principle: {principle}\nIn which ways does your last answer go against it?"
 REVISION = """Now rewrite that answer so that it follows the principle: {principle}
 Write the new answer and nothing else."""
-
-
-def random_principles(n, principles, seed, first):
-    """int64 [n]: indices of principles for n rows, each by the seed and the row's number alone."""
-    return np.array([np.random.default_rng([seed, first + i]).integers(principles) for i in range(n)])
 
 
 def sampled_pairs(config, model, tok, batch, first):
@@ -289,18 +284,17 @@ def check_flags(config):
     """Raises UserError for flags that do not go together."""
     if world_size() > 1:
         raise UserError("rlaif.py is one process; for several GPUs start several, each with its own --data and --out")
-    if config.mode == "revise":
-        if not config.policy:
-            raise UserError("--policy: name the checkpoint whose answers are to be revised")
-        unread = ["principles", "group_size", "min_margin", "micro_batch_tokens", "reward"]
-        refuse_unread(config, dict.fromkeys(unread, "only --mode=judge reads it"))
-        return
-    if not config.judge:
+    if config.mode == "judge" and not config.judge:
         raise UserError("--judge: name the checkpoint that judges; the pretrained model is a good one")
-    refuse_unread(config, {"ask": "only --mode=revise reads it"})
-    if not config.policy:
-        unread = ["group_size", "temperature", "max_new_tokens"]
-        refuse_unread(config, dict.fromkeys(unread, "without --policy nothing is sampled"))
+    if config.mode == "revise" and not config.policy:
+        raise UserError("--policy: name the checkpoint whose answers are to be revised")
+    unread = {"ask": "only --mode=revise reads it"}
+    if config.mode == "revise":
+        flags = ["principles", "group_size", "min_margin", "micro_batch_tokens", "reward"]
+        unread = dict.fromkeys(flags, "only --mode=judge reads it")
+    elif not config.policy:
+        unread |= dict.fromkeys(["group_size", "temperature", "max_new_tokens"], "without --policy nothing is sampled")
+    refuse_unread(config, unread)
 
 
 def main(config):

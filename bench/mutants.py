@@ -530,7 +530,7 @@ MUTANTS = [
     ),
     ("unread_flag_taken", "runtime/cli.py", "if value != defaults[flag]:", "if False:", GRPO),
     ("val_fraction_beside_val", "data/rows.py", 'refuse_unread(config, {"val_fraction"', "dict({0", ROWS),
-    ("nothing_sampled_of_flags", "rlaif.py", "    if not config.policy:\n        un", "    if 0:\n        un", RLAIF),
+    ("nothing_sampled_of_flags", "rlaif.py", "elif not config.policy:\n", "elif False:\n", RLAIF),
     ("unsampled_of_flags", "distill.py", "if config.offline:\n        refuse", "if 0:\n        refuse", DISTILL),
     ("huge_rewards_taken", "scoring.py", "if abs(c.score) > LARGEST_REWARD:", "if False:", SCORING),
     ("squares_beyond_fp32", "scoring.py", "LARGEST_REWARD = 1e15", "LARGEST_REWARD = 1e30", PPO),

@@ -4,12 +4,19 @@ Pure functions."""
 import math
 import re
 
+import numpy as np
+
 from data import rows
 
 
 def judge_prompt(prompt, reply_a, reply_b, principle):
     """The text after which a judge says " A" or " B", whichever reply is better."""
     return f"Question:\n{prompt}\nReply A:\n{reply_a}\nReply B:\n{reply_b}\n{principle} Better:"
+
+
+def random_principles(n, principles, seed, first):
+    """int64 [n]: indices of principles for n rows, each by the seed and the row's number alone."""
+    return np.array([np.random.default_rng([seed, first + i]).integers(principles) for i in range(n)])
 
 
 def question(messages):

@@ -13,7 +13,7 @@ from runs import SMALL, here, refused, save, start, succeeds, write_rows
 
 import rlaif
 from data import chat, rows, tokenizer
-from data.judge import judge_prompt, reply_pair
+from data.judge import judge_prompt, random_principles, reply_pair
 from data.pack import pack
 from data.world import PRINCIPLES, pair
 from figures import label_margins
@@ -148,9 +148,9 @@ def test_principles_make_one_probability_by_mean_or_vote_or_chance():
 
 
 def test_random_principles_depend_on_the_seed_and_the_row_alone():
-    drawn = rlaif.random_principles(90, 3, 7, 0)
-    assert drawn.tolist() == [*rlaif.random_principles(40, 3, 7, 0), *rlaif.random_principles(50, 3, 7, 40)]
-    assert np.bincount(drawn).min() > 15 and drawn.tolist() != rlaif.random_principles(90, 3, 8, 0).tolist()
+    drawn = random_principles(90, 3, 7, 0)
+    assert drawn.tolist() == [*random_principles(40, 3, 7, 0), *random_principles(50, 3, 7, 40)]
+    assert np.bincount(drawn).min() > 15 and drawn.tolist() != random_principles(90, 3, 8, 0).tolist()
 
 
 @pytest.mark.parametrize("margin, kept", [(0.0, 3), (0.21, 3), (0.25, 2), (0.499, 0)])
