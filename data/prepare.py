@@ -57,7 +57,7 @@ from data.read import (
 )
 from data.shards import load_manifest
 from data.workers import batches, in_order
-from runtime.cli import check_ranges, launch
+from runtime.cli import check_ranges, launch, refuse_unread
 from runtime.errors import UserError
 from runtime.files import append, lock_file, replace_file, sha256, write_json
 
@@ -488,6 +488,8 @@ def report(manifest):
 
 def main(config):
     check_ranges(config)
+    if not config.clean:
+        refuse_unread(config, dict.fromkeys(("min_words", "max_words", "language"), "only --clean reads it"))
     try:
         re.compile(config.heading)
     except re.error as e:

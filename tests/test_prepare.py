@@ -558,6 +558,8 @@ def test_flag_errors(tmp_path, tok):
     for name, value in bad.items():
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}: ")):
             run(tok, tmp_path / "out", path, **{name: value})
+    with pytest.raises(UserError, match="--min_words=3: only --clean reads it"):
+        run(tok, tmp_path / "out", path, clean=False, min_words=3)
     with pytest.raises(UserError, match="'x.csv': expected FILE.txt, FILE.jsonl"):
         run(tok, tmp_path / "out", path, decontaminate="x.csv")
     with pytest.raises(UserError, match="x.txt: No such file"):
