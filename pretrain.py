@@ -131,8 +131,7 @@ def check_flags(config):
     if not config.window:
         decided["window_every"] = "no layer is windowed without --window"
     if Path(config.data).is_dir():
-        decided |= dict.fromkeys(("tokenizer", "val", "val_fraction"), "prepared data bring their own")
-        decided["skip_bad"] = "prepared data have no bad lines"
+        decided |= dict.fromkeys(("tokenizer", "val", "val_fraction", "skip_bad"), "prepared data have decided it")
     elif config.val:
         decided["val_fraction"] = f"--val={config.val} is what is validated on"
     if config.init:

@@ -312,7 +312,7 @@ def test_bad_flags_and_files_are_one_clear_line_and_cost_nothing(train, tmp_path
         ({"data": tmp_path / "broken.jsonl"}, "broken.jsonl:2:"),
         ({"data": f"{book},{tmp_path / 'absent.txt'}"}, "absent.txt: No such file"),
         ({"data": nothing}, "nothing: no manifest.json: not prepared data"),
-        ({"data": nothing, "val": book}, f"--val={book}: prepared data bring their own"),
+        ({"data": nothing, "val": book}, f"--val={book}: prepared data have decided it"),
         ({"val": tmp_path / "absent.txt"}, "absent.txt: No such file"),
         ({"depth": "abc"}, "--depth=abc: expected int"),
         ({"deepness": 4}, "--deepness: no such flag"),
