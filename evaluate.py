@@ -121,6 +121,8 @@ class Config:
     limit: int = 0
     # .jsonl file for the completions to --data, with their rewards; "": none
     samples: str = ""
+    # seconds that a FUNCTION may take over one completion [> 0]
+    reward_timeout: float = 60.0
     # seed of the completions and of the bootstrap
     seed: int = 0
 
@@ -313,7 +315,9 @@ def group_rows(examples, by):
 def problem_figures(config, model, tok, problems, device):
     """Greedy answers that are right, and of --samples_per_problem pass@k for k = 1, 2, 4, ...,
     their length, and the mean of every --checker after the first; all of it also --by fields."""
-    checkers = load_rewards(config.checker or FINAL_NUMBER, device, config.micro_batch_tokens)
+    checkers = load_rewards(
+        config.checker or FINAL_NUMBER, device, config.micro_batch_tokens, timeout=config.reward_timeout
+    )
     first, *others = [name for name, _, _ in checkers]
     groups = group_rows(problems, config.by)
     _, _, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
@@ -394,7 +398,7 @@ def completion_figures(config, model, tok, examples, device):
     examples: [(messages, row)]. Returns ({figure: its values}, [{"prompt", "completion",
     "finished", reward: value}]).
     """
-    rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution)
+    rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution, config.reward_timeout)
     groups = group_rows(examples, config.by) if config.kept else {}
     draws = config.best_of, config.temperature
     prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, *draws)

@@ -159,14 +159,15 @@ class Optimizer:
             return
         grads, momenta = [self.named[n].grad for n in names], [self.momenta[n] for n in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov: one step ahead of the mean
+        # Nesterov: one step ahead of the mean. From here on .grad holds the update
+        torch._foreach_lerp_(grads, momenta, self.momentum)
         batches = [names]
         if is_local_shard(grads[0]):
             batches = [[name] for name in names]  # sharded: one whole parameter at a time
         for batch in batches:
             updates = [full_tensor(self.named[name].grad) for name in batch]
             matrices = [m for name, update in zip(batch, updates, strict=True) for m in update.split(self.rows[name])]
-            self.orthogonalise(matrices)
+            self.orthogonalise(matrices)  # in place: they are views of the updates
             parameters = [self.named[name] for name in batch]
             if self.weight_decay:
                 torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)

@@ -73,6 +73,8 @@ class Config:
     ask: str = "auto"
     # compare the judge's order with that of this reward, as evaluate.py takes it
     reward: str = ""
+    # seconds that a FUNCTION may take over one completion [> 0; may change on resume]
+    reward_timeout: float = 60.0
     # rows of --data, at most; 0: all
     limit: int = 0
     # leave out bad lines of the data, and count them
@@ -290,7 +292,7 @@ def check_flags(config):
         raise UserError("--policy: name the checkpoint whose answers are to be revised")
     unread = {"ask": "only --mode=revise reads it"}
     if config.mode == "revise":
-        flags = ["principles", "group_size", "min_margin", "micro_batch_tokens", "reward"]
+        flags = ["principles", "group_size", "min_margin", "micro_batch_tokens", "reward", "reward_timeout"]
         unread = dict.fromkeys(flags, "only --mode=judge reads it")
     elif not config.policy:
         unread |= dict.fromkeys(["group_size", "temperature", "max_new_tokens"], "without --policy nothing is sampled")
@@ -315,7 +317,7 @@ def main(config):
     examples = [row.row if encode else row for row in examples[: config.limit or None]]
     policy, judge = models.get(config.policy), models[config.judge or config.policy]
     data |= checkpoint.fingerprints(*models) | reward_hashes(config.reward, config.constitution)
-    rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution)
+    rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution, config.reward_timeout)
     if policy:
         chat.end_of_turn(policy[1])  # UserError if it knows no turns
     if config.mode == "judge":

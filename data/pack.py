@@ -83,11 +83,13 @@ def share_prompts(p, chats):
     A prompt is what comes before the first token that is trained. All that a layer does to a single
     token is done once for the tokens of a prompt; attention sees the documents whole.
     """
+    # source[i]: where the token i stands first. Of [p q a] and [p q b]: 0 1 2 0 1 5
     source, first_begin = np.arange(len(p.tokens)), {}  # {prompt: where it first begins}
     for chat, begin in zip(chats, p.cu_seqlens.tolist()):
         n = int(chat.loss_mask.argmax())
         first = first_begin.setdefault(chat.ids[:n].tobytes(), begin)
         source[begin : begin + n] = np.arange(first, first + n)
+    # What is stored, 0 1 2 5, and the row of it that each token has: 0 1 2 0 1 3
     first_copy, stored_row = (torch.from_numpy(x) for x in np.unique(source, return_inverse=True))
     if len(first_copy) == len(stored_row):
         return p

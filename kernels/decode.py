@@ -178,10 +178,11 @@ def count_splits(length, programs, block, sms):
     blocks = cdiv(length, block)
     if programs >= 0.8 * sms or blocks <= 4:
         return 1
-    fewest = {cdiv(blocks, s): s for s in range(min(32, blocks), 0, -1)}  # {blocks per split: splits}
-    # The share of places that are taken in the waves of programs.
-    busy = {s: programs * s / sms / cdiv(programs * s, sms) for s in sorted(fewest.values())}
-    return next(s for s in busy if busy[s] >= 0.85 * max(busy.values()))
+    # One split more is of use only if each then has fewer blocks
+    useful = [1, *(s for s in range(2, min(32, blocks) + 1) if cdiv(blocks, s) < cdiv(blocks, s - 1))]
+    # The share of places that are taken in the waves of programs
+    busy = {s: programs * s / sms / cdiv(programs * s, sms) for s in useful}
+    return next(s for s in useful if busy[s] >= 0.85 * max(busy.values()))
 
 
 @triton.jit(do_not_specialize=["K", "S", "window"])

@@ -201,6 +201,9 @@ def last_bin(counts, masses_before, depth, bins_mass, limit):
 def levels_of_cut(counts, masses, depth, highest, total, V, top_k, top_p, BINS: tl.constexpr, NONE: tl.constexpr):
     """(low, high): the smallest kept logit has one of these levels, and so has the top_k-th.
 
+    top_k's level is where the count of tokens passes top_k. top_p's is less certain: what top_k
+    leaves is only known to lie between `least` and `most`, hence a low level and a high one.
+
     counts, masses [BINS]: of the level `highest` - depth.
     """
     likelier = depth[None, :] < depth[:, None]  # [BINS, BINS]
@@ -234,7 +237,8 @@ def key_of_cut(
     above, mass_above: how many tokens are likelier than all candidates, and their probability; it
     is `total` for all tokens.
     """
-    # The greatest key that at least top_k tokens have or exceed
+    # The greatest key that at least top_k tokens have or exceed: `kth` always is such a key,
+    # `beyond` never
     kth, beyond = tl.cast(NONE, tl.int64), key_of(m).to(tl.int64) + 1
     for _ in tl.range(0, tl.where(top_k < V, 32, 0)):
         middle = (kth + beyond) >> 1
@@ -243,7 +247,8 @@ def key_of_cut(
         kth, beyond = tl.where(enough, middle, kth), tl.where(enough, beyond, middle)
     _count, mass = tally(candidates_ptr, n, kth, m, BLOCK)
     limit = tl.maximum(top_p * tl.where(top_k < V, mass_above + mass, total), 1e-30)
-    # The least key such that all greater ones hold less than the limit
+    # The least key such that all greater ones hold less than the limit: above `least` they do,
+    # above `excluded` they do not
     excluded, least = tl.cast(NONE, tl.int64) - 1, key_of(m).to(tl.int64)
     for _ in tl.range(0, tl.where(top_p < 1, 32, 0)):
         middle = (excluded + least) >> 1

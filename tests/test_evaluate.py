@@ -558,7 +558,11 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
     choices = write_rows(tmp_path / "c.jsonl", [{"prefix": "x" * 98, "choices": ["a", "bb"], "answer": 0}])
     (tmp_path / "broken.py").write_text("def reward(:\n")
     (tmp_path / "fine.py").write_text("def reward(prompt, completion, row):\n    return 1\n")
+    (tmp_path / "slow.py").write_text("import time\n\ndef reward(prompt, completion, row):\n    time.sleep(30)\n")
+    slow = {"reward_timeout": 0.2, "max_new_tokens": 4}
     for flags, message in [
+        ({"data": data, "reward": f"{tmp_path}/slow.py:reward", **slow}, "0.2 seconds"),
+        ({"problems": data, "checker": f"{tmp_path}/slow.py:reward", **slow}, "0.2 seconds"),
         ({"model": data}, "prompts.jsonl: no checkpoint here, but a file"),
         ({"data": sft}, "a checkpoint, but a .jsonl or .parquet file was expected"),
         ({"data": data, "model": base}, "no <|im_start|>; run sft.py first"),
