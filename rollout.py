@@ -34,7 +34,7 @@ from runtime.process import rank, reduce_sum, world_size
 
 PROMPT_TOKENS = 16384  # prompts that are read as one pack
 GRAPH_STEPS = 16  # replays of a captured graph between two looks at what has finished
-PATIENCE = 16  # steps that a prompt may wait for others to be read with
+PATIENCE = 16  # calls of step() for which a prompt may wait for others to be read with
 NARROWEST = 64  # slots of the smallest graph: a step of fewer takes a GPU as long
 
 
@@ -160,7 +160,7 @@ class Sampler:
         self.added = 0  # requests so far, and the id of the next
         self.waiting = deque()  # Requests
         self.live = {}  # {slot: Request}
-        self.put_off = 0  # steps since a waiting request could have had a slot
+        self.put_off = 0  # calls of step() since a waiting request could have had a slot
         self.shared_settings = (1.0, 0, 1.0)  # temperature, top_k and top_p; None where requests differ
 
         # One row per slot. What dead slots draw goes to a last column that nobody reads.
@@ -247,8 +247,8 @@ class Sampler:
         """Whether it is time to read prompts, which all live requests wait for.
 
         Reading one short prompt is hardly faster than reading ten. So several are read together, in
-        proportion to the requests that wait for it; but none waits for more than PATIENCE steps
-        once it could have a slot.
+        proportion to the requests that wait for it; but none waits for more than PATIENCE calls
+        of `step` once it could have a slot.
         """
         ready = min(len(self.waiting), self.slots - len(self.live))
         self.put_off = self.put_off + 1 if ready else 0

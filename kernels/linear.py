@@ -44,7 +44,8 @@ def product(a, b):
     fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
     if ONEDNN and fp32_on_cpu and not torch.compiler.is_compiling():
         if len(a) * b.numel() >= WORK * torch.get_num_threads():
-            filled = F.pad(a, (0, 0, 0, filled_rows(len(a)) - len(a)))
+            missing = filled_rows(len(a)) - len(a)
+            filled = F.pad(a, (0, 0, 0, missing)) if missing else a  # padding by nothing would copy
             return torch.ops.mkldnn._linear_pointwise(filled, b, None, "none", [], "")[: len(a)]
     return a @ b.T
 

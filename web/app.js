@@ -280,7 +280,8 @@ function drawRow(row) {
   const judged = { pairs: 'preferred', ratings: row.label ? 'good' : 'bad', corrections: 'corrected' }
   const prompt = row.prompt ?? row.messages.slice(0, -1)
   const text = row.chosen ?? row.completion ?? row.messages?.at(-1).content ?? row.answers.join('\n\n')
-  const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], [row.models ?? row.model].flat().join(row.vote ? ' and ' : ' over ')]
+  const whose = [row.models ?? row.model].flat().join(row.vote ? ' and ' : ' over ')
+  const said = [row.vote?.replace('_', ' ') ?? judged[row.kind], whose]
   return el('li', {}, el('p', { className: 'question text', textContent: prompt.at(-1)?.content ?? prompt }),
     el('p', { className: 'text', textContent: text }),
     quiet([...said, row.time && new Date(1000 * row.time).toLocaleString()].filter(Boolean).join(' · ')))
