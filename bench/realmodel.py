@@ -11,10 +11,15 @@ in OUT/figures.json, so that a run that was cut off goes on where it was:
     greedy    answers to 50 questions by its own template, ours and those of `generate`
     steps     seconds per step and peak memory of a few steps of sft.py, dpo.py and grpo.py
     sft       nats per token of held-out answers, before and after --tuning_steps
+    reward    the share of held-out pairs that a reward model orders right after --tuning_steps; 0.5
+              before
     dpo       accuracy and margin on held-out pairs after --tuning_steps; 0.5 and 0 before
     grpo      GRPO on sums with a rule: the share right on held-out sums before and after. Long:
               it stops after --minutes, and goes on where it was when it is run again
-    gsm8k     the same on GSM8K's problems, --gsm8k_steps of 4 problems x 8 answers
+    ppo       the same by PPO, its critic and its reference as large
+    distill   the model as it came learns from the one that PPO made, for --distill_steps: the share
+              right, and the KL to the teacher
+    gsm8k     GRPO on GSM8K's problems, --gsm8k_steps of 4 problems x 8 answers
 """
 
 import json
@@ -55,22 +60,24 @@ class Config:
     # directory of everything
     out: str = "out/bench_realmodel"
     # parts to run, comma-separated
-    only: str = "bits,greedy,steps,sft,dpo,grpo,gsm8k"
+    only: str = "bits,greedy,steps,sft,reward,dpo,grpo,ppo,distill,gsm8k"
     # windows of 512 tokens
     windows: int = 16
     # questions that are answered greedily
     questions: int = 50
     # steps of each stage that are timed
     steps: int = 3
-    # of SFT and of DPO
+    # of SFT, of the reward model and of DPO
     tuning_steps: int = 40
     # held-out conversations, pairs and problems that are measured
     held_out: int = 64
-    # of GRPO on sums, in all
-    grpo_steps: int = 100
+    # of GRPO and of PPO on sums, in all
+    rl_steps: int = 100
+    # of distillation on sums
+    distill_steps: int = 20
     # of GRPO on GSM8K
     gsm8k_steps: int = 20
-    # after which GRPO is stopped, to be resumed by the next run
+    # after which GRPO or PPO is stopped, to be resumed by the next run
     minutes: float = 60.0
     # of everything
     seed: int = 0
@@ -315,22 +322,54 @@ def share_right(config, folder, model, temperature):
     return read_json(result)["figures"][f"reward {REWARD}"]
 
 
-def grpo(config, folder):
-    """The share right before and after GRPO; None as long as it is not through."""
+def shares_right(config, folder, model):
+    return {str(temperature): share_right(config, folder, model, temperature) for temperature in (0, 1.0)}
+
+
+def before(config, folder):
+    """The shares right of the model as it came, measured once."""
+    write_sums(folder.parent, config.seed)
+    path = folder.parent / "before.json"
+    if not path.exists():
+        write_json(path, shares_right(config, folder, folder))
+    return read_json(path)
+
+
+def on_sums(config, folder, stage):
+    """The shares right before and after GRPO or PPO; None as long as it is not through."""
     out = folder.parent
-    write_sums(out, config.seed)
-    before = out / "before.json"
-    if not before.exists():
-        write_json(before, {str(t): share_right(config, folder, folder, t) for t in (0, 1.0)})
-    where = out / "grpo"
+    shares = {"before": before(config, folder)}
+    where = out / stage
     flags = [f"--init={folder}", f"--data={out}/sums_train.jsonl", f"--val={out}/sums_test.jsonl", *SHORT]
-    flags += ["--prompts_per_step=8", "--group_size=8", f"--steps={config.grpo_steps}", "--eval_prompts=32"]
+    flags += ["--prompts_per_step=8", "--group_size=8", f"--steps={config.rl_steps}", "--eval_prompts=32"]
     flags += [f"--seed={config.seed}", f"--out={where}"] + (["--resume"] if where.exists() else [])
-    run(["grpo.py", *flags], config.minutes)
-    done = checkpoint.read_info(checkpoint.find(where))["step"]
-    after = {str(t): share_right(config, folder, where, t) for t in (0, 1.0)}
-    print(json.dumps({"steps": done, "before": read_json(before), "after": after}, indent=1))
-    return {"steps": done, "before": read_json(before), "after": after} if done >= config.grpo_steps else None
+    run([f"{stage}.py", *flags], config.minutes)
+    shares["steps"] = checkpoint.read_info(checkpoint.find(where))["step"]
+    shares["after"] = shares_right(config, folder, where)
+    print(json.dumps(shares, indent=1))
+    return shares if shares["steps"] >= config.rl_steps else None
+
+
+def grpo(config, folder):
+    return on_sums(config, folder, "grpo")
+
+
+def ppo(config, folder):
+    return on_sums(config, folder, "ppo")
+
+
+def distill(config, folder):
+    """The shares right before and after learning from PPO's model, and the KL at each validation."""
+    out = folder.parent
+    shares = {"before": before(config, folder)}
+    where = out / "distill"
+    flags = [f"--init={folder}", f"--teacher={out}/ppo", f"--data={out}/sums_train.jsonl"]
+    flags += [f"--val={out}/sums_test.jsonl", "--max_new_tokens=16", "--prompts_per_step=16"]
+    flags += [f"--steps={config.distill_steps}", "--eval_every=5", "--print_every=1", "--eval_prompts=32"]
+    run(["distill.py", *flags, f"--seed={config.seed}", f"--out={where}"] + (["--resume"] if where.exists() else []))
+    shares["KL to the teacher"] = logged(where, "val_loss")
+    shares["after"] = shares_right(config, folder, where)
+    return shares
 
 
 def held_out(config, folder, name):
@@ -362,6 +401,12 @@ def nats_per_token(folder, file):
 def sft(config, folder):
     where, val = tune(config, folder, "sft", "instructions", "--batch_tokens=2048", "--max_new_tokens=8")
     return {"before": nats_per_token(folder, val), "after": nats_per_token(checkpoint.find(where), val)}
+
+
+def reward(config, folder):
+    pairs = ["--batch_size=8", "--context=256", "--skip_bad"]
+    where, _ = tune(config, folder, "reward", "ai_preferences", *pairs, "--center_samples=16", "--max_new_tokens=32")
+    return {"accuracy": logged(where, "accuracy")[-1]}
 
 
 def dpo(config, folder):
@@ -396,7 +441,8 @@ def gsm8k(config, folder):
 
 def main(config):
     out = Path(config.out)
-    parts = {"bits": bits, "greedy": greedy, "steps": steps, "sft": sft, "dpo": dpo, "grpo": grpo, "gsm8k": gsm8k}
+    parts = (bits, greedy, steps, sft, reward, dpo, grpo, ppo, distill, gsm8k)
+    parts = {part.__name__: part for part in parts}
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "hf/tokenizer.json").exists():
         dequantise(config.gguf, out / "hf")
