@@ -359,7 +359,7 @@ def ppo(config, folder):
 
 
 def distill(config, folder):
-    """The shares right before and after learning from PPO's model, and the KL at each validation."""
+    """The shares right before and after learning from PPO's model; the KL at each validation."""
     out = folder.parent
     shares = {"before": before(config, folder)}
     where = out / "distill"
