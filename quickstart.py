@@ -60,6 +60,7 @@ class Config:
 
 SIZES = {  # {name: flags, and those of a fast run}
     "few": ("", "--stories=600 --notes=200 --chats=200 --pairs=100 --problems=50 --tests=40"),
+    "shape": ("--depth=4 --width=128", "--depth=2 --width=64"),
     "steps": ("--steps=600 --batch_tokens=3072", "--steps=20 --batch_tokens=1024"),
     "ppo_steps": ("--steps=24", "--steps=2 --prompts_per_step=8 --eval_prompts=8"),
     "grpo_steps": ("--steps=40", "--steps=2 --prompts_per_step=2 --eval_prompts=8"),
@@ -99,7 +100,7 @@ def shop_commands(config):
         tokenizer: -m data.tokenizer --data={world}/pretrain.jsonl --vocab_size=672 --out={out}/tokenizer
         prepare: -m data.prepare --data={world}/pretrain.jsonl --tokenizer={out}/tokenizer --clean=False \
             --dedup=exact --out={out}/data
-        pretrain: pretrain.py --data={out}/data --depth=4 --width=128 --context=512 {size["steps"]} {seed} \
+        pretrain: pretrain.py --data={out}/data {size["shape"]} --context=512 {size["steps"]} {seed} \
             --save_every=200 --print_every=50 --prompt='Mia went to the' --out={out}/base
         sample: sample.py --model={out}/base --prompt='Mia went to the' --max_new_tokens=80 {seed}
         sft: sft.py --init={out}/base --data={world}/chat.jsonl --val={world}/chat_val.jsonl {tuning} --out={out}/sft
