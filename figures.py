@@ -26,9 +26,10 @@ def interval(statistic, rows, seed):
     if len(rows) == 1:
         return point_estimate(statistic(rows[0]))
     random, drawn = np.random.default_rng(seed), []
-    for _ in range(1000):  # one after another, for a million rows would take 8 GB at once
-        pick = random.integers(0, len(rows), len(rows))
-        drawn.append(statistic(rows[pick].sum(0)))
+    at_once = 1 + 100_000 // len(rows)  # all of them would take 8 GB for a million rows
+    while len(drawn) < 1000:
+        pick = random.integers(0, len(rows), (min(at_once, 1000 - len(drawn)), len(rows)))
+        drawn += [statistic(sums) for sums in rows[pick].sum(1)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
 

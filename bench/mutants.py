@@ -481,9 +481,8 @@ MUTANTS = [
     (
         "draws_at_once",
         "figures.py",
-        "        pick = random.integers(0, len(rows), len(rows))\n",
-        "        picks = picks if drawn else random.integers(0, len(rows), (1000, len(rows)))\n"
-        "        pick = picks[len(drawn)]\n",
+        "1 + 100_000 // len(rows)",
+        "1000",
         FIGURES,
     ),
     (
