@@ -161,13 +161,15 @@ LOSSES = {
 
 
 def check_flags(config):
-    """Raises UserError for a flag that the chosen loss does not read."""
+    """Raises UserError for a flag that the chosen loss, or a run of --steps, does not read."""
     if config.loss not in LOSSES:
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
     row = LOSSES[config.loss]
     read = {*row.flags, "nll" if row.takes_nll else "", "reference" if "ratio" in row.compares else ""}
     unread = {"smoothing", "gamma", "desirable", "undesirable", "nll", "reference"} - read
     refuse_unread(config, dict.fromkeys(sorted(unread), f"--loss={config.loss} does not read it"))
+    if config.steps:
+        refuse_unread(config, {"epochs": f"--steps={config.steps} says how long to train"})
 
 
 # --------------------------------------------------------------------------------------------------

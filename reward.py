@@ -31,7 +31,7 @@ from optim import Optimizer, wsd
 from rollout import sample_completions
 from runtime import checkpoint, memory
 from runtime.batches import index_order, micro_batches
-from runtime.cli import print0
+from runtime.cli import print0, refuse_unread
 from runtime.process import launch, reduce_sum, world_size
 from runtime.run import Run, RunConfig
 from scoring import reward_scores
@@ -131,6 +131,8 @@ def run_batch(model, items, label_probs, micro_batch_tokens, margin=0.0, smoothi
 
 
 def main(config):
+    if config.steps:
+        refuse_unread(config, {"epochs": f"--steps={config.steps} says how long to train"})
     run = Run("reward", config)
 
     # 1. Pairs, and the fine-tuned model

@@ -160,6 +160,8 @@ def mean_nll(model, chats, micro_batch_tokens):
 def main(config):
     if not config.replay:
         refuse_unread(config, {"replay_share": "only --replay reads it"})
+    if config.steps:
+        refuse_unread(config, {"epochs": f"--steps={config.steps} says how long to train"})
     run = Run("sft", config)
 
     # 1. Model and conversations

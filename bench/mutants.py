@@ -516,6 +516,7 @@ MUTANTS = [
     ),
     ("std_with_a_floor", "grpo.py", "std(1, keepdim=True).clamp(min=1e-300)", "std(1, keepdim=True) + 1e-4", GRPO),
     ("rounding_teaches", "grpo.py", "text = c.index //", "text = c.score, c.index //", GRPO),
+    ("epochs_beside_steps", "sft.py", "    if config.steps:\n        refuse", "    if False:\n        refuse", RUN),
     ("another_jobs_request_cancelled", "engine.py", "get(request) == (job, i)", "get(request)", SERVE),
     ("unread_stage_of_a_round", "sharpen.py", "    refuse_unread(config", "    print(config", FEEDBACK),
     ("replayed_pieces_of_any_length", "sft.py", "min(context - 1, replayed)", "context - 1", SFT),

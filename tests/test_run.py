@@ -12,6 +12,9 @@ import pytest
 import torch
 from runs import SMALL, here, records, save
 
+import dpo
+import reward
+import sft
 from data import tokenizer
 from data.read import read_json
 from model import GPT, GPTConfig
@@ -476,3 +479,11 @@ def test_a_resumed_run_counts_on_from_where_it_stopped(base, tmp_path):
     assert warnings_of(base, stopped, steps, save_every=7, resume=True) == [line]  # of 7 + 3 steps
     states = [read_json(run / "step_000012/train_state.json") for run in (straight, stopped)]
     assert states[0] == states[1] and states[0]["idle_steps"] == 12
+
+
+@pytest.mark.parametrize("stage", [sft, reward, dpo])
+def test_epochs_beside_steps_are_refused(stage, tmp_path):
+    config = stage.Config(init="none", data="none.jsonl", out=str(tmp_path / "run"), steps=3, epochs=2.0)
+    with pytest.raises(UserError, match="--epochs=2.0: --steps=3 says how long to train; leave it out"):
+        stage.main(config)
+    assert not (tmp_path / "run").exists()
