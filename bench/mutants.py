@@ -1118,8 +1118,8 @@ MUTANTS = [
     (
         "oneDNN_compiles_for_every_length",
         "kernels/linear.py",
-        "multiple = 64 if n > 64 else 8",
-        "multiple = 1",
+        "-n % (64 if n > 64 else 8)",
+        "0",
         "tests/test_kernels.py::test_products_of_many_lengths_keep_no_memory",
     ),
     ("kl_gradient_not_centred", "kernels/kl.py", "p * (log_ratio - kl)", "p * log_ratio", KL),

@@ -26,14 +26,13 @@ ONEDNN = AVX512 and is_amd()
 WORK = 2_200_000  # multiplications per thread from which on oneDNN multiplies
 
 
-def filled_rows(n):
-    """The number of rows that oneDNN multiplies in place of n.
+def missing_rows(n):
+    """The number of rows of zeros that oneDNN gets after n rows.
 
     It compiles and keeps code for each number of rows, up to 0.5 MB: a server that reads prompts of
     all lengths would grow by half a gigabyte if it saw every number.
     """
-    multiple = 64 if n > 64 else 8
-    return -(-n // multiple) * multiple
+    return -n % (64 if n > 64 else 8)
 
 
 def product(a, b):
@@ -44,7 +43,7 @@ def product(a, b):
     fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
     if ONEDNN and fp32_on_cpu and not torch.compiler.is_compiling():
         if len(a) * b.numel() >= WORK * torch.get_num_threads():
-            missing = filled_rows(len(a)) - len(a)
+            missing = missing_rows(len(a))
             filled = F.pad(a, (0, 0, 0, missing)) if missing else a  # padding by nothing would copy
             return torch.ops.mkldnn._linear_pointwise(filled, b, None, "none", [], "")[: len(a)]
     return a @ b.T
