@@ -1,6 +1,6 @@
 """The commands of `quickstart.py --world=puzzles`: a model learns to reason by checked rewards.
 
-    base          reads puzzles with their answers, one in four worked out in steps, as web text
+    base          reads puzzles with their answers, one in three worked out in steps, as web text
     start         fine-tuned on such answers: it ends its turn, and knows nothing more
     zero          R1-Zero: GRPO from there, rewarded for right results alone
     cold, first   R1: fine-tuned on 300 chains of steps, then GRPO

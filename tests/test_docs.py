@@ -95,7 +95,7 @@ def test_every_flag_of_a_stage_is_explained(stage):
     parts = sections(read("docs/stages.md"))
     text = parts[f"{stage}.py"] + parts["Flags of every run"]
     if stage in ("ppo", "grpo"):
-        text += parts["Flags of every stage that samples"]
+        text += parts["Flags of PPO and GRPO"]
     explained = {flag for line in text.splitlines() if line.startswith("| `--") for flag in FLAG.findall(line)}
     assert not flags_of(f"{stage}.py") - explained
 
