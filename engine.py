@@ -16,6 +16,7 @@ import torch
 from model import GPT
 from rollout import Sampler, affordable_slots
 from runtime.cli import print0
+from runtime.memory import available_memory
 
 PIECE_SECONDS = 0.05  # between two deliveries of a stream's tokens, at least
 
@@ -32,8 +33,15 @@ class Served:
     writing: dict = field(default_factory=dict)  # {request: (Job, which of its completions)}
 
     def start(self, device, slots):
-        model = self.model.to(device)
-        self.sampler = Sampler(model, min(slots, affordable_slots(model, model.config.context)), model.config.context)
+        """Make the sampler, of at most so many slots of the whole context: those that fit into half
+        of the free memory."""
+        model, length = self.model.to(device), self.model.config.context
+        fitting = affordable_slots(model, length)
+        if model.embed.device.type == "cpu" and (free := available_memory(model.embed.device, {})):
+            fitting = max(1, free // 2 // model.config.slot_bytes(length, model.compute_dtype.itemsize))
+        if fitting < slots:
+            print0(f"{self.name}: {fitting} of --slots={slots} at once; no more of {length} tokens fit into the memory")
+        self.sampler = Sampler(model, min(slots, fitting), length)
 
 
 @dataclass(eq=False)
@@ -46,6 +54,7 @@ class Job:
     in_pieces: bool  # whether tokens are sent as they come, or all at the end
     events: asyncio.Queue = field(default_factory=asyncio.Queue)  # (which completion, tokens, logprobs, ended)
     sent: dict = field(default_factory=dict)  # {request: how many of its tokens have been sent}
+    pending: set = field(default_factory=set)  # which of its completions are drawn or wait
 
 
 class ModelThread(threading.Thread):

@@ -24,6 +24,7 @@ import shlex
 import socket
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ from data.openai import (
     usage_of,
     whole_answer,
 )
+from data.read import reason
 from engine import Job, ModelThread, Served
 from figures import bradley_terry
 from runtime import checkpoint
@@ -99,7 +101,7 @@ class Server:
 
     def __init__(self, config, models, journal, thread):
         self.config, self.models, self.journal, self.thread = config, models, journal, thread
-        self.unfinished = 0  # completions that are drawn or wait
+        self.jobs = weakref.WeakSet()  # those whose completions are drawn or wait
 
     def choose(self, name):
         """The Served that a client names: by its checkpoint, by the flag's value, or "latest"."""
@@ -129,10 +131,11 @@ class Server:
         n, room = asked.n * len(prompts), self.config.slots + self.config.queue
         if n > room:
             raise Refusal(400, f"n: {n} completions in all, but this server takes {room} at once", "n")
-        if self.unfinished + n > room:
+        if sum(len(job.pending) for job in self.jobs) + n > room:
             raise Refusal(429, "too many requests wait already; come again in a second", code="rate_limit_exceeded")
         options = asked.sampling | {"n": asked.n, "max_new_tokens": asked.max_tokens, "stop": ends}
-        job = Job(served, prompts, options, asked.stream or bool(asked.stop))
+        job = Job(served, prompts, options, asked.stream or bool(asked.stop), pending=set(range(n)))
+        self.jobs.add(job)  # at once: the next request may be read before this one is begun
         completions = [Completion(served.tok, hidden, asked.stop) for _ in range(n)]
         if asked.stream:
             return EventStream(self.stream(asked, job, completions))
@@ -144,26 +147,23 @@ class Server:
 
         However it ends, nothing of the job is drawn after that.
         """
-        pending = set(range(len(completions)))
-        self.unfinished += len(pending)
         self.thread.inbox.put((self.thread.add, job))
         try:
-            while pending:
+            while job.pending:
                 i, tokens, logprobs, ended = await job.events.get()
                 if isinstance(ended, Exception):
                     raise Refusal(500, f"the model failed: {ended}")
-                if i in pending:
+                if i in job.pending:
                     new = completions[i].take(tokens, logprobs, ended)
                     if completions[i].reason:
-                        pending.remove(i)
-                        self.unfinished -= 1
+                        job.pending.remove(i)
                         if not ended:  # by a stop string
                             self.thread.inbox.put((self.thread.cancel, job, {i}))
                     yield i, *new
         finally:
-            self.unfinished -= len(pending)
-            if pending:
-                self.thread.inbox.put((self.thread.cancel, job, pending))
+            if job.pending:
+                self.thread.inbox.put((self.thread.cancel, job, set(job.pending)))
+                job.pending.clear()
 
     async def collect(self, job, completions):
         async for _ in self.progress(job, completions):
@@ -192,8 +192,8 @@ class Server:
         entry = read_body(await body_of(request))
         try:
             kind, row = read_entry(entry)
-        except ValueError as e:
-            raise Refusal(400, str(e)) from None
+        except (ValueError, RecursionError) as e:
+            raise Refusal(400, reason(e)) from None
         try:
             new = await asyncio.wrap_future(self.journal.append(kind, row))
         except ValueError as e:
@@ -225,8 +225,8 @@ class Server:
         kind = request.path_params["kind"]
         if not self.journal or kind not in KINDS:
             raise Refusal(404, "there is no such file")
-        # Whole, as it is now: votes may be appended while it is sent
-        return Response(self.journal.path(kind).read_bytes(), media_type="application/x-ndjson")
+        content = self.journal.path(kind).read_bytes()  # whole, as it is now: votes may come while it is sent
+        return Response(content, media_type="application/x-ndjson")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,6 +251,18 @@ def follow(server, folder):
                 print0(warning)
             said = warning
         time.sleep(FOLLOW_SECONDS)
+
+
+def load_first(config):
+    """The newest finished run, or --model if there is none or it is damaged."""
+    newest = newest_finished(config.follow) if config.follow else None
+    try:
+        return load(newest or config.model)
+    except UserError as e:
+        if not newest:
+            raise
+        print0(f"warning: {newest} is not served: {e}")
+        return load(config.model)
 
 
 def load(name):
@@ -307,8 +319,7 @@ async def run(config, models, journal, device, listening):
     if config.follow:
         threading.Thread(target=follow, args=(server, config.follow), daemon=True).start()
     settings = {"http": Impatient, "ws": "none", "lifespan": "off", "proxy_headers": False, "server_header": False}
-    # A client's error goes to the client, not to the terminal
-    settings |= {"log_level": "error", "access_log": False}
+    settings |= {"log_level": "error", "access_log": False}  # a client's error goes to the client
     limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": 1000, "timeout_graceful_shutdown": 2}
     host = f"[{config.host}]" if ":" in config.host else config.host
     where = f"http://{host}:{listening.getsockname()[1]}"
@@ -324,8 +335,7 @@ def main(config):
     if not (loopback or config.api_key):
         raise UserError(f"--host={config.host}: others could reach this server; give them a key with --api_key")
     device = setup(config.device, 0)
-    newest = newest_finished(config.follow) if config.follow else None
-    models = [load(name) for name in (newest or config.model, config.compare) if name]
+    models = [load_first(config), *([load(config.compare)] if config.compare else [])]
     journal = Journal(config.feedback) if config.feedback else None
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:

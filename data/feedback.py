@@ -38,6 +38,7 @@ from runtime.files import append, check_apart, flush, json_lines, lock_file, rep
 
 KINDS = ["pairs", "ratings", "corrections", "ties"]
 VOTES = ["left", "right", "tie", "both_bad"]
+FIELDS = {"vote", "answers", "models", "seeds", "label", "correction", "answer", "model", "seed", "prompt", "by"}
 PARSE = {"pairs": rows.preference, "ratings": rows.judged, "corrections": rows.conversation}
 NEWEST = 20  # rows of a kind that are shown
 
@@ -70,6 +71,9 @@ def read_entry(entry):
     "vote" goes with "answers", "models" and "seeds", two each, left and right; "label" (true or
     false) and "correction" (a text) go with "answer", "model" and "seed"; "by" is optional.
     """
+    unknown = [name for name, value in entry.items() if name not in FIELDS and value is not None]
+    if unknown:
+        raise ValueError(f'"{unknown[0]}" is not kept; leave it out')
     said = [name for name in ("vote", "label", "correction") if name in entry]
     if len(said) != 1:
         raise ValueError('one of "vote", "label" and "correction" was expected')
@@ -95,7 +99,9 @@ def read_judgement(entry, said):
             raise ValueError('"label" is not true or false')
         return "ratings", {"prompt": prompt, "completion": answer, "label": entry["label"]} | end
     correction = rows.text_of(entry["correction"], "correction").rstrip()
-    return "corrections", {"messages": [*prompt, rows.message("assistant", correction)], "instead_of": answer} | end
+    # Only the correction is trained: nobody has said that earlier answers are right, or whole
+    earlier = [m | {"train": False} if m["role"] == "assistant" else m for m in prompt]
+    return "corrections", {"messages": [*earlier, rows.message("assistant", correction)], "instead_of": answer} | end
 
 
 def read_vote(entry, prompt, end):

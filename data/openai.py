@@ -188,8 +188,8 @@ def read_messages(body):
         plain.append({"role": m.get("role"), "content": m.get("content")})
     try:
         return rows.ends_with(rows.check_messages(plain), "user", "messages")
-    except ValueError as e:
-        raise Refusal(400, str(e), "messages") from None
+    except (ValueError, RecursionError) as e:
+        raise Refusal(400, read.reason(e), "messages") from None
 
 
 def encode_prompts(request, tok, context, is_chat_model):

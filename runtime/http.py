@@ -152,9 +152,10 @@ class Impatient(H11Protocol):
 
     def data_received(self, data):
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        answered = self.conn.our_state is h11.DONE  # before the whole body has come
+        if self.conn.their_state is not h11.IDLE and not answered:
             self.head_timer.cancel()
-        elif self.head_timer.cancelled():  # the beginning of a further request
+        elif self.head_timer.cancelled():  # the beginning of a further request, or more of that body
             self.head_timer = self.loop.call_later(PATIENCE, self.transport.close)
 
     def pause_writing(self):
