@@ -144,6 +144,7 @@ def check_chat(page, address):
     page.evaluate("temperature.value = 0, temperature.dispatchEvent(new Event('change'))")  # kept by the page
     ask(page, "hi")
     expect(page.inner_text(".answer .text") == MARKUP, "the answer is not shown as text")
+    expect(page.inner_text("#status") == "The answer is complete.", "the end of an answer is not said")
     expect(page.locator("#thread script, #thread img").count() == 0, "text of a model became markup")
     page.click("summary")
     page.select_option("#model", "1")
@@ -156,12 +157,32 @@ def check_chat(page, address):
     wait(page, "document.getElementById('status').textContent == 'Stopped.'")
     text = page.locator(".answer .text").last.inner_text()
     expect(set(text) == {"x"} and len(text) < 3000, "a stopped answer is not what had come")
+    page.focus("#message")
+    page.keyboard.type("go on")
+    page.keyboard.press("Enter")
+    wait(page, "[...document.querySelectorAll('.answer .text')].at(-1).textContent.length > 5")
+    page.reload()
+    wait(page, "document.activeElement.id == 'message'")
+    expect(set(page.locator(".answer .text").last.inner_text()) == {"x"}, "a reload in mid-answer loses what had come")
+    page.click("summary")
     page.fill("#max_tokens", "60")
     page.click("summary")
 
 
 def check_votes(page, feedback):
     page.click("#to-compare")
+    page.click("#clear")
+    # somebody types the next question while the answers come
+    page.evaluate("max_tokens.value = 600")
+    page.focus("#message")
+    page.keyboard.type("hi")
+    page.keyboard.press("Enter")
+    page.keyboard.type("hi")
+    page.wait_for_selector("#send:not([hidden])")
+    expect(
+        page.evaluate("document.activeElement.id") == "message", "the end of an answer takes the focus from a typist"
+    )
+    page.evaluate("max_tokens.value = 60, message.value = ''")
     page.click("#clear")
     ask(page, "hi")
     expect("step_" not in page.inner_text("#thread"), "a comparison shows the models before the vote")
@@ -193,6 +214,30 @@ def check_votes(page, feedback):
     wait(page, "document.getElementById('status').textContent.includes('stored')")
     expect(rows_of(feedback / "ties.jsonl")[0]["vote"] == "both_bad", "a vote kept by the page was not sent again")
     expect(page.locator("#thread > li").count() == 3, "the conversation does not survive a reload")
+    # both were bad, but somebody has written a better one
+    correct(page, "Yes!")
+    expect(page.evaluate("document.activeElement.id") == "thread", "the focus is lost with the form")
+    page.evaluate("max_tokens.value = 60")
+    ask(page, "hi")
+    page.keyboard.press("4")
+    wait_for_rows(page, feedback / "ties.jsonl", 2)
+    said = rows_of(feedback / "ties.jsonl")[1]["prompt"][-2]
+    expect(said == message("assistant", "Yes!"), "the correction of two bad answers is not read by the next one")
+
+
+def correct(page, text):
+    page.locator("button:text-is('Correct')").last.click()
+    page.fill("[aria-label='The answer you wanted']", text)
+    page.click("text=Store the correction")
+    page.wait_for_selector("text=Corrected:")
+
+
+def wait_for_rows(page, path, n):
+    for _ in range(500):
+        if len(rows_of(path)) >= n:
+            return
+        page.wait_for_timeout(20)
+    raise UserError(f"the page: {path.name} never has {n} rows")
 
 
 def check_rating_and_correction(page, address, feedback):
@@ -203,16 +248,10 @@ def check_rating_and_correction(page, address, feedback):
     ask(page, "hi")
     page.click("text=Good")
     wait(page, "document.getElementById('status').textContent.includes('stored')")
-    page.click("text=Correct")
-    page.fill("[aria-label='The answer you wanted']", "Hello!")
-    page.click("text=Store the correction")
-    page.wait_for_selector("text=Corrected:")
-    for _ in range(100):
-        if rows_of(feedback / "corrections.jsonl"):
-            break
-        page.wait_for_timeout(20)
+    correct(page, "Hello!")
+    wait_for_rows(page, feedback / "corrections.jsonl", 2)
     expect(rows_of(feedback / "ratings.jsonl")[0]["label"] is True, "the thumb was not stored")
-    expect(rows_of(feedback / "corrections.jsonl")[0]["messages"][-1]["content"] == "Hello!", "no correction stored")
+    expect(rows_of(feedback / "corrections.jsonl")[1]["messages"][-1]["content"] == "Hello!", "no correction stored")
 
 
 def check_follow(page, rounds):
@@ -227,7 +266,7 @@ def check_report(page, address):
     page.goto(f"{address}/feedback")
     page.wait_for_selector("#counts dd")
     found = dict(re.findall(r"(.+)\n+(\d+)", page.inner_text("#counts")))
-    expected = {"Preferred": "1", "Ties": "0", "Both bad": "1", "Thumbs": "1", "Corrected": "1"}
+    expected = {"Preferred": "1", "Ties": "0", "Both bad": "2", "Thumbs": "1", "Corrected": "2"}
     expect(found == expected, f"the counts are {found}")
     expect(page.locator("#rates .bar").count() == 2, "no win rates")
     with page.expect_download() as download:

@@ -55,6 +55,12 @@ def lines(tmp_path, kind):
 # One row
 
 
+def test_a_field_that_would_not_be_kept_is_refused_by_name():
+    with pytest.raises(ValueError, match='"comment" is not kept; leave it out'):
+        read_entry(ONE | {"label": True, "comment": "because"})
+    assert read_entry(ONE | {"label": True, "comment": None})[0] == "ratings"
+
+
 def test_what_was_preferred_comes_first_and_the_trainers_read_it():
     kind, row = read_entry(TWO | {"vote": "right", "by": "Ada"})
     assert kind == "pairs" and row.pop("time") > 1.7e9
@@ -66,6 +72,10 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
     kind, row = read_entry(ONE | {"correction": "no!"})
     assert kind == "corrections" and rows.conversation(row) == [*PROMPT, message("assistant", "no!")]
     assert row["instead_of"] == "yes"
+    talk = [*PROMPT, message("assistant", "cut in the"), message("user", "go on")]
+    kind, row = read_entry(ONE | {"correction": "no!", "prompt": talk})
+    trained = [m.get("train", True) for m in rows.conversation(row) if m["role"] == "assistant"]
+    assert trained == [False, True]  # nobody has said that the earlier answer is right, or whole
     code, short = "    return 1", "\tpass"  # indentation is what was said, too
     kind, row = read_entry(TWO | {"vote": "left", "answers": [code, short]})
     assert rows.preference(row)[:3] == (PROMPT, code, short)

@@ -326,6 +326,18 @@ def test_a_body_that_is_no_json_is_refused(server, body):
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("depth", range(800, 1000, 15))
+def test_a_body_nested_as_deep_as_can_be_parsed_is_refused(server, depth):
+    nested = b'{"a":' * depth + b"1" + b"}" * depth
+    for path, body in {
+        "/v1/chat/completions": b'{"messages": [{"role": "user", "content": %s}]}' % nested,
+        "/v1/feedback": b'{"label": true, "answer": "x", "prompt": [{"role": "user", "content": "q", "tools": %s}]}'
+        % nested,
+    }.items():
+        answer = server.http.post(path, content=body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+
+
 # --------------------------------------------------------------------------------------------------
 # Clients that leave, wait or dawdle
 
@@ -356,6 +368,23 @@ def test_a_client_that_leaves_frees_its_slot_and_too_many_are_told_to_come_again
     assert time.monotonic() - begin < 2  # 3 times 3,900 tokens take far longer
 
 
+def test_requests_that_come_together_are_counted_together(models):
+    async def ask_at_once(n):
+        config = serve.Config(model=str(models / "wild"), slots=1, queue=2)
+        thread = engine.ModelThread("cpu", 1, asyncio.get_running_loop())  # not started: all that is taken waits
+        app = serve.make_app(serve.Server(config, [serve.load(config.model)], None, thread))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            body = {"messages": HI, "max_tokens": 1}
+            asked = [asyncio.ensure_future(client.post("/v1/chat/completions", json=body)) for _ in range(n)]
+            answered, waiting = await asyncio.wait(asked, timeout=3)
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return [one.result().status_code for one in answered]
+
+    assert asyncio.run(ask_at_once(20)) == 17 * [429]
+
+
 def test_idle_and_slow_clients_are_dropped_and_others_are_served(serving, models):
     served = serving(model=models / "endless", patience=0.5)
     idle = [socket.create_connection(("127.0.0.1", served.port), 10) for _ in range(100)]
@@ -377,6 +406,14 @@ def test_idle_and_slow_clients_are_dropped_and_others_are_served(serving, models
     while piece := again.recv(4096):
         assert b"HTTP" not in piece
     again.close()
+    # a body that goes on after its request has been answered
+    answered = socket.create_connection(("127.0.0.1", served.port), 10)
+    answered.sendall(b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
+    assert b"405" in answered.recv(4096)
+    answered.sendall(b"x")
+    while answered.recv(4096):
+        pass
+    answered.close()
 
 
 def test_one_who_does_not_read_is_dropped(monkeypatch):
@@ -573,6 +610,27 @@ def test_the_end_of_a_failed_job_leaves_the_requests_of_the_next_sampler_alone(m
     assert list(served.writing.values()) == [(later, 0)] and served.sampler.busy
     thread.cancel(later, {0})
     assert not served.writing and not served.sampler.busy
+
+
+def test_a_server_takes_as_many_slots_as_fit_into_half_of_a_cpus_free_memory(make_model, monkeypatch, capsys):
+    model = make_model()
+    slot = model.config.slot_bytes(model.config.context, 4)
+    for free, slots in ((None, 8), (100 * slot, 8), (7 * slot, 3), (0.5 * slot, 1)):
+        monkeypatch.setattr(engine, "available_memory", lambda device, phase, free=free: free and int(free))
+        served = engine.Served("m", model, None, True)
+        served.start("cpu", 8)
+        assert served.sampler.slots == slots
+        assert (f"{slots} of --slots=8" in capsys.readouterr().out) == (slots < 8)
+
+
+def test_a_damaged_round_does_not_keep_the_server_from_starting(serving, models, tmp_path):
+    model, tok, _ = checkpoint.load(models / "wild")
+    step = checkpoint.save(tmp_path / "rounds/1/dpo", model, tok, {"stage": "dpo", "step": 4, "total_steps": 4})
+    weights = step / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    served = serving(model=models / "endless", follow=tmp_path / "rounds")
+    assert served.ask(max_tokens=1).json()["model"] == str(models / "endless" / "step_000001")
+    assert f"warning: {step} is not served" in served.child.output()
 
 
 def test_the_newest_finished_run_is_followed_and_running_answers_end_on_the_old_one(serving, models, tmp_path):

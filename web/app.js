@@ -29,7 +29,6 @@ function el(tag, properties = {}, ...children) {
 }
 const quiet = text => el('p', { className: 'quiet', textContent: text })
 const button = (label, onclick, more = {}) => el('button', { type: 'button', textContent: label, onclick, ...more })
-const votes = () => [...document.querySelectorAll('.votes')].at(-1)
 const say = text => { $(onReport ? 'report-status' : 'status').textContent = text }
 
 // ---- the server
@@ -38,13 +37,11 @@ async function api(path, body, signal) {
   const key = recall('key', '', 'sessionStorage'), headers = {}
   if (key) headers.authorization = String.fromCharCode(...new TextEncoder().encode(`Bearer ${key}`))
   if (body) headers['content-type'] = 'application/json'
-  const method = body ? 'POST' : 'GET'
-  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal })
+  const response = await fetch(path, { method: body && 'POST', headers, body: body && JSON.stringify(body), signal })
   if (response.ok) return response
   if (response.status === 401) $('login').hidden = false
-  const problem = await response.json().catch(() => null)
-  const message = problem?.error?.message ?? `the server says ${response.status}`
-  throw Object.assign(new Error(message), { status: response.status })
+  const { error } = await response.json().catch(() => ({}))
+  throw Object.assign(new Error(error?.message ?? `the server says ${response.status}`), { status: response.status })
 }
 
 // Server-sent events, as objects
@@ -105,7 +102,7 @@ function messagesBefore(n) {
   const messages = system ? [{ role: 'system', content: system }] : []
   for (const turn of turns.slice(0, n)) {
     const answer = chosenAnswer(turn)
-    if (turn.vote === 'both_bad' || !answer?.text.trim()) continue
+    if (!answer?.correction && (turn.vote === 'both_bad' || !answer?.text.trim())) continue
     messages.push({ role: 'user', content: turn.question })
     messages.push({ role: 'assistant', content: answer.correction ?? answer.text })
   }
@@ -115,8 +112,7 @@ function messagesBefore(n) {
 async function answer(n, two) {
   const turn = turns[n], messages = turn.prompt = messagesBefore(n)
   const seed = $('seed').value === '' ? random() : Number($('seed').value) + n
-  let names = [models[$('model').selectedIndex]]
-  if (two) names = [models[0], models.at(-1)]
+  const names = two ? [models[0], models.at(-1)] : [models[$('model').selectedIndex]]
   if (two && random() % 2) names.reverse()
   turn.answers = names.map((model, i) => ({ text: '', model, seed: seed + i }))
   delete turn.vote
@@ -125,6 +121,7 @@ async function answer(n, two) {
   say('')
   try {
     await Promise.all(turn.answers.map((_, i) => streamAnswer(turn, n, i, messages, running.signal)))
+    say(turn.answers.every(one => one.whole) ? 'The answer is complete.' : 'The answer was cut off.')
   } catch (e) {
     say(e.name === 'AbortError' ? 'Stopped.' : `No answer: ${e.message}`)
     running.abort()
@@ -133,7 +130,8 @@ async function answer(n, two) {
   const reads = innerHeight + scrollY > document.body.scrollHeight - 160  // the end, not what is above
   draw()
   if (reads) scrollTo(0, document.body.scrollHeight)
-  if (two) votes()?.querySelector('button:enabled')?.focus({ preventScroll: true })
+  const first = $('thread').lastChild.querySelector('.votes button:enabled')
+  if (!$('message').value) first?.focus({ preventScroll: true })  // not from under somebody who types already
   loadModels().catch(() => {})
 }
 
@@ -184,9 +182,13 @@ async function send(event) {
 
 // ---- drawing the conversation
 
+const keepTurns = () => ['localStorage', 'sessionStorage'].forEach(where => remember('turns', turns, where))
+
 function draw() {
-  for (const where of ['localStorage', 'sessionStorage']) remember('turns', turns, where)
+  const focused = document.activeElement !== document.body
+  keepTurns()
   $('thread').replaceChildren(...turns.map(drawTurn))
+  if (focused && document.activeElement === document.body) $('thread').focus({ preventScroll: true })
   $('send').hidden = Boolean(running)
   $('stop').hidden = !running
 }
@@ -256,15 +258,13 @@ async function showReport() {
   $('counts').replaceChildren(...Object.entries(names).map(([kind, label]) =>
     el('div', {}, el('dt', { textContent: label }), el('dd', { textContent: report.counts[kind] ?? 0 }))))
   const rates = Object.entries(report.win_rates).sort((a, b) => b[1].value - a[1].value)
-  $('rates').replaceChildren(...rates.map(drawRate))
-  if (!rates.length) $('rates').append(quiet('No two models have met yet.'))
+  $('rates').replaceChildren(...(rates.length ? rates.map(drawRate) : [quiet('No two models have met yet.')]))
   $('commands').replaceChildren(...report.commands.map(command => el('div', { className: 'row' },
     el('code', { textContent: command }),
     button('Copy', () => copy(command), { hidden: !navigator.clipboard }))))
   $('files').replaceChildren(...['pairs', 'ratings', 'corrections', 'ties'].map(kind =>
     button(`${kind}.jsonl`, () => download(`${kind}.jsonl`).catch(e => say(e.message)))))
-  $('newest').replaceChildren(...report.newest.map(drawRow))
-  if (!report.newest.length) $('newest').append(quiet('Nothing yet.'))
+  $('newest').replaceChildren(...(report.newest.length ? report.newest.map(drawRow) : [quiet('Nothing yet.')]))
 }
 
 function drawRate([model, { value, low, high }]) {
@@ -272,8 +272,8 @@ function drawRate([model, { value, low, high }]) {
   Object.assign(interval.style, { left: `${100 * low}%`, width: `${100 * (high - low)}%` })
   point.style.left = `${100 * value}%`
   const bar = el('span', { className: 'bar', ariaHidden: 'true' }, interval, point)
-  const text = `${percent(value)} (${percent(low)} to ${percent(high)})`
-  return el('li', {}, el('span', { textContent: model }), bar, quiet(text))
+  const rate = quiet(`${percent(value)} (${percent(low)} to ${percent(high)})`)
+  return el('li', {}, el('span', { textContent: model }), bar, rate)
 }
 
 function drawRow(row) {
@@ -340,12 +340,12 @@ $('clear').onclick = () => {
 }
 $('model').onchange = () => loadModels().catch(() => {})
 onhashchange = begin
+onpagehide = () => { if (running) keepTurns() }
 document.addEventListener('keydown', e => {
   if (e.key === 'Escape') running?.abort()
   if (e.target.closest('textarea, input, select') || e.ctrlKey || e.metaKey || e.altKey) return
-  const chosen = votes()?.children[Number(e.key) - 1]
-  if (chosen) e.preventDefault()  // the vote moves the focus, and the digit would be typed there
-  chosen?.click()
+  const chosen = [...document.querySelectorAll('.votes')].at(-1)?.children[Number(e.key) - 1]
+  if (chosen) { e.preventDefault(); chosen.click() }  // or the digit would be typed where the vote moves the focus
 })
 setInterval(() => {
   if (!document.hidden && !running && !onReport) loadModels().then(sendUnsent).catch(() => {})
