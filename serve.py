@@ -84,7 +84,7 @@ class Config:
     api_key: str = ""
     # other web sites whose pages may use this server, comma-separated: https://example.org
     origin: str = ""
-    # completions that a model draws at once [>= 1]
+    # completions that a model draws at once, if half of the free memory holds as many [>= 1]
     slots: int = 64
     # completions that may wait for a slot; beyond that a client is told to try again later [>= 1]
     queue: int = 256
