@@ -330,7 +330,7 @@ def test_a_body_that_is_no_json_is_refused(server, body):
 def test_a_body_nested_as_deep_as_can_be_parsed_is_refused(server, depth):
     nested = b'{"a":' * depth + b"1" + b"}" * depth
     for path, body in {
-        "/v1/chat/completions": b'{"messages": [{"role": "user", "content": %s}]}' % nested,
+        "/v1/chat/completions": b'{"messages": [{"role": "system", "content": %s}]}' % nested,
         "/v1/feedback": b'{"label": true, "answer": "x", "prompt": [{"role": "user", "content": "q", "tools": %s}]}'
         % nested,
     }.items():
