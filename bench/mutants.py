@@ -6,7 +6,7 @@ A mutant is (name, file, old, new, tests): `old` must be in the file exactly onc
 there prove nothing and are left out. The table says which test caught each mutant, and after how
 many seconds. The exit status is 1 if one survives.
 
-    python -m bench.mutants                      all of them, about ten minutes on one core
+    python -m bench.mutants                      all of them, two hours on one core
     python -m bench.mutants --only=kl_sign,gae   those whose name contains one of these
 """
 
