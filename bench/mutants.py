@@ -542,6 +542,13 @@ MUTANTS = [
     ("inference_mode_stays", "runtime/guard.py", "    INFERENCE[-1].__enter__()\n", "", GUARD),
     ("device_of_an_import_stays", "scoring.py", "kept(KEPT_BY_IMPORT), ", "", GUARD),
     ("lock_of_an_orphan", "runtime/files.py", "os.register_at_fork(after_in_child=close_locks)", "pass", RUN),
+    (
+        "retries_for_ever",
+        "runtime/guard.py",
+        "raise late if expired == 1 else Overdue",
+        "raise late",
+        f"{SCORING}::test_a_loop_that_retries_ends_with_its_time",
+    ),
     ("endless_limit_overflows", "runtime/guard.py", "timer = min(seconds, 1e9)", "timer = seconds", SCORING),
     ("key_stripped_within_a_letter", "runtime/http.py", 'given.strip(" \\t")', "given.strip()", SERVE),
     ("host_in_capitals", "runtime/http.py", "self.config.host.lower()", "self.config.host", SERVE),
