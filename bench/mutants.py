@@ -1517,6 +1517,13 @@ MUTANTS = [
         f"{ROWS}::test_whatever_says_that_an_answer_was_cut_is_read",
     ),
     (
+        "earlier_turns_dropped",
+        "data/rows.py",
+        "if first not in said and asked not in first:",
+        "if False:",
+        f"{ROWS}::test_earlier_turns_beside_a_prompt_are_not_dropped",
+    ),
+    (
         "reversed_rating",
         "data/rows.py",
         "number_of(value) < number_of(other)",

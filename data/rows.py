@@ -540,6 +540,23 @@ def in_context(row, messages):
     return messages
 
 
+def beside_conversation(row, messages):
+    """A prompt after the system message of a conversation that stands beside it.
+
+    Raises Unread if that begins with another question: the prompt is then one of its later turns,
+    and what was said before would be lost. UltraChat's is its first question.
+    """
+    said, asked = squeezed(" ".join(m["content"] for m in messages)), squeezed(messages[-1]["content"])
+    for name in CONVERSATIONS:
+        whole = [] if is_empty(row.get(name)) else check_messages(row[name], name)
+        first = next((squeezed(m["content"]) for m in whole if m["role"] == "user"), "")
+        if first not in said and asked not in first:
+            raise Unread(name, what=f'"{name}" begins with another question than the prompt; its turns are not read')
+        if [m["role"] for m in whole[:1]] == ["system"] != [m["role"] for m in messages[:1]]:
+            messages = [whole[0], *messages]
+    return messages
+
+
 def check_asks(messages, field):
     """Raises ValueError unless a prompt ends with the user.
 
@@ -687,12 +704,10 @@ def prompt(row):
     row = normalise(row, answered=False)
     stated, field = stated_prompt(row), first_stated(row, CONVERSATIONS)
     if stated:
-        whole = check_messages(row[field], field) if field else []
         field, messages = stated
         if first_stated(row, (*COMPLETIONS, "answer", "chosen", "rejected")):
             check_asks(messages, field)
-        if [m["role"] for m in whole[:1]] == ["system"] != [m["role"] for m in messages[:1]]:
-            messages = [whole[0], *messages]  # UltraChat's "prompt" is the first message of a user
+        messages = beside_conversation(row, messages)
     else:
         field = field or next((name for name in CONVERSATIONS if name in row), None)
         if not field:
@@ -800,6 +815,7 @@ def preference(row):
         messages = messages or prompt_messages
     if not messages:
         raise ValueError("there is no prompt: neither a field of that name nor messages before the answers")
+    messages = beside_conversation(row, messages)
     check_repeated(row, [*MATERIAL, "text"], messages)
     check_order(row)
     if not is_empty(row.get("margin")) and row["margin"] != 0:

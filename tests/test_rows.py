@@ -885,6 +885,27 @@ def test_the_system_message_of_a_conversation_goes_with_its_prompt():
     )
 
 
+@pytest.mark.parametrize("field", rows.CONVERSATIONS)
+def test_earlier_turns_beside_a_prompt_are_not_dropped(field):
+    pair, then = {"chosen": "Red.", "rejected": "Green."}, {"prompt": "And at dusk?"}
+    for row in (then, {"question": "And at dusk?"}, {"prompt": turns("And at dusk?", system="s")}):
+        for earlier in (turns("What colour?", "Blue."), turns("What colour?", "Blue.", "And at dusk?", "Red.")):
+            for parse, answers in ((rows.preference, pair), (rows.judged, pair), (rows.prompt, {})):
+                with pytest.raises(rows.Unread, match=f'"{field}" begins with another question than the prompt'):
+                    parse(row | answers | {field: earlier})
+    sides = {side: turns("And at dusk?", text) for side, text in pair.items()}
+    with pytest.raises(rows.Unread, match=f'"{field}" begins with another question'):
+        rows.preference(sides | {field: turns("What colour?", "Blue.")})
+    copies = [turns("And  at dusk?", "Red."), turns("And at dusk?", "Red.", "Why?", "Dust."), turns("And at dusk?")]
+    copies += [turns("Answer briefly: And at dusk?", "Red."), turns("And at dusk?", "Red.", system="Be brief.")]
+    for copy in copies:
+        system = copy[:1] if len(copy) == 3 else []
+        wanted = [*system, *turns("And at dusk?")]
+        assert rows.preference(then | pair | {field: copy}).prompt == rows.prompt(then | {field: copy}) == wanted
+    later = {"prompt": turns("What colour?", "Blue.", "And at dusk?"), field: turns("What colour?", "Blue.")}
+    assert rows.preference(later | pair).prompt == rows.prompt(later) == later["prompt"]
+
+
 IM, INST = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<s>[INST] hi [/INST]"
 WRITTEN = [  # in a chat template already
     (rows.conversation, {"prompt": IM, "completion": "yes"}),
