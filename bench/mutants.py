@@ -652,7 +652,21 @@ MUTANTS = [
         "messages = [*messages]",
         ROWS,
     ),
-    ("history_ignored", "data/rows.py", 'history = row.get("history")', "history = None", ROWS),
+    ("history_ignored", "data/rows.py", "messages = [*earlier, *messages]", "messages = [*messages]", ROWS),
+    (
+        "history_by_one_name",
+        "data/rows.py",
+        "    for name in earlier_columns(row):\n",
+        '    for name in {"history"}.intersection(row):\n',
+        f"{ROWS}::test_earlier_turns_and_system_messages_have_many_names",
+    ),
+    (
+        "system_by_one_word",
+        "data/rows.py",
+        'SYSTEM = {"system", "sys", "developer"}',
+        'SYSTEM = {"system"}',
+        f"{ROWS}::test_earlier_turns_and_system_messages_have_many_names",
+    ),
     ("tools_ignored", "data/rows.py", 'set("tool tools function', 'set("function', ROWS),
     (
         "reasoning_ignored",

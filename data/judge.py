@@ -51,7 +51,8 @@ def reply_pair(row):
 
 def other_fields(row):
     """What a row has besides its question and its replies: the "answer" of a problem, say."""
-    return {name: value for name, value in row.items() if name not in REPLACED}
+    replaced = {*REPLACED, *rows.system_columns(row), *rows.earlier_columns(row)}
+    return {name: value for name, value in row.items() if name not in replaced}
 
 
 def swap_sides(row):

@@ -42,7 +42,10 @@ COMPLETIONS = ("completion", "output", "response")  # else "answer", which may b
 # Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
 MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "choices", "options")
 MATERIAL += ("starter_code", *"ABCDE", *(f"option_{letter}" for letter in "abcde"))
-SYSTEM_WORDS = {"system", "prompt", "message", "instruction", "instructions", "content", "text"}
+SYSTEM = {"system", "sys", "developer"}  # a word in the name of a column with a system message; the others:
+SYSTEM_WORDS = SYSTEM | {"prompt", "message", "instruction", "instructions", "content", "text", "role"}
+EARLIER = {"history", "previous", "past", "earlier", "prior"}  # the same for earlier turns
+EARLIER_WORDS = EARLIER | set("chat conversation dialogue dialog message messages turn turns".split())
 ALIASES = {  # a field's other names
     "chosen_response": "chosen",
     "rejected_response": "rejected",
@@ -184,8 +187,14 @@ def words_of(name):
 
 
 def system_columns(row):
-    """The columns of a row that hold a system message: system, system_prompt, systemInstruction."""
-    return [name for name in row if words_of(name)[:1] == ["system"] and SYSTEM_WORDS.issuperset(words_of(name))]
+    """The columns of a row that hold a system message: system, sys_prompt, systemInstruction."""
+    return [name for name in row if SYSTEM.intersection(words_of(name)) and SYSTEM_WORDS.issuperset(words_of(name))]
+
+
+def earlier_columns(row):
+    """The columns of a row that hold earlier turns: history, chat_history, a list of past turns."""
+    named = [name for name in row if EARLIER.intersection(words_of(name)) and EARLIER_WORDS.issuperset(words_of(name))]
+    return [name for name in named if "history" in words_of(name) or isinstance(row[name], list)]
 
 
 def check_read(fields, words, others, where=""):
@@ -504,31 +513,31 @@ def no_prompt(row):
     return ValueError(f'"{empty}" is empty' if empty else f'no "prompt" in the fields {names(row)}')
 
 
-def earlier_turns(row):
-    """The messages in "history": Alpaca's pairs of a message and its answer, or messages."""
-    history = row.get("history")
-    if is_empty(history):
-        return []
+def earlier_turns(history, field):
+    """The messages in a "history": Alpaca's pairs of a message and its answer, or messages."""
     if not isinstance(history, list):
-        raise Unread("history")
+        raise Unread(field)
     items = []
     for item in history:
         if isinstance(item, list) and len(item) == 2:
             items += [message("user", item[0]), message("assistant", item[1])]
         else:
             items.append(item)
-    return ends_with(check_messages(items, "history"), "assistant", "history")
+    return ends_with(check_messages(items, field), "assistant", field)
 
 
 def in_context(row, messages):
     """The messages after the system message and the earlier turns in columns of the row."""
-    earlier = earlier_turns(row)
-    if earlier and (len(messages) > 2 or messages[0]["role"] == "system" == earlier[0]["role"]):
-        raise Unread("history")
-    if earlier and messages[0]["role"] == "system":
-        messages = [messages[0], *earlier, *messages[1:]]
-    else:
-        messages = [*earlier, *messages]
+    for name in earlier_columns(row):
+        if is_empty(row[name]):
+            continue
+        earlier = earlier_turns(row[name], name)
+        if len(messages) > 2 or messages[0]["role"] == "system" == earlier[0]["role"]:
+            raise Unread(name)
+        if messages[0]["role"] == "system":
+            messages = [messages[0], *earlier, *messages[1:]]
+        else:
+            messages = [*earlier, *messages]
     for name in system_columns(row):
         if is_empty(row[name]):
             continue
@@ -867,7 +876,7 @@ def unknown_fields(row):
 
 def unknown_columns(row):
     """The columns of a row that are neither read nor refused and hold text, more than a name."""
-    known = {*FIELDS, "answer", "text", *OWN, *system_columns(row)}
+    known = {*FIELDS, "answer", "text", *OWN, *system_columns(row), *earlier_columns(row)}
     return {
         name
         for name, value in row.items()

@@ -10,7 +10,7 @@ import pytest
 
 import distill
 import sft
-from data import chat, kto, rows, tokenizer
+from data import chat, judge, kto, rows, tokenizer
 from runtime.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -883,6 +883,37 @@ def test_the_system_message_of_a_conversation_goes_with_its_prompt():
     assert rows.prompt({"question": "a", "history": [["x", "y"]], "system_prompt": "s"}) == turns(
         "x", "y", "a", system="s"
     )
+
+
+EARLIER = ("chat_history", "conversation_history", "dialogueHistory", "previous_messages", "past", "History")
+SYSTEMS = ("sys_prompt", "sys", "system_role", "prompt_system", "developer", "developer_message", "System Prompt")
+
+
+@pytest.mark.parametrize("history", ["history", *EARLIER])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_earlier_turns_and_system_messages_have_many_names(history, system):
+    row = {"prompt": "c", history: turns("a", "b"), system: "s"}
+    whole = turns("a", "b", "c", "d", system="s")
+    assert rows.conversation(row | {"completion": "d"}) == whole
+    assert rows.judged(row | {"completion": "d", "label": True}) == [(whole[:-1], "d", True)]
+    assert rows.preference(row | {"chosen": "d", "rejected": "e"}).prompt == rows.prompt(row) == whole[:-1]
+    assert rows.prompt(row | {history: [["a", "b"]]}) == whole[:-1]
+    assert judge.other_fields(row | {"answer": "5"}) == {"answer": "5"}
+    assert rows.prompt(row | {history: [], system: ""}) == turns("c")
+    with pytest.raises(ValueError, match=f'"{history}"'):
+        rows.prompt(row | {history: ["a", "b"]})
+    with pytest.raises(ValueError, match=f'"{system}" is another system message'):
+        rows.prompt(row | {"prompt": turns("c", system="t")})
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [{"system_fingerprint": "fp_1"}, {"operating_system": "Linux"}, {"developer_id": "x"}, {"sys_version": "3.11"}]
+    + [{"past": "went"}, {"history_id": 7}, {"purchase_history": ["a vase"]}, {"previous_score": [1]}],
+)
+def test_what_is_named_alike_is_a_remark(remark):
+    assert rows.conversation({"prompt": "q", "completion": "a"} | remark) == PLAIN
+    assert judge.other_fields(remark) == remark
 
 
 @pytest.mark.parametrize("field", rows.CONVERSATIONS)
