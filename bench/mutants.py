@@ -687,7 +687,10 @@ MUTANTS = [
         "LABELS.get(repr(value).lower()",
         ROWS,
     ),
-    ("masks_ignored", "data/rows.py", "if MASKS.intersection(words_of(name)) and", "if not MASKS and", ROWS),
+    ("masks_ignored", "data/rows.py", "if masks and (of_parts", "if False and (of_parts", ROWS),
+    ("mask_of_loss_trains", "data/rows.py", ' and "mask" not in words[:-1]', "", ROWS),
+    ("told_not_to_train", "data/rows.py", 'NOT = set("not dont', 'NOT = set("dont', ROWS),
+    ("not_included_and_trained", "data/rows.py", 'set("include included has apply', 'set("included', ROWS),
     ("text_beside_ignored", "data/rows.py", 'name == "text" and begin in text', 'name == "text"', ROWS),
     (
         "beginning_of_an_answer_dropped",

@@ -76,7 +76,9 @@ MESSAGE_UNREAD = set("analysis channel context partial prefix refusal".split())
 MESSAGE_UNREAD |= {"train_detail", "training_detail"}
 TRAINED = {"train", "trained", "training", "trainable", "loss", "weight", "learn"}  # a word in the name of a flag
 FLAG = TRAINED | set("mask scale turn on is in sample should use compute calculate".split())  # all: train_on_turn
-MASKS = set("mask masks masked skip ignore loss weight weights".split())  # a word in the name of what else masks
+FLAG |= set("include included has apply contribute contributes to for used".split())  # include_in_loss
+NOT = set("not dont no never exclude excluded".split())  # with one of TRAINED it masks: do_not_train
+MASKS = set("mask masks masked skip ignore loss weight weights untrained".split())  # what else masks
 GOOD = {"correct", "accepted", "approved", "passed"}  # a word in the name of a flag; false: a bad answer
 LABELS = {"true": True, "1": True, "false": False, "0": False, "-1": False}
 PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
@@ -279,11 +281,12 @@ def part_text(part, where):
 
 def check_masks(fields, where=""):
     """Raises Unread for a field that says which tokens or turns are trained, and is no flag of one
-    message: ignore_loss, mask_history, or a list of 0 and 1 beside the messages."""
+    message: ignore_loss, do_not_train, or a list of 0 and 1 beside the messages."""
     for name, value in fields.items():
+        words = words_of(name)
+        masks = MASKS.intersection(words) or NOT.intersection(words) and TRAINED.intersection(words)
         of_parts = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
-        of_others = value == 1 and not is_flag(name)  # true is 1
-        if MASKS.intersection(words_of(name)) and (of_parts or of_others):
+        if masks and (of_parts or flag_of(value) and not is_flag(name)):
             raise Unread(name, where)
 
 
@@ -293,7 +296,9 @@ def train_flags(m):
 
 
 def is_flag(name):
-    return FLAG.issuperset(words_of(name)) and bool(TRAINED.intersection(words_of(name)))
+    """Whether a field says by this name that something is trained: loss_mask, and not mask_loss."""
+    words = words_of(name)
+    return FLAG.issuperset(words) and bool(TRAINED.intersection(words)) and "mask" not in words[:-1]
 
 
 def is_trained(m, role, where):

@@ -613,6 +613,11 @@ UNREAD_MESSAGES = {  # of the assistant: a field, what it may hold; each with a 
     "mask": 1,
     "ignore_loss": True,
     "isMasked": True,
+    "mask_loss": True,
+    "do_not_train": True,
+    "noTrain": 1,
+    "exclude_from_training": "true",
+    "untrained": True,
     "loss_spans": [[0, 4]],
     "train_detail": [{"begin_offset": 0}],
 }
@@ -650,6 +655,11 @@ UNREAD_ROWS = {
     "weights": [0.0, 1.0],
     "mask_history": True,
     "only_last_turn_loss": True,
+    "mask_loss": True,
+    "do_not_train": True,
+    "exclude_from_training": 1,
+    "include_in_loss": False,
+    "use_for_training": 0,
 }
 
 
@@ -688,8 +698,8 @@ def test_no_column_that_says_something_is_ignored(field):
         (rows.judged, {"prompt": "q", "completion": "a", "label": True}),
         (rows.preference, {"query": "q"} | pair),
     ]
-    of_the_answer = {"reasoning_content", "thinking_trajectories", "sample_weight", "train", "is_train"}
-    if field not in of_the_answer and not rows.MASKS.intersection(rows.words_of(field)):
+    of_training = (rows.MASKS | rows.TRAINED).intersection(rows.words_of(field))
+    if field not in ("reasoning_content", "thinking_trajectories") and not of_training:
         cases += [(rows.prompt, row) for row in talks] + [(rows.problem, {"question": "q", "answer": "5"})]
     for parse, row in cases:
         with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
@@ -771,7 +781,9 @@ def test_a_name_counts_if_it_tells_speakers_apart():
     "flag",
     [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
     + [{name: False} for name in ("trainable", "training", "train_on_turn", "loss_mask", "lossWeight", "is_train")]
-    + [{name: 0} for name in ("learn", "should_train", "compute_loss", "calculate_loss", "use_loss")],
+    + [{name: 0} for name in ("learn", "should_train", "compute_loss", "calculate_loss", "use_loss")]
+    + [{name: False} for name in ("include_in_loss", "has_loss", "applyLoss", "contributes_to_loss", "to_train")]
+    + [{name: False} for name in ("use_for_training", "used_for_training")],
 )
 def test_a_message_may_be_read_and_not_trained(flag):
     messages = [turns("a", "b")[0], turns("a", "b")[1] | flag, *turns("c", "d")]
@@ -796,6 +808,12 @@ def test_a_message_may_be_read_and_not_trained(flag):
     for name in ("train", "loss", "training"):
         with pytest.raises(ValueError, match="only messages of the assistant are trained"):
             rows.conversation({"messages": [Q | {name: True}, A]})
+
+
+@pytest.mark.parametrize("name", ["mask_loss", "do_not_train", "no_train", "excludeFromTraining"])
+def test_what_is_not_kept_from_training_is_trained(name):
+    assert rows.conversation({"messages": [Q, A | {name: False}], name: False, "eval_loss": 0.0}) == PLAIN
+    assert rows.conversation({"messages": [Q, A | {"include_in_loss": True, "eval_loss": 0.0}]}) == PLAIN
 
 
 REPEATED = [
