@@ -688,6 +688,13 @@ MUTANTS = [
         ROWS,
     ),
     ("masks_ignored", "data/rows.py", "if masks and (of_parts", "if False and (of_parts", ROWS),
+    (
+        "part_left_out_is_trained",
+        "data/rows.py",
+        "    check_trained(part, ",
+        "    check_masks(part, ",
+        f"{ROWS}::test_a_part_of_a_message_is_trained_or_refused",
+    ),
     ("mask_of_loss_trains", "data/rows.py", ' and "mask" not in words[:-1]', "", ROWS),
     ("told_not_to_train", "data/rows.py", 'NOT = set("not dont', 'NOT = set("dont', ROWS),
     ("not_included_and_trained", "data/rows.py", 'set("include included has apply', 'set("included', ROWS),

@@ -276,7 +276,18 @@ def part_text(part, where):
         kind = kind or type(part).__name__
         raise Unread(f"content of type {kind}", what=f'"{where}" has content of type {kind!r}, which is not read')
     check_read(part, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.content.")
+    check_trained(part, f"{where}.content.")
+    if flag_of(part.get("label")) is False:
+        raise Unread("label", f"{where}.content.")
     return part["text"]
+
+
+def check_trained(fields, where=""):
+    """Raises Unread if a row, or a part of a message, is not to be trained, or not fully."""
+    check_masks(fields, where)
+    for name, flag in train_flags(fields).items():
+        if flag_of(flag) is False or abs(number_of(flag) - 1) > 0:
+            raise Unread(name, where)
 
 
 def check_masks(fields, where=""):
@@ -440,10 +451,7 @@ def normalise(row, answered=True):
         check_read(row, UNREAD, PREFERRED)
         return row
     check_read(row, UNREAD | REASONING, PREFERRED)
-    check_masks(row)
-    for name, flag in train_flags(row).items():
-        if isinstance(flag, (int, float)) and flag != 1 and name != "loss":  # of a whole row a measurement
-            raise Unread(name)
+    check_trained({name: v for name, v in row.items() if name != "loss"})  # of a whole row a measurement
     return row
 
 

@@ -816,6 +816,25 @@ def test_what_is_not_kept_from_training_is_trained(name):
     assert rows.conversation({"messages": [Q, A | {"include_in_loss": True, "eval_loss": 0.0}]}) == PLAIN
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"train": False}, {"label": False}, {"loss": "0"}, {"weight": 0.5}, {"label": 0}]
+    + [{"mask": True}, {"ignore_loss": 1}, {"do_not_train": True}, {"loss_mask": [0, 1]}],
+)
+def test_a_part_of_a_message_is_trained_or_refused(mark):
+    """Parts are joined, so none can be left out of the loss."""
+    (name,) = mark
+    for messages in ([Q, A], turns("x", "y", "q", "a")):
+        for i in range(len(messages)):
+            parts = [{"type": "text", "text": messages[i]["content"]}, {"type": "text", "text": " more"} | mark]
+            marked = [*messages[:i], messages[i] | {"content": parts}, *messages[i + 1 :]]
+            with pytest.raises(rows.Unread, match=rf'"messages\[{i}\].content.{name}" says something'):
+                rows.conversation({"messages": marked})
+    for kept in ({"weight": 1}, {"train": True}, {"label": True}, {"label": "so"}, {"loss": "1"}, {"mask": False}):
+        part = {"type": "text", "text": "a"} | kept
+        assert rows.conversation({"messages": [Q, A | {"content": [part]}]}) == PLAIN
+
+
 REPEATED = [
     ("Name a colour.", " Red", True),
     ("2+2?", " 4", True),
