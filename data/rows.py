@@ -297,7 +297,7 @@ def check_masks(fields, where=""):
         words = words_of(name)
         masks = MASKS.intersection(words) or NOT.intersection(words) and TRAINED.intersection(words)
         of_parts = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
-        if masks and (of_parts or flag_of(value) and not is_flag(name)):
+        if of_parts and (masks or is_flag(name)) or masks and flag_of(value) and not is_flag(name):
             raise Unread(name, where)
 
 
@@ -451,6 +451,7 @@ def normalise(row, answered=True):
         check_read(row, UNREAD, PREFERRED)
         return row
     check_read(row, UNREAD | REASONING, PREFERRED)
+    check_masks(row)
     check_trained({name: v for name, v in row.items() if name != "loss"})  # of a whole row a measurement
     return row
 

@@ -835,6 +835,24 @@ def test_a_part_of_a_message_is_trained_or_refused(mark):
         assert rows.conversation({"messages": [Q, A | {"content": [part]}]}) == PLAIN
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": value} for value in ("0", "0.0", 0.0, "0.5", 0, "2")]
+    + [{"train": value} for value in ("false", "False", False, "0", [0, 1])]
+    + [{"sample_weight": "0"}, {"is_train": "false"}, {"loss": [0, 1]}, {"mask_loss": "true"}],
+)
+def test_a_row_that_is_not_trained_fully_is_refused_in_quotes_too(mark):
+    (name,) = mark
+    for parse, row in variants({}):
+        if parse is not rows.prompt:
+            with pytest.raises(rows.Unread, match=f'"{name}" says something that is not read'):
+                parse(row | mark)
+            for kept in (1, "1", "1.0", "", None, *(["true", True] if name != "mask_loss" else [])):
+                assert parse(row | {name: kept if name != "mask_loss" else False})
+    for remark in ({"loss": "0"}, {"loss": 0.0}, {"weight": "light"}, {"train": "ICE 5"}):
+        assert rows.conversation({"messages": PLAIN} | remark) == PLAIN
+
+
 REPEATED = [
     ("Name a colour.", " Red", True),
     ("2+2?", " 4", True),
