@@ -702,6 +702,13 @@ MUTANTS = [
         "if isinstance(flag, (int, float)) and flag != 1:",
         f"{ROWS}::test_a_row_that_is_not_trained_fully_is_refused_in_quotes_too",
     ),
+    (
+        "improbable_answer_is_good",
+        "data/rows.py",
+        "better = pair.probability > 0.5",
+        "better = True",
+        f"{ROWS}::test_the_better_answer_of_a_pair_is_that_of_its_probability",
+    ),
     ("mask_of_loss_trains", "data/rows.py", ' and "mask" not in words[:-1]', "", ROWS),
     ("told_not_to_train", "data/rows.py", 'NOT = set("not dont', 'NOT = set("dont', ROWS),
     ("not_included_and_trained", "data/rows.py", 'set("include included has apply', 'set("included', ROWS),

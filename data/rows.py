@@ -854,14 +854,17 @@ def preference(row):
 def judged(row):
     """KTO's {"prompt", "completion", "label"} -> [(messages, completion, label)].
 
-    A preference gives two of them.
+    A preference gives two of them, the better one by its "probability".
     """
     labelled = normalise(row)
     if "label" not in labelled and "chosen" not in labelled:
         raise ValueError(f'no "label" (nor "chosen" and "rejected") in the fields {names(labelled)}')
     if "label" not in labelled:
         pair = preference(row)
-        return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
+        if pair.probability == 0.5:
+            raise Unread("probability", what='"probability" is 0.5, so neither answer is the better one')
+        better = pair.probability > 0.5
+        return [(pair.prompt, pair.chosen, better), (pair.prompt, pair.rejected, not better)]
     label = flag_of(labelled["label"])
     if label is None:
         raise ValueError(f'"label" is {labelled["label"]!r}; true or false was expected')

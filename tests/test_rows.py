@@ -287,6 +287,15 @@ def test_judged_answers():
     assert rows.judged({"messages": turns("a", "b", "c", "d"), "label": True}) == [(turns("a", "b", "c"), "d", True)]
 
 
+@pytest.mark.parametrize("probability, better", [(1, True), (0.51, True), (0.49, False), (0, False), (None, True)])
+def test_the_better_answer_of_a_pair_is_that_of_its_probability(probability, better):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "probability": probability}
+    assert rows.judged(pair) == [(turns("a"), "b", better), (turns("a"), "c", not better)]
+    with pytest.raises(rows.Unread, match='"probability" is 0.5, so neither answer is the better one'):
+        rows.judged(pair | {"probability": 0.5})
+    assert rows.preference(pair | {"probability": 0.5}).probability == 0.5
+
+
 @pytest.mark.parametrize(
     "row",
     [
