@@ -1562,6 +1562,27 @@ MUTANTS = [
         f"{ROWS}::test_earlier_turns_beside_a_prompt_are_not_dropped",
     ),
     (
+        "cut_pair",
+        "data/rows.py",
+        "    check_whole(row)\n    stated = preference_prompt(row)",
+        "    stated = preference_prompt(row)",
+        f"{ROWS}::test_whatever_says_that_an_answer_was_cut_is_read",
+    ),
+    (
+        "cut_reply",
+        "data/judge.py",
+        "    rows.check_whole(rows.normalise(row))\n",
+        "",
+        f"{ROWS}::test_whatever_says_that_an_answer_was_cut_is_read",
+    ),
+    (
+        "cut_at_a_limit",
+        "data/rows.py",
+        "(?:hit|reached|exceeded) .*(?:max|limit)|",
+        "",
+        f"{ROWS}::test_whatever_says_that_an_answer_was_cut_is_read",
+    ),
+    (
         "reversed_rating",
         "data/rows.py",
         "number_of(value) < number_of(other)",
@@ -1641,8 +1662,8 @@ MUTANTS = [
     (
         "cut_in_quotes",
         "data/rows.py",
-        "cut and flag_of(value) or",
-        "cut and value in (True,) or",
+        "CUT_FLAG.search(spaced) and flag or",
+        "CUT_FLAG.search(spaced) and value in (True,) or",
         f"{ROWS}::test_whatever_says_that_an_answer_was_cut_is_read",
     ),
     (

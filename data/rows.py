@@ -85,7 +85,13 @@ PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a wor
 RATINGS = {"score", "scores", "rating", "ratings", "reward", "rewards"}
 # What says that an answer was cut: ours, and what APIs and servers write
 WHOLE = {"finished", "complete", "completed"}  # and end_turn
-CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "incomplete", "interrupted", "content_filter"}
+CUT_FLAG = re.compile(  # in the words of a name
+    r"\b(?:truncated|interrupted|incomplete|unfinished|cut ?off|stopped limit"
+    r"|(?:hit|reached|exceeded) .*(?:max|limit)|(?:max|limit).* (?:hit|reached|exceeded))\b"
+)
+STOP_REASON = re.compile(r"\b(?:reasons?|status|details|stop type)$")
+CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "model_length", "limit"}
+CUT |= {"incomplete", "interrupted", "content_filter"}
 
 OWN = {"critique", "original", "instead_of", "principle"}  # remarks of rlaif.py and serve.py
 
@@ -223,12 +229,12 @@ def check_whole(fields):
     """Raises ValueError if an answer was cut: a model trained on it would learn to end there."""
     said = []
     for name, value in fields.items():
-        words = words_of(name)
+        words = [word for word in words_of(name) if word not in ("chosen", "rejected")]
+        spaced, flag = " ".join(words), {"yes": True, "no": False}.get(str(value).lower(), flag_of(value))
         ends = WHOLE.intersection(words) or words == ["end", "turn"]
-        cut = {"truncated", "interrupted"}.intersection(words)
         reasons = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-        reason_is_cut = words[-1:] in (["reason"], ["status"]) and any(str(x).lower() in CUT for x in reasons)
-        if ends and flag_of(value) is False or cut and flag_of(value) or reason_is_cut:
+        reason_is_cut = STOP_REASON.search(spaced) and any(str(x).lower() in CUT for x in reasons)
+        if ends and flag is False or CUT_FLAG.search(spaced) and flag or reason_is_cut:
             said.append(name)
     if said:
         raise ValueError(
@@ -821,6 +827,7 @@ def preference(row):
     Optional: "probability" that the chosen one is preferred.
     """
     raw, row = row, normalise(row)
+    check_whole(row)
     stated = preference_prompt(row)
     chosen, rejected = (preference_side(row, field, stated is not None) for field in ("chosen", "rejected"))
     messages = chosen[:-1]

@@ -517,12 +517,17 @@ def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
     + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")]
     + [{"finishReason": "MAX_TOKENS"}, {"done_reason": "length"}, {"is_truncated": True}]
     + [{"is_complete": False}, {"completed": False}, {"status": "incomplete"}, {"finish_reason": "content_filter"}]
-    + [{"finish_reason": {"type": "length", "length": 64}}, {"stop_reason": ["length"]}, {"truncated": "True"}],
+    + [{"finish_reason": {"type": "length", "length": 64}}, {"stop_reason": ["length"]}, {"truncated": "True"}]
+    + [{name: True} for name in ("incomplete", "unfinished", "cut_off", "hit_max_tokens", "maxTokensReached")]
+    + [{"stopped_limit": True}, {"finished": "no"}, {"is_truncated": "yes"}, {"finish_reasons": ["length"]}]
+    + [{"finish_reason": "model_length"}, {"stop_type": "limit"}, {"incomplete_details": {"reason": "max_tokens"}}],
 )
 def test_whatever_says_that_an_answer_was_cut_is_read(said):
     (name,) = said
     (value,) = said.values()
     whole = {name: not value if isinstance(value, bool | int) else "stop"}
+    pair = {"prompt": "q", "chosen": "It is 4", "rejected": "b"}
+    both = {"prompt": "q", "reply_a": "It is 4", "reply_b": "b"}
     for row in ({"prompt": "q", "completion": "It is 4"} | said, {"messages": [Q, A | said]}):
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.conversation(row)
@@ -531,6 +536,27 @@ def test_whatever_says_that_an_answer_was_cut_is_read(said):
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):  # it would be given an end
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.preference({"prompt": [Q], side: [A | said], other: "b"})
+    for parse, row in (
+        (rows.preference, pair),
+        (rows.judged, pair),
+        (judge.reply_pair, pair),
+        (judge.reply_pair, both),
+    ):
+        for named in (name, f"chosen_{name}", f"{name}_rejected"):
+            with pytest.raises(ValueError, match=f'"{named}" is .*: the answer was cut'):
+                parse(row | {named: value})
+            assert parse(row | {named: whole[name]})
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [{"limit": True}, {"knowledge_cutoff": "2023"}, {"untruncated": True}, {"reached_eos": True}, {"max_tokens": 1}]
+    + [{"reason": "It is shorter."}, {"type": "limit"}, {"details": ["some"]}, {"hit": 1}, {"completeness": 0}],
+)
+def test_not_every_remark_on_an_end_says_that_it_was_cut(remark):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for parse, row in ((rows.conversation, {"messages": PLAIN}), (rows.preference, pair)):
+        assert parse(row | remark)
 
 
 # -------------------------------------------------------------------------------------------------
