@@ -45,7 +45,7 @@ def reply_pair(row):
             raise ValueError(f"no pair of replies in the fields {rows.names(row)}; --policy=CHECKPOINT samples them")
         return rows.preference(row)
     rows.check_whole(rows.normalise(row))
-    a, b = (rows.text_of(row.get(name), name) for name in ("reply_a", "reply_b"))
+    a, b = (rows.column_text(row, name) for name in ("reply_a", "reply_b"))
     label = {"A": 1.0, "B": 0.0}.get(str(row.get("better")), math.nan)
     return rows.Pair(rows.prompt(row), a, b, label, row)
 

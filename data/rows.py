@@ -102,6 +102,10 @@ BEGUN = re.compile(
     r"\s*(?:<s>|<\|begin_of_text\|>|<bos>)?\s*"
     r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\])"
 )
+# How messages begin that a table without lists holds as a string, in JSON or as Python prints them
+LISTED = re.compile(
+    r"\s*\[\s*\{(?=.*?['\"](?:role|from)['\"]\s*:\s*['\"](?:system|developer|user|human|assistant|gpt)['\"])", re.DOTALL
+)
 ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
 
 
@@ -497,7 +501,7 @@ def stated_prompt(row):
         messages = dialogue(value, field)
     else:
         more = [name for name in ("input", "context") if field == "instruction" and not is_empty(row.get(name))]
-        parts = [text_of(row[name], name) for name in (field, *more)]
+        parts = [column_text(row, name) for name in (field, *more)]
         check_plain(BEGUN.match(parts[0]), field)
         messages = [message("user", "\n\n".join(parts))]
     others = [name for name in PROMPTS if name != field]
@@ -515,6 +519,14 @@ def check_plain(mark, field):
             f'"{field}" has {mark[1]!r}, so it is written in a chat template already, and would be in one twice; give '
             "what was said alone, or messages"
         )
+
+
+def column_text(row, field):
+    """The text in a column; raises ValueError also for a list of messages written as a string."""
+    text = text_of(row.get(field), field)
+    if LISTED.match(text) and text.rstrip().endswith("]"):
+        raise ValueError(f'"{field}" is a list of messages written as a string; write the list itself')
+    return text
 
 
 def check_answer(text, field):
@@ -656,7 +668,7 @@ def completion(row):
     value = row.get(field)
     if field == "answer":
         return field, solution(row)
-    return field, single_reply(value, field) if isinstance(value, (list, dict)) else text_of(value, field)
+    return field, single_reply(value, field) if isinstance(value, (list, dict)) else column_text(row, field)
 
 
 def conversation(row):
@@ -795,12 +807,13 @@ def preference_side(row, field, has_prompt):
         messages = ends_with(check_messages(side, field), "assistant", field)
         trained_reply(messages, field)
         return without_train(messages)
-    if has_prompt and not is_dialogue(side):
-        check_answer(text_of(side, field), field)
-        return [message("assistant", side)]
+    text = column_text(row, field)
+    if has_prompt and not is_dialogue(text):
+        check_answer(text, field)
+        return [message("assistant", text)]
     if first_stated(row, ["prompt"]) is None and "prompt" in row:
         raise no_prompt(row)
-    return ends_with(dialogue(text_of(side, field), field), "assistant", field)
+    return ends_with(dialogue(text, field), "assistant", field)
 
 
 def preference_prompt(row):

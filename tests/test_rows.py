@@ -1068,6 +1068,36 @@ def test_an_answer_cut_in_its_thought_is_refused(parse, row):
     assert parse(whole) and parse(json.loads(json.dumps(row).replace("<think>", "The tag <think> is one.")))
 
 
+@pytest.mark.parametrize("spell", [json.dumps, repr, lambda messages: json.dumps(messages, indent=1), np.array])
+def test_messages_written_as_a_string_are_refused(spell):
+    asked, answered = turns("q"), reply("a")
+    shares = [[{"from": "human", "value": "q"}], [{"content": "q", "role": "user"}], turns("q", "a", "c", system="s")]
+    pair, both = {"chosen": "a", "rejected": "b"}, {"reply_a": "a", "reply_b": "b"}
+    cases = [(rows.conversation, {name: x, "completion": "a"}) for name in rows.PROMPTS for x in (asked, *shares)]
+    cases += [(rows.conversation, {"prompt": "q", name: answered}) for name in rows.COMPLETIONS]
+    cases += [(rows.prompt, {"prompt": asked}), (rows.judged, {"prompt": asked, "completion": "a", "label": True})]
+    cases += [(rows.preference, {"prompt": "q"} | pair | {side: answered}) for side in pair]
+    cases += [(rows.preference, {"prompt": asked} | pair), (rows.preference, pair | {"chosen": turns("q", "a")})]
+    cases += [(judge.reply_pair, {"prompt": "q"} | both | {side: answered}) for side in both]
+    for parse, row in cases:
+        for name in row:
+            if isinstance(row[name], list):
+                with pytest.raises(ValueError, match=f'"{name}" is a list of messages written as a string'):
+                    parse(row | {name: str(spell(row[name]))})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"from": "Berlin", "to": "Paris"}]', '[{"role": "baker"}]', "[1, 2]", '{"role": "user"}', "[{x}]"]
+    + ['[{"role": "user"}] is a list of messages?', 'What is [{"role": "user", "content": "hi"}]'],
+)
+def test_other_lists_are_text(text):
+    assert rows.conversation({"prompt": text, "completion": "a " + text}) == turns(text, "a " + text)
+    assert rows.preference({"prompt": "q", "chosen": text, "rejected": "b"}).chosen == text
+    talk = turns(json.dumps(PLAIN), json.dumps(PLAIN))  # said in a message: an exercise in JSON
+    assert rows.conversation({"messages": talk}) == talk
+
+
 def test_a_user_may_speak_of_special_tokens():
     talk = turns("<|im_start|>", "It begins a turn; <|im_end|> ends it.", "and </s>?", "That too.")
     assert rows.conversation({"messages": talk}) == talk
