@@ -1555,6 +1555,20 @@ MUTANTS = [
         f"{ROWS}::test_what_is_written_in_a_template_already_is_refused",
     ),
     (
+        "wide_bars_are_text",
+        "data/rows.py",
+        r"|<\uff5cUser\uff5c>",
+        "",
+        f"{ROWS}::test_what_is_written_in_a_template_already_is_refused",
+    ),
+    (
+        "ends_of_one_family",
+        "data/rows.py",
+        "(?:end_of_turn|end_of_utterance|eos|/s)",
+        "(?:end_of_turn|/s)",
+        f"{ROWS}::test_what_is_written_in_a_template_already_is_refused",
+    ),
+    (
         "end_spelled",
         "data/rows.py",
         "        check_plain(mark, field)",

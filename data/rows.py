@@ -97,16 +97,21 @@ OWN = {"critique", "original", "instead_of", "principle"}  # remarks of rlaif.py
 
 # How a column that says nothing is filled, by pandas, or by hand (Alpaca's <noinput>)
 ABSENT = {"nan", "none", "null", "n/a", "<noinput>", "no input"}
-# How a prompt begins, and an answer ends, that is written in a model's chat template already
+# How a prompt begins, and an answer ends, that is written in a model's chat template already.
+# DeepSeek's has wide bars, \uff5c.
 BEGUN = re.compile(
-    r"\s*(?:<s>|<\|begin_of_text\|>|<bos>)?\s*"
-    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\])"
+    r"\s*(?:<s>|<\|begin_of_text\|>|<\uff5cbegin.of.sentence\uff5c>|<bos>|<\|bos\|>|<BOS_TOKEN>|\[gMASK\]<sop>)?\s*"
+    r"(<\|im_start\|>|<\|(?:start_header_id|header_start)\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
+    r"|<\|start_of_role\|>|<\|(?:user|system|prompter|user_start)\|>|<\uff5cUser\uff5c>|\[INST\])"
+)
+ENDED = re.compile(
+    r"(<\|(?:im_end|eot_id|eot|eom_id|end_of_text|endoftext|end|return|END_OF_TURN_TOKEN|assistant_end)\|>"
+    r"|<\uff5cend.of.sentence\uff5c>|<(?:end_of_turn|end_of_utterance|eos|/s)>)\s*$"
 )
 # How messages begin that a table without lists holds as a string, in JSON or as Python prints them
 LISTED = re.compile(
     r"\s*\[\s*\{(?=.*?['\"](?:role|from)['\"]\s*:\s*['\"](?:system|developer|user|human|assistant|gpt)['\"])", re.DOTALL
 )
-ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
 
 
 class Pair(NamedTuple):

@@ -1045,6 +1045,26 @@ WRITTEN = [  # in a chat template already
 ]
 
 
+BEGINS = ["<|header_start|>user<|header_end|>\n\n", "<\uff5cUser\uff5c>", "<|start|>user<|message|>", "<|user_start|>"]
+BEGINS += ["<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>", "<|bos|><|user_start|>", "<|prompter|>"]
+BEGINS += ["<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<|start_of_role|>user", "[gMASK]<sop><|user|>\n"]
+ENDS = ["<|eot|>", "<|eom_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "<|return|>", "<end_of_utterance>"]
+ENDS += ["<|END_OF_TURN_TOKEN|>", "<|assistant_end|>"]
+WRITTEN += [(rows.conversation, {"prompt": mark + "hi", "completion": "yes"}) for mark in BEGINS]
+WRITTEN += [(rows.preference, {"prompt": mark + "hi", "chosen": "yes", "rejected": "no"}) for mark in BEGINS]
+WRITTEN += [(rows.conversation, {"messages": turns("hi", "yes" + mark)}) for mark in ENDS]
+WRITTEN += [(rows.judged, {"prompt": "hi", "completion": f"yes {mark}\n", "label": False}) for mark in ENDS]
+
+
+@pytest.mark.parametrize("mark", [*BEGINS, *ENDS, "<|end_of_solution|>", "<|begin_of_thought|>", "<user>", "<start>"])
+def test_a_mark_of_a_template_elsewhere_is_text(mark):
+    talk = turns(f"What is {mark}?", f"{mark} is a mark.")
+    assert rows.conversation({"prompt": talk[0]["content"], "completion": talk[1]["content"]}) == talk
+    assert rows.conversation({"messages": talk}) == talk
+    if mark not in (*BEGINS, *ENDS):  # OpenThoughts' answers end so
+        assert rows.conversation({"prompt": mark + "a", "completion": "b" + mark}) == turns(mark + "a", "b" + mark)
+
+
 @pytest.mark.parametrize("parse, row", WRITTEN, ids=range(len(WRITTEN)))
 def test_what_is_written_in_a_template_already_is_refused(parse, row):
     """It would be in a template twice, and an answer would have its end twice, once spelled."""
