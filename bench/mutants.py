@@ -644,7 +644,7 @@ MUTANTS = [
         PREPARE,
     ),
     # Reading: fields with a meaning, one reader for all scripts, places, paths, indentation
-    ("nulls_read", "data/rows.py", "    row = without_nulls(row)\n", "    row = dict(row)\n", ROWS),
+    ("nulls_read", "data/rows.py", "small_letters(without_nulls(row))", "small_letters(row)", ROWS),
     (
         "system_column_ignored",
         "data/rows.py",
@@ -722,6 +722,34 @@ MUTANTS = [
         """if LISTED.match(text) and text.rstrip().endswith("]"):""",
         "if LISTED.match(text):",
         f"{ROWS}::test_other_lists_are_text",
+    ),
+    (
+        "capitals_unread",
+        "data/rows.py",
+        "row = small_letters(without_nulls(row))",
+        "row = without_nulls(row)",
+        f"{ROWS}::test_capital_names_are_the_same_fields",
+    ),
+    (
+        "answer_in_capitals",
+        "data/rows.py",
+        "return prompt(row), small_letters(row) | row",
+        "return prompt(row), row",
+        f"{ROWS}::test_capital_names_are_the_same_fields",
+    ),
+    (
+        "text_beside_a_prompt_ignored",
+        "data/rows.py",
+        """        check_repeated(row, ["text"], messages)\n""",
+        "",
+        f"{ROWS}::test_a_text_beside_a_prompt_is_a_copy_of_it_or_unread",
+    ),
+    (
+        "choices_by_one_name",
+        "data/rows.py",
+        '("op", "option", "option_")',
+        '("option_",)',
+        f"{ROWS}::test_capital_names_are_the_same_fields",
     ),
     ("mask_of_loss_trains", "data/rows.py", ' and "mask" not in words[:-1]', "", ROWS),
     ("told_not_to_train", "data/rows.py", 'NOT = set("not dont', 'NOT = set("dont', ROWS),
@@ -1676,8 +1704,8 @@ MUTANTS = [
     (
         "choices_in_columns",
         "data/rows.py",
-        """, *"ABCDE", *(f"option_{letter}" for letter in "abcde"))""",
-        ",)",
+        """, *"ABCDE")""",
+        ")",
         f"{ROWS}::test_no_column_that_says_something_is_ignored",
     ),
     (

@@ -53,7 +53,7 @@ def reply_pair(row):
 def other_fields(row):
     """What a row has besides its question and its replies: the "answer" of a problem, say."""
     replaced = {*REPLACED, *rows.system_columns(row), *rows.earlier_columns(row)}
-    return {name: value for name, value in row.items() if name not in replaced}
+    return {name: value for name, value in rows.small_letters(row).items() if name not in replaced}
 
 
 def swap_sides(row):

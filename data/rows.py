@@ -40,8 +40,10 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem")  # of several, the first is the prompt
 COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
 # Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
-MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "choices", "options")
-MATERIAL += ("starter_code", *"ABCDE", *(f"option_{letter}" for letter in "abcde"))
+MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "paragraph", "story")
+MATERIAL += ("choices", "options", "answer_choices", "endings", "starter_code", *"ABCDE")
+MATERIAL += tuple(f"{option}{letter}" for option in ("op", "option", "option_") for letter in "abcde")
+MATERIAL += tuple(f"{choice}{i}" for choice in ("choice", "choice_", "ending") for i in range(6))
 SYSTEM = {"system", "sys", "developer"}  # a word in the name of a column with a system message; the others:
 SYSTEM_WORDS = SYSTEM | {"prompt", "message", "instruction", "instructions", "content", "text", "role"}
 EARLIER = {"history", "previous", "past", "earlier", "prior"}  # the same for earlier turns
@@ -201,6 +203,12 @@ def words_of(name):
     """The words in the name of a field, in small letters: tool_calls and toolCalls have two."""
     camel = re.sub(r"(?<=[a-z])(?=[A-Z][a-z]+)", "_", name)
     return [word for word in re.split(r"[^a-z]+", camel.lower()) if word]
+
+
+def small_letters(row):
+    """A row with the fields that are read under their names in small letters: Question, optionA."""
+    known = {*FIELDS, "answer", "text"}
+    return {name.lower() if name.lower() in known - row.keys() else name: value for name, value in row.items()}
 
 
 def system_columns(row):
@@ -450,7 +458,7 @@ def normalise(row, answered=True):
     answered: whether what the assistant said is read as well. Raises ValueError for a field with a
     meaning that is not read.
     """
-    row = without_nulls(row)
+    row = small_letters(without_nulls(row))
     optional = {*MATERIAL, *system_columns(row), *(["input"] if "instruction" in row else [])}
     row = {name: v for name, v in row.items() if name not in optional or str(v).strip().lower() not in ABSENT}
     if isinstance(row.get("input"), dict) and "messages" in row["input"]:  # OpenAI's preferences
@@ -754,12 +762,13 @@ def prompt(row):
         if first_stated(row, (*COMPLETIONS, "answer", "chosen", "rejected")):
             check_asks(messages, field)
         messages = beside_conversation(row, messages)
+        check_repeated(row, ["text"], messages)
     else:
         field = field or next((name for name in CONVERSATIONS if name in row), None)
         if not field:
             raise no_prompt(row)
         messages = check_messages(row[field], field)
-        check_repeated(row, MATERIAL, messages)
+        check_repeated(row, [*MATERIAL, "text"], messages)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     check_asks(messages, field)
@@ -767,12 +776,13 @@ def prompt(row):
 
 
 def prompt_only(row):
-    """Any row with a prompt -> (messages, row)."""
-    return prompt(row), row
+    """Any row with a prompt -> (messages, row), which a reward reads under its own names too."""
+    return prompt(row), small_letters(row) | row
 
 
 def problem(row):
     """{"prompt" or "question", "answer" with a number to compare with} -> (messages, row)."""
+    row = small_letters(row)
     answer = row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         row = row | {"answer": str(answer)}
@@ -921,7 +931,7 @@ def unknown_columns(row):
     known = {*FIELDS, "answer", "text", *OWN, *system_columns(row), *earlier_columns(row)}
     return {
         name
-        for name, value in row.items()
+        for name, value in small_letters(row).items()
         if name not in known and words_of(name)[-1:] not in [[word] for word in ABOUT] and has_prose(value)
     }
 

@@ -672,6 +672,12 @@ UNREAD_ROWS = {
     "ctxs": [{"id": 1, "text": "so"}],
     "passage": "so",
     "starter_code": "so",
+    "paragraph": "so",
+    "story": "so",
+    "endings": ["so"],
+    "answer_choices": ["so"],
+    "opb": "so",
+    "choice2": "so",
     "B": "so",
     "option_c": "so",
     "tie": True,
@@ -770,6 +776,39 @@ def test_columns_with_text_that_nobody_knows_are_said_once_a_file(tmp_path, caps
         assert capsys.readouterr().out == f'{path}: columns that are not read: "persona"\n'
         rows.read(path, rows.prompt_only)  # a reward reads what it likes
         assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("letters", [str.title, str.upper, str.capitalize])
+def test_capital_names_are_the_same_fields(letters):
+    def capital(row):
+        return {letters(name): value for name, value in row.items()}
+
+    for wanted, row in ((rows.conversation, CONVERSATIONS), (rows.preference, PAIRS)):
+        for example, _ in row.values():
+            if not {"systemInstruction", "images"} & example.keys():
+                assert wanted(capital(example))[:-1] == wanted(example)[:-1]
+    asked = {"question": "q", "answer": "#### 5"}
+    for row in (asked, asked | {"answer": 5}):
+        found, read = rows.problem(capital(row))
+        assert found == turns("q") and rows.right_number(read) == 5
+    assert rows.right_number(rows.prompt_only(capital(asked))[1]) == 5
+    assert rows.prompt_only(capital(asked))[1][letters("answer")] == "#### 5"  # a reward's own name for it
+    assert judge.other_fields(capital(asked | {"context": "so"})) == {"answer": "#### 5"}
+    for field in ("context", "options", "passage", "optiona", "opa", "choice1", "text"):
+        for parse in (rows.conversation, rows.prompt, rows.problem):
+            with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
+                parse(capital(asked | {field: "so it is"}))
+
+
+def test_a_text_beside_a_prompt_is_a_copy_of_it_or_unread():
+    for row in (
+        {"question": "When was she born?", "answer": "1815"},
+        {"messages": turns("When was she born?", "1815")},
+    ):
+        for parse in (rows.prompt, *([rows.problem] if "answer" in row else [])):
+            with pytest.raises(rows.Unread, match='"text" says something that is not read'):
+                parse(row | {"text": "Ada wrote the first program."})
+            assert parse(row | {"text": "Q: When was she born?\nA: 1815"})
 
 
 def test_a_text_beside_a_conversation_is_a_copy_of_it_or_unread():
@@ -990,7 +1029,7 @@ def test_earlier_turns_and_system_messages_have_many_names(history, system):
     assert rows.prompt(row | {history: [["a", "b"]]}) == whole[:-1]
     assert judge.other_fields(row | {"answer": "5"}) == {"answer": "5"}
     assert rows.prompt(row | {history: [], system: ""}) == turns("c")
-    with pytest.raises(ValueError, match=f'"{history}"'):
+    with pytest.raises(ValueError, match=f'(?i)"{history}"'):
         rows.prompt(row | {history: ["a", "b"]})
     with pytest.raises(ValueError, match=f'"{system}" is another system message'):
         rows.prompt(row | {"prompt": turns("c", system="t")})
