@@ -1813,6 +1813,20 @@ MUTANTS = [
         "",
         "tests/test_rules.py::test_the_number_after_the_mark",
     ),
+    (
+        "first_of_several_numbers",
+        "data/rules.py",
+        "if match and not ANOTHER.search(said, match.end()) else",
+        "if match else",
+        "tests/test_rules.py::test_an_answer_of_several_numbers_is_none",
+    ),
+    (
+        "units_are_numbers",
+        "data/rules.py",
+        r"(?<![A-Za-z0-9^])(?<!\^\{)(?<!\^-)\d",
+        r"\d",
+        "tests/test_rules.py::test_an_answer_of_one_number_is_that",
+    ),
     ("a_list_is_its_head", "data/rules.py", "|, \\d|", "|", "tests/test_rules.py::test_the_number_after_the_mark"),
     ("thousands_by_a_space", "data/rules.py", ":'_xXeE \\u00a0", ":'_xXeE\\u00a0", "tests/test_rules.py"),
     (
