@@ -679,7 +679,7 @@ MUTANTS = [
     ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
     ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
     ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
-    ("bad_answer_trained", "data/rows.py", '["label"] if flag_of(row.get("label")) is False else []', "[]", ROWS),
+    ("bad_answer_trained", "data/rows.py", "(flag_of(value) is False or said in BAD_LABELS)", "False", ROWS),
     (
         "labels_in_quotes_unread",
         "data/rows.py",
@@ -750,6 +750,27 @@ MUTANTS = [
         '("op", "option", "option_")',
         '("option_",)',
         f"{ROWS}::test_capital_names_are_the_same_fields",
+    ),
+    (
+        "bad_answer_in_quotes",
+        "data/rows.py",
+        'GOOD.intersection(words) and said == "false"',
+        "GOOD.intersection(words) and value is False",
+        f"{ROWS}::test_whatever_calls_an_answer_bad_is_read",
+    ),
+    (
+        "bad_message_trained",
+        "data/rows.py",
+        "if isinstance(m, dict) and all(train_flags(m).values()):",
+        "if False:",
+        f"{ROWS}::test_whatever_calls_an_answer_bad_is_read",
+    ),
+    (
+        "untrained_message_is_bad",
+        "data/rows.py",
+        "if isinstance(m, dict) and all(train_flags(m).values()):",
+        "if isinstance(m, dict):",
+        f"{ROWS}::test_whatever_calls_an_answer_bad_is_read",
     ),
     ("mask_of_loss_trains", "data/rows.py", ' and "mask" not in words[:-1]', "", ROWS),
     ("told_not_to_train", "data/rows.py", 'NOT = set("not dont', 'NOT = set("dont', ROWS),
@@ -1655,8 +1676,8 @@ MUTANTS = [
     (
         "bad_answer_flag",
         "data/rows.py",
-        "if value is False and GOOD.intersection(words_of(name))",
-        "if False",
+        'GOOD.intersection(words) and said == "false"',
+        "False",
         f"{ROWS}::test_a_bad_answer_is_no_conversation",
     ),
     (

@@ -82,6 +82,8 @@ FLAG |= set("include included has apply contribute contributes to for used".spli
 NOT = set("not dont no never exclude excluded".split())  # with one of TRAINED it masks: do_not_train
 MASKS = set("mask masks masked skip ignore loss weight weights untrained".split())  # what else masks
 GOOD = {"correct", "accepted", "approved", "passed"}  # a word in the name of a flag; false: a bad answer
+BAD = {"incorrect", "wrong", "deleted"}  # true: one
+BAD_LABELS = {"bad", "undesirable"}
 LABELS = {"true": True, "1": True, "false": False, "0": False, "-1": False}
 PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
 RATINGS = {"score", "scores", "rating", "ratings", "reward", "rewards"}
@@ -688,14 +690,27 @@ def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
     check_read(row, RATIONALE, ())
-    bad = ["label"] if flag_of(row.get("label")) is False else []
-    bad += [name for name, value in row.items() if value is False and GOOD.intersection(words_of(name))]
-    if bad:
-        raise ValueError(
-            f'"{bad[0]}" is {json.dumps(row[bad[0]])}: a bad answer, which dpo.py --loss=kto reads, as "label": false; '
-            "here it would be trained"
-        )
+    check_good(row)
+    for name in (*CONVERSATIONS, *COMPLETIONS):
+        for m in row[name] if isinstance(row.get(name), list) else [row.get(name)]:
+            if isinstance(m, dict) and all(train_flags(m).values()):
+                check_good(m)
     return read_conversation(row)
+
+
+def check_good(fields):
+    """Raises ValueError if a row or a message calls its answer a bad one, also in quotes.
+
+    0 is a label's, but a measurement in "correct".
+    """
+    for name, value in fields.items():
+        words, said = words_of(name), str(value).lower()
+        bad_label = name == "label" and (flag_of(value) is False or said in BAD_LABELS)
+        if bad_label or GOOD.intersection(words) and said == "false" or BAD.intersection(words) and said == "true":
+            raise ValueError(
+                f'"{name}" is {json.dumps(value)}: a bad answer, which dpo.py --loss=kto reads, as "label": false; '
+                "here it would be trained"
+            )
 
 
 def read_conversation(row):

@@ -1005,6 +1005,36 @@ def test_a_bad_answer_is_no_conversation():
     assert rows.judged(row) == [(turns("q"), "a", False)] and rows.prompt(row) == turns("q")
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [{"is_correct": value} for value in ("False", "false", "FALSE", False)]
+    + [{"label": value} for value in ("bad", "undesirable", "false", False, 0)]
+    + [{"incorrect": True}, {"isWrong": "true"}, {"deleted": True}, {"tests_passed": "False"}],
+)
+def test_whatever_calls_an_answer_bad_is_read(mark):
+    (name,) = mark
+    rows_of_bad = [{"messages": PLAIN} | mark, {"messages": [Q, A | mark]}, {"prompt": "q", "completion": [A | mark]}]
+    rows_of_bad += [{"prompt": "q", "completion": A | mark}, {"conversations": [*turns("x", "y"), Q, A | mark]}]
+    for row in rows_of_bad:
+        with pytest.raises(ValueError, match=f'"{name}" is .*: a bad answer'):
+            rows.conversation(row)
+        assert rows.prompt(row)
+    corrected = [*turns("x"), {"role": "assistant", "content": "y", "weight": 0} | mark, Q, A]
+    assert len(rows.conversation({"messages": corrected})) == 4  # it is read and not trained
+    assert rows.judged({"messages": [Q, A | mark], "label": False}) == [([Q], "a", False)]
+    assert rows.preference({"prompt": "q", "chosen": [A], "rejected": [A | {"content": "b"} | mark]}).rejected == "b"
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [{"is_correct": value} for value in (True, "True", 0.0, "0.2", [False], "unknown")]
+    + [{"label": "positive"}, {"label": "good"}, {"incorrect": False}, {"deleted": "false"}, {"wrong": 0}]
+    + [{"incorrect_answers": ["b"]}, {"correct_answer": "a"}, {"verified": False}],
+)
+def test_other_verdicts_are_remarks(remark):
+    assert rows.conversation({"messages": [Q, A | remark]} | remark) == PLAIN
+
+
 def test_the_system_message_of_a_conversation_goes_with_its_prompt():
     row = {"prompt": "a", "messages": turns("a", "b", "c", "d", system="s")}
     assert rows.prompt(row) == turns("a", system="s")
