@@ -772,6 +772,13 @@ MUTANTS = [
         "if isinstance(m, dict):",
         f"{ROWS}::test_whatever_calls_an_answer_bad_is_read",
     ),
+    (
+        "bare_number_trained",
+        "data/rows.py",
+        "max(solved, key=lambda name: len(str(row[name])), default=None)",
+        "next(iter(solved), None)",
+        f"{ROWS}::test_conversations_in_every_format",
+    ),
     ("mask_of_loss_trains", "data/rows.py", ' and "mask" not in words[:-1]', "", ROWS),
     ("told_not_to_train", "data/rows.py", 'NOT = set("not dont', 'NOT = set("dont', ROWS),
     ("not_included_and_trained", "data/rows.py", 'set("include included has apply', 'set("included', ROWS),

@@ -2,7 +2,8 @@
 
     conversations  {"messages"} (OpenAI, TRL), {"conversations"} (ShareGPT, LLaMA-Factory),
                    {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"}, and any
-                   other name of PROMPTS with one of COMPLETIONS; problems {"question", "answer"}
+                   other name of PROMPTS with one of COMPLETIONS; problems {"question", "answer"},
+                   {"problem", "solution", "answer"}
     preferences    {"chosen", "rejected"}, strings or messages; the prompt apart, inside both, or
                    both (TRL, UltraFeedback, Intel's Orca, LLaMA-Factory, HH's strings)
     judgements     KTO's {"prompt", "completion", "label"}
@@ -38,7 +39,8 @@ from runtime.errors import UserError
 FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem")  # of several, the first is the prompt
-COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
+COMPLETIONS = ("completion", "output", "response")
+ANSWERS = ("answer", "solution")  # else the longer of these: the other may be a problem's number only
 # Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
 MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "paragraph", "story")
 MATERIAL += ("choices", "options", "answer_choices", "endings", "starter_code", *"ABCDE")
@@ -55,7 +57,7 @@ ALIASES = {  # a field's other names
     "non_preferred_output": "rejected",
     "kto_tag": "label",  # LLaMA-Factory's
 }
-# The fields that say what was asked and answered; of a problem "answer" too
+# The fields that say what was asked and answered; of a problem ANSWERS too
 FIELDS = {*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *ALIASES, *ALIASES.values(), *MATERIAL, "history"}
 FIELDS |= {"system", "system_prompt", "system_message"}
 
@@ -209,7 +211,7 @@ def words_of(name):
 
 def small_letters(row):
     """A row with the fields that are read under their names in small letters: Question, optionA."""
-    known = {*FIELDS, "answer", "text"}
+    known = {*FIELDS, *ANSWERS, "text"}
     return {name.lower() if name.lower() in known - row.keys() else name: value for name, value in row.items()}
 
 
@@ -661,9 +663,9 @@ def trained_reply(messages, field):
     return messages[-1]["content"]
 
 
-def solution(row):
+def solution(row, field="answer"):
     """The "answer" of a problem, without GSM8K's <<48/2=24>> annotations."""
-    return re.sub(r"<<[^<>]*=[^<>]*>>", "", text_of(row.get("answer"), "answer"))
+    return re.sub(r"<<[^<>]*=[^<>]*>>", "", text_of(row.get(field), field))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -672,17 +674,18 @@ def solution(row):
 
 def completion(row):
     """(field, text) of the answer that stands apart from its prompt."""
-    field = first_stated(row, (*COMPLETIONS, "answer"))
+    solved = [name for name in ANSWERS if not is_empty(row.get(name))]
+    field = first_stated(row, COMPLETIONS) or max(solved, key=lambda name: len(str(row[name])), default=None)
     if not field:
         expected = "output" if "instruction" in row else None
-        field = next((name for name in (*COMPLETIONS, "answer") if name in row), expected)
+        field = next((name for name in (*COMPLETIONS, *ANSWERS) if name in row), expected)
     if not field:
         raise ValueError(
             f'no conversation in the fields {names(row)}; "messages", or "prompt" and "completion", were expected'
         )
     value = row.get(field)
-    if field == "answer":
-        return field, solution(row)
+    if field in ANSWERS:
+        return field, solution(row, field)
     return field, single_reply(value, field) if isinstance(value, (list, dict)) else column_text(row, field)
 
 
@@ -736,7 +739,7 @@ def read_conversation(row):
         if all("train" in m for m in messages if m["role"] == "assistant"):
             raise ValueError(f'"{field}" has no message of the assistant that is to be trained')
         return in_context(row, messages)
-    if "text" in row and not first_stated(row, (*PROMPTS, *COMPLETIONS, "answer")):
+    if "text" in row and not first_stated(row, (*PROMPTS, *COMPLETIONS, *ANSWERS)):
         raise ValueError(
             '"text" is what pretraining reads; a conversation has "messages", or "prompt" and "completion"'
         )
@@ -774,7 +777,7 @@ def prompt(row):
     stated, field = stated_prompt(row), first_stated(row, CONVERSATIONS)
     if stated:
         field, messages = stated
-        if first_stated(row, (*COMPLETIONS, "answer", "chosen", "rejected")):
+        if first_stated(row, (*COMPLETIONS, *ANSWERS, "chosen", "rejected")):
             check_asks(messages, field)
         messages = beside_conversation(row, messages)
         check_repeated(row, ["text"], messages)
@@ -943,7 +946,7 @@ def unknown_fields(row):
 
 def unknown_columns(row):
     """The columns of a row that are neither read nor refused and hold text, more than a name."""
-    known = {*FIELDS, "answer", "text", *OWN, *system_columns(row), *earlier_columns(row)}
+    known = {*FIELDS, *ANSWERS, "text", *OWN, *system_columns(row), *earlier_columns(row)}
     return {
         name
         for name, value in small_letters(row).items()

@@ -79,6 +79,21 @@ CONVERSATIONS = {
         {"question": "a", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24"},
         turns("a", "48/2 = 24 clips\n#### 24"),
     ),
+    "MATH-500": (
+        {"problem": "a", "solution": "2 + 2 = \\boxed{4}", "answer": "4", "level": 1, "unique_id": "x"},
+        turns("a", "2 + 2 = \\boxed{4}"),
+    ),
+    "MATH": ({"problem": "a", "solution": "b", "type": "Algebra"}, turns("a", "b")),
+    "a problem's number apart": (
+        {"question": "a", "answer": 4, "solution": "2 + 2 = <<2+2=4>>4"},
+        turns("a", "2 + 2 = 4"),
+    ),
+    "a solution that is a number": ({"question": "a", "answer": "2 + 2 = 4", "solution": "4"}, turns("a", "2 + 2 = 4")),
+    "a solution beside messages": (
+        {"problem": "a", "solution": "x", "answer": "4", "messages": turns("a", "b")},
+        turns("a", "b"),
+    ),
+    "a solution beside a completion": ({"prompt": "a", "solution": "4", "completion": "b"}, turns("a", "b")),
     "a problem": ({"prompt": "a", "answer": "b"}, turns("a", "b")),
     "an indented answer": (
         {"prompt": "def f():", "completion": "    return 1\n"},
@@ -1197,6 +1212,15 @@ def test_nan_of_a_table_is_null():
     assert rows.conversation({"prompt": "q", "completion": "a", "system": nan, "history": nan, "input": nan}) == PLAIN
     assert rows.conversation({"messages": [Q | {"name": nan}, A | {"weight": nan, "tool_calls": nan}]}) == PLAIN
     assert rows.preference({"prompt": "q", "chosen": "a", "rejected": "b", "margin": nan, "probability": nan})
+
+
+def test_a_problem_is_compared_with_its_answer_and_not_its_solution():
+    row = {"problem": "q", "solution": "5 = 2 + 3, so 5", "answer": "5"}
+    assert rows.right_number(rows.problem(row)[1]) == 5 and rows.problem(row)[0] == rows.prompt(row) == turns("q")
+    with pytest.raises(ValueError, match='"answer" is missing'):
+        rows.problem({"problem": "q", "solution": "5"})
+    with pytest.raises(ValueError, match='"solution" begins with the "problem"'):
+        rows.conversation({"problem": "Is it 5?", "solution": "Is it 5? Yes."})
 
 
 def test_an_answer_to_a_problem_may_be_a_number():
