@@ -236,7 +236,7 @@ def check_read(fields, words, others, where=""):
         flags = isinstance(value, list) and all(isinstance(v, bool) for v in value)
         content = not flags and not isinstance(value, (bool, int, float)) and value not in NO_CONTENT
         by_word = words.intersection(found) and content and found[-1] not in ABOUT
-        by_name = name in others and value not in (0, "0")
+        by_name = name in others and flag_of(value) is not False
         if (by_word or by_name) and not is_empty(value):
             raise Unread(name, where)
 
@@ -286,6 +286,7 @@ def message(role, content):
 def content_of(m, where):
     """The text of a message: a string, or a list of parts that are text."""
     values = [m[name] for name in CONTENTS if name in m]
+    values = [value for value in values if not is_empty(value)] or values[:1]
     if any(value != values[0] for value in values):
         raise ValueError(f'"{where}" has a "content" and another "value" or "text"; one of them was expected')
     value = values[0] if values else None
@@ -884,7 +885,8 @@ def preference(row):
         field, prompt_messages = stated
         check_asks(prompt_messages, field)
         prompt_messages = without_train(prompt_messages)
-        if messages and any(m not in messages for m in prompt_messages):  # UltraFeedback repeats it in both sides
+        said = [(m["role"], squeezed(m["content"])) for m in messages]  # UltraFeedback repeats it in both sides
+        if said and any((m["role"], squeezed(m["content"])) not in said for m in prompt_messages):
             raise ValueError(f'"chosen" begins with messages that are not the "{field}"')
         if not messages and all(repeats(text, prompt_messages[-1]["content"]) for text in (chosen, rejected)):
             raise ValueError(f'"chosen" and "rejected" begin with the "{field}"; only what follows it is the answer')

@@ -125,6 +125,15 @@ CONVERSATIONS = {
         {"messages": [{"role": "prompter", "text": "a"}, {"role": "assistant", "text": "b", "type": "message"}]},
         turns("a", "b"),
     ),
+    "a content under one of its names": (
+        {
+            "messages": [
+                {"role": "user", "content": "a", "value": ""},
+                {"role": "assistant", "content": " ", "text": "b", "value": []},
+            ]
+        },
+        turns("a", "b"),
+    ),
     "an empty system message": (
         {"messages": [{"role": "system", "content": ""}, *turns("a", "b")]},
         turns("a", "b"),
@@ -221,6 +230,11 @@ PAIRS = {
         },
         turns("a"),
     ),
+    "a prompt that differs in white space": (
+        {"prompt": " a\nx ", "chosen": turns("a x", "b"), "rejected": turns("a x", "c"), "tie": "False"},
+        turns("a x"),
+    ),
+    "no tie": ({"prompt": "a", "chosen": "b", "rejected": "c", "tie": "0.0"}, turns("a")),
     "prompt and a system message inside": (
         {"prompt": "a", "chosen": turns("a", "b", system="s"), "rejected": turns("a", "c", system="s")},
         turns("a", system="s"),
@@ -1282,6 +1296,7 @@ BAD_PAIRS = [
         {"prompt": "z", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
         '"chosen" begins with messages that are not the "prompt"',
     ),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "tie": "True"}, '"tie" says something that is not read'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": 1.5}, '"probability" is 1.5'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2.5}, '"margin" says something that is not read'),
     ({"prompt": "q", "chosen": "a", "chosen_response": "x", "rejected": "b"}, '"chosen_response" and "chosen" differ'),
