@@ -687,7 +687,8 @@ MUTANTS = [
         "LABELS.get(repr(value).lower()",
         ROWS,
     ),
-    ("masks_ignored", "data/rows.py", "masks and flag_of(value) and not is_flag(name)", "False", ROWS),
+    ("masks_ignored", "data/rows.py", "if of_turns or masks and (", "if of_turns and (", ROWS),
+    ("turns_masked_by_a_list", "data/rows.py", "if of_turns or masks and (", "if masks and (", ROWS),
     (
         "part_left_out_is_trained",
         "data/rows.py",

@@ -8,10 +8,11 @@
                    both (TRL, UltraFeedback, Intel's Orca, LLaMA-Factory, HH's strings)
     judgements     KTO's {"prompt", "completion", "label"}
 
-Also read: a system message in a column of its own, earlier turns in "history", content as a list of
-text parts, and "weight", "train" or "loss" of a message (0 or false: it stays in the conversation,
-as {"role", "content", "train": False}, and out of the loss). Nulls count as absent. Text stays as
-it is, white space too. A field that changes what is said or trained and is not read (tool calls,
+Also read: a system message in a column of its own, earlier turns in "history", under other names
+too (`system_columns`, `earlier_columns`), names in capitals, content as a list of text parts, and
+"weight", "train" or "loss" of a message (0 or false: it stays in the conversation, as {"role",
+"content", "train": False}, and out of the loss). Nulls count as absent. Text stays as it is, white
+space too. A field that changes what is said or trained and is not read (tool calls,
 reasoning, images, a list that masks turns) makes its row a bad one, and so does a prompt that ends
 with the assistant, a text that is in a chat template already, an answer that repeats its prompt or
 was cut, and ratings by which the rejected side is the better one. Columns and fields with text that
@@ -325,7 +326,8 @@ def check_masks(fields, where=""):
         words = words_of(name)
         masks = MASKS.intersection(words) or NOT.intersection(words) and TRAINED.intersection(words)
         of_parts = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
-        if of_parts and (masks or is_flag(name)) or masks and flag_of(value) and not is_flag(name):
+        of_turns = is_flag(name) and isinstance(value, list) and any(flag_of(v) is False for v in value)
+        if of_turns or masks and (of_parts or flag_of(value) and not is_flag(name)):
             raise Unread(name, where)
 
 

@@ -193,7 +193,7 @@ CONVERSATIONS = {
         turns("a", "b"),
     ),
     "Llama-Nemotron": (
-        {"input": turns("a"), "output": "b", "reasoning": "off", "system_prompt": "s"},
+        {"input": turns("a"), "output": "b", "reasoning": "off", "system_prompt": "s", "used_in_training": ["Ultra"]},
         turns("a", "b", system="s"),
     ),
     "an answer with << and >>": ({"question": "a", "answer": "<<EOF>>, <<i>>"}, turns("a", "<<EOF>>, <<i>>")),
