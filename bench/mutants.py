@@ -679,7 +679,13 @@ MUTANTS = [
     ("parts_dropped", "data/rows.py", "part_text(part, where) for part in value", "part_text(value[0], where)", ROWS),
     ("weight_of_a_message_ignored", "data/chat.py", ' and message.get("train", True)', "", ROWS),
     ("weight_dropped", "data/rows.py", "return all(flags.values())", "return True", ROWS),
-    ("bad_answer_trained", "data/rows.py", "(flag_of(value) is False or said in BAD_LABELS)", "False", ROWS),
+    (
+        "bad_answer_trained",
+        "data/rows.py",
+        "(flag_of(value) is False or str(value).lower() in BAD_LABELS)",
+        "False",
+        ROWS,
+    ),
     (
         "labels_in_quotes_unread",
         "data/rows.py",
@@ -755,7 +761,7 @@ MUTANTS = [
     (
         "bad_answer_in_quotes",
         "data/rows.py",
-        'GOOD.intersection(words) and said == "false"',
+        'GOOD.intersection(words) and str(value).lower() == "false"',
         "GOOD.intersection(words) and value is False",
         f"{ROWS}::test_whatever_calls_an_answer_bad_is_read",
     ),
@@ -1712,7 +1718,7 @@ MUTANTS = [
     (
         "bad_answer_flag",
         "data/rows.py",
-        'GOOD.intersection(words) and said == "false"',
+        'GOOD.intersection(words) and str(value).lower() == "false"',
         "False",
         f"{ROWS}::test_a_bad_answer_is_no_conversation",
     ),
@@ -1775,8 +1781,8 @@ MUTANTS = [
     (
         "cut_in_quotes",
         "data/rows.py",
-        "CUT_FLAG.search(spaced) and flag or",
-        "CUT_FLAG.search(spaced) and value in (True,) or",
+        "cut and flag or",
+        "cut and value in (True,) or",
         f"{ROWS}::test_whatever_says_that_an_answer_was_cut_is_read",
     ),
     (

@@ -252,11 +252,12 @@ def check_whole(fields):
     said = []
     for name, value in fields.items():
         words = [word for word in words_of(name) if word not in ("chosen", "rejected")]
-        spaced, flag = " ".join(words), {"yes": True, "no": False}.get(str(value).lower(), flag_of(value))
-        ends = WHOLE.intersection(words) or words == ["end", "turn"]
+        spaced = " ".join(words)
+        ends, cut = WHOLE.intersection(words) or words == ["end", "turn"], CUT_FLAG.search(spaced)
+        flag = {"yes": True, "no": False}.get(str(value).lower(), flag_of(value)) if ends or cut else None
         reasons = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
         reason_is_cut = STOP_REASON.search(spaced) and any(str(x).lower() in CUT for x in reasons)
-        if ends and flag is False or CUT_FLAG.search(spaced) and flag or reason_is_cut:
+        if ends and flag is False or cut and flag or reason_is_cut:
             said.append(name)
     if said:
         raise ValueError(
@@ -710,9 +711,10 @@ def check_good(fields):
     0 is a label's, but a measurement in "correct".
     """
     for name, value in fields.items():
-        words, said = words_of(name), str(value).lower()
-        bad_label = name == "label" and (flag_of(value) is False or said in BAD_LABELS)
-        if bad_label or GOOD.intersection(words) and said == "false" or BAD.intersection(words) and said == "true":
+        words = words_of(name)
+        bad_label = name == "label" and (flag_of(value) is False or str(value).lower() in BAD_LABELS)
+        bad_flag = GOOD.intersection(words) and str(value).lower() == "false"
+        if bad_label or bad_flag or BAD.intersection(words) and str(value).lower() == "true":
             raise ValueError(
                 f'"{name}" is {json.dumps(value)}: a bad answer, which dpo.py --loss=kto reads, as "label": false; '
                 "here it would be trained"
