@@ -44,14 +44,16 @@ def reply_pair(row):
         if "chosen" not in rows.normalise(row):
             raise ValueError(f"no pair of replies in the fields {rows.names(row)}; --policy=CHECKPOINT samples them")
         return rows.preference(row)
-    a, b = (rows.text_of(row.get(name), name) for name in ("reply_a", "reply_b"))
+    rows.check_whole(rows.normalise(row))
+    a, b = (rows.column_text(row, name) for name in ("reply_a", "reply_b"))
     label = {"A": 1.0, "B": 0.0}.get(str(row.get("better")), math.nan)
     return rows.Pair(rows.prompt(row), a, b, label, row)
 
 
 def other_fields(row):
     """What a row has besides its question and its replies: the "answer" of a problem, say."""
-    return {name: value for name, value in row.items() if name not in REPLACED}
+    replaced = {*REPLACED, *rows.system_columns(row), *rows.earlier_columns(row)}
+    return {name: value for name, value in rows.small_letters(row).items() if name not in replaced}
 
 
 def swap_sides(row):

@@ -2,15 +2,17 @@
 
     conversations  {"messages"} (OpenAI, TRL), {"conversations"} (ShareGPT, LLaMA-Factory),
                    {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"}, and any
-                   other name of PROMPTS with one of COMPLETIONS; problems {"question", "answer"}
+                   other name of PROMPTS with one of COMPLETIONS; problems {"question", "answer"},
+                   {"problem", "solution", "answer"}
     preferences    {"chosen", "rejected"}, strings or messages; the prompt apart, inside both, or
                    both (TRL, UltraFeedback, Intel's Orca, LLaMA-Factory, HH's strings)
     judgements     KTO's {"prompt", "completion", "label"}
 
-Also read: a system message in a column of its own, earlier turns in "history", content as a list of
-text parts, and "weight", "train" or "loss" of a message (0 or false: it stays in the conversation,
-as {"role", "content", "train": False}, and out of the loss). Nulls count as absent. Text stays as
-it is, white space too. A field that changes what is said or trained and is not read (tool calls,
+Also read: a system message in a column of its own, earlier turns in "history", under other names
+too (`system_columns`, `earlier_columns`), names in capitals, content as a list of text parts, and
+"weight", "train" or "loss" of a message (0 or false: it stays in the conversation, as {"role",
+"content", "train": False}, and out of the loss). Nulls count as absent. Text stays as it is, white
+space too. A field that changes what is said or trained and is not read (tool calls,
 reasoning, images, a list that masks turns) makes its row a bad one, and so does a prompt that ends
 with the assistant, a text that is in a chat template already, an answer that repeats its prompt or
 was cut, and ratings by which the rejected side is the better one. Columns and fields with text that
@@ -38,11 +40,17 @@ from runtime.errors import UserError
 FEW_PROMPTS = 10  # to validate on: with fewer, what is found is mostly chance
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem")  # of several, the first is the prompt
-COMPLETIONS = ("completion", "output", "response")  # else "answer", which may be only a problem's number
+COMPLETIONS = ("completion", "output", "response")
+ANSWERS = ("answer", "solution")  # else the longer of these: the other may be a problem's number only
 # Which a prompt must hold: Dolly's and exams' columns, retrieved text, code that is to be completed
-MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "choices", "options")
-MATERIAL += ("starter_code", *"ABCDE", *(f"option_{letter}" for letter in "abcde"))
-SYSTEM_WORDS = {"system", "prompt", "message", "instruction", "instructions", "content", "text"}
+MATERIAL = ("context", "contexts", "ctxs", "passage", "passages", "article", "document", "paragraph", "story")
+MATERIAL += ("choices", "options", "answer_choices", "endings", "starter_code", *"ABCDE")
+MATERIAL += tuple(f"{option}{letter}" for option in ("op", "option", "option_") for letter in "abcde")
+MATERIAL += tuple(f"{choice}{i}" for choice in ("choice", "choice_", "ending") for i in range(6))
+SYSTEM = {"system", "sys", "developer"}  # a word in the name of a column with a system message; the others:
+SYSTEM_WORDS = SYSTEM | {"prompt", "message", "instruction", "instructions", "content", "text", "role"}
+EARLIER = {"history", "previous", "past", "earlier", "prior"}  # the same for earlier turns
+EARLIER_WORDS = EARLIER | set("chat conversation dialogue dialog message messages turn turns".split())
 ALIASES = {  # a field's other names
     "chosen_response": "chosen",
     "rejected_response": "rejected",
@@ -50,7 +58,7 @@ ALIASES = {  # a field's other names
     "non_preferred_output": "rejected",
     "kto_tag": "label",  # LLaMA-Factory's
 }
-# The fields that say what was asked and answered; of a problem "answer" too
+# The fields that say what was asked and answered; of a problem ANSWERS too
 FIELDS = {*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *ALIASES, *ALIASES.values(), *MATERIAL, "history"}
 FIELDS |= {"system", "system_prompt", "system_message"}
 
@@ -73,25 +81,44 @@ MESSAGE_UNREAD = set("analysis channel context partial prefix refusal".split())
 MESSAGE_UNREAD |= {"train_detail", "training_detail"}
 TRAINED = {"train", "trained", "training", "trainable", "loss", "weight", "learn"}  # a word in the name of a flag
 FLAG = TRAINED | set("mask scale turn on is in sample should use compute calculate".split())  # all: train_on_turn
-MASKS = set("mask masks masked skip ignore loss weight weights".split())  # a word in the name of what else masks
+FLAG |= set("include included has apply contribute contributes to for used".split())  # include_in_loss
+NOT = set("not dont no never exclude excluded".split())  # with one of TRAINED it masks: do_not_train
+MASKS = set("mask masks masked skip ignore loss weight weights untrained".split())  # what else masks
 GOOD = {"correct", "accepted", "approved", "passed"}  # a word in the name of a flag; false: a bad answer
+BAD = {"incorrect", "wrong", "deleted"}  # true: one
+BAD_LABELS = {"bad", "undesirable"}
 LABELS = {"true": True, "1": True, "false": False, "0": False, "-1": False}
 PREFERRED = {"chat_template_kwargs", "tie"}  # of a row, beside those with a word of UNREAD
 RATINGS = {"score", "scores", "rating", "ratings", "reward", "rewards"}
 # What says that an answer was cut: ours, and what APIs and servers write
 WHOLE = {"finished", "complete", "completed"}  # and end_turn
-CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "incomplete", "interrupted", "content_filter"}
+CUT_FLAG = re.compile(  # in the words of a name
+    r"\b(?:truncated|interrupted|incomplete|unfinished|cut ?off|stopped limit"
+    r"|(?:hit|reached|exceeded) .*(?:max|limit)|(?:max|limit).* (?:hit|reached|exceeded))\b"
+)
+STOP_REASON = re.compile(r"\b(?:reasons?|status|details|stop type)$")
+CUT = {"length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "model_length", "limit"}
+CUT |= {"incomplete", "interrupted", "content_filter"}
 
 OWN = {"critique", "original", "instead_of", "principle"}  # remarks of rlaif.py and serve.py
 
 # How a column that says nothing is filled, by pandas, or by hand (Alpaca's <noinput>)
 ABSENT = {"nan", "none", "null", "n/a", "<noinput>", "no input"}
-# How a prompt begins, and an answer ends, that is written in a model's chat template already
+# How a prompt begins, and an answer ends, that is written in a model's chat template already.
+# DeepSeek's has wide bars, \uff5c.
 BEGUN = re.compile(
-    r"\s*(?:<s>|<\|begin_of_text\|>|<bos>)?\s*"
-    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\])"
+    r"\s*(?:<s>|<\|begin_of_text\|>|<\uff5cbegin.of.sentence\uff5c>|<bos>|<\|bos\|>|<BOS_TOKEN>|\[gMASK\]<sop>)?\s*"
+    r"(<\|im_start\|>|<\|(?:start_header_id|header_start)\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
+    r"|<\|start_of_role\|>|<\|(?:user|system|prompter|user_start)\|>|<\uff5cUser\uff5c>|\[INST\])"
 )
-ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
+ENDED = re.compile(
+    r"(<\|(?:im_end|eot_id|eot|eom_id|end_of_text|endoftext|end|return|END_OF_TURN_TOKEN|assistant_end)\|>"
+    r"|<\uff5cend.of.sentence\uff5c>|<(?:end_of_turn|end_of_utterance|eos|/s)>)\s*$"
+)
+# How messages begin that a table without lists holds as a string, in JSON or as Python prints them
+LISTED = re.compile(
+    r"\s*\[\s*\{(?=.*?['\"](?:role|from)['\"]\s*:\s*['\"](?:system|developer|user|human|assistant|gpt)['\"])", re.DOTALL
+)
 
 
 class Pair(NamedTuple):
@@ -183,9 +210,21 @@ def words_of(name):
     return [word for word in re.split(r"[^a-z]+", camel.lower()) if word]
 
 
+def small_letters(row):
+    """A row with the fields that are read under their names in small letters: Question, optionA."""
+    known = {*FIELDS, *ANSWERS, "text"}
+    return {name.lower() if name.lower() in known - row.keys() else name: value for name, value in row.items()}
+
+
 def system_columns(row):
-    """The columns of a row that hold a system message: system, system_prompt, systemInstruction."""
-    return [name for name in row if words_of(name)[:1] == ["system"] and SYSTEM_WORDS.issuperset(words_of(name))]
+    """The columns of a row that hold a system message: system, sys_prompt, systemInstruction."""
+    return [name for name in row if SYSTEM.intersection(words_of(name)) and SYSTEM_WORDS.issuperset(words_of(name))]
+
+
+def earlier_columns(row):
+    """The columns of a row that hold earlier turns: history, chat_history, a list of past turns."""
+    named = [name for name in row if EARLIER.intersection(words_of(name)) and EARLIER_WORDS.issuperset(words_of(name))]
+    return [name for name in named if "history" in words_of(name) or isinstance(row[name], list)]
 
 
 def check_read(fields, words, others, where=""):
@@ -198,7 +237,7 @@ def check_read(fields, words, others, where=""):
         flags = isinstance(value, list) and all(isinstance(v, bool) for v in value)
         content = not flags and not isinstance(value, (bool, int, float)) and value not in NO_CONTENT
         by_word = words.intersection(found) and content and found[-1] not in ABOUT
-        by_name = name in others and value not in (0, "0")
+        by_name = name in others and flag_of(value) is not False
         if (by_word or by_name) and not is_empty(value):
             raise Unread(name, where)
 
@@ -212,12 +251,13 @@ def check_whole(fields):
     """Raises ValueError if an answer was cut: a model trained on it would learn to end there."""
     said = []
     for name, value in fields.items():
-        words = words_of(name)
-        ends = WHOLE.intersection(words) or words == ["end", "turn"]
-        cut = {"truncated", "interrupted"}.intersection(words)
+        words = [word for word in words_of(name) if word not in ("chosen", "rejected")]
+        spaced = " ".join(words)
+        ends, cut = WHOLE.intersection(words) or words == ["end", "turn"], CUT_FLAG.search(spaced)
+        flag = {"yes": True, "no": False}.get(str(value).lower(), flag_of(value)) if ends or cut else None
         reasons = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-        reason_is_cut = words[-1:] in (["reason"], ["status"]) and any(str(x).lower() in CUT for x in reasons)
-        if ends and flag_of(value) is False or cut and flag_of(value) or reason_is_cut:
+        reason_is_cut = STOP_REASON.search(spaced) and any(str(x).lower() in CUT for x in reasons)
+        if ends and flag is False or cut and flag or reason_is_cut:
             said.append(name)
     if said:
         raise ValueError(
@@ -248,6 +288,7 @@ def message(role, content):
 def content_of(m, where):
     """The text of a message: a string, or a list of parts that are text."""
     values = [m[name] for name in CONTENTS if name in m]
+    values = [value for value in values if not is_empty(value)] or values[:1]
     if any(value != values[0] for value in values):
         raise ValueError(f'"{where}" has a "content" and another "value" or "text"; one of them was expected')
     value = values[0] if values else None
@@ -265,16 +306,29 @@ def part_text(part, where):
         kind = kind or type(part).__name__
         raise Unread(f"content of type {kind}", what=f'"{where}" has content of type {kind!r}, which is not read')
     check_read(part, UNREAD | REASONING, MESSAGE_UNREAD, f"{where}.content.")
+    check_trained(part, f"{where}.content.")
+    if flag_of(part.get("label")) is False:
+        raise Unread("label", f"{where}.content.")
     return part["text"]
+
+
+def check_trained(fields, where=""):
+    """Raises Unread if a row, or a part of a message, is not to be trained, or not fully."""
+    check_masks(fields, where)
+    for name, flag in train_flags(fields).items():
+        if flag_of(flag) is False or abs(number_of(flag) - 1) > 0:
+            raise Unread(name, where)
 
 
 def check_masks(fields, where=""):
     """Raises Unread for a field that says which tokens or turns are trained, and is no flag of one
-    message: ignore_loss, mask_history, or a list of 0 and 1 beside the messages."""
+    message: ignore_loss, do_not_train, or a list of 0 and 1 beside the messages."""
     for name, value in fields.items():
+        words = words_of(name)
+        masks = MASKS.intersection(words) or NOT.intersection(words) and TRAINED.intersection(words)
         of_parts = isinstance(value, list) and not is_empty(value) and any(v != 1 for v in value)
-        of_others = value == 1 and not is_flag(name)  # true is 1
-        if MASKS.intersection(words_of(name)) and (of_parts or of_others):
+        of_turns = is_flag(name) and isinstance(value, list) and any(flag_of(v) is False for v in value)
+        if of_turns or masks and (of_parts or flag_of(value) and not is_flag(name)):
             raise Unread(name, where)
 
 
@@ -284,7 +338,9 @@ def train_flags(m):
 
 
 def is_flag(name):
-    return FLAG.issuperset(words_of(name)) and bool(TRAINED.intersection(words_of(name)))
+    """Whether a field says by this name that something is trained: loss_mask, and not mask_loss."""
+    words = words_of(name)
+    return FLAG.issuperset(words) and bool(TRAINED.intersection(words)) and "mask" not in words[:-1]
 
 
 def is_trained(m, role, where):
@@ -410,7 +466,7 @@ def normalise(row, answered=True):
     answered: whether what the assistant said is read as well. Raises ValueError for a field with a
     meaning that is not read.
     """
-    row = without_nulls(row)
+    row = small_letters(without_nulls(row))
     optional = {*MATERIAL, *system_columns(row), *(["input"] if "instruction" in row else [])}
     row = {name: v for name, v in row.items() if name not in optional or str(v).strip().lower() not in ABSENT}
     if isinstance(row.get("input"), dict) and "messages" in row["input"]:  # OpenAI's preferences
@@ -427,9 +483,7 @@ def normalise(row, answered=True):
         return row
     check_read(row, UNREAD | REASONING, PREFERRED)
     check_masks(row)
-    for name, flag in train_flags(row).items():
-        if isinstance(flag, (int, float)) and flag != 1 and name != "loss":  # of a whole row a measurement
-            raise Unread(name)
+    check_trained({name: v for name, v in row.items() if name != "loss"})  # of a whole row a measurement
     return row
 
 
@@ -450,8 +504,8 @@ def check_repeated(row, fields, messages):
     """
     said = squeezed(" ".join(m["content"] for m in messages))
     begin = squeezed(messages[-1]["content"].split("\n\n")[0])
-    for name in fields:
-        texts = map(squeezed, strings(row.get(name)))
+    for name in filter(row.__contains__, fields):
+        texts = map(squeezed, strings(row[name]))
         if not all(text in said or name == "text" and begin in text for text in texts):
             raise Unread(name)
 
@@ -468,7 +522,7 @@ def stated_prompt(row):
         messages = dialogue(value, field)
     else:
         more = [name for name in ("input", "context") if field == "instruction" and not is_empty(row.get(name))]
-        parts = [text_of(row[name], name) for name in (field, *more)]
+        parts = [column_text(row, name) for name in (field, *more)]
         check_plain(BEGUN.match(parts[0]), field)
         messages = [message("user", "\n\n".join(parts))]
     others = [name for name in PROMPTS if name != field]
@@ -488,6 +542,14 @@ def check_plain(mark, field):
         )
 
 
+def column_text(row, field):
+    """The text in a column; raises ValueError also for a list of messages written as a string."""
+    text = text_of(row.get(field), field)
+    if LISTED.match(text) and text.rstrip().endswith("]"):
+        raise ValueError(f'"{field}" is a list of messages written as a string; write the list itself')
+    return text
+
+
 def check_answer(text, field):
     """Raises ValueError if an answer ends with a special token that it spells, for the end is added
     anyhow, or in the middle of a thought."""
@@ -504,31 +566,31 @@ def no_prompt(row):
     return ValueError(f'"{empty}" is empty' if empty else f'no "prompt" in the fields {names(row)}')
 
 
-def earlier_turns(row):
-    """The messages in "history": Alpaca's pairs of a message and its answer, or messages."""
-    history = row.get("history")
-    if is_empty(history):
-        return []
+def earlier_turns(history, field):
+    """The messages in a "history": Alpaca's pairs of a message and its answer, or messages."""
     if not isinstance(history, list):
-        raise Unread("history")
+        raise Unread(field)
     items = []
     for item in history:
         if isinstance(item, list) and len(item) == 2:
             items += [message("user", item[0]), message("assistant", item[1])]
         else:
             items.append(item)
-    return ends_with(check_messages(items, "history"), "assistant", "history")
+    return ends_with(check_messages(items, field), "assistant", field)
 
 
 def in_context(row, messages):
     """The messages after the system message and the earlier turns in columns of the row."""
-    earlier = earlier_turns(row)
-    if earlier and (len(messages) > 2 or messages[0]["role"] == "system" == earlier[0]["role"]):
-        raise Unread("history")
-    if earlier and messages[0]["role"] == "system":
-        messages = [messages[0], *earlier, *messages[1:]]
-    else:
-        messages = [*earlier, *messages]
+    for name in earlier_columns(row):
+        if is_empty(row[name]):
+            continue
+        earlier = earlier_turns(row[name], name)
+        if len(messages) > 2 or messages[0]["role"] == "system" == earlier[0]["role"]:
+            raise Unread(name)
+        if messages[0]["role"] == "system":
+            messages = [messages[0], *earlier, *messages[1:]]
+        else:
+            messages = [*earlier, *messages]
     for name in system_columns(row):
         if is_empty(row[name]):
             continue
@@ -537,6 +599,23 @@ def in_context(row, messages):
             messages = [message("system", system), *messages]
         elif squeezed(messages[0]["content"]) != squeezed(system):
             raise ValueError(f'"{name}" is another system message than that of the conversation; leave one out')
+    return messages
+
+
+def beside_conversation(row, messages):
+    """A prompt after the system message of a conversation that stands beside it.
+
+    Raises Unread if that begins with another question: the prompt is then one of its later turns,
+    and what was said before would be lost. UltraChat's is its first question.
+    """
+    said, asked = squeezed(" ".join(m["content"] for m in messages)), squeezed(messages[-1]["content"])
+    for name in CONVERSATIONS:
+        whole = [] if is_empty(row.get(name)) else check_messages(row[name], name)
+        first = next((squeezed(m["content"]) for m in whole if m["role"] == "user"), "")
+        if first not in said and asked not in first:
+            raise Unread(name, what=f'"{name}" begins with another question than the prompt; its turns are not read')
+        if [m["role"] for m in whole[:1]] == ["system"] != [m["role"] for m in messages[:1]]:
+            messages = [whole[0], *messages]
     return messages
 
 
@@ -588,9 +667,9 @@ def trained_reply(messages, field):
     return messages[-1]["content"]
 
 
-def solution(row):
+def solution(row, field="answer"):
     """The "answer" of a problem, without GSM8K's <<48/2=24>> annotations."""
-    return re.sub(r"<<[^<>]*=[^<>]*>>", "", text_of(row.get("answer"), "answer"))
+    return re.sub(r"<<[^<>]*=[^<>]*>>", "", text_of(row.get(field), field))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -599,32 +678,47 @@ def solution(row):
 
 def completion(row):
     """(field, text) of the answer that stands apart from its prompt."""
-    field = first_stated(row, (*COMPLETIONS, "answer"))
+    solved = [name for name in ANSWERS if not is_empty(row.get(name))]
+    field = first_stated(row, COMPLETIONS) or max(solved, key=lambda name: len(str(row[name])), default=None)
     if not field:
         expected = "output" if "instruction" in row else None
-        field = next((name for name in (*COMPLETIONS, "answer") if name in row), expected)
+        field = next((name for name in (*COMPLETIONS, *ANSWERS) if name in row), expected)
     if not field:
         raise ValueError(
             f'no conversation in the fields {names(row)}; "messages", or "prompt" and "completion", were expected'
         )
     value = row.get(field)
-    if field == "answer":
-        return field, solution(row)
-    return field, single_reply(value, field) if isinstance(value, (list, dict)) else text_of(value, field)
+    if field in ANSWERS:
+        return field, solution(row, field)
+    return field, single_reply(value, field) if isinstance(value, (list, dict)) else column_text(row, field)
 
 
 def conversation(row):
     """A row of any chat format -> messages that end with the assistant's."""
     row = normalise(row)
     check_read(row, RATIONALE, ())
-    bad = ["label"] if flag_of(row.get("label")) is False else []
-    bad += [name for name, value in row.items() if value is False and GOOD.intersection(words_of(name))]
-    if bad:
-        raise ValueError(
-            f'"{bad[0]}" is {json.dumps(row[bad[0]])}: a bad answer, which dpo.py --loss=kto reads, as "label": false; '
-            "here it would be trained"
-        )
+    check_good(row)
+    for name in (*CONVERSATIONS, *COMPLETIONS):
+        for m in row[name] if isinstance(row.get(name), list) else [row.get(name)]:
+            if isinstance(m, dict) and all(train_flags(m).values()):
+                check_good(m)
     return read_conversation(row)
+
+
+def check_good(fields):
+    """Raises ValueError if a row or a message calls its answer a bad one, also in quotes.
+
+    0 is a label's, but a measurement in "correct".
+    """
+    for name, value in fields.items():
+        words = words_of(name)
+        bad_label = name == "label" and (flag_of(value) is False or str(value).lower() in BAD_LABELS)
+        bad_flag = GOOD.intersection(words) and str(value).lower() == "false"
+        if bad_label or bad_flag or BAD.intersection(words) and str(value).lower() == "true":
+            raise ValueError(
+                f'"{name}" is {json.dumps(value)}: a bad answer, which dpo.py --loss=kto reads, as "label": false; '
+                "here it would be trained"
+            )
 
 
 def read_conversation(row):
@@ -650,7 +744,7 @@ def read_conversation(row):
         if all("train" in m for m in messages if m["role"] == "assistant"):
             raise ValueError(f'"{field}" has no message of the assistant that is to be trained')
         return in_context(row, messages)
-    if "text" in row and not first_stated(row, (*PROMPTS, *COMPLETIONS, "answer")):
+    if "text" in row and not first_stated(row, (*PROMPTS, *COMPLETIONS, *ANSWERS)):
         raise ValueError(
             '"text" is what pretraining reads; a conversation has "messages", or "prompt" and "completion"'
         )
@@ -687,18 +781,17 @@ def prompt(row):
     row = normalise(row, answered=False)
     stated, field = stated_prompt(row), first_stated(row, CONVERSATIONS)
     if stated:
-        whole = check_messages(row[field], field) if field else []
         field, messages = stated
-        if first_stated(row, (*COMPLETIONS, "answer", "chosen", "rejected")):
+        if first_stated(row, (*COMPLETIONS, *ANSWERS, "chosen", "rejected")):
             check_asks(messages, field)
-        if [m["role"] for m in whole[:1]] == ["system"] != [m["role"] for m in messages[:1]]:
-            messages = [whole[0], *messages]  # UltraChat's "prompt" is the first message of a user
+        messages = beside_conversation(row, messages)
+        check_repeated(row, ["text"], messages)
     else:
         field = field or next((name for name in CONVERSATIONS if name in row), None)
         if not field:
             raise no_prompt(row)
         messages = check_messages(row[field], field)
-        check_repeated(row, MATERIAL, messages)
+        check_repeated(row, [*MATERIAL, "text"], messages)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     check_asks(messages, field)
@@ -706,12 +799,13 @@ def prompt(row):
 
 
 def prompt_only(row):
-    """Any row with a prompt -> (messages, row)."""
-    return prompt(row), row
+    """Any row with a prompt -> (messages, row), which a reward reads under its own names too."""
+    return prompt(row), small_letters(row) | row
 
 
 def problem(row):
     """{"prompt" or "question", "answer" with a number to compare with} -> (messages, row)."""
+    row = small_letters(row)
     answer = row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         row = row | {"answer": str(answer)}
@@ -751,12 +845,13 @@ def preference_side(row, field, has_prompt):
         messages = ends_with(check_messages(side, field), "assistant", field)
         trained_reply(messages, field)
         return without_train(messages)
-    if has_prompt and not is_dialogue(side):
-        check_answer(text_of(side, field), field)
-        return [message("assistant", side)]
+    text = column_text(row, field)
+    if has_prompt and not is_dialogue(text):
+        check_answer(text, field)
+        return [message("assistant", text)]
     if first_stated(row, ["prompt"]) is None and "prompt" in row:
         raise no_prompt(row)
-    return ends_with(dialogue(text_of(side, field), field), "assistant", field)
+    return ends_with(dialogue(text, field), "assistant", field)
 
 
 def preference_prompt(row):
@@ -783,6 +878,7 @@ def preference(row):
     Optional: "probability" that the chosen one is preferred.
     """
     raw, row = row, normalise(row)
+    check_whole(row)
     stated = preference_prompt(row)
     chosen, rejected = (preference_side(row, field, stated is not None) for field in ("chosen", "rejected"))
     messages = chosen[:-1]
@@ -793,13 +889,15 @@ def preference(row):
         field, prompt_messages = stated
         check_asks(prompt_messages, field)
         prompt_messages = without_train(prompt_messages)
-        if messages and any(m not in messages for m in prompt_messages):  # UltraFeedback repeats it in both sides
+        said = [(m["role"], squeezed(m["content"])) for m in messages]  # UltraFeedback repeats it in both sides
+        if said and any((m["role"], squeezed(m["content"])) not in said for m in prompt_messages):
             raise ValueError(f'"chosen" begins with messages that are not the "{field}"')
         if not messages and all(repeats(text, prompt_messages[-1]["content"]) for text in (chosen, rejected)):
             raise ValueError(f'"chosen" and "rejected" begin with the "{field}"; only what follows it is the answer')
         messages = messages or prompt_messages
     if not messages:
         raise ValueError("there is no prompt: neither a field of that name nor messages before the answers")
+    messages = beside_conversation(row, messages)
     check_repeated(row, [*MATERIAL, "text"], messages)
     check_order(row)
     if not is_empty(row.get("margin")) and row["margin"] != 0:
@@ -815,14 +913,17 @@ def preference(row):
 def judged(row):
     """KTO's {"prompt", "completion", "label"} -> [(messages, completion, label)].
 
-    A preference gives two of them.
+    A preference gives two of them, the better one by its "probability".
     """
     labelled = normalise(row)
     if "label" not in labelled and "chosen" not in labelled:
         raise ValueError(f'no "label" (nor "chosen" and "rejected") in the fields {names(labelled)}')
     if "label" not in labelled:
         pair = preference(row)
-        return [(pair.prompt, pair.chosen, True), (pair.prompt, pair.rejected, False)]
+        if pair.probability == 0.5:
+            raise Unread("probability", what='"probability" is 0.5, so neither answer is the better one')
+        better = pair.probability > 0.5
+        return [(pair.prompt, pair.chosen, better), (pair.prompt, pair.rejected, not better)]
     label = flag_of(labelled["label"])
     if label is None:
         raise ValueError(f'"label" is {labelled["label"]!r}; true or false was expected')
@@ -851,10 +952,10 @@ def unknown_fields(row):
 
 def unknown_columns(row):
     """The columns of a row that are neither read nor refused and hold text, more than a name."""
-    known = {*FIELDS, "answer", "text", *OWN, *system_columns(row)}
+    known = {*FIELDS, *ANSWERS, "text", *OWN, *system_columns(row), *earlier_columns(row)}
     return {
         name
-        for name, value in row.items()
+        for name, value in small_letters(row).items()
         if name not in known and words_of(name)[-1:] not in [[word] for word in ABOUT] and has_prose(value)
     }
 

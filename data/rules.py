@@ -18,6 +18,8 @@ NUMBER = re.compile(
     r"(?![.,:'_xXeE \u00a0\u2009\u202f]?\d|, \d|[eE][-+]\d|[²³¼½¾π√]| {0,2}[-+*/^×÷]{1,2} {0,2}[\d(])"
     r"(?![ ,]{0,2}\\(?!text|mathrm|[%$)\]]))(?![ixynk]\b|[A-Za-z]{1,2} ?[-+*/^] ?[\d({])"
 )
+# A number after another: of 2 hours 30 minutes, of 5-7, of 45°30'; not within a unit, cm^2 or m2
+ANOTHER = re.compile(r"(?<![A-Za-z0-9^])(?<!\^\{)(?<!\^-)\d")
 THINK = re.compile(
     r"<think>(?:(?!</?think>|</?answer>).)++</think>\s{0,20}+<answer>(?:(?!</?think>|</?answer>).)*+</answer>",
     re.DOTALL,
@@ -32,10 +34,14 @@ def number_after(text):
 
 
 def right_number(row):
-    """The number of a row's "answer", after its last "####" or by itself; None if there is none."""
-    answer = str(row["answer"])  # may be a JSON number
-    marked = number_after(answer)
-    return number_after("####" + answer) if marked is None else marked
+    """The number of a row's "answer", in the line of its last "####" or by itself.
+
+    None if there is none, or another one after it.
+    """
+    _, marked, said = str(row["answer"]).rpartition("####")  # may be a JSON number
+    said = said.strip().split("\n")[0] if marked else said.strip()
+    match = NUMBER.match(said[:200])
+    return number_after("####" + said) if match and not ANOTHER.search(said, match.end()) else None
 
 
 def final_number(prompt, completion, row):

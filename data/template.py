@@ -83,7 +83,9 @@ def token_text(token):
 
 
 def read_template(folder, config):
-    """The Template of a directory, None if it has none; config: its tokenizer_config.json.
+    """The Template of a directory, None if it has none or a blank one.
+
+    config: its tokenizer_config.json.
 
     As in transformers, chat_template.jinja comes first, and of several templates the one named
     "default". Raises UserError if there is none of that name.
@@ -102,7 +104,7 @@ def read_template(folder, config):
         if "default" not in named:
             raise UserError(f"{path}: of the chat templates {', '.join(map(str, named))[:200]} none is named default")
         source = named["default"]
-    if source is None:
+    if source is None or isinstance(source, str) and not source.strip():
         return None
     if not isinstance(source, str) or len(source) > LONGEST_SOURCE:
         raise UserError(f"{path}: the chat template is no text of at most {LONGEST_SOURCE} characters: damaged")

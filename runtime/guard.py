@@ -468,30 +468,36 @@ def leave_child(error, status):
         os._exit(status)
 
 
+class Overdue(BaseException):
+    """A body goes on after its TimeoutError. No Exception: a loop that retries would catch that."""
+
+
 @contextlib.contextmanager
 def time_limit(seconds):
     """Raises TimeoutError if the body takes longer, even if the body catches that.
 
     By a signal, so in the main thread and on POSIX only; elsewhere there is no limit. A body that
-    takes the alarm for itself is found late at its end.
+    takes the alarm for itself, or catches all there is (`except:`), is found late at its end.
     """
     if os.name != "posix":
         yield
         return
     late = TimeoutError(f"took longer than {seconds:g} seconds")
-    expired = ended = False
+    expired, ended = 0, False
 
     def on_alarm(number, frame):
         nonlocal expired
-        expired = True
+        expired += 1
         if not ended:  # nothing may be raised between the end of the body and the end of the timer
-            raise late
+            raise late if expired == 1 else Overdue
 
     began, before = time.monotonic(), signal.signal(signal.SIGALRM, on_alarm)
     timer = min(seconds, 1e9)  # 30 years: the system counts no further than some hundred
     signal.setitimer(signal.ITIMER_REAL, timer, timer)  # again and again, for a body that catches the first
     try:
         yield
+    except Overdue:
+        pass  # `late` has the line that it was raised at first
     finally:
         ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)

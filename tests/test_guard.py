@@ -67,6 +67,10 @@ def score(name, timeout=30.0, n=1):
         ("return float(input())", "EOFError: "),
         ("signal.alarm(0)\ntime.sleep(0.2)\nreturn 1.0", "TimeoutError: took longer than 0.1 seconds"),
         ("raise BrokenPipeError(32, 'gone')", "BrokenPipeError: "),
+        (
+            "for _ in range(50):\n    try: time.sleep(1)\n    except Exception: alarm = 1",
+            "TimeoutError: took longer than 0.1 seconds",
+        ),
     ],
 )
 def test_whatever_a_reward_raises_names_it_its_completion_and_its_row(tmp_path, body, error):

@@ -10,7 +10,7 @@ import pytest
 
 import distill
 import sft
-from data import chat, kto, rows, tokenizer
+from data import chat, judge, kto, rows, tokenizer
 from runtime.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -79,6 +79,21 @@ CONVERSATIONS = {
         {"question": "a", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24"},
         turns("a", "48/2 = 24 clips\n#### 24"),
     ),
+    "MATH-500": (
+        {"problem": "a", "solution": "2 + 2 = \\boxed{4}", "answer": "4", "level": 1, "unique_id": "x"},
+        turns("a", "2 + 2 = \\boxed{4}"),
+    ),
+    "MATH": ({"problem": "a", "solution": "b", "type": "Algebra"}, turns("a", "b")),
+    "a problem's number apart": (
+        {"question": "a", "answer": 4, "solution": "2 + 2 = <<2+2=4>>4"},
+        turns("a", "2 + 2 = 4"),
+    ),
+    "a solution that is a number": ({"question": "a", "answer": "2 + 2 = 4", "solution": "4"}, turns("a", "2 + 2 = 4")),
+    "a solution beside messages": (
+        {"problem": "a", "solution": "x", "answer": "4", "messages": turns("a", "b")},
+        turns("a", "b"),
+    ),
+    "a solution beside a completion": ({"prompt": "a", "solution": "4", "completion": "b"}, turns("a", "b")),
     "a problem": ({"prompt": "a", "answer": "b"}, turns("a", "b")),
     "an indented answer": (
         {"prompt": "def f():", "completion": "    return 1\n"},
@@ -108,6 +123,15 @@ CONVERSATIONS = {
     ),
     "text as the content": (
         {"messages": [{"role": "prompter", "text": "a"}, {"role": "assistant", "text": "b", "type": "message"}]},
+        turns("a", "b"),
+    ),
+    "a content under one of its names": (
+        {
+            "messages": [
+                {"role": "user", "content": "a", "value": ""},
+                {"role": "assistant", "content": " ", "text": "b", "value": []},
+            ]
+        },
         turns("a", "b"),
     ),
     "an empty system message": (
@@ -169,7 +193,7 @@ CONVERSATIONS = {
         turns("a", "b"),
     ),
     "Llama-Nemotron": (
-        {"input": turns("a"), "output": "b", "reasoning": "off", "system_prompt": "s"},
+        {"input": turns("a"), "output": "b", "reasoning": "off", "system_prompt": "s", "used_in_training": ["Ultra"]},
         turns("a", "b", system="s"),
     ),
     "an answer with << and >>": ({"question": "a", "answer": "<<EOF>>, <<i>>"}, turns("a", "<<EOF>>, <<i>>")),
@@ -206,6 +230,11 @@ PAIRS = {
         },
         turns("a"),
     ),
+    "a prompt that differs in white space": (
+        {"prompt": " a\nx ", "chosen": turns("a x", "b"), "rejected": turns("a x", "c"), "tie": "False"},
+        turns("a x"),
+    ),
+    "no tie": ({"prompt": "a", "chosen": "b", "rejected": "c", "tie": "0.0"}, turns("a")),
     "prompt and a system message inside": (
         {"prompt": "a", "chosen": turns("a", "b", system="s"), "rejected": turns("a", "c", system="s")},
         turns("a", system="s"),
@@ -285,6 +314,15 @@ def test_judged_answers():
     assert rows.judged({"messages": weighted, "label": True}) == [(turns("a", "b", "c"), "d", True)]
     assert rows.judged({"prompt": turns("a"), "completion": reply("b"), "label": True}) == [(turns("a"), "b", True)]
     assert rows.judged({"messages": turns("a", "b", "c", "d"), "label": True}) == [(turns("a", "b", "c"), "d", True)]
+
+
+@pytest.mark.parametrize("probability, better", [(1, True), (0.51, True), (0.49, False), (0, False), (None, True)])
+def test_the_better_answer_of_a_pair_is_that_of_its_probability(probability, better):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "probability": probability}
+    assert rows.judged(pair) == [(turns("a"), "b", better), (turns("a"), "c", not better)]
+    with pytest.raises(rows.Unread, match='"probability" is 0.5, so neither answer is the better one'):
+        rows.judged(pair | {"probability": 0.5})
+    assert rows.preference(pair | {"probability": 0.5}).probability == 0.5
 
 
 @pytest.mark.parametrize(
@@ -508,12 +546,17 @@ def test_an_answer_that_was_cut_is_no_fine_tuning_data(tmp_path):
     + [{name: value} for name in ("finish_reason", "stop_reason") for value in ("length", "max_tokens")]
     + [{"finishReason": "MAX_TOKENS"}, {"done_reason": "length"}, {"is_truncated": True}]
     + [{"is_complete": False}, {"completed": False}, {"status": "incomplete"}, {"finish_reason": "content_filter"}]
-    + [{"finish_reason": {"type": "length", "length": 64}}, {"stop_reason": ["length"]}, {"truncated": "True"}],
+    + [{"finish_reason": {"type": "length", "length": 64}}, {"stop_reason": ["length"]}, {"truncated": "True"}]
+    + [{name: True} for name in ("incomplete", "unfinished", "cut_off", "hit_max_tokens", "maxTokensReached")]
+    + [{"stopped_limit": True}, {"finished": "no"}, {"is_truncated": "yes"}, {"finish_reasons": ["length"]}]
+    + [{"finish_reason": "model_length"}, {"stop_type": "limit"}, {"incomplete_details": {"reason": "max_tokens"}}],
 )
 def test_whatever_says_that_an_answer_was_cut_is_read(said):
     (name,) = said
     (value,) = said.values()
     whole = {name: not value if isinstance(value, bool | int) else "stop"}
+    pair = {"prompt": "q", "chosen": "It is 4", "rejected": "b"}
+    both = {"prompt": "q", "reply_a": "It is 4", "reply_b": "b"}
     for row in ({"prompt": "q", "completion": "It is 4"} | said, {"messages": [Q, A | said]}):
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.conversation(row)
@@ -522,6 +565,27 @@ def test_whatever_says_that_an_answer_was_cut_is_read(said):
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):  # it would be given an end
         with pytest.raises(ValueError, match=f'"{name}" is .*: the answer was cut'):
             rows.preference({"prompt": [Q], side: [A | said], other: "b"})
+    for parse, row in (
+        (rows.preference, pair),
+        (rows.judged, pair),
+        (judge.reply_pair, pair),
+        (judge.reply_pair, both),
+    ):
+        for named in (name, f"chosen_{name}", f"{name}_rejected"):
+            with pytest.raises(ValueError, match=f'"{named}" is .*: the answer was cut'):
+                parse(row | {named: value})
+            assert parse(row | {named: whole[name]})
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [{"limit": True}, {"knowledge_cutoff": "2023"}, {"untruncated": True}, {"reached_eos": True}, {"max_tokens": 1}]
+    + [{"reason": "It is shorter."}, {"type": "limit"}, {"details": ["some"]}, {"hit": 1}, {"completeness": 0}],
+)
+def test_not_every_remark_on_an_end_says_that_it_was_cut(remark):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for parse, row in ((rows.conversation, {"messages": PLAIN}), (rows.preference, pair)):
+        assert parse(row | remark)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -613,6 +677,11 @@ UNREAD_MESSAGES = {  # of the assistant: a field, what it may hold; each with a 
     "mask": 1,
     "ignore_loss": True,
     "isMasked": True,
+    "mask_loss": True,
+    "do_not_train": True,
+    "noTrain": 1,
+    "exclude_from_training": "true",
+    "untrained": True,
     "loss_spans": [[0, 4]],
     "train_detail": [{"begin_offset": 0}],
 }
@@ -632,6 +701,12 @@ UNREAD_ROWS = {
     "ctxs": [{"id": 1, "text": "so"}],
     "passage": "so",
     "starter_code": "so",
+    "paragraph": "so",
+    "story": "so",
+    "endings": ["so"],
+    "answer_choices": ["so"],
+    "opb": "so",
+    "choice2": "so",
     "B": "so",
     "option_c": "so",
     "tie": True,
@@ -650,6 +725,11 @@ UNREAD_ROWS = {
     "weights": [0.0, 1.0],
     "mask_history": True,
     "only_last_turn_loss": True,
+    "mask_loss": True,
+    "do_not_train": True,
+    "exclude_from_training": 1,
+    "include_in_loss": False,
+    "use_for_training": 0,
 }
 
 
@@ -688,8 +768,8 @@ def test_no_column_that_says_something_is_ignored(field):
         (rows.judged, {"prompt": "q", "completion": "a", "label": True}),
         (rows.preference, {"query": "q"} | pair),
     ]
-    of_the_answer = {"reasoning_content", "thinking_trajectories", "sample_weight", "train", "is_train"}
-    if field not in of_the_answer and not rows.MASKS.intersection(rows.words_of(field)):
+    of_training = (rows.MASKS | rows.TRAINED).intersection(rows.words_of(field))
+    if field not in ("reasoning_content", "thinking_trajectories") and not of_training:
         cases += [(rows.prompt, row) for row in talks] + [(rows.problem, {"question": "q", "answer": "5"})]
     for parse, row in cases:
         with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
@@ -725,6 +805,39 @@ def test_columns_with_text_that_nobody_knows_are_said_once_a_file(tmp_path, caps
         assert capsys.readouterr().out == f'{path}: columns that are not read: "persona"\n'
         rows.read(path, rows.prompt_only)  # a reward reads what it likes
         assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("letters", [str.title, str.upper, str.capitalize])
+def test_capital_names_are_the_same_fields(letters):
+    def capital(row):
+        return {letters(name): value for name, value in row.items()}
+
+    for wanted, row in ((rows.conversation, CONVERSATIONS), (rows.preference, PAIRS)):
+        for example, _ in row.values():
+            if not {"systemInstruction", "images"} & example.keys():
+                assert wanted(capital(example))[:-1] == wanted(example)[:-1]
+    asked = {"question": "q", "answer": "#### 5"}
+    for row in (asked, asked | {"answer": 5}):
+        found, read = rows.problem(capital(row))
+        assert found == turns("q") and rows.right_number(read) == 5
+    assert rows.right_number(rows.prompt_only(capital(asked))[1]) == 5
+    assert rows.prompt_only(capital(asked))[1][letters("answer")] == "#### 5"  # a reward's own name for it
+    assert judge.other_fields(capital(asked | {"context": "so"})) == {"answer": "#### 5"}
+    for field in ("context", "options", "passage", "optiona", "opa", "choice1", "text"):
+        for parse in (rows.conversation, rows.prompt, rows.problem):
+            with pytest.raises(rows.Unread, match=f'"{field}" says something that is not read'):
+                parse(capital(asked | {field: "so it is"}))
+
+
+def test_a_text_beside_a_prompt_is_a_copy_of_it_or_unread():
+    for row in (
+        {"question": "When was she born?", "answer": "1815"},
+        {"messages": turns("When was she born?", "1815")},
+    ):
+        for parse in (rows.prompt, *([rows.problem] if "answer" in row else [])):
+            with pytest.raises(rows.Unread, match='"text" says something that is not read'):
+                parse(row | {"text": "Ada wrote the first program."})
+            assert parse(row | {"text": "Q: When was she born?\nA: 1815"})
 
 
 def test_a_text_beside_a_conversation_is_a_copy_of_it_or_unread():
@@ -771,7 +884,9 @@ def test_a_name_counts_if_it_tells_speakers_apart():
     "flag",
     [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 0, "train": False}]
     + [{name: False} for name in ("trainable", "training", "train_on_turn", "loss_mask", "lossWeight", "is_train")]
-    + [{name: 0} for name in ("learn", "should_train", "compute_loss", "calculate_loss", "use_loss")],
+    + [{name: 0} for name in ("learn", "should_train", "compute_loss", "calculate_loss", "use_loss")]
+    + [{name: False} for name in ("include_in_loss", "has_loss", "applyLoss", "contributes_to_loss", "to_train")]
+    + [{name: False} for name in ("use_for_training", "used_for_training")],
 )
 def test_a_message_may_be_read_and_not_trained(flag):
     messages = [turns("a", "b")[0], turns("a", "b")[1] | flag, *turns("c", "d")]
@@ -796,6 +911,49 @@ def test_a_message_may_be_read_and_not_trained(flag):
     for name in ("train", "loss", "training"):
         with pytest.raises(ValueError, match="only messages of the assistant are trained"):
             rows.conversation({"messages": [Q | {name: True}, A]})
+
+
+@pytest.mark.parametrize("name", ["mask_loss", "do_not_train", "no_train", "excludeFromTraining"])
+def test_what_is_not_kept_from_training_is_trained(name):
+    assert rows.conversation({"messages": [Q, A | {name: False}], name: False, "eval_loss": 0.0}) == PLAIN
+    assert rows.conversation({"messages": [Q, A | {"include_in_loss": True, "eval_loss": 0.0}]}) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"train": False}, {"label": False}, {"loss": "0"}, {"weight": 0.5}, {"label": 0}]
+    + [{"mask": True}, {"ignore_loss": 1}, {"do_not_train": True}, {"loss_mask": [0, 1]}],
+)
+def test_a_part_of_a_message_is_trained_or_refused(mark):
+    """Parts are joined, so none can be left out of the loss."""
+    (name,) = mark
+    for messages in ([Q, A], turns("x", "y", "q", "a")):
+        for i in range(len(messages)):
+            parts = [{"type": "text", "text": messages[i]["content"]}, {"type": "text", "text": " more"} | mark]
+            marked = [*messages[:i], messages[i] | {"content": parts}, *messages[i + 1 :]]
+            with pytest.raises(rows.Unread, match=rf'"messages\[{i}\].content.{name}" says something'):
+                rows.conversation({"messages": marked})
+    for kept in ({"weight": 1}, {"train": True}, {"label": True}, {"label": "so"}, {"loss": "1"}, {"mask": False}):
+        part = {"type": "text", "text": "a"} | kept
+        assert rows.conversation({"messages": [Q, A | {"content": [part]}]}) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": value} for value in ("0", "0.0", 0.0, "0.5", 0, "2")]
+    + [{"train": value} for value in ("false", "False", False, "0", [0, 1])]
+    + [{"sample_weight": "0"}, {"is_train": "false"}, {"loss": [0, 1]}, {"mask_loss": "true"}],
+)
+def test_a_row_that_is_not_trained_fully_is_refused_in_quotes_too(mark):
+    (name,) = mark
+    for parse, row in variants({}):
+        if parse is not rows.prompt:
+            with pytest.raises(rows.Unread, match=f'"{name}" says something that is not read'):
+                parse(row | mark)
+            for kept in (1, "1", "1.0", "", None, *(["true", True] if name != "mask_loss" else [])):
+                assert parse(row | {name: kept if name != "mask_loss" else False})
+    for remark in ({"loss": "0"}, {"loss": 0.0}, {"weight": "light"}, {"train": "ICE 5"}):
+        assert rows.conversation({"messages": PLAIN} | remark) == PLAIN
 
 
 REPEATED = [
@@ -876,6 +1034,36 @@ def test_a_bad_answer_is_no_conversation():
     assert rows.judged(row) == [(turns("q"), "a", False)] and rows.prompt(row) == turns("q")
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [{"is_correct": value} for value in ("False", "false", "FALSE", False)]
+    + [{"label": value} for value in ("bad", "undesirable", "false", False, 0)]
+    + [{"incorrect": True}, {"isWrong": "true"}, {"deleted": True}, {"tests_passed": "False"}],
+)
+def test_whatever_calls_an_answer_bad_is_read(mark):
+    (name,) = mark
+    rows_of_bad = [{"messages": PLAIN} | mark, {"messages": [Q, A | mark]}, {"prompt": "q", "completion": [A | mark]}]
+    rows_of_bad += [{"prompt": "q", "completion": A | mark}, {"conversations": [*turns("x", "y"), Q, A | mark]}]
+    for row in rows_of_bad:
+        with pytest.raises(ValueError, match=f'"{name}" is .*: a bad answer'):
+            rows.conversation(row)
+        assert rows.prompt(row)
+    corrected = [*turns("x"), {"role": "assistant", "content": "y", "weight": 0} | mark, Q, A]
+    assert len(rows.conversation({"messages": corrected})) == 4  # it is read and not trained
+    assert rows.judged({"messages": [Q, A | mark], "label": False}) == [([Q], "a", False)]
+    assert rows.preference({"prompt": "q", "chosen": [A], "rejected": [A | {"content": "b"} | mark]}).rejected == "b"
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [{"is_correct": value} for value in (True, "True", 0.0, "0.2", [False], "unknown")]
+    + [{"label": "positive"}, {"label": "good"}, {"incorrect": False}, {"deleted": "false"}, {"wrong": 0}]
+    + [{"incorrect_answers": ["b"]}, {"correct_answer": "a"}, {"verified": False}],
+)
+def test_other_verdicts_are_remarks(remark):
+    assert rows.conversation({"messages": [Q, A | remark]} | remark) == PLAIN
+
+
 def test_the_system_message_of_a_conversation_goes_with_its_prompt():
     row = {"prompt": "a", "messages": turns("a", "b", "c", "d", system="s")}
     assert rows.prompt(row) == turns("a", system="s")
@@ -883,6 +1071,58 @@ def test_the_system_message_of_a_conversation_goes_with_its_prompt():
     assert rows.prompt({"question": "a", "history": [["x", "y"]], "system_prompt": "s"}) == turns(
         "x", "y", "a", system="s"
     )
+
+
+EARLIER = ("chat_history", "conversation_history", "dialogueHistory", "previous_messages", "past", "History")
+SYSTEMS = ("sys_prompt", "sys", "system_role", "prompt_system", "developer", "developer_message", "System Prompt")
+
+
+@pytest.mark.parametrize("history", ["history", *EARLIER])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_earlier_turns_and_system_messages_have_many_names(history, system):
+    row = {"prompt": "c", history: turns("a", "b"), system: "s"}
+    whole = turns("a", "b", "c", "d", system="s")
+    assert rows.conversation(row | {"completion": "d"}) == whole
+    assert rows.judged(row | {"completion": "d", "label": True}) == [(whole[:-1], "d", True)]
+    assert rows.preference(row | {"chosen": "d", "rejected": "e"}).prompt == rows.prompt(row) == whole[:-1]
+    assert rows.prompt(row | {history: [["a", "b"]]}) == whole[:-1]
+    assert judge.other_fields(row | {"answer": "5"}) == {"answer": "5"}
+    assert rows.prompt(row | {history: [], system: ""}) == turns("c")
+    with pytest.raises(ValueError, match=f'(?i)"{history}"'):
+        rows.prompt(row | {history: ["a", "b"]})
+    with pytest.raises(ValueError, match=f'"{system}" is another system message'):
+        rows.prompt(row | {"prompt": turns("c", system="t")})
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [{"system_fingerprint": "fp_1"}, {"operating_system": "Linux"}, {"developer_id": "x"}, {"sys_version": "3.11"}]
+    + [{"past": "went"}, {"history_id": 7}, {"purchase_history": ["a vase"]}, {"previous_score": [1]}],
+)
+def test_what_is_named_alike_is_a_remark(remark):
+    assert rows.conversation({"prompt": "q", "completion": "a"} | remark) == PLAIN
+    assert judge.other_fields(remark) == remark
+
+
+@pytest.mark.parametrize("field", rows.CONVERSATIONS)
+def test_earlier_turns_beside_a_prompt_are_not_dropped(field):
+    pair, then = {"chosen": "Red.", "rejected": "Green."}, {"prompt": "And at dusk?"}
+    for row in (then, {"question": "And at dusk?"}, {"prompt": turns("And at dusk?", system="s")}):
+        for earlier in (turns("What colour?", "Blue."), turns("What colour?", "Blue.", "And at dusk?", "Red.")):
+            for parse, answers in ((rows.preference, pair), (rows.judged, pair), (rows.prompt, {})):
+                with pytest.raises(rows.Unread, match=f'"{field}" begins with another question than the prompt'):
+                    parse(row | answers | {field: earlier})
+    sides = {side: turns("And at dusk?", text) for side, text in pair.items()}
+    with pytest.raises(rows.Unread, match=f'"{field}" begins with another question'):
+        rows.preference(sides | {field: turns("What colour?", "Blue.")})
+    copies = [turns("And  at dusk?", "Red."), turns("And at dusk?", "Red.", "Why?", "Dust."), turns("And at dusk?")]
+    copies += [turns("Answer briefly: And at dusk?", "Red."), turns("And at dusk?", "Red.", system="Be brief.")]
+    for copy in copies:
+        system = copy[:1] if len(copy) == 3 else []
+        wanted = [*system, *turns("And at dusk?")]
+        assert rows.preference(then | pair | {field: copy}).prompt == rows.prompt(then | {field: copy}) == wanted
+    later = {"prompt": turns("What colour?", "Blue.", "And at dusk?"), field: turns("What colour?", "Blue.")}
+    assert rows.preference(later | pair).prompt == rows.prompt(later) == later["prompt"]
 
 
 IM, INST = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<s>[INST] hi [/INST]"
@@ -901,6 +1141,26 @@ WRITTEN = [  # in a chat template already
     (rows.preference, {"prompt": "hi", "chosen": reply("yes</s>"), "rejected": reply("no")}),
     (rows.preference, {"chosen": turns("hi", "yes</s>"), "rejected": turns("hi", "no</s>")}),
 ]
+
+
+BEGINS = ["<|header_start|>user<|header_end|>\n\n", "<\uff5cUser\uff5c>", "<|start|>user<|message|>", "<|user_start|>"]
+BEGINS += ["<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>", "<|bos|><|user_start|>", "<|prompter|>"]
+BEGINS += ["<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<|start_of_role|>user", "[gMASK]<sop><|user|>\n"]
+ENDS = ["<|eot|>", "<|eom_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "<|return|>", "<end_of_utterance>"]
+ENDS += ["<|END_OF_TURN_TOKEN|>", "<|assistant_end|>"]
+WRITTEN += [(rows.conversation, {"prompt": mark + "hi", "completion": "yes"}) for mark in BEGINS]
+WRITTEN += [(rows.preference, {"prompt": mark + "hi", "chosen": "yes", "rejected": "no"}) for mark in BEGINS]
+WRITTEN += [(rows.conversation, {"messages": turns("hi", "yes" + mark)}) for mark in ENDS]
+WRITTEN += [(rows.judged, {"prompt": "hi", "completion": f"yes {mark}\n", "label": False}) for mark in ENDS]
+
+
+@pytest.mark.parametrize("mark", [*BEGINS, *ENDS, "<|end_of_solution|>", "<|begin_of_thought|>", "<user>", "<start>"])
+def test_a_mark_of_a_template_elsewhere_is_text(mark):
+    talk = turns(f"What is {mark}?", f"{mark} is a mark.")
+    assert rows.conversation({"prompt": talk[0]["content"], "completion": talk[1]["content"]}) == talk
+    assert rows.conversation({"messages": talk}) == talk
+    if mark not in (*BEGINS, *ENDS):  # OpenThoughts' answers end so
+        assert rows.conversation({"prompt": mark + "a", "completion": "b" + mark}) == turns(mark + "a", "b" + mark)
 
 
 @pytest.mark.parametrize("parse, row", WRITTEN, ids=range(len(WRITTEN)))
@@ -926,6 +1186,36 @@ def test_an_answer_cut_in_its_thought_is_refused(parse, row):
     assert parse(whole) and parse(json.loads(json.dumps(row).replace("<think>", "The tag <think> is one.")))
 
 
+@pytest.mark.parametrize("spell", [json.dumps, repr, lambda messages: json.dumps(messages, indent=1), np.array])
+def test_messages_written_as_a_string_are_refused(spell):
+    asked, answered = turns("q"), reply("a")
+    shares = [[{"from": "human", "value": "q"}], [{"content": "q", "role": "user"}], turns("q", "a", "c", system="s")]
+    pair, both = {"chosen": "a", "rejected": "b"}, {"reply_a": "a", "reply_b": "b"}
+    cases = [(rows.conversation, {name: x, "completion": "a"}) for name in rows.PROMPTS for x in (asked, *shares)]
+    cases += [(rows.conversation, {"prompt": "q", name: answered}) for name in rows.COMPLETIONS]
+    cases += [(rows.prompt, {"prompt": asked}), (rows.judged, {"prompt": asked, "completion": "a", "label": True})]
+    cases += [(rows.preference, {"prompt": "q"} | pair | {side: answered}) for side in pair]
+    cases += [(rows.preference, {"prompt": asked} | pair), (rows.preference, pair | {"chosen": turns("q", "a")})]
+    cases += [(judge.reply_pair, {"prompt": "q"} | both | {side: answered}) for side in both]
+    for parse, row in cases:
+        for name in row:
+            if isinstance(row[name], list):
+                with pytest.raises(ValueError, match=f'"{name}" is a list of messages written as a string'):
+                    parse(row | {name: str(spell(row[name]))})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"from": "Berlin", "to": "Paris"}]', '[{"role": "baker"}]', "[1, 2]", '{"role": "user"}', "[{x}]"]
+    + ['[{"role": "user"}] is a list of messages?', 'What is [{"role": "user", "content": "hi"}]'],
+)
+def test_other_lists_are_text(text):
+    assert rows.conversation({"prompt": text, "completion": "a " + text}) == turns(text, "a " + text)
+    assert rows.preference({"prompt": "q", "chosen": text, "rejected": "b"}).chosen == text
+    talk = turns(json.dumps(PLAIN), json.dumps(PLAIN))  # said in a message: an exercise in JSON
+    assert rows.conversation({"messages": talk}) == talk
+
+
 def test_a_user_may_speak_of_special_tokens():
     talk = turns("<|im_start|>", "It begins a turn; <|im_end|> ends it.", "and </s>?", "That too.")
     assert rows.conversation({"messages": talk}) == talk
@@ -936,6 +1226,15 @@ def test_nan_of_a_table_is_null():
     assert rows.conversation({"prompt": "q", "completion": "a", "system": nan, "history": nan, "input": nan}) == PLAIN
     assert rows.conversation({"messages": [Q | {"name": nan}, A | {"weight": nan, "tool_calls": nan}]}) == PLAIN
     assert rows.preference({"prompt": "q", "chosen": "a", "rejected": "b", "margin": nan, "probability": nan})
+
+
+def test_a_problem_is_compared_with_its_answer_and_not_its_solution():
+    row = {"problem": "q", "solution": "5 = 2 + 3, so 5", "answer": "5"}
+    assert rows.right_number(rows.problem(row)[1]) == 5 and rows.problem(row)[0] == rows.prompt(row) == turns("q")
+    with pytest.raises(ValueError, match='"answer" is missing'):
+        rows.problem({"problem": "q", "solution": "5"})
+    with pytest.raises(ValueError, match='"solution" begins with the "problem"'):
+        rows.conversation({"problem": "Is it 5?", "solution": "Is it 5? Yes."})
 
 
 def test_an_answer_to_a_problem_may_be_a_number():
@@ -997,6 +1296,7 @@ BAD_PAIRS = [
         {"prompt": "z", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
         '"chosen" begins with messages that are not the "prompt"',
     ),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "tie": "True"}, '"tie" says something that is not read'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "probability": 1.5}, '"probability" is 1.5'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2.5}, '"margin" says something that is not read'),
     ({"prompt": "q", "chosen": "a", "chosen_response": "x", "rejected": "b"}, '"chosen_response" and "chosen" differ'),

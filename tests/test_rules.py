@@ -85,6 +85,31 @@ def test_the_number_after_the_mark(text):
     assert final_number("", text, {"answer": f"#### {number}", "finished": False}) == 0.0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["2 hours 30 minutes", "5 or 7", "3 red, 2 blue", "5 dollars and 25 cents", "5–7", "5;6", "45°30'", "5 (or 6)"]
+    + ["5 = 2 + 3", "5\n6", "5 to 7", "1st of 3", "$5 and $6", "10% of 50", "five", "", "5 cm by 7 cm"],
+)
+def test_an_answer_of_several_numbers_is_none(answer):
+    """Whichever of them was compared with, most right completions would be worth 0."""
+    assert right_number({"answer": answer}) is None
+    assert right_number({"answer": f"So 9.\n#### {answer}"}) == (5 if "\n" in answer else None)  # one in its line
+    with pytest.raises(ValueError, match='"answer" '):
+        rows.problem({"question": "q", "answer": answer})
+
+
+@pytest.mark.parametrize(
+    "answer, number",
+    [("72", 72), ("$1,234", 1234), ("5 cm", 5), (r"5 \text{ cm}", 5), ("5 cm^2", 5), ("5 cm²", 5), (" -3.5 ", "-3.5")]
+    + [(r"5 \text{ m}^{2}", 5), ("5 m2", 5), ("5 m/s^2", 5), ("5 m s^-2", 5), ("5%", 5), (r"90^\circ", 90), (5, 5)]
+    + [("2 + 3 = 5\n#### 5", 5), ("#### 72\nThe answer is: 72", 72), ("#### 5 apples", 5), ("7 kg of CO2", 7)],
+)
+def test_an_answer_of_one_number_is_that(answer, number):
+    assert right_number({"answer": answer}) == Decimal(number)
+    if "####" not in str(answer):
+        assert right_number({"answer": f"#### {answer}"}) == Decimal(number)
+
+
 def test_answers_that_cannot_be_read_are_warned_of(capsys):
     """Every completion would be worth 0, which looks like problems that are too hard."""
     some = [([], {"answer": answer}) for answer in ("5", "five", "#### 7", r"\frac{1}{2}", "", 3)]

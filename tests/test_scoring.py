@@ -1,6 +1,7 @@
 """scoring.py: rewards are read as they are written, add up by weight, and name what fails; a judge
 is asked in both orders."""
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,21 @@ def test_a_time_limit_holds_for_a_body_that_catches_it():
                 except TimeoutError:
                     pass
     assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("caught", [TimeoutError, Exception, (OSError, ValueError)])
+def test_a_loop_that_retries_ends_with_its_time(caught):
+    begin = time.perf_counter()
+    with pytest.raises(TimeoutError, match="took longer than 0.05 seconds"):
+        with time_limit(0.05):
+            for _ in range(100):
+                with contextlib.suppress(caught):
+                    time.sleep(0.2)
+    assert time.perf_counter() - begin < 2  # with each alarm caught it takes 5 seconds
+    with time_limit(0.5):  # the neighbour: what is tried again, in time
+        for _ in range(3):
+            with contextlib.suppress(Exception):
+                raise ConnectionError
 
 
 def test_two_functions_of_a_file_share_it_and_find_the_files_next_to_it(tmp_path):

@@ -656,6 +656,12 @@ def test_which_template_a_directory_has(models, tmp_path):
         assert tok.template.source == SMOLLM and tok.template.file == str(file)
         ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(exchange("a", "b"))["input_ids"]
         assert chat.encode(tok, exchange("a", "b")).ids.tolist() == ids
+    for blank in ("", "\n ", [{"name": "default", "template": ""}]):
+        file.write_text(json.dumps(config | {"chat_template": blank}))
+        assert tokenizer.load(folder).template is None
+    (folder / "chat_template.jinja").write_text("\n")
+    assert tokenizer.load(folder).template is None
+    (folder / "chat_template.jinja").unlink()
     wrong = [(named[:1], "of the chat templates tool_use none is named default")]
     wrong += [(7, "is no text"), ("x" * 2**21, "is no text of at most")]
     for value, why in wrong:
