@@ -217,8 +217,11 @@ def small_letters(row):
 
 
 def system_columns(row):
-    """The columns of a row that hold a system message: system, sys_prompt, systemInstruction."""
-    return [name for name in row if SYSTEM.intersection(words_of(name)) and SYSTEM_WORDS.issuperset(words_of(name))]
+    """The columns of a row that hold a system message: system, sys_prompt, systemInstruction.
+
+    "developer" alone is a game's."""
+    named = [name for name in row if SYSTEM.intersection(words_of(name)) and SYSTEM_WORDS.issuperset(words_of(name))]
+    return [name for name in named if words_of(name) != ["developer"]]
 
 
 def earlier_columns(row):

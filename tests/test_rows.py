@@ -1074,7 +1074,7 @@ def test_the_system_message_of_a_conversation_goes_with_its_prompt():
 
 
 EARLIER = ("chat_history", "conversation_history", "dialogueHistory", "previous_messages", "past", "History")
-SYSTEMS = ("sys_prompt", "sys", "system_role", "prompt_system", "developer", "developer_message", "System Prompt")
+SYSTEMS = ("sys_prompt", "sys", "system_role", "prompt_system", "developer_message", "System Prompt")
 
 
 @pytest.mark.parametrize("history", ["history", *EARLIER])
@@ -1096,7 +1096,13 @@ def test_earlier_turns_and_system_messages_have_many_names(history, system):
 
 @pytest.mark.parametrize(
     "remark",
-    [{"system_fingerprint": "fp_1"}, {"operating_system": "Linux"}, {"developer_id": "x"}, {"sys_version": "3.11"}]
+    [
+        {"system_fingerprint": "fp_1"},
+        {"operating_system": "Linux"},
+        {"developer": "Valve"},
+        {"developer_id": "x"},
+        {"sys_version": "3.11"},
+    ]
     + [{"past": "went"}, {"history_id": 7}, {"purchase_history": ["a vase"]}, {"previous_score": [1]}],
 )
 def test_what_is_named_alike_is_a_remark(remark):
