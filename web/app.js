@@ -121,7 +121,7 @@ async function answer(n, two) {
   say('')
   try {
     await Promise.all(turn.answers.map((_, i) => streamAnswer(turn, n, i, messages, running.signal)))
-    say(turn.answers.every(one => one.whole) ? 'The answer is complete.' : 'The answer was cut off.')
+    say(turn.answers.every(one => one.whole) ? 'The answer is complete.' : 'An answer was cut off.')
   } catch (e) {
     say(e.name === 'AbortError' ? 'Stopped.' : `No answer: ${e.message}`)
     running.abort()
