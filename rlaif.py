@@ -267,18 +267,11 @@ def revise_batch(config, policy, judge, principles, batch, first):
     written = []
     for i, text in revisions.items():
         messages, row = batch[i]
-        revised = {
-            "messages": [*messages, rows.message("assistant", text)],
-            "original": answers[i],
-            "critique": critiques[i],
-            "principle": drawn[i],
-        }
+        revised = {"messages": [*messages, rows.message("assistant", text)], "original": answers[i]}
+        revised |= {"critique": critiques[i], "principle": drawn[i]}
         written.append(revised | other_fields(row))
-    counts = {
-        "prompts": len(batch),
-        "answers revised": len(written),
-        "left out: an answer, critique or revision was cut or empty": len(batch) - len(written),
-    }
+    counts = {"prompts": len(batch), "answers revised": len(written)}
+    counts["left out: an answer, critique or revision was cut or empty"] = len(batch) - len(written)
     return written, counts, {"revisions that change nothing": [text == answers[i] for i, text in revisions.items()]}
 
 
