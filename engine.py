@@ -36,7 +36,7 @@ class Served:
         """Make the sampler, of at most so many slots of the whole context: those that fit into half
         of the free memory."""
         model, length = self.model.to(device), self.model.config.context
-        fitting = affordable_slots(model, length)
+        fitting = affordable_slots(model, length)  # all on a CPU, where a run's results must not depend on the memory
         if model.embed.device.type == "cpu" and (free := available_memory(model.embed.device, {})):
             fitting = max(1, free // 2 // model.config.slot_bytes(length, model.compute_dtype.itemsize))
         if fitting < slots:

@@ -469,7 +469,7 @@ def leave_child(error, status):
 
 
 class Overdue(BaseException):
-    """A body goes on after its TimeoutError. No Exception: a loop that retries would catch that."""
+    """A body still runs after its TimeoutError. No Exception, which a loop that retries catches."""
 
 
 @contextlib.contextmanager

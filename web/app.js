@@ -183,7 +183,6 @@ async function send(event) {
 // ---- drawing the conversation
 
 const keepTurns = () => ['localStorage', 'sessionStorage'].forEach(where => remember('turns', turns, where))
-
 function draw() {
   const focused = document.activeElement !== document.body
   keepTurns()
@@ -272,8 +271,8 @@ function drawRate([model, { value, low, high }]) {
   Object.assign(interval.style, { left: `${100 * low}%`, width: `${100 * (high - low)}%` })
   point.style.left = `${100 * value}%`
   const bar = el('span', { className: 'bar', ariaHidden: 'true' }, interval, point)
-  const rate = quiet(`${percent(value)} (${percent(low)} to ${percent(high)})`)
-  return el('li', {}, el('span', { textContent: model }), bar, rate)
+  const text = `${percent(value)} (${percent(low)} to ${percent(high)})`
+  return el('li', {}, el('span', { textContent: model }), bar, quiet(text))
 }
 
 function drawRow(row) {
@@ -345,7 +344,8 @@ document.addEventListener('keydown', e => {
   if (e.key === 'Escape') running?.abort()
   if (e.target.closest('textarea, input, select') || e.ctrlKey || e.metaKey || e.altKey) return
   const chosen = [...document.querySelectorAll('.votes')].at(-1)?.children[Number(e.key) - 1]
-  if (chosen) { e.preventDefault(); chosen.click() }  // or the digit would be typed where the vote moves the focus
+  if (chosen) e.preventDefault()  // the vote moves the focus, and the digit would be typed there
+  chosen?.click()
 })
 setInterval(() => {
   if (!document.hidden && !running && !onReport) loadModels().then(sendUnsent).catch(() => {})
