@@ -1554,6 +1554,20 @@ MUTANTS = [
         f"{CUDA}::test_every_stage_runs_on_cuda",
     ),
     (
+        "zeros_of_two_signs_differ",
+        "kernels/draw.py",
+        "bits = (z + 0.0).to",
+        "bits = z.to",
+        "tests/test_draw.py::test_the_two_zeros_are_equally_likely",
+    ),
+    (
+        "greedy_rows_are_drawn",
+        "kernels/draw.py",
+        "top_k = tl.where(greedy, 1, top_k)",
+        "top_k = tl.where(greedy, 2, top_k)",
+        "tests/test_draw.py::test_every_row_has_its_own_settings",
+    ),
+    (
         "drawn_past_its_stop",
         "kernels/draw.py",
         "left = tl.where(stop, 0, left - 1)",

@@ -173,7 +173,7 @@ def level_of(z):
 @triton.jit
 def key_of(z):
     """An int32 that orders as the fp32 z does."""
-    bits = z.to(tl.int32, bitcast=True)
+    bits = (z + 0.0).to(tl.int32, bitcast=True)  # -0.0 is as likely as 0.0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -326,8 +326,9 @@ def second_pass(
         weights = tl.where(here, tl.sum(tl.where(kept, tl.exp2(z - m), 0.0), 0), weights)
         above += tl.sum(kept.to(tl.int32), 0)
         starts = tl.where(here, n, starts)
-        tl.store(candidates_ptr + n + tl.cumsum(candidate.to(tl.int32), 0) - 1, z, mask=candidate)
-        n += tl.sum(candidate.to(tl.int32), 0)
+        ones = tl.where(candidate, 1, 0)  # candidate.to(tl.int32) spills on sm_120 under triton 3.6
+        tl.store(candidates_ptr + n + tl.cumsum(ones, 0) - 1, z, mask=candidate)
+        n += tl.sum(ones, 0)
     tl.debug_barrier()  # every thread sees all candidates
     key = key_of_cut(candidates_ptr, n, above, tl.sum(weights, 0), total, V, top_k, top_p, m, NONE, BLOCK)
     for i in tl.range(0, tl.cdiv(V, BLOCK)):
@@ -379,6 +380,8 @@ def draw_kernel(
         top_k = tl.load(settings_ptr + 3 * row + 1)
         top_p = tl.load(settings_ptr + 3 * row + 2)
     greedy = temperature == 0
+    if settings_ptr is not None:
+        top_k = tl.where(greedy, 1, top_k)  # of which all are the likeliest
     scale = LOG2E / tl.where(greedy, 1.0, tl.maximum(temperature, COLDEST))
     tops, sums, counts, masses, highest = first_pass(row_ptr, V, scale, LOWEST, BINS, NONE, CUT, PARTS, BLOCK)
     m = tl.max(tops, 0)
@@ -393,7 +396,6 @@ def draw_kernel(
         key, weights = second_pass(
             row_ptr, candidates_ptr, weights, low, high, total, V, scale, top_k, top_p, m, LOWEST, NONE, PARTS, BLOCK
         )
-    weights = tl.where(greedy, (tops == m).to(tl.float32), weights)
     block, rest, total = block_of(weights, tl.where(greedy, 0.0, tl.load(u_ptr + row)), PARTS)
     # The token in this block
     z, cols = load_block(row_ptr, block * BLOCK, V, scale, LOWEST, BLOCK)
@@ -401,7 +403,6 @@ def draw_kernel(
     if CUT:
         kept &= (level_of(z) > high) | ((level_of(z) >= low) & (key_of(z) >= key))
     p = tl.where(kept, tl.exp2(z - m), 0.0)
-    p = tl.where(greedy, ((cols < V) & (z == m)).to(tl.float32), p)
     beyond = (tl.cumsum(p, 0) > rest) & (p > 0)
     token = tl.min(tl.where(beyond, cols, V), 0)
     # Rounding may carry the rest past the block's last token; 0 if all logits are nan

@@ -110,15 +110,14 @@ def kl_kernel(
     lse_p = m + tl.log(d)
     m, d, _ = row_statistics(teacher, V, stride, scale, LOWEST, False, BLOCK)
     lse_q = m + tl.log(d)
-    terms = tl.zeros([BLOCK], tl.float32)
+    kl = 0.0
     for start in tl.range(0, V, BLOCK):
         log_p = log_softmax(student, start, lse_p, V, stride, scale, LOWEST, BLOCK)
         log_q = log_softmax(teacher, start, lse_q, V, stride, scale, LOWEST, BLOCK)
         if REVERSE:
-            terms += tl.exp2(log_p * LOG2E) * (log_p - log_q)
+            kl += tl.sum(tl.exp2(log_p * LOG2E) * (log_p - log_q), 0)
         else:
-            terms += tl.exp2(log_q * LOG2E) * (log_q - log_p)
-    kl = tl.sum(terms, 0)
+            kl += tl.sum(tl.exp2(log_q * LOG2E) * (log_q - log_p), 0)
     tl.store(kl_ptr + row, kl)
     if GRAD:  # the sum above has waited for every thread, so all logits have been read
         cols = tl.arange(0, BLOCK)

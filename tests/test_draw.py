@@ -84,6 +84,15 @@ def test_tokens_as_likely_as_the_last_one_kept_are_kept(device):
     assert drawn == {1, 2, 3}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("zeros", [[0.0, -0.0, 0.0], [-0.0, 0.0, -0.0]])
+def test_the_two_zeros_are_equally_likely(device, zeros, temperature):
+    logits = torch.tensor([[-1.0, *zeros, -3.0]])
+    settings = [torch.tensor([[x]]) for x in (temperature, 1.0, math.inf)]
+    drawn = [int(check(device, logits, torch.tensor([u]), *settings)[0]) for u in (0.1, 0.5, 0.9)]
+    assert drawn == ([1, 2, 3] if temperature else [1, 1, 1])
+
+
 def test_nan_shows_in_the_log_probability(device):
     logits, u = some(130)
     logits[0, 3] = math.nan
