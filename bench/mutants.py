@@ -1547,6 +1547,13 @@ MUTANTS = [
         "tests/test_attention.py::test_rows_without_a_key_in_a_block_bear_fused_arithmetic",
     ),
     (
+        "starts_with_the_compiler",
+        "runtime/process.py",
+        'torch.set_deterministic_debug_mode("warn")',
+        "torch.use_deterministic_algorithms(True, warn_only=True)",
+        f"{PROCESS}::test_a_script_starts_without_the_compiler",
+    ),
+    (
         "proof_asks_what_no_pytorch_has",
         "kernels/proof.py",
         "versions += [torch.cuda.get_device_name(device)]",

@@ -91,17 +91,14 @@ def set_collection(enabled):
 
 
 def deterministic():
-    """(mode, whether it only warns, whether fresh memory is filled)."""
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    """(whether PyTorch's operations must be deterministic or only warn, whether fresh memory is
+    filled)."""
+    return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
 
 
 def set_deterministic(flags):
-    mode, warn_only, fill = flags
-    torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+    mode, fill = flags
+    torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 

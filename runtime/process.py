@@ -98,7 +98,7 @@ def setup(device, seed):
             # Packs of changing sizes would leave holes that nothing fits into
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(device)  # CUDA reads the variables when it starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms takes seconds: it imports the compiler
     # a debugging aid that comes with the line above and costs a pass over every tensor
     torch.utils.deterministic.fill_uninitialized_memory = False
     prove(device)

@@ -1,6 +1,7 @@
 """One process of a run: its device, its generators, its end, and what the hardware can do."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -59,6 +60,11 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "4")  # more ranks than GPUs
     with pytest.raises(UserError, match="--device=cuda:4: 4 GPUs"):
         process.choose_device("cuda")
+
+
+def test_a_script_starts_without_the_compiler():
+    code = "import sys, evaluate, runtime.process as p; p.setup('cpu', 0); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_random_state_comes_back():
