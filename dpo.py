@@ -9,13 +9,13 @@ once. log pi sums over a completion's tokens, its end of turn included. --loss c
     dpo       as above                               (Rafailov et al. 2023, arXiv 2305.18290)
     dpo_norm  logratios per token                    (Tulu 3: Lambert et al. 2024, 2411.15124)
     cdpo      labels may be wrong                    (Mitchell 2023)
-    ipo       margins are pulled to 1/(2 beta)       (arXiv 2310.12036)
+    ipo       differences are pulled to 1/(2 beta)   (arXiv 2310.12036)
     simpo     no reference, mean log pi per token    (arXiv 2405.14734)
     orpo      no reference, with its own NLL         (arXiv 2403.07691)
     kto       single completions, good or bad        (arXiv 2402.01306)
 
-A new loss is a function and a row of LOSSES. Left out: online variants; sample from the model,
-label with rlaif.py or a reward model, and run this again.
+A new loss is a function, a row of LOSSES, and a field of Config for each flag of its own. Left out:
+online variants; sample from the model, label with rlaif.py or a reward model, and run this again.
 
     python dpo.py --init=out/sft --data=pairs.jsonl --loss=dpo --out=out/dpo
 """
@@ -47,13 +47,13 @@ class Config(RunConfig):
     # -- What you will set --
     # checkpoint to start from: a run of sft.py
     init: str
-    # preferences {"prompt", "chosen", "rejected"}, for kto also {"prompt", "completion", "label"}
+    # preferences {"prompt", "chosen", "rejected"}; kto also takes {"prompt", "completion", "label"}
     data: str
     # what to minimise: dpo, dpo_norm, cdpo, ipo, simpo, orpo or kto
     loss: str = "dpo"
     # -- What you may set --
-    # how closely the policy is held to the reference (simpo, orpo: the scale); 0: 0.1, dpo_norm 5,
-    # simpo 2 [>= 0]
+    # how closely the policy is held to the reference (simpo, orpo: the scale); 0: the loss's
+    # default, 5 for dpo_norm, 2 for simpo, 0.1 for the others [>= 0]
     beta: float = 0.0
     # checkpoint that the policy is held to; "": --init
     reference: str = ""
@@ -71,7 +71,7 @@ class Config(RunConfig):
     val: str = ""
     # share of --data to hold out [> 0; < 1]
     val_fraction: float = 0.05
-    # how often each pair is seen [> 0]
+    # passes over the pairs [> 0]
     epochs: float = 1.0
     # optimizer steps; 0: as many as --epochs takes
     steps: int = 0
@@ -80,14 +80,14 @@ class Config(RunConfig):
     # peak learning rate of AdamW; 0: 2e-4 (128 / width)^2, fitted on the quick start's
     # world at width 128 and extrapolated to others [>= 0]
     lr: float = 0.0
-    # longest prompt with completion in tokens, longer pairs are dropped; 0: the model's
+    # longest prompt with completion, in tokens; longer pairs are dropped; 0: the model's
     context: int = 0
     # drop bad lines of the data, and count them
     skip_bad: bool = False
     # -- What you will rarely set --
     # share of the steps over which the learning rate rises; after that it falls to 0 [>= 0; <= 1]
     warmup: float = 0.1
-    # decay of the matrices [>= 0]
+    # weight decay, of matrices only [>= 0]
     weight_decay: float = 0.0
     # torch.compile the model [may change on resume]
     compile: bool = False
@@ -95,7 +95,7 @@ class Config(RunConfig):
 
 # --------------------------------------------------------------------------------------------------
 # The losses, fp32 [P], one value per pair. chosen, rejected [P]: what the loss compares, see
-# LOSSES. label_probs: the probability that the label is right, 1 for a plain label.
+# LOSSES. label_probs: how probably the label is right, a row's "probability"; 1 for a plain label.
 
 
 def dpo_loss(chosen, rejected, beta, label_probs=1.0):
@@ -142,7 +142,7 @@ def kto_loss(logratio, is_good, kl, beta, desirable=1.0, undesirable=1.0):
 
 
 class Loss(NamedTuple):
-    function: Callable  # of (chosen, rejected, beta, label_probs, and the flags below)
+    function: Callable  # of (chosen, rejected, beta, label_probs, and the flags below); kto's: see kto_loss
     beta: float  # default of --beta
     compares: str  # logratio, or logp, which needs no reference; mean_logratio, mean_logp: per token
     flags: tuple = ()  # flags that only this loss reads
@@ -166,7 +166,7 @@ def check_flags(config):
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
     row = LOSSES[config.loss]
     read = {*row.flags, "nll" if row.takes_nll else "", "reference" if "ratio" in row.compares else ""}
-    unread = {"smoothing", "gamma", "desirable", "undesirable", "nll", "reference"} - read
+    unread = {"nll", "reference", *(flag for row in LOSSES.values() for flag in row.flags)} - read
     refuse_unread(config, dict.fromkeys(sorted(unread), f"--loss={config.loss} does not read it"))
     if config.steps:
         refuse_unread(config, {"epochs": f"--steps={config.steps} says how long to train"})
@@ -174,7 +174,7 @@ def check_flags(config):
 
 # --------------------------------------------------------------------------------------------------
 # Items: (Chat, Chat), the chosen and the rejected completion to a prompt. For kto: the completion
-# that was judged, and the same prompt with another prompt's completion, used only for its z.
+# that was judged, and the same prompt with another prompt's completion, used only to estimate z.
 
 
 def completion_lengths(items):
@@ -201,8 +201,10 @@ def all_logps(model, items, micro_batch_tokens):
 
 
 def item_losses(model, items, label_probs, ref_logps, kl, config):
-    """(losses [P], compared [P, 2], margins [P]) of some items: what the loss compares of the two
-    sides, and by how much the first exceeds the second. kl: kto's z; None for the other losses."""
+    """(losses [P], compared [P, 2], differences [P]) of some items: what the loss compares of the
+    two sides, and by how much the first exceeds the second.
+
+    label_probs [P]; ref_logps [P, 2], of both sides; kl: kto's z, None for the other losses."""
     row, device = LOSSES[config.loss], model.embed.device
     label_probs, ref_logps = to_device(label_probs, device), to_device(ref_logps, device)
     if config.loss == "kto":
@@ -242,21 +244,21 @@ def run_batch(model, items, label_probs, ref_logps, config):
     compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
     sums = torch.zeros(3, device=model.embed.device)  # of the losses and of both sides
-    margins = torch.zeros(len(items), device=model.embed.device)
+    differences = torch.zeros(len(items), device=model.embed.device)
     for part in micro_batches(model, item_lengths(items), config.micro_batch_tokens):
-        losses, compared, part_margins = item_losses(model, items[part], label_probs[part], ref_logps[part], kl, config)
+        some, some_labels, some_ref_logps = items[part], label_probs[part], ref_logps[part]
+        losses, compared, differences[part] = item_losses(model, some, some_labels, some_ref_logps, kl, config)
         loss = losses.sum() / len(items)  # the batch's count, so that no split changes the gradient
         if torch.is_grad_enabled():
             loss.backward()
         sums += torch.stack([loss.detach(), *compared.sum(0)])
-        margins[part] = part_margins
-    loss, chosen, rejected, *margins = reduce_sum(*sums.tolist(), *margins.tolist())
+    loss, chosen, rejected, *differences = reduce_sum(*sums.tolist(), *differences.tolist())
     n_chosen = n_rejected = len(items)
     if config.loss == "kto":  # an item is on one side only
         n_chosen, n_rejected = (label_probs > 0.5).sum().item(), (label_probs <= 0.5).sum().item()
     name = LOSSES[config.loss].compares
     means = {f"chosen_{name}": chosen / max(1, n_chosen), f"rejected_{name}": rejected / max(1, n_rejected)}
-    return {"loss": loss, **means, "accuracy": agreement(np.array(margins), label_probs).mean()}
+    return {"loss": loss, **means, "accuracy": agreement(np.array(differences), label_probs).mean()}
 
 
 def main(config):
@@ -322,12 +324,14 @@ def main(config):
 
 
 def warn_of_falling(run, metrics):
-    """Warn, once, if the chosen completions are less likely than in the reference, or at first."""
-    row = LOSSES[run.config.loss]
+    """Warn, once, if the chosen completions are less likely than in the reference; without one,
+    than at the first validation."""
+    row, nll = LOSSES[run.config.loss], run.config.nll
     name = f"chosen_{row.compares}"
     first = run.first_step_stats.setdefault(name, 0.0 if "ratio" in name else metrics[name])
     if row.takes_nll and metrics[name] < first:
-        run.warn_once("chosen", "chosen completions are less likely than at the start; --nll=1 keeps them up")
+        before = "in the reference" if "ratio" in name else "at the first validation"
+        run.warn_once("chosen", f"chosen completions are less likely than {before}; --nll={nll + 1:g} keeps them up")
 
 
 def check_memory(run, model, optimizer, items):

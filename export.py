@@ -197,6 +197,10 @@ def add_tensors(writer, model, family, dtype):
         elif family == "llama" and ".k_proj." in hf_name:
             weight = interleaved(weight, c.kv_heads)
         name, array = names.get_name(hf_name, try_suffixes=(".weight", ".bias")), weight.float().numpy()
+        if not name:
+            raise UserError(
+                f"the tensor {hf_name} has no name in llama.cpp's {family}, which therefore cannot run this model"
+            )
         if weight.dim() == 1 or dtype == "f32":
             writer.add_tensor(name, array)
             continue

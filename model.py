@@ -56,7 +56,7 @@ class GPTConfig:
     qk_norm: bool = True
     qkv_bias: bool = False  # Qwen2
     scalar_head: bool = False  # a reward model or critic: one number per token instead of logits
-    padding: int = 0  # ids at the vocabulary's end without a token: never drawn, of probability 0
+    padding: int = 0  # unused ids at the vocabulary's end: never drawn, of probability 0
 
     @property
     def qkv_rows(self):
@@ -90,17 +90,17 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
             f"--heads={heads} --kv_heads={kv_heads}: width {width} gives heads of {head_dim}, and that must be even; "
             "kv_heads must divide heads"
         )
-    multiple = 16 if width < 512 else 128  # what the matrix units like
+    multiple = 16 if width < 512 else 128  # tiles of the matrix units
     ffn = ffn or 8 * width // 3 // multiple * multiple
     c = GPTConfig(vocab_size, depth, width, heads, kv_heads, head_dim, ffn, **options)
-    c.window_every = min(c.window_every, depth) if c.window else 1  # the value that config.json gives back
+    c.window_every = min(c.window_every, depth) if c.window else 1  # as config.json will give it back
     return c
 
 
 class ParameterInfo(NamedTuple):
     """What optimizer, checkpoint and export need to know about a parameter."""
 
-    rows: list  # rows of each matrix that is stacked in it
+    rows: list  # of each matrix stacked in it along dim 0, how many rows; of a vector, its length
     hf_names: list  # their names in a Hugging Face checkpoint
     muon: bool = False  # whether it is a matrix of the trunk, which Muon orthogonalises
 
@@ -274,7 +274,7 @@ class GPT(nn.Module):
         def draw(p, std):
             p.copy_(torch.randn(p.shape, generator=generator) * std)
 
-        draw(self.embed, 1 / c.width if c.tied else 0.3)  # tied: a token's own logit, width x std, starts at 1
+        draw(self.embed, 1 / c.width if c.tied else 0.3)  # tied: a token's own logit starts near 1
         for block in self.blocks:
             draw(block.attn.qkv, c.width**-0.5)
             draw(block.mlp.gate_up, c.width**-0.5)
@@ -307,7 +307,7 @@ class GPT(nn.Module):
     def step(self, tokens, cache):
         """Append tokens [B], one to each slot of the cache -> hidden [B, C] of these tokens.
 
-        Nothing here waits for the GPU or depends on the lengths.
+        Nothing here waits for the GPU, and no control flow depends on the lengths.
         """
         x = F.embedding(tokens, self.embed).to(self.compute_dtype)  # [B, C]
         return self.run_blocks(x, StepView(self, cache), 0.0)
@@ -363,7 +363,7 @@ class KVCache:
 
 
 def rotary_tables(c):
-    """cos and sin, fp32 [context, Dh/2], of position x theta^(-2i/Dh), the slow frequencies
+    """cos and sin, fp32 [context, Dh/2], of position * theta^(-2i/Dh), the slow frequencies
     stretched as Llama 3 does if rope_scaling is given."""
     freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     if c.rope_scaling:
@@ -418,7 +418,7 @@ def completion_logprob_sums(model, chats):
 
 @torch.no_grad()
 def logprobs_no_grad(model, chats, temperature, micro_batch_tokens):
-    """`completion_logprobs` in evaluation, at most `micro_batch_tokens` tokens at once."""
+    """`completion_logprobs` without gradients, at most `micro_batch_tokens` tokens at once."""
     model.eval()
     found = [torch.zeros(0, device=model.embed.device)]  # a rank's share may be empty
     for part in token_slices([len(c.ids) for c in chats], micro_batch_tokens):
@@ -446,7 +446,7 @@ def state_values(critic, chats):
 
 @torch.no_grad()
 def values_no_grad(critic, chats, micro_batch_tokens):
-    """`state_values` in evaluation, at most `micro_batch_tokens` tokens at once."""
+    """`state_values` without gradients, at most `micro_batch_tokens` tokens at once."""
     critic.eval()
     found = [torch.zeros(0, device=critic.embed.device)]
     for part in token_slices([len(c.ids) for c in chats], micro_batch_tokens):

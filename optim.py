@@ -85,8 +85,9 @@ class Optimizer:
 
     lr: AdamW's peak rate; embed_lr and head_lr replace it for the embedding and the output matrix
     if not 0. watch: parts of parameter names, ["attn.out"] for example. After each step
-    `watched_norms[part]` is the gradient norm, a float, of all parameters with that part in their
-    names, summed over the ranks and before clipping. Raises UserError if no name has it."""
+    `watched_norms["grad_norm_attn.out"]` is the gradient norm, a float, of all parameters with that
+    part in their names, summed over the ranks and before clipping. Raises UserError if no name has
+    it."""
 
     def __init__(
         self,
@@ -142,7 +143,8 @@ class Optimizer:
         with_grad = {name: p for name, p in self.named.items() if p.grad is not None}
         grad_norm = total_norm(with_grad.values())
         for watched in self.watch:
-            self.watched_norms[watched] = total_norm([p for name, p in with_grad.items() if watched in name]).item()
+            norm = total_norm([p for name, p in with_grad.items() if watched in name])
+            self.watched_norms[f"grad_norm_{watched}"] = norm.item()
         if grad_norm.isfinite():
             if max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(with_grad.values(), max_grad_norm, grad_norm)

@@ -8,19 +8,19 @@ by steps that stay near the policy that sampled (Schulman et al. 2017, 1707.0634
     L = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
     ratio_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
-1 roll out: the policy completes prompts. 2 score: the reward at the end-of-turn token, minus a
+1 roll out: the policy completes prompts. 2 score: what the reward says of each completion, minus a
 penalty if the completion never ended. 3 advantages: each token's reward is -beta (log pi - log
 pi_ref), and the last token's also includes the score; a critic V predicts the rewards still to
 come, and the advantage is how far the outcome exceeds that (GAE), whitened over the batch. The KL
-has no gradient of its own: it acts through the advantages. V starts as the reward model, which
-already predicts the final score. 4 update: both learn from these completions, a few times over,
-until the policy has moved too far from the one that sampled (--stop_kl). 5 log, adapt beta,
-validate, save.
+has no gradient of its own: it acts through the advantages. V starts as the first reward model of
+--reward, whose output on a finished completion is its score. 4 update: both learn from these
+completions, a few times over, until the policy has moved too far from the one that sampled
+(--stop_kl); then both stop. 5 log, validate, adapt beta, save.
 
 The sampler's log-probabilities must equal the trainer's; every step checks that.
 
-`center` is the reward model's mean score, which its checkpoint records. It is subtracted from
-scores and from values, so that both are measured from the same zero.
+A reward model's checkpoint records its mean score, which is subtracted from its scores. `center` is
+that of the model the critic starts from, and is subtracted from values: both have the same zero.
 
 Left out: entropy bonus, PPO-ptx, a trunk shared by policy and critic, scaling of rewards.
 
@@ -60,8 +60,8 @@ class Config(RolloutConfig):
     adaptive_kl: float = 0.0
     # peak learning rate of the critic; 0: twice the policy's [>= 0]
     critic_lr: float = 0.0
-    # reward model the critic starts from; "": the first of --reward, or --init under a head of
-    # zeros
+    # reward model the critic starts from; "": the first of --reward that is one, else --init with a
+    # scalar head of zeros
     critic: str = ""
     # -- What you will rarely set --
     # passes over the completions of a step [>= 1]
@@ -74,9 +74,9 @@ class Config(RolloutConfig):
     gamma: float = 1.0
     # GAE's lambda [>= 0; <= 1]
     lam: float = 0.95
-    # how far a ratio may move from 1, in the direction that the advantage favours [> 0]
+    # beyond this distance from 1 a ratio gains nothing by moving on as the advantage says [> 0]
     clip_ratio: float = 0.2
-    # how far a value may move from its old one [> 0]
+    # beyond this distance from its old one a value gains nothing by moving on [> 0]
     clip_value: float = 0.2
     # subtracted from the score of an unfinished completion [>= 0]
     unfinished_penalty: float = 1.0
@@ -103,7 +103,7 @@ def check_flags(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# The algorithm. Tensors are fp32 [M], one number per token of the step's D completions, which lie
+# The algorithm. Tensors are fp32 [M], one number per token of this rank's D completions, which lie
 # one after another. lengths [D]: the tokens of each completion.
 
 
@@ -175,7 +175,8 @@ class Beta:
         self.value, self.target, self.horizon = config.beta, config.adaptive_kl, config.adaptive_kl_horizon
 
     def update(self, kl, n):
-        """After n completions with this mean KL (Ziegler et al. 2019, arXiv 1909.08593, eq. 3)."""
+        """Adapt beta after n completions with this mean KL; 1 / horizon is the K_beta of Ziegler et
+        al. 2019, arXiv 1909.08593, section 2.2, per completion."""
         if self.target:
             error = min(0.2, max(-0.2, kl / self.target - 1))
             self.value *= 1 + error * n / self.horizon
@@ -285,10 +286,10 @@ def main(config):
 
         # 2. Score: what the reward says of each completion, less a penalty for one without an end
         scoring.score_batch(scorers, completions, config.unfinished_penalty)
-        scoring.warn_of_offset(completions)
+        scoring.warn_of_offset(completions)  # scores that differ by little beside their size
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
-        logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # kept as old_logp, too
+        logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # logp is set as old_logp
         gap = check_sampler_matches_trainer(policy, completions, logp, config)
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
         rewards = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
@@ -303,17 +304,17 @@ def main(config):
         update_metrics = ppo_update(run, step, policy, critic, optimizers, completions, lr_scale, center)
         run.time_phase("update")
 
-        # 5. Log, adapt beta, validate, save
+        # 5. Log, validate, adapt beta, save
         metrics = rollout_metrics(completions, len(completions), logp, ref_logp) | update_metrics
         metrics |= {"explained_variance": explained_variance(values, returns), "sampler_gap": gap}
         metrics |= {"beta": beta.value, "lr": lr * lr_scale}
-        # FLOPs: --epochs passes of both models, and 5 forward passes, a third each: sampling,
-        # old_logp, ref_logp, reward, values
+        # FLOPs, in passes forward and backward: --epochs of both models, and a third each for
+        # sampling, old_logp, ref_logp, reward and values
         run.log_rollout(step, policy, chats, 2 * config.epochs + 5 / 3, metrics)
-        beta.update(metrics["kl"], config.completions_per_step)
         if run.eval_due(step):
             costs = {"kl_coef": beta.value, "penalty": config.unfinished_penalty}
             run.validated(step, *scoring.validate_policy(policy, reference, tok, scorers, val, config, **costs))
+        beta.update(metrics["kl"], config.completions_per_step)
         run.end_step(step, policy, tok, {"critic": critic}, critic_center=center)
 
 

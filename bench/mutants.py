@@ -1554,6 +1554,13 @@ MUTANTS = [
         f"{PROCESS}::test_a_script_starts_without_the_compiler",
     ),
     (
+        "worse_answers_come_first",
+        "data/chat.py",
+        "item if pair.probability >= 0.5 else item[::-1] for",
+        "item for",
+        f"{DPO}::test_the_likelier_answer_of_a_pair_is_its_chosen_one",
+    ),
+    (
         "proof_asks_what_no_pytorch_has",
         "kernels/proof.py",
         "versions += [torch.cuda.get_device_name(device)]",
@@ -1638,7 +1645,7 @@ MUTANTS = [
     ("numbers_used_twice", "data/puzzles.py", "sorted(used) == sorted(numbers)", "set(used) == set(numbers)", PUZZLES),
     ("steps_not_checked", "data/puzzles.py", "bool(steps) and all(", "bool(steps) or all(", PUZZLES),
     ("held_out_in_training", "data/puzzles.py", "is_held_out(question) == held_out", "True", PUZZLES),
-    ("watched_norm_is_no_json", "optim.py", "if watched in name]).item()", "if watched in name])", OPTIM),
+    ("watched_norm_is_no_json", "optim.py", "] = norm.item()", "] = norm", OPTIM),
     # Strangers at the server and in its files
     ("carriage_returns", "data/feedback.py", "whole.splitlines(keepends=True)", 'whole.split(b"\\n")', FEEDBACK),
     ("edit_overwritten", "data/feedback.py", "if path.stat().st_size != size:", "if False:", FEEDBACK),

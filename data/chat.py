@@ -458,10 +458,19 @@ def read_pairs(config, tok, context):
 
 def read_items(config, tok, context):
     """(train items, label_probs, validation items, label_probs, {source: SHA-256}): `read_pairs`
-    without the text; label_probs fp32 [n]: the probability that the chosen one is preferred."""
+    without the text.
+
+    label_probs, fp32 [n], are 1/2 or more: of a pair whose "probability" is less, the rejected side
+    is the better one, and comes first.
+    """
     pairs, items, val_pairs, val_items, hashes = read_pairs(config, tok, context)
-    label_probs, val_label_probs = (torch.tensor([p.probability for p in some]) for some in (pairs, val_pairs))
-    return items, label_probs, val_items, val_label_probs, hashes
+    return *better_first(pairs, items), *better_first(val_pairs, val_items), hashes
+
+
+def better_first(pairs, items):
+    """(items, label_probs): the better side first, and the probability that it is better."""
+    items = [item if pair.probability >= 0.5 else item[::-1] for pair, item in zip(pairs, items, strict=True)]
+    return items, torch.tensor([max(pair.probability, 1 - pair.probability) for pair in pairs])
 
 
 # -------------------------------------------------------------------------------------------------

@@ -269,17 +269,18 @@ def check(run, trained, items, lengths, step_tokens, batch_flag="", **options):
 
     batch_flag: the flag that makes the batch smaller, if a rollout's slots depend on it."""
     plan_of = functools.cache(functools.partial(plan, run, trained, items, lengths, step_tokens, **options))
-    config = run.config
+    config, proposed = run.config, not run.config.micro_batch_tokens
     try:
-        if not config.micro_batch_tokens:
+        if proposed:
             config.micro_batch_tokens = proposed_micro_batch(run.device, plan_of, config, step_tokens)
-            print0(f"memory: --micro_batch_tokens={config.micro_batch_tokens} is what fits")
         phases = plan_of(config.micro_batch_tokens, config.checkpoint_activations)
     except RuntimeError as e:  # what fake tensors cannot do; a real error will show at the first step
         reason = str(e).strip().split("\n")[0]
         config.micro_batch_tokens = config.micro_batch_tokens or DEFAULT_MICRO_BATCH
         print0(f"memory: not planned, because this model or loss reads its own values ({type(e).__name__}: {reason})")
         return
+    if proposed:
+        print0(f"memory: --micro_batch_tokens={config.micro_batch_tokens} is what fits")
     name, largest = max(phases.items(), key=lambda phase: total(phase[1]))
     need = total(largest)
     available = available_memory(run.device, largest)

@@ -9,7 +9,7 @@ The same for every stage, so that every stage resumes exactly:
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
     for step in run.steps():
         ...
-        run.log(step, tokens, flops, loss=loss)
+        run.log(step, model, lengths, loss=loss)
         run.end_step(step, model, tok)
 """
 
@@ -340,9 +340,9 @@ class Run:
         self.log_file.step(step, round(np.sum(lengths)), model.flops_per_token(int(np.mean(lengths))), **printed)
 
     def log_rollout(self, step, model, chats, passes, metrics):
-        """Log a step on this rank's completions `chats`; metrics: those of `rollout_metrics` and
-        more.
+        """Log a step on this rank's completions `chats`, and warn of what its metrics show.
 
+        metrics: those of `rollout_metrics` and, at least, "loss", "grad_norm" and "updates".
         passes: how often they went through a model, forward and backward counted as 1, forward
         alone as 1/3."""
         tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
@@ -384,8 +384,8 @@ class Run:
         elif finished < 0.5:
             self.warn_once(
                 "cut",
-                f"{limit} cuts {1 - finished:.0%} of the completions before their end, which the reward then never "
-                "sees; raise it, or fine-tune on answers that end in time",
+                f"{limit} cuts {1 - finished:.0%} of the completions before their end, which is then never seen; "
+                "raise it, or fine-tune on answers that end in time",
             )
 
     def warn_of_standstill(self, metrics):

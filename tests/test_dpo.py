@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -29,7 +30,7 @@ from runs import (
 )
 
 import dpo
-from data import kto, rows as data_rows, tokenizer
+from data import chat, kto, rows as data_rows, tokenizer
 from data.chat import encode_pair
 from data.pack import pack
 from model import completion_logprob_sums
@@ -572,6 +573,23 @@ def test_a_tie_is_half_right_and_a_soft_label_counts_by_its_probability(make_mod
         leads = found["chosen_mean_logp"] > found["rejected_mean_logp"]
         expected = (label_prob if leads else 1 - label_prob) if right is None else right
         assert found["accuracy"] == expected
+
+
+def test_the_likelier_answer_of_a_pair_is_its_chosen_one(tmp_path):
+    """Otherwise --nll and orpo would make the worse answer likelier."""
+    rows = [row | {"probability": p} for row, p in zip(some_rows(20, 1), [0.9, 1.0, 0.75, 0.6] * 5)]
+    turned = [row | {"probability": 1 - row["probability"]} for row in flip(rows)]
+    found = []
+    for some in (rows, turned):
+        data = str(write_rows(tmp_path / f"{len(found)}.jsonl", some))
+        config = SimpleNamespace(data=data, val="", val_fraction=0.25, skip_bad=False, seed=0)
+        train, label_probs, val, val_label_probs, _ = chat.read_items(config, TOK, 200)
+        ids = [[side.ids.tolist() for side in item] for item in train + val]
+        found.append((ids, torch.cat([label_probs, val_label_probs])))
+        assert all("thanks" in TOK.decode(first.ids) for first, _ in train + val)
+    (ids, probs), (turned_ids, turned_probs) = found
+    assert ids == turned_ids and probs.min() > 0.5
+    torch.testing.assert_close(probs, turned_probs)
 
 
 def test_an_epoch_has_each_pair_once_and_the_reference_reads_what_is_used(train, tmp_path):

@@ -32,7 +32,7 @@ def train(model, optimizer, steps):
     for _ in range(steps):
         for part in micro_batches(model, [len(d) for d in DOCUMENTS], 1):
             loss(model, DOCUMENTS[part]).backward()
-        norms += [optimizer.step(1.0, max_grad_norm=0.5).item(), optimizer.watched_norms["attn.out"]]
+        norms += [optimizer.step(1.0, max_grad_norm=0.5).item(), optimizer.watched_norms["grad_norm_attn.out"]]
     return norms
 
 
