@@ -163,7 +163,7 @@ def read_data(config, tok, context):
         items, why = [item for _, item in found], f"which exceed the model's context of {context} tokens"
         advice = f"fits into the model's context of {context} tokens; bring shorter ones"
         kept = chat.fitting([len(c.ids) for c, _ in items], context, what, "conversation", why, advice)
-        return [items[i] for i in kept]
+        return [items[i] for i in kept], [found[i] for i in kept]
 
     data = dataclasses.replace(config, data=config.offline)
     return rows.read_split(data, parse, chat.encoder(tok, encode), fit)
@@ -265,7 +265,7 @@ def main(config):
         tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
         run.log(step, model, [tokens / n] * int(n), loss=loss, **metrics)
         if run.eval_due(step):
-            validate(run, step, model, teachers, tok, val[: config.eval_prompts])
+            validate(run, step, model, teachers, tok, rows.some(val, config.eval_prompts, config.seed))
         run.end_step(step, model, tok)
 
 

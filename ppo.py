@@ -188,6 +188,14 @@ class Beta:
         self.value = state["value"]
 
 
+def warn_of_rewards(run, completions, kl_penalties):
+    """See Run.warn_of_rewards; the rewards are the scores without our own penalty, kl_penalties
+    [M]."""
+    penalty, lengths = run.config.unfinished_penalty, [c.n_tokens for c in completions]
+    rewards = [c.score + penalty * (not c.sample.finished) for c in completions]
+    run.warn_of_rewards(rewards, [part.sum().item() for part in kl_penalties.split(lengths)])
+
+
 def load_critic(run, policy, tok):
     """(critic, its center): those of the checkpoint to resume, or new ones."""
     if run.resumed:
@@ -286,11 +294,11 @@ def main(config):
 
         # 2. Score: what the reward says of each completion, less a penalty for one without an end
         scoring.score_batch(scorers, completions, config.unfinished_penalty)
-        scoring.warn_of_offset(completions)  # scores that differ by little beside their size
 
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # logp is set as old_logp
         gap = check_sampler_matches_trainer(policy, completions, logp, config)
+        warn_of_rewards(run, completions, beta.value * (logp - ref_logp))
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
         rewards = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
         advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)

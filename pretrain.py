@@ -295,7 +295,7 @@ def main(config):
         model.compile()
         if run.device.type == "cpu":
             print0("warning: on a CPU --compile takes half a minute, and training was slower wherever it was measured")
-    epochs = steps / order.plan(batch_tokens, 1)[0]
+    epochs = order.epochs_of(batch_tokens, steps)
     print0(f"{n_train:,} training tokens; {steps} steps of {batch_tokens:,}: {epochs:.2f} epochs")
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
     run.warn_of_other_steps(default_steps, schedule)

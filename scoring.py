@@ -21,6 +21,7 @@ from data import chat
 from data.judge import judge_prompt, question, transcript
 from data.pack import make_completion, pack, rank_span, token_slices
 from data.read import read_lines
+from data.rows import some
 from data.rules import final_number
 from model import GPT, logprobs_no_grad, score
 from rollout import sample_completions
@@ -162,19 +163,6 @@ def score_batch(rewards, completions, unfinished_penalty=0.0):
             )
 
 
-def warn_of_offset(completions):
-    """Warn, once, if scores differ by so little beside their size that PPO, whose critic learns
-    their size first, hardly sees it."""
-    scores = [c.score for c in completions]
-    spread, size = np.ptp(scores), np.abs(scores).max()
-    if 0 < spread < 1e-4 * size:
-        warn_once(
-            "--reward",
-            f"the scores of a step are {size:.3g} in size and differ by {spread:.3g} only, which PPO hardly sees; "
-            "subtract a constant in the reward, so that they lie around 0",
-        )
-
-
 WARNED = set()
 
 
@@ -182,7 +170,7 @@ def warn_once(name, text):
     """Print a warning about a reward the first time only, not at every step."""
     if name not in WARNED:
         WARNED.add(name)
-        print(f"warning: {name}: {text} (said once)", flush=True)
+        print0(f"warning: {name}: {text} (said once)")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -439,9 +427,10 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
     """Means over completions of held-out rows, always drawn with the same random numbers.
 
     Returns ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, a question and its
-    completion). The ranks share the first --eval_prompts rows. reference: None for no "kl";
+    completion). The ranks share --eval_prompts of the rows. reference: None for no "kl";
     penalty: taken from the reward of an unfinished completion; val_loss: kl_coef kl - reward."""
-    begin, end = 0, min(len(rows), config.eval_prompts)
+    rows = some(rows, config.eval_prompts, config.seed)
+    begin, end = 0, len(rows)
     if end >= world_size():  # else every rank answers all rows, with the same means
         begin, end = rank_span([1] * end, rank(), world_size())
     rows = rows[begin:end]

@@ -110,18 +110,29 @@ def add_chat_tokens(model, tok):
 
 
 def read_chats(config, tok, context):
-    """(train Chats, validation Chats, a first question of the latter as messages, {source:
-    SHA-256})."""
+    """(train Chats, validation Chats, a first question of the latter as messages, the problems of
+    --problems, {source: SHA-256})."""
     encode, end = chat.encoder(tok, chat.encode_turns), chat.end_of_turn(tok)
 
     def fit(found, what):
-        return chat.drop_too_long([item for _, items in found for item in items], context, end, what), found
+        chats = chat.drop_too_long([item for _, items in found for item in items], context, end, what)
+        kept = [row for row, items in found if any(chat.whole_turns(c, context, end) for c in items)]
+        return (chats, kept), kept
 
-    (train, _), (val, val_rows), hashes = rows.read_split(config, rows.conversation, encode, fit)
+    (train, train_rows), (val, val_rows), hashes = rows.read_split(config, rows.conversation, encode, fit)
     chat.audit(tok, train, config.data)
-    shown = next(m for m, items in val_rows if any(chat.whole_turns(c, context, end) for c in items))
-    first_answer = [message["role"] for message in shown].index("assistant")
-    return train, val, shown[:first_answer], hashes
+    first_answer = [message["role"] for message in val_rows[0]].index("assistant")
+    return train, val, val_rows[0][:first_answer], read_problems(config, tok, train_rows), hashes
+
+
+def read_problems(config, tok, train_rows):
+    """The problems of --problems, (messages, row) each; warns of those that are trained on."""
+    if not config.problems:
+        return []
+    encoded, _ = rows.read(config.problems, rows.problem, config.skip_bad, encode=chat.encoder(tok, chat.prompt_length))
+    problems = [problem for problem, _ in encoded]
+    rows.warn_of_shared_prompts(train_rows, problems, f"--problems={config.problems}")
+    return problems
 
 
 def read_replay(config, tok):
@@ -168,10 +179,7 @@ def main(config):
     model, tok = add_chat_tokens(*run.load("cpu"))
     model = shard(model, run.device) if config.shard else model.to(run.device)
     context = run.context(model)
-    train, val, question, hashes = read_chats(config, tok, context)
-    encode = chat.encoder(tok, chat.prompt_length)
-    problems = rows.read(config.problems, rows.problem, config.skip_bad, encode=encode)[0] if config.problems else []
-    problems = [problem for problem, _ in problems]
+    train, val, question, problems, hashes = read_chats(config, tok, context)
     prompts = [chat.encode_prompt(tok, messages) for messages in [question, *(messages for messages, _ in problems)]]
     token_budgets(model, prompts, config.max_new_tokens)  # so that one too long is refused now
     streams = read_replay(config, tok)

@@ -435,7 +435,8 @@ def read_prompts(config, tok, context, length=prompt_length):
 
     def fit(found, what):
         kept = fitting([n for _, n in found], longest, what, "prompt", why, advice)
-        return [found[i].row for i in kept]
+        kept = [found[i].row for i in kept]
+        return kept, kept
 
     return rows.read_split(config, rows.prompt_only, encoder(tok, length), fit)
 
@@ -450,7 +451,8 @@ def read_pairs(config, tok, context):
     def fit(found, what):
         pairs, items = zip(*found)
         kept = fitting_pairs(items, context, what)
-        return [pairs[i] for i in kept], [items[i] for i in kept]
+        pairs = [pairs[i] for i in kept]
+        return (pairs, [items[i] for i in kept]), pairs
 
     train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair), fit)
     return *train, *val, hashes

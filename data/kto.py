@@ -20,7 +20,8 @@ def read_items(config, tok, context):
     """
 
     def fit(found, what):
-        return make_items([single for _, singles in found for single in singles], context, what)
+        items = make_items([single for _, singles in found for single in singles], context, what)
+        return items, [row for row, singles in found if any(len(side.ids) <= context for _, side in singles)]
 
     train, val, hashes = rows.read_split(config, rows.judged, chat.encoder(tok, encode_judged), fit)
     return *train, *val, hashes

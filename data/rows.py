@@ -1090,9 +1090,10 @@ def warn_of_shared_prompts(train, val, what):
 def read_split(config, parse, encode=None, fit=None):
     """(train rows, validation rows, {source: SHA-256}) of --data and --val, as `read` gives them.
 
-    Without --val, --val_fraction of --data is held out. With `fit`, each side is what fit(rows,
-    their name for messages) makes of it. Raises UserError if the answers to validate on are all to
-    one prompt; a single prompt that is to be answered may do.
+    Without --val, --val_fraction of --data is held out. With `fit`, each side is the first of the
+    two that fit(rows, their name for messages) gives: what it makes of them, and the rows that are
+    left. Raises UserError if the answers to validate on are all to one prompt; a single prompt that
+    is to be answered may do.
     """
     rows, hashes = read(config.data, parse, config.skip_bad, config.seed, encode)
     if config.val:
@@ -1103,12 +1104,20 @@ def read_split(config, parse, encode=None, fit=None):
     else:
         what, more = f"held out of --data={config.data}", "raise --val_fraction, or give --val"
         train, val = split_off(rows, config.val_fraction, config.seed)
+    fitted = train, val
+    if fit:
+        (fitted_train, train), (fitted_val, val) = fit(train, config.data), fit(val, config.val or "held out of it")
+        fitted = fitted_train, fitted_val
     prompts = len({prompt_of(row) for row in val})
     if prompts < 2 and parse is not prompt_only:
         raise UserError(f"{what}: rows of one prompt only to validate on, which say nothing of others; {more}")
     if prompts < FEW_PROMPTS:
         print0(f"warning: {what}: {prompts} prompts to validate on, so its figures are mostly chance; {more}")
     warn_of_shared_prompts(train, val, what)
-    if fit:
-        train, val = fit(train, config.data), fit(val, config.val or "held out of it")
-    return train, val, hashes
+    return *fitted, hashes
+
+
+def some(rows, n, seed):
+    """At most n of the rows, at random, in their order: the first n may all be of one source."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:n]
+    return [rows[i] for i in np.sort(chosen)]

@@ -70,6 +70,13 @@ class Order:
             taken.append(self.items[self.index])
             self.index += 1
 
+    def epochs_of(self, amount, steps):
+        """How many epochs `steps` of `batch` see, from the start."""
+        walk = Order(self.epoch_items, self.seed)
+        for _ in range(steps):
+            walk.batch(amount)
+        return walk.epoch + walk.index / len(walk.items)
+
     def first_items(self, n):
         """The indices, sorted, that the first n items of an index_order have."""
         if n >= len(self.items):

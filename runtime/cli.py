@@ -45,9 +45,15 @@ COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator
 
 
 def print0(*args, **kwargs):
-    """print, on the first of torchrun's ranks only."""
+    """print, on the first of torchrun's ranks only. That the disk behind it is full ends nothing:
+    what matters is also in log.jsonl."""
     if os.environ.get("RANK", "0") == "0":
-        print(*args, flush=True, **kwargs)
+        try:
+            print(*args, flush=True, **kwargs)
+        except BrokenPipeError:  # nobody reads any more
+            raise
+        except OSError:
+            pass
 
 
 def refuse_unread(config, unread):

@@ -208,6 +208,27 @@ def set_affinity(cores):
     os.sched_setaffinity(0, cores)
 
 
+FP32_PRECISION = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+
+
+def matmul_precision():
+    """(what torch.get_float32_matmul_precision says, the newer settings of the same). The first
+    raises RuntimeError once one of these has been set: it is None then."""
+    newer = [backend.fp32_precision for backend in FP32_PRECISION]
+    try:
+        return torch.get_float32_matmul_precision(), newer
+    except RuntimeError:
+        return None, newer
+
+
+def set_matmul_precision(value):
+    older, newer = value
+    if older:
+        torch.set_float32_matmul_precision(older)
+    for backend, precision in zip(FP32_PRECISION, newer, strict=True):  # last: the line above sets them, too
+        backend.fp32_precision = precision
+
+
 KEPT = [  # (read, set): as before after each call and after the import
     (sys.gettrace, sys.settrace),
     (sys.getprofile, sys.setprofile),
@@ -220,7 +241,7 @@ KEPT = [  # (read, set): as before after each call and after the import
     (torch.is_inference_mode_enabled, set_inference_mode),
     (torch.is_grad_enabled, torch.set_grad_enabled),  # after the line above, which changes it
     (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (matmul_precision, set_matmul_precision),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (autocast, set_autocast),
     (mkldnn, set_mkldnn),
@@ -338,7 +359,7 @@ class MarkedStream(io.TextIOBase):
         first, *more = re.split(r"\r\n?|\n", text.encode(encoding, "backslashreplace").decode(encoding))
         *lines, self.unfinished = self.unfinished + first, *more
         for line in lines:
-            with contextlib.suppress(BrokenPipeError):  # the reader has left: our own next line ends the run
+            with contextlib.suppress(OSError):  # the reader has left, or the disk is full: not the reward's fault
                 self.stream.write(f"{self.mark} {line}\n")
                 self.stream.flush()
         return len(text)
@@ -369,15 +390,18 @@ def marked_output(mark):
 
     The streams and descriptors 0 to 2 are the same afterwards. What a child process or C writes to
     the descriptors goes out without a mark. Raises UserError if the run's other descriptors were
-    closed.
+    closed, or if the user's code has left none.
     """
     before = sys.stdin, sys.stdout, sys.stderr
-    descriptors = {number: os.dup(number) for number in (0, 1, 2) if is_open(number)}
-    marked = [MarkedStream(stream, mark) for stream in before[1:]]
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    try:
+        descriptors = {number: os.dup(number) for number in (0, 1, 2) if is_open(number)}
+        nothing = os.open(os.devnull, os.O_RDONLY)
+    except OSError as e:
+        raise UserError(f"it has left the run no file to open ({e.strerror}): close what it opens") from None
     os.dup2(nothing, 0)
     if nothing:
         os.close(nothing)
+    marked = [stream and MarkedStream(stream, mark) for stream in before[1:]]  # None: was closed from the start
     sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), *marked
     try:
         yield
@@ -389,7 +413,7 @@ def marked_output(mark):
                 os.close(copy)
             except OSError:
                 raise UserError("it closed files of the run (os.close, os.closerange): do that in a child") from None
-        for stream in marked:
+        for stream in filter(None, marked):
             stream.end()
 
 

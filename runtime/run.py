@@ -184,6 +184,7 @@ class Run:
         self.warnings = []  # names of those that were printed
         self.first_step_stats = {}  # what later steps are compared with: see warn_of_drift
         self.idle_steps = 0  # in a row, without an update: see warn_of_standstill
+        self.equal_steps = 0  # in a row, whose rewards were all the same: see warn_of_rewards
 
     @property
     def init_checkpoint(self):
@@ -302,7 +303,8 @@ class Run:
                 saved.load_state(own | counters.get(name, {}))
             set_random_state(tensors, self.device)
             self.best, self.warnings = float(counters["best"]), list(counters["warnings"])
-            self.first_step_stats, self.idle_steps = dict(counters["first_step_stats"]), int(counters["idle_steps"])
+            self.first_step_stats = dict(counters["first_step_stats"])
+            self.idle_steps, self.equal_steps = int(counters["idle_steps"]), int(counters["equal_steps"])
             self.start, self.lineage = self.info["step"], self.info["lineage"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(
@@ -405,13 +407,38 @@ class Run:
             self.warn_once(
                 "tiny_gradient",
                 f"the gradient's norm is {metrics['grad_norm']:.2g}: AdamW, whose epsilon is 1e-10, hardly "
-                "moves the weights: give the reward a larger scale (--reward=NAME*1000)",
+                "moves the weights: if the rewards of a step differ, give them a larger scale (--reward=NAME*1000)",
             )
         elif metrics["updates"] and abs(metrics["loss"]) < 1e-6:
             self.warn_once(
                 "zero_loss",
-                "the loss is 0 and the policy learns: before its first update every ratio is 1, and a group's "
-                "advantages add up to 0, but their gradient does not; watch the reward and grad_norm",
+                "the loss is 0 and the policy learns: before its first update every ratio is 1, and the advantages "
+                "add up to 0, but their gradient does not; watch the reward and grad_norm",
+            )
+
+    def warn_of_rewards(self, rewards, kl_penalties):
+        """Warn, once each, of what PPO can hardly learn from, on the first rank. rewards,
+        kl_penalties: what the reward says of each completion, and beta times its KL."""
+        spread, size = np.ptp(rewards), np.abs(rewards).max()
+        equal = spread <= 1e-12 * size  # but for rounding
+        self.equal_steps = self.equal_steps + 1 if equal else 0
+        if self.equal_steps >= min(10, self.total_steps):
+            self.warn_once(
+                "equal_rewards",
+                f"the reward of every completion was {rewards[0]:.3g} for {self.equal_steps} steps in a row, which "
+                "teaches nothing; bring other prompts, or a reward with more shades",
+            )
+        elif not equal and spread < 1e-4 * size:
+            self.warn_once(
+                "offset",
+                f"the rewards of a step are {size:.3g} in size and differ by {spread:.3g} only, which PPO hardly sees: "
+                "its critic learns their size first; subtract a constant in the reward, so that they lie around 0",
+            )
+        elif not equal and spread < 1e-3 * np.ptp(kl_penalties):
+            self.warn_once(
+                "small_rewards",
+                f"the rewards of a step differ by {spread:.3g}, and --beta times the KL by {np.ptp(kl_penalties):.3g}: "
+                "the policy hardly follows the reward; give it a larger scale (--reward=NAME*1000), or lower --beta",
             )
 
     def sample(self, step, text):
@@ -515,7 +542,8 @@ class Run:
         """(tensors, counters) of all saved objects and generators, on the CPU; counters are JSON
         values."""
         tensors, counters = random_state(self.device), {"best": self.best, "warnings": self.warnings}
-        counters |= {"first_step_stats": self.first_step_stats, "idle_steps": self.idle_steps}
+        counters |= {"first_step_stats": self.first_step_stats}
+        counters |= {"idle_steps": self.idle_steps, "equal_steps": self.equal_steps}
         for name, saved in self.saved.items():
             for key, value in saved.state().items():
                 if isinstance(value, torch.Tensor):
@@ -536,7 +564,9 @@ def rollout_metrics(completions, n_trained, logp, ref_logp, parts_apart=False, *
     is None."""
     found, parts = {"reward": [c.score for c in completions]}, completions[0].parts
     if len(parts) > 1 or parts_apart:  # one alone would repeat the reward
-        found |= {name: [c.parts[name] for c in completions] for name in parts}
+        # A directory may be called as a column is, "reward" or "kl": ./reward is it as well
+        columns = {name: name if re.search("[/:]", name) else f"./{name}" for name in parts}
+        found |= {column: [c.parts[name] for c in completions] for name, column in columns.items()}
     samples = [c.sample for c in completions]
     found |= values | {"finished": [s.finished for s in samples]}
     found["completion_tokens"] = [len(s.tokens) for s in samples]

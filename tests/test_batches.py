@@ -30,6 +30,18 @@ def test_an_order_takes_every_piece_once_per_epoch_and_resumes_exactly(lengths, 
         assert np.array_equal(again.batch(tokens), taken[i])
 
 
+@quick
+@given(STREAMS, st.integers(1, 20), st.integers(1, 90), st.integers(1, 40))
+def test_the_epochs_that_are_printed_are_those_of_the_walk(lengths, context, tokens, steps):
+    streams = streams_of(lengths)
+    order = text_order(streams, EOT, context, 0)
+    printed = order.epochs_of(tokens, steps)
+    assert order.state() == {"epoch": 0, "index": 0}
+    for _ in range(steps):
+        order.batch(tokens)
+    assert printed == order.epoch + order.index / len(order.items)
+
+
 def first_pieces(streams, seed, epoch):
     order = text_order(streams, EOT, 16, seed)
     order.load_state({"epoch": epoch, "index": 0})

@@ -1,8 +1,11 @@
 """The command line: a dataclass whose comments are the flags' help, ranges and rules."""
 
+import contextlib
 import importlib
+import os
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
@@ -10,12 +13,27 @@ import grpo
 import pretrain
 import report
 from runtime.checkpoint import check_same_run
-from runtime.cli import GROUPS, RENAMED, check_ranges, launch, parse_cli, read_flags
+from runtime.cli import GROUPS, RENAMED, check_ranges, launch, parse_cli, print0, read_flags
 from runtime.errors import UserError
 from runtime.run import RunConfig
 
 SCRIPTS = ["pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rlaif", "evaluate", "sample", "quickstart"]
 SCRIPTS += ["distill", "sharpen", "serve", "export", "data.tokenizer", "data.prepare", "data.world", "data.feedback"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_stdout_ends_nothing_and_a_closed_pipe_does(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    full, pipe = open("/dev/full", "w"), open(writer, "w")
+    monkeypatch.setattr("sys.stdout", full)
+    print0("not lost: it is in log.jsonl")
+    monkeypatch.setattr("sys.stdout", pipe)
+    with pytest.raises(BrokenPipeError):
+        print0("nobody reads this")
+    for stream in (full, pipe):
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 @dataclass

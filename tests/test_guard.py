@@ -1,6 +1,7 @@
 """runtime/guard.py: what a user's reward does to the process is undone or one line, by the kind."""
 
 import builtins
+import contextlib
 import decimal
 import gc
 import locale
@@ -185,6 +186,8 @@ CHANGES = {
     "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
     "determinism": "torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())",
     "precision": "torch.set_float32_matmul_precision('medium')",
+    "precision of cuBLAS": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "precision of all": "torch.backends.fp32_precision = 'tf32'",
     "recursion limit": "sys.setrecursionlimit(5000)",
     "low recursion limit": "sys.setrecursionlimit(len(__import__('inspect').stack()) + 30)",
     "handlers": "[signal.signal(n, signal.SIG_IGN) for n in (2, 14, 15, 17)]",
@@ -215,12 +218,40 @@ def settings():
     python += [locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile()]
     numbers = [np.geterr(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()]
     numbers += [torch.get_num_threads(), torch.get_float32_matmul_precision(), guard.deterministic()]
+    numbers += [torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
     numbers += [torch.is_inference_mode_enabled()]
     numbers += [torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(), torch.backends.mkldnn.enabled]
     python += [sys.excepthook, threading.excepthook, builtins.print, builtins.open, sys.getswitchinterval()]
     python += [decimal.getcontext().prec, gc.get_threshold(), os.get_blocking(2), os.sched_getaffinity(0)]
     python += [resource.getrlimit(resource.RLIMIT_FSIZE)]
     return [handlers, timers, signal.pthread_sigmask(signal.SIG_BLOCK, ()), python, numbers]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_reward_may_print_where_nothing_can_be_written(tmp_path, monkeypatch, closed):
+    """With `>&-` Python has no stdout; on a full disk every write fails."""
+    stream = None if closed else open("/dev/full", "w")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert score(write_reward(tmp_path, "print('seen')\nreturn 2.0")) == [2.0]
+    if stream:
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_a_reward_that_leaves_no_file_to_open_is_named(tmp_path):
+    name = write_reward(
+        tmp_path, "FILES.append(open(__file__))\nreturn 1.0", HEAD.replace("def ", "FILES = []\ndef ", 1)
+    )
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    function, open_now = load_function(name), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
+    try:
+        with pytest.raises(UserError, match="reward.*(no file to open|Too many open files)"):
+            for _ in range(30):
+                call_function(name, function, 5.0, [{"content": "q"}], {}, "A")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -2,6 +2,7 @@
 trainer, real runs that learn, stop, resume and divide their work."""
 
 import math
+import re
 import shutil
 
 import numpy as np
@@ -84,6 +85,9 @@ def huge(prompt, completion, row):
 
 def beside(prompt, completion, row):
     return 1e9 + len(completion)
+
+def small(prompt, completion, row):
+    return 1e-9 * len(completion)
 """
 
 
@@ -801,6 +805,36 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
     shutil.rmtree(tmp_path / "run/step_000012")
     assert "completions end, after" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
     assert "completions end, after" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
+
+
+@pytest.mark.parametrize(
+    "reward, penalty, said",
+    [
+        ("same", 1.0, "the reward of every completion was 0.3 for 3 steps in a row"),
+        ("same", 0.0, "the reward of every completion was 0.3 for 3 steps in a row"),
+        ("beside", 1.0, "the rewards of a step are 1e+09 in size and differ by"),
+        ("small", 0.0, "the policy hardly follows the reward"),
+        ("yes", 1.0, ""),
+    ],
+)
+def test_a_reward_that_ppo_can_hardly_learn_from_is_said_once(train, files, tmp_path, reward, penalty, said):
+    """Judged without our own penalty, of which 1e9 beside 1 is no fault."""
+    reference = checkpoint.save(
+        tmp_path / "reference", moved(checkpoint.load(files / "sft")[0]), TOK, {"stage": "sft", "step": 1}
+    )  # so that there is a KL from the first step on
+    how = dict(reward=f"{files}/rewards.py:{reward}", unfinished_penalty=penalty, reference=reference)
+    output = succeeds(train(tmp_path / "run", steps=3, max_new_tokens=3, **how))
+    assert said in output
+    assert len(re.findall("warning: .*the (reward of every completion|rewards of a step)", output)) == bool(said)
+
+
+def test_a_reward_model_in_a_directory_called_as_a_column_replaces_none(train, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(files / "rm", "reward")
+    succeeds(train(tmp_path / "run", reward=f"reward,{files}/rewards.py:length", steps=1))
+    (log,) = [r for r in records(tmp_path / "run") if "loss" in r]
+    parts = log["./reward"] + log[f"{files}/rewards.py:length"]
+    assert log["reward"] == pytest.approx(parts - (1 - log["finished"]), abs=1e-5)
 
 
 @pytest.mark.parametrize("critic", ["", "rm"])

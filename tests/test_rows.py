@@ -35,6 +35,9 @@ def write(path, some_rows):
     return str(path)
 
 
+TOK = tokenizer.byte_level()
+
+
 def reading(**flags):
     """The config of a stage that reads rows."""
     return sft.Config(init="", out="", **flags)
@@ -521,6 +524,38 @@ def test_too_few_prompts_to_validate_on_are_refused(tmp_path):
     assert len(rows.read_split(reading(data=a), rows.prompt_only)[1]) == 1  # what is sampled to it is new each time
     with pytest.raises(UserError, match="--val=.*b.jsonl: rows of one prompt only.*bring more"):
         rows.read_split(reading(data=a, val=b), rows.conversation)
+
+
+def test_rows_that_do_not_fit_are_no_rows_to_validate_on(tmp_path, capsys):
+    """Of twelve, one is short enough: a figure would be of that one."""
+    answers = ["c", *["c" * 300] * 11]
+    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "chosen": "c", "rejected": "d"} for i in range(20)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "chosen": c, "rejected": "d"} for i, c in enumerate(answers)])
+    with pytest.raises(UserError, match="--val=.*b.jsonl: rows of one prompt only.*bring more"):
+        chat.read_pairs(reading(data=a, val=b), TOK, 100)
+    answers[1] = "c"
+    write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "chosen": c, "rejected": "d"} for i, c in enumerate(answers)])
+    chat.read_pairs(reading(data=a, val=b), TOK, 100)
+    assert "b.jsonl: 2 prompts to validate on, so its figures are mostly chance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["chat", "kto", "prompts"])
+def test_what_is_left_is_what_is_counted_for_every_kind_of_rows(tmp_path, capsys, kind):
+    said = [{"completion": "c"} | ({"label": i % 2 == 0} if kind == "kto" else {}) for i in range(20)]
+    short = [{"prompt": f"a{i}"} | answer for i, answer in enumerate(said)]
+    long = [{"prompt": f"b{i}" + "x" * 300 * (i > 2)} | answer for i, answer in enumerate(said)]
+    a, b = write(tmp_path / "a.jsonl", short), write(tmp_path / "b.jsonl", long)
+    config = reading(data=a, val=b, max_new_tokens=8)
+    read = {"chat": sft.read_chats, "kto": kto.read_items, "prompts": chat.read_prompts}[kind]
+    read(config, TOK, 100)
+    assert "b.jsonl: 3 prompts to validate on" in capsys.readouterr().out
+
+
+def test_some_rows_are_of_every_source_and_in_their_order():
+    some = [rows.some(list(range(100)), 40, seed) for seed in range(5)]
+    assert all(chosen == sorted(set(chosen)) and len(chosen) == 40 for chosen in some)
+    assert all(10 < sum(i >= 50 for i in chosen) < 30 for chosen in some) and some[0] != some[1]
+    assert rows.some([3, 1, 2], 9, 0) == [3, 1, 2]
 
 
 @pytest.mark.parametrize("n, warned", [(2, True), (9, True), (10, False)])

@@ -251,6 +251,7 @@ def test_a_handful_of_chats_is_learned_by_heart_and_the_model_stops_by_itself(tu
     found = [r for r in records(run) if "val_loss" in r]
     assert found[-1]["val_loss"] < 0.1 < found[0]["val_loss"] and found[-1]["exact_match"] == pytest.approx(2 / 3)
     assert "66.7% of 3 problems right" in output and "5 conversations" in output and "<|im_end|>»" in output
+    assert "--problems=" in output and "of 3 rows to validate on, 3 have a prompt that is trained on as well" in output
     assert info["stage"] == "sft" and info["metrics"] == {k: v for k, v in found[-1].items() if k != "step"}
     assert [parent["stage"] for parent in info["lineage"]] == ["pretrain"]
     assert "question 0\n--- answers:\nAda!" in (run / "samples.txt").read_text()
