@@ -452,7 +452,7 @@ MUTANTS = [
     (
         "epochs_of_full_batches",
         "pretrain.py",
-        "epochs = steps / order.plan(batch_tokens, 1)[0]",
+        "epochs = order.epochs_of(batch_tokens, steps)",
         "epochs = steps * batch_tokens / n_train",
         PRETRAIN,
     ),
@@ -547,7 +547,7 @@ MUTANTS = [
     ("unsampled_of_flags", "distill.py", "if config.offline:\n        refuse", "if 0:\n        refuse", DISTILL),
     ("huge_rewards_taken", "scoring.py", "if abs(c.score) > LARGEST_REWARD:", "if False:", SCORING),
     ("squares_beyond_fp32", "scoring.py", "LARGEST_REWARD = 1e15", "LARGEST_REWARD = 1e30", PPO),
-    ("offset_unsaid", "scoring.py", "if 0 < spread < 1e-4 * size:", "if False:", PPO),
+    ("offset_unsaid", "runtime/run.py", "elif not equal and spread < 1e-4 * size:", "elif False:", PPO),
     ("squares_of_tiny_rewards", "grpo.py", "advantages.abs().amax(1, keepdim=True).clamp(min=1e-300)", "1.0", GRPO),
     ("tiny_gradient_unsaid", "runtime/run.py", 'metrics["grad_norm"] < 1e-8', "False", RUN),
     ("constitution_unread", "scoring.py", "if config.constitution and not any", "if False and not any", GRPO),
@@ -882,8 +882,8 @@ MUTANTS = [
     (
         "input_closed_by_a_reward",
         "runtime/guard.py",
-        "for number in (0, 1, 2) if is_open(number)}\n    marked",
-        "for number in (1, 2) if is_open(number)}\n    marked",
+        "for number in (0, 1, 2) if is_open(number)}\n        nothing",
+        "for number in (1, 2) if is_open(number)}\n        nothing",
         GUARD,
     ),
     ("tensor_there_twice", "runtime/hub.py", 'if name.endswith(f".{other}"):', "if False:", HUB),
@@ -1350,7 +1350,7 @@ MUTANTS = [
     (
         "half_line_of_a_reward",
         "runtime/guard.py",
-        "        for stream in marked:\n            stream.end()\n",
+        "        for stream in filter(None, marked):\n            stream.end()\n",
         "",
         GUARD,
     ),
@@ -2111,7 +2111,7 @@ def run_tests(where, words, seconds):
         "-p",
         "no:cacheprovider",
         "--tb=no",
-        f"--basetemp={where}/tmp",
+        f"--basetemp={where}.tmp",  # beside the copy: what tests write is no source
         *words,
     ]
     try:

@@ -62,6 +62,13 @@ def test_cuts_of_flat_and_of_sharp_distributions(device, scale):
     check(device, *some(150, B=1, scale=scale, seed=1), 1.0, 100, 0.99)
 
 
+@pytest.mark.parametrize("top_k", [3, 11, 25])
+def test_levels_that_have_left_the_bins_count_no_more(device, top_k):
+    """The second block's levels take the bins of the first one's, all eight."""
+    levels = torch.cat([torch.arange(128) % 8, 8 + torch.arange(40) % 8]) + 0.9 * some(168, B=1)[0][0].sigmoid()
+    check(device, (levels * math.log(2))[None], torch.tensor([0.7]), 1.0, top_k)
+
+
 def test_every_row_has_its_own_settings(device):
     logits, u = some(130, B=4, seed=2)
     temperature, top_k = torch.tensor([[1.0], [0.0], [0.7], [1.5]]), torch.tensor([[130.0], [130.0], [5.0], [130.0]])

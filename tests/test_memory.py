@@ -89,6 +89,7 @@ def check_activations(model, lengths, checkpointed, loss_of_pack):
     trained = [(model, Optimizer(model, 0.1), lambda model, items: loss_of_pack(model, p))]
     passes = memory.training(CPU, trained, [], False, checkpointed, False)["training"]
     assert value.isfinite() and abs(passes["activations"] - expected) < 0.02 * expected, (passes, expected)
+    assert passes["backward"] >= 4 * len(p.tokens) * model.config.width  # at least the gradient of the hidden states
     return passes["activations"]
 
 

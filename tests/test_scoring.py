@@ -12,7 +12,7 @@ import torch
 from runs import SMALL, save
 from test_evaluate import END, TOK, ask, constant_model
 
-from data import chat, tokenizer
+from data import chat, rows as data_rows, tokenizer
 from data.judge import judge_prompt
 from data.pack import make_completion, pack
 from model import completion_logprobs, logprobs_no_grad
@@ -333,7 +333,8 @@ def test_a_policy_is_validated_on_its_own_completions(make_model, functions):
     config = SimpleNamespace(reward=f"{functions}:length", monitor="", temperature=0.8, seed=4, **limits)
     rewards = load(config.reward, monitor=f"{functions}:asked")
     metrics, sample = validate_policy(policy, reference, TOK, rewards, rows, config, kl_coef=0.3, penalty=2.0)
-    conversations = [messages for messages, _ in rows[:3]]
+    shown = data_rows.some(rows, 3, 4)
+    conversations = [messages for messages, _ in shown]
     options = dict(max_new_tokens=9, temperature=0.8, seed=4)
     prompts, samples, texts = sample_completions(policy, TOK, conversations, **options)
     chats = [make_completion(prompts[s.prompt_index], s.tokens) for s in samples]
@@ -349,7 +350,10 @@ def test_a_policy_is_validated_on_its_own_completions(make_model, functions):
         f"reward {functions}:asked": 1 + 0.5 * (1 - unfinished),
     }
     expected["val_loss"] = 0.3 * expected["kl"] - expected["reward"]
-    assert metrics == pytest.approx(expected, abs=1e-4) and sample == f"one\n--- completion:\n{texts[0]}"
+    assert (
+        metrics == pytest.approx(expected, abs=1e-4)
+        and sample == f"{conversations[0][-1]['content']}\n--- completion:\n{texts[0]}"
+    )
     alone, _ = validate_policy(policy, None, TOK, rewards, rows, config, kl_coef=0.3)
     assert "kl" not in alone and alone["val_loss"] == -alone["reward"] == pytest.approx(-lengths)
 
