@@ -371,7 +371,8 @@ def best_of_n(config, samples, scores, first_reward):
     """
     largest = config.best_of
     finished = [sample.finished for sample in samples]
-    ranking = np.where(finished, scores[first_reward], -np.inf).reshape(-1, largest)  # [prompts, n]
+    order = np.unique(scores[first_reward], return_inverse=True)[1]  # from 0; ties have one place
+    ranking = np.where(finished, order, order - len(samples)).reshape(-1, largest)  # [prompts, n]
     values, sizes = {}, [1]
     while sizes[-1] < largest:
         sizes.append(min(2 * sizes[-1], largest))

@@ -592,6 +592,13 @@ MUTANTS = [
     ),
     ("resume_ends_at_a_foreign_line", "runtime/run.py", "except (AttributeError, TypeError, V", "except (V", RUN),
     ("deleted_log_filled_with_zeros", "runtime/files.py", " and file.tell() > size", "", FILES),
+    (
+        "first_of_the_unfinished",
+        "evaluate.py",
+        "order - len(samples)",
+        "-1",
+        f"{EVALUATE}::test_the_best_of_n_is_the_best_of_those_that_finished_or_else_of_all",
+    ),
     ("ties_right_by_their_place", "evaluate.py", "best[answer] / best.sum()", "scores.argmax() == answer", EVALUATE),
     ("stdout_emptied", "runtime/files.py", "target = os.dup(STREAMS[str(path)])", "pass", FILES),
     (

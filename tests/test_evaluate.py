@@ -16,7 +16,7 @@ from data.pack import pack
 from figures import mean_intervals, pass_at_k
 from model import completion_logprobs, logprobs, score
 from optim import Optimizer
-from rollout import sample_completions
+from rollout import Sample, sample_completions
 from runtime import checkpoint
 from runtime.errors import UserError
 from scoring import prefer_first
@@ -255,6 +255,24 @@ def test_the_best_of_n_is_chosen_counted_and_read_by_sft(make_model, tmp_path):
     bound = figures[f"best of {n}: KL to one completion, at most, nats"]["value"]
     best = np.random.default_rng(0).random((400_000, n)).max(1)
     assert bound == pytest.approx(np.mean(math.log(n) + (n - 1) * np.log(best)), abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    "finished, best_of_1_2_4",
+    [
+        ([], [1, 5, 9]),  # none: the best of all
+        ([0, 1, 2, 3], [1, 5, 9]),
+        ([2], [1, 5, 2]),  # the only one
+        ([1, 2], [1, 5, 5]),
+    ],
+)
+def test_the_best_of_n_is_the_best_of_those_that_finished_or_else_of_all(finished, best_of_1_2_4):
+    samples = [Sample(0, [], [], i in finished) for i in range(4)]
+    values, best = evaluate.best_of_n(
+        evaluate.Config("", best_of=4), samples, {"r": np.array([1.0, 5.0, 2.0, 9.0])}, "r"
+    )
+    assert [values[f"best of {n}: r"].tolist() for n in (1, 2, 4)] == [[score] for score in best_of_1_2_4]
+    assert best.tolist() == [[1, 5, 2, 9].index(best_of_1_2_4[-1])]
 
 
 def test_the_bound_on_the_kl_of_the_best_of_n_holds_if_completions_tie():
