@@ -315,9 +315,8 @@ def group_rows(examples, by):
 def problem_figures(config, model, tok, problems, device):
     """Greedy answers that are right, and of --samples_per_problem pass@k for k = 1, 2, 4, ...,
     their length, and the mean of every --checker after the first; all of it also --by fields."""
-    checkers = load_rewards(
-        config.checker or FINAL_NUMBER, device, config.micro_batch_tokens, timeout=config.reward_timeout
-    )
+    names, limits = config.checker or FINAL_NUMBER, {"timeout": config.reward_timeout}
+    checkers = load_rewards(names, device, config.micro_batch_tokens, **limits, flag="checker")
     first, *others = [name for name, _, _ in checkers]
     groups = group_rows(problems, config.by)
     _, _, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
@@ -487,7 +486,9 @@ def check_flags(config):
         raise UserError("--kept: needs a --reward, which is more than 0 for the right answers")
     if config.by and not (config.problems or config.kept):
         raise UserError("--by: needs --problems or --kept, which are told apart by it")
-    for name, _ in reward_names(config.checker):
+    for name, weight in reward_names(config.checker, "checker"):
+        if weight != 1:
+            raise UserError(f"--checker={config.checker}: a weight means nothing here; the first says what is right")
         if name.startswith("judge:"):
             raise UserError(f"--checker={name}: a judge compares; name a function or a reward model")
     if config.best_of > 1 and not config.reward:
