@@ -1653,6 +1653,27 @@ MUTANTS = [
         f"{GRPO}::test_the_shares_of_groups_say_why_they_teach_nothing",
     ),
     ("dpo_norm_of_sums", "dpo.py", 'Loss(dpo_loss, 5.0, "mean_logratio")', 'Loss(dpo_loss, 5.0, "logratio")', DPO),
+    (
+        "nothing_kept_over_a_file",
+        "evaluate.py",
+        "    if chats:\n        replace_text",
+        "    if True:\n        replace_text",
+        f"{EVALUATE}::test_with_nothing_to_keep_the_earlier_file_stays_and_what_was_sampled_is_written",
+    ),
+    (
+        "nothing_kept_and_all_lost",
+        "evaluate.py",
+        "    figures, remarks = mean",
+        "    config.kept and show_kept(config, groups, kept)\n    figures, remarks = mean",
+        f"{EVALUATE}::test_with_nothing_to_keep_the_earlier_file_stays_and_what_was_sampled_is_written",
+    ),
+    (
+        "printed_before_it_is_written",
+        "evaluate.py",
+        "    if config.samples:\n        remarks",
+        "    print(table(figures))\n    if config.samples:\n        remarks",
+        f"{EVALUATE}::test_what_was_sampled_is_written_before_anything_is_printed",
+    ),
     ("kept_twice", "evaluate.py", " and text not in mine", "", KEPT),
     (
         "kept_without_an_end",

@@ -4,6 +4,8 @@ orders, rewards, the KL of exact enumeration, the best of n; and what it refuses
 import itertools
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -130,7 +132,7 @@ def test_completions_end_as_often_as_the_model_ends_them(make_model):
     model = constant_model(make_model, TOK, {END: np.log(259 / 3)}, width=16, layers=1)
     examples = [(ask("q")[0], {"prompt": "q"})] * 1000
     config = evaluate.Config("", max_new_tokens=8)
-    values, sampled = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    values, sampled, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
     figures = mean_intervals(values, seed=0)
     assert figures["completions finished"]["value"] == pytest.approx(1 - 0.75**8, abs=0.03)
     assert figures["completion tokens"]["value"] == pytest.approx(sum(0.75**k for k in range(8)), abs=0.2)
@@ -158,7 +160,7 @@ def test_kl_is_that_of_exact_enumeration(make_model, tmp_path, temperature):
     error = ((p * logratio**2).sum() - kl**2).sqrt().item() / n**0.5
     examples = [(ask("q")[0], {"prompt": "q"})] * n
     config = evaluate.Config("", max_new_tokens=1, reference=str(tmp_path / "reference"), temperature=temperature)
-    values, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    values, _, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
     figures = mean_intervals(values, seed=0)
     figure = figures["KL to the reference, nats per completion"]
     assert abs(figure["value"] - kl) < 4 * error and kl > 12 * error
@@ -400,8 +402,40 @@ def test_the_right_answers_are_kept_as_conversations_for_sft(make_model, tmp_pat
     for level in (0, 1):
         mine = [min(2, len(set(some))) for some in right[level::2]]
         assert f"level {level}: {sum(mine)} right answers to {np.count_nonzero(mine)} of 8 prompts" in printed
-    with pytest.raises(UserError, match="no completion is right and ended"):
-        measure(tmp_path, **flags | {"max_new_tokens": 1}, kept=tmp_path / "none.jsonl")
+
+
+def test_with_nothing_to_keep_the_earlier_file_stays_and_what_was_sampled_is_written(make_model, tmp_path, capsys):
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {END: 9.0}), TOK, SFT)
+    (tmp_path / "own.py").write_text(CHECKERS)
+    flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 3)}
+    flags |= {"reward": f"{tmp_path}/own.py:says_five", "max_new_tokens": 2, "samples": tmp_path / "samples.jsonl"}
+    earlier = tmp_path / "kept.jsonl"
+    earlier.write_text("of an earlier run\n")
+    for kept in (earlier, tmp_path / "none.jsonl"):
+        for written in ("out.json", "samples.jsonl"):
+            (tmp_path / written).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f"--kept={kept}: not written, for no completion is right and ended"):
+            measure(tmp_path, **flags, kept=kept)
+        assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 3
+        figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in figures) and f"{kept}: 0 right answers to 0 of 3 prompts" in printed
+    assert earlier.read_text() == "of an earlier run\n" and not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_what_was_sampled_is_written_before_anything_is_printed(make_model, tmp_path, monkeypatch):
+    model = constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0})
+    folder = checkpoint.save(tmp_path / "run", model, TOK, SFT)
+    (tmp_path / "own.py").write_text(CHECKERS)
+    flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8), "best_of": 2}
+    flags |= {"reward": f"{tmp_path}/own.py:says_five", "max_new_tokens": 1}  # some end, some do not
+    flags |= {name: tmp_path / f"{name}.jsonl" for name in ("samples", "out")}
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w", buffering=1))  # by lines, as on a terminal
+    with pytest.raises(OSError, match="No space left"):
+        measure(tmp_path, **flags)
+    sampled = rows.read(str(tmp_path / "samples.jsonl"), dict)[0]
+    assert 0 < len(sampled) < 8 and json.loads((tmp_path / "out.jsonl").read_text())["figures"]
 
 
 # --------------------------------------------------------------------------------------------------
