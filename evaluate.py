@@ -398,6 +398,9 @@ def completion_figures(config, model, tok, examples, device):
     examples: [(messages, row)]. Returns ({figure: its values}, [{"prompt", "completion",
     "finished", reward: value}], [the texts kept of each prompt for --kept]).
     """
+    reference = None
+    if config.reference:
+        reference = checkpoint.load_matching(config.reference, model, tok, f"--reference={config.reference}")
     rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution, config.reward_timeout)
     draws = config.best_of, config.temperature
     prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, *draws)
@@ -413,8 +416,7 @@ def completion_figures(config, model, tok, examples, device):
     values |= {f"distinct-{n}": point_estimate(distinct(texts, n)) for n in (1, 2)}
     values |= {f"reward {name}": score for name, score in scores.items()}
 
-    if config.reference:
-        reference = checkpoint.load_matching(config.reference, model, tok, f"--reference={config.reference}")
+    if reference:
         if config.temperature and config.best_of == 1:  # else these are not fair draws, and the mean is no KL
             logp = sequence_logprobs(config, model, prompts, samples)
             ref_logp = sequence_logprobs(config, reference, prompts, samples)
@@ -513,13 +515,15 @@ def check_flags(config):
 
 
 def check_outputs(config):
-    """Raises UserError for a file that cannot be written, or is read or written besides."""
+    """Make the paths of the files to write absolute: a reward may have a thread that changes the
+    directory. Raises UserError for one that cannot be written, or is read or written besides."""
     files = {flag: vars(config)[flag] for flag in (*READ, *WRITTEN)}
     for flag in WRITTEN:
         if files[flag]:
             check_writable(flag, files[flag])
             others = ",".join(names for other, names in files.items() if other != flag)
             check_apart(flag, files[flag], [split_weight(name)[0] for name in others.split(",")])
+            setattr(config, flag, str(Path(files[flag]).absolute()))
 
 
 def main(config):

@@ -599,6 +599,13 @@ MUTANTS = [
         "-1",
         f"{EVALUATE}::test_the_best_of_n_is_the_best_of_those_that_finished_or_else_of_all",
     ),
+    (
+        "output_where_a_thread_went",
+        "evaluate.py",
+        "str(Path(files[flag]).absolute())",
+        "files[flag]",
+        f"{EVALUATE}::test_outputs_stay_in_the_directory_where_it_was_started",
+    ),
     ("ties_right_by_their_place", "evaluate.py", "best[answer] / best.sum()", "scores.argmax() == answer", EVALUATE),
     ("stdout_emptied", "runtime/files.py", "target = os.dup(STREAMS[str(path)])", "pass", FILES),
     (

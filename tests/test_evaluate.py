@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, here, refused, save, start, write_rows
+from runs import SMALL, here, refused, save, start, succeeds, write_rows
 
 import evaluate
+from bench.child import run_script
 from data import chat, rows, rules, tokenizer
 from data.pack import pack
 from figures import mean_intervals, pass_at_k
@@ -436,6 +437,43 @@ def test_what_was_sampled_is_written_before_anything_is_printed(make_model, tmp_
         measure(tmp_path, **flags)
     sampled = rows.read(str(tmp_path / "samples.jsonl"), dict)[0]
     assert 0 < len(sampled) < 8 and json.loads((tmp_path / "out.jsonl").read_text())["figures"]
+
+
+WANDERER = """
+import os, threading, time
+
+def wander():
+    while True:
+        os.chdir(os.path.dirname(__file__) + "/elsewhere")
+        time.sleep(0.0001)
+
+threading.Thread(target=wander, daemon=True).start()
+
+def says_five(prompt, completion, row):
+    return completion.endswith("5")
+"""
+
+
+def test_outputs_stay_in_the_directory_where_it_was_started(make_model, tmp_path, fork):
+    """Whatever the threads that a reward has started do; and so does the reference."""
+    model = constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0})
+    checkpoint.save(tmp_path / "run", model, TOK, SFT)
+    (tmp_path / "own.py").write_text(WANDERER)
+    (tmp_path / "elsewhere").mkdir()
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8)
+    flags = {"model": "run", "data": "prompts.jsonl", "reward": "own.py:says_five", "best_of": 4, "device": "cpu"}
+    flags |= {"kept": "kept.jsonl", "samples": "new/samples.jsonl", "out": "out.json", "max_new_tokens": 4}
+    for folder, also in (("best", {}), ("compared", {"reference": "../run", "best_of": 1})):
+        (tmp_path / folder).mkdir()
+        there = {name: f"../{flags[name]}" for name in ("model", "data", "reward")}
+
+        def in_folder(folder=folder, changed=there | also):
+            os.chdir(tmp_path / folder)
+            run_script(evaluate, [f"--{name}={value}" for name, value in (flags | changed).items()])
+
+        succeeds(fork(in_folder))
+        assert sorted(os.listdir(tmp_path / folder)) == ["kept.jsonl", "new", "out.json"]
+        assert os.listdir(tmp_path / folder / "new") == ["samples.jsonl"]
 
 
 # --------------------------------------------------------------------------------------------------
