@@ -578,7 +578,7 @@ MUTANTS = [
     (
         "device_replaced_by_a_file",
         "runtime/files.py",
-        "if str(path) in STREAMS or os.path.exists(path) and not os.path.isfile(path):",
+        "if stream_of(path) or os.path.exists(path) and not os.path.isfile(path):",
         "if False:",
         FILES,
     ),
@@ -607,7 +607,22 @@ MUTANTS = [
         f"{EVALUATE}::test_outputs_stay_in_the_directory_where_it_was_started",
     ),
     ("ties_right_by_their_place", "evaluate.py", "best[answer] / best.sum()", "scores.argmax() == answer", EVALUATE),
-    ("stdout_emptied", "runtime/files.py", "target = os.dup(STREAMS[str(path)])", "pass", FILES),
+    ("stdout_emptied", "runtime/files.py", "target = os.dup(stream)", "pass", FILES),
+    (
+        "log_of_a_shell_replaced",
+        "runtime/files.py",
+        "if os.path.samestat(os.stat(path), os.fstat(descriptor)):",
+        "if False:",
+        FILES,
+    ),
+    (
+        "mode_lost",
+        "runtime/files.py",
+        "if mode is not None:\n                os.chmod(temporary, mode)",
+        "if mode is not None:\n                os.chmod(temporary, 0o644)",
+        FILES,
+    ),
+    ("private_file_shown_to_all", "runtime/files.py", "os.chmod(temporary, 0o600)", "pass", FILES),
     (
         "link_replaced_by_a_file",
         "runtime/files.py",
