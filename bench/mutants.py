@@ -1437,6 +1437,12 @@ MUTANTS = [
     ("validations_in_a_curve", "report.py", 'and ("val_loss" in r) == (y == "val_loss")', "", REPORT),
     ("compared_runs_on_plots_of_their_own", "report.py", 'if run["title"] != name:', "if False:", REPORT),
     ("comparison_over_the_report", "report.py", '"comparison.html" if', '"report.html" if', REPORT),
+    ("formula_in_a_name", "report.py", '{"text.parse_math": False}', '{"text.parse_math": True}', REPORT),
+    ("run_without_a_name", "report.py", 'if label.startswith("_") else', "if False else", REPORT),
+    ("figure_beyond_the_axes", "report.py", "(np.abs(y) < LARGEST)", "(y == y)", REPORT),
+    ("bar_beyond_the_axes", "report.py", "(side >= 0) & (side < LARGEST)", "side == side", REPORT),
+    ("seconds_of_a_foreign_record", "report.py", '    clock_time(record.get("seconds") or seconds)\n', "", REPORT),
+    ("texts_of_a_foreign_record", "report.py", '    "".join([record', "    ([record", REPORT),
     ("long_curve_whole", "report.py", "len(values), MAX_POINTS, dtype", "len(values), len(values), dtype", REPORT),
     (
         "slow_readers",
