@@ -315,9 +315,8 @@ def group_rows(examples, by):
 def problem_figures(config, model, tok, problems, device):
     """Greedy answers that are right, and of --samples_per_problem pass@k for k = 1, 2, 4, ...,
     their length, and the mean of every --checker after the first; all of it also --by fields."""
-    checkers = load_rewards(
-        config.checker or FINAL_NUMBER, device, config.micro_batch_tokens, timeout=config.reward_timeout
-    )
+    names, limits = config.checker or FINAL_NUMBER, {"timeout": config.reward_timeout}
+    checkers = load_rewards(names, device, config.micro_batch_tokens, **limits, flag="checker")
     first, *others = [name for name, _, _ in checkers]
     groups = group_rows(problems, config.by)
     _, _, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
@@ -371,7 +370,8 @@ def best_of_n(config, samples, scores, first_reward):
     """
     largest = config.best_of
     finished = [sample.finished for sample in samples]
-    ranking = np.where(finished, scores[first_reward], -np.inf).reshape(-1, largest)  # [prompts, n]
+    order = np.unique(scores[first_reward], return_inverse=True)[1]  # from 0; ties have one place
+    ranking = np.where(finished, order, order - len(samples)).reshape(-1, largest)  # [prompts, n]
     values, sizes = {}, [1]
     while sizes[-1] < largest:
         sizes.append(min(2 * sizes[-1], largest))
@@ -396,15 +396,17 @@ def completion_figures(config, model, tok, examples, device):
     """Figures of completions sampled to prompts, and what was sampled.
 
     examples: [(messages, row)]. Returns ({figure: its values}, [{"prompt", "completion",
-    "finished", reward: value}]).
+    "finished", reward: value}], [the texts kept of each prompt for --kept]).
     """
+    reference = None
+    if config.reference:
+        reference = checkpoint.load_matching(config.reference, model, tok, f"--reference={config.reference}")
     rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution, config.reward_timeout)
-    groups = group_rows(examples, config.by) if config.kept else {}
     draws = config.best_of, config.temperature
     prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, *draws)
+    values, kept = {}, []
     if config.kept:
-        write_kept(config, examples, groups, samples, texts, scores[rewards[0][0]] > 0)
-    values = {}
+        kept = write_kept(config, examples, samples, texts, scores[rewards[0][0]] > 0)
     if config.best_of > 1:
         values, best = best_of_n(config, samples, scores, rewards[0][0])
         samples, texts = [samples[i] for i in best], [texts[i] for i in best]
@@ -414,8 +416,7 @@ def completion_figures(config, model, tok, examples, device):
     values |= {f"distinct-{n}": point_estimate(distinct(texts, n)) for n in (1, 2)}
     values |= {f"reward {name}": score for name, score in scores.items()}
 
-    if config.reference:
-        reference = checkpoint.load_matching(config.reference, model, tok, f"--reference={config.reference}")
+    if reference:
         if config.temperature and config.best_of == 1:  # else these are not fair draws, and the mean is no KL
             logp = sequence_logprobs(config, model, prompts, samples)
             ref_logp = sequence_logprobs(config, reference, prompts, samples)
@@ -429,7 +430,7 @@ def completion_figures(config, model, tok, examples, device):
     for i, (messages, _) in enumerate(examples):
         row = {"prompt": question(messages), "completion": texts[i], "finished": samples[i].finished}
         sampled.append(row | {name: float(score[i]) for name, score in scores.items()})
-    return values, sampled
+    return values, sampled, kept
 
 
 def pair_figures(config, model, tok, pairs):
@@ -443,10 +444,13 @@ def pair_figures(config, model, tok, pairs):
     return preference_figures([pairs[i] for i in kept], margins, lengths, config.seed)
 
 
-def write_kept(config, examples, groups, samples, texts, right):
+def write_kept(config, examples, samples, texts, right):
     """Write the right completions that ended to --kept, at most --keep_per_prompt different ones to
-    a prompt, and print how many of which group. groups: of `group_rows`; right: bool [samples]."""
-    kept = [[] for _ in examples]  # the texts to each prompt
+    a prompt -> [[text]], of each prompt. right: bool [samples].
+
+    A file that is there stays if there is nothing to keep.
+    """
+    kept = [[] for _ in examples]
     for sample, text, is_right in zip(samples, texts, right, strict=True):
         mine = kept[sample.prompt_index]
         if is_right and sample.finished and text not in mine and len(mine) < config.keep_per_prompt:
@@ -454,23 +458,33 @@ def write_kept(config, examples, groups, samples, texts, right):
     chats = []
     for (messages, _), some in zip(examples, kept, strict=True):
         chats += [{"messages": [*messages, rows.message("assistant", text)]} for text in some]
-    replace_text(config.kept, json_lines(chats))
+    if chats:
+        replace_text(config.kept, json_lines(chats))
+    return kept
+
+
+def show_kept(config, groups, kept):
+    """Print how many answers to how many prompts of each group were kept. groups: of `group_rows`;
+    kept: of `write_kept`. Raises UserError if there is none."""
     for label, mine in groups.items():
         n, solved = sum(len(kept[i]) for i in mine), sum(bool(kept[i]) for i in mine)
         print(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
-    if not chats:
-        raise UserError(f"--kept={config.kept}: no completion is right and ended, so that there is nothing to keep")
+    if not any(kept):
+        raise UserError(
+            f"--kept={config.kept}: not written, for no completion is right and ended; raise --best_of or "
+            "--max_new_tokens, or give easier prompts"
+        )
 
 
 def write_samples(config, sampled):
-    """Write the completions to --samples; of the best of n only those that finished."""
+    """Write the completions to --samples, of the best of n only those that finished -> what there
+    is to say of it, a line or ""."""
+    written = sampled
     if config.best_of > 1:  # data for sft.py, which would teach a model to end where the others were cut
-        finished = [row for row in sampled if row["finished"]]
-        left_out = len(sampled) - len(finished)
-        if left_out:
-            print(f"{config.samples}: {left_out} of {len(sampled)} prompts left out: no completion finished")
-        sampled = finished
-    replace_text(config.samples, json_lines(sampled))
+        written = [row for row in sampled if row["finished"]]
+    replace_text(config.samples, json_lines(written))
+    left_out, n = len(sampled) - len(written), len(sampled)
+    return f"{config.samples}: {left_out} of {n} prompts left out: no completion finished\n" if left_out else ""
 
 
 def check_flags(config):
@@ -486,7 +500,9 @@ def check_flags(config):
         raise UserError("--kept: needs a --reward, which is more than 0 for the right answers")
     if config.by and not (config.problems or config.kept):
         raise UserError("--by: needs --problems or --kept, which are told apart by it")
-    for name, _ in reward_names(config.checker):
+    for name, weight in reward_names(config.checker, "checker"):
+        if weight != 1:
+            raise UserError(f"--checker={config.checker}: a weight means nothing here; the first says what is right")
         if name.startswith("judge:"):
             raise UserError(f"--checker={name}: a judge compares; name a function or a reward model")
     if config.best_of > 1 and not config.reward:
@@ -499,13 +515,15 @@ def check_flags(config):
 
 
 def check_outputs(config):
-    """Raises UserError for a file that cannot be written, or is read or written besides."""
+    """Make the paths of the files to write absolute: a reward may have a thread that changes the
+    directory. Raises UserError for one that cannot be written, or is read or written besides."""
     files = {flag: vars(config)[flag] for flag in (*READ, *WRITTEN)}
     for flag in WRITTEN:
         if files[flag]:
             check_writable(flag, files[flag])
             others = ",".join(names for other, names in files.items() if other != flag)
             check_apart(flag, files[flag], [split_weight(name)[0] for name in others.split(",")])
+            setattr(config, flag, str(Path(files[flag]).absolute()))
 
 
 def main(config):
@@ -522,7 +540,7 @@ def main(config):
     check_outputs(config)
 
     # 2. Measure
-    values, sampled, limit = {}, [], config.limit or None
+    values, limit = {}, config.limit or None
     if config.text:
         values |= text_figures(config, model, tok)
     if config.complete:
@@ -541,7 +559,8 @@ def main(config):
         values |= problem_figures(config, model, tok, problems, device)
     if config.data:
         examples = read_prompts(config.data, rows.prompt_only, model, tok, config.skip_bad)[:limit]
-        found, sampled = completion_figures(config, model, tok, examples, device)
+        groups = group_rows(examples, config.by) if config.kept else {}
+        found, sampled, kept = completion_figures(config, model, tok, examples, device)
         values |= found
     if config.pairs:
         pairs = rows.read(config.pairs, rows.preference, config.skip_bad)[0][:limit]
@@ -551,15 +570,17 @@ def main(config):
             "nothing to measure: give --text, --complete, --choices, --judge, --problems, --data or --pairs"
         )
 
-    # 3. Show and write
-    figures = mean_intervals(values, config.seed)
-    print(table(figures))
+    # 3. Write, then show: what was sampled is not lost to a reader who has left, or a full disk
+    figures, remarks = mean_intervals(values, config.seed), ""
     if config.samples:
-        write_samples(config, sampled)
+        remarks += write_samples(config, sampled)
     if config.out:
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
         write_json(config.out, result | {"figures": figures})
-        print(f"\n{config.out}: these figures as JSON")
+        remarks += f"\n{config.out}: these figures as JSON\n"
+    print(f"{table(figures)}\n{remarks}", end="")
+    if config.kept:
+        show_kept(config, groups, kept)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ RANGES = HERE / "bench/results/ranges.json"
 GOLD = "data/world.py:gold"
 KL = "KL to the reference, nats per completion"
 MAX_POINTS = 300  # of a curve, so that a page with a hundred long runs stays small
+LARGEST = 1e100  # figure that is drawn: matplotlib squares and subtracts them, and doubles end at 1.8e308
 # The page has its own colours, for light and for dark. The lines' differ in lightness too, so that
 # a reader who sees few colours can tell them apart.
 INK = "#123456"
 COLOURS = {f"#00000{n}": f"var(--c{n})" for n in range(1, 7)}
 CHART = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "legend.fontsize": 8.5}
+CHART |= {"text.parse_math": False}  # $x$ in the name of a run is no formula
 CHART |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.4}
 CHART |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
@@ -119,10 +121,15 @@ def check_figures(figures):
 
 
 def read_record(file):
-    """What quickstart.py wrote: {"stages", "figures", hardware and versions}."""
+    """What quickstart.py wrote: {"stages", "figures", hardware and versions}; raises an error of
+    some kind unless all can be shown."""
     record = read_json(file)
-    for row in record.get("figures", []):
+    figures, stages = record.get("figures", []), record.get("stages", [])
+    for row in figures:
         check_figures({"before": row["before"], "after": row["after"]})
+    seconds = sum(stage["seconds"] for stage in stages)
+    clock_time(record.get("seconds") or seconds)
+    "".join([record.get("code") or "", *(row.get("stage", "") for row in [*figures, *stages])])  # all of it is text
     return record
 
 
@@ -199,11 +206,20 @@ def draw(plots, label_x):
     charts = []
     styles = matplotlib.cycler(linestyle=["-", "--", "-."] * 2) + matplotlib.cycler(color=list(COLOURS))
     for caption, lines in plots.items():
-        lines = [line for line in lines if len(line[1])]
+        lines = [line for line in (drawable(*line) for line in lines) if len(line[1])]
         if lines:
             with matplotlib.rc_context(CHART | {"svg.hashsalt": caption, "axes.prop_cycle": styles}):
                 charts.append((caption, svg_of(lines, label_x)))
     return charts
+
+
+def drawable(label, x, y, *bars):
+    """The line without points that are not finite or exceed LARGEST, and without such bars."""
+    x, y, *sides = np.array([x, y, *(side for bar in bars for side in bar)], dtype=float)
+    fits = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)  # nan does not
+    sides = [np.where((side >= 0) & (side < LARGEST), side, np.nan)[fits] for side in sides]
+    shown = f"\u200b{label}" if label.startswith("_") else label  # a legend leaves out what begins with _
+    return (shown, x[fits], y[fits], *([sides] if sides else []))
 
 
 def svg_of(lines, label_x):
@@ -227,7 +243,8 @@ def intervals(figures):
     """([value], [to the interval's lower end, to its upper end]) of figures; nan for those without
     an interval."""
     value, low, high = np.array([[f["value"], f["low"], f["high"]] for f in figures], dtype=float).T
-    return value, [value - low, high - value]
+    with np.errstate(all="ignore"):  # of what is not finite, or nearly so, nothing is drawn
+        return value, [value - low, high - value]
 
 
 def curves(runs, x):

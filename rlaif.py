@@ -36,7 +36,6 @@ from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges, refuse_unread
 from runtime.errors import UserError
-from runtime.files import check_apart
 from runtime.output import open_output, write_batch
 from runtime.process import Stop, describe, launch, setup, world_size
 from runtime.run import clock_time
@@ -296,6 +295,7 @@ def main(config):
     check_ranges(config)
     device = setup(config.device, config.seed)
     check_flags(config)
+    config.out = str(Path(config.out).absolute())  # a reward may have a thread that changes the directory
 
     # 1. Principles, rows and models
     principles = read_constitution(config.constitution)
@@ -315,13 +315,11 @@ def main(config):
         chat.end_of_turn(policy[1])  # UserError if it knows no turns
     if config.mode == "judge":
         prefer_first(*judge[:2], ["?"], config.micro_batch_tokens)  # UserError if it cannot judge
-    check_apart("out", config.out, data)
 
     # 2. Batch by batch
     machine, total = describe(device), len(examples)
     record = open_output(config, {"stage": "rlaif", "config": vars(config), "data": data, **machine})
     print(f"{total:,} rows from {record['rows']:,}, {len(principles)} principles, on {machine['hardware']}", flush=True)
-    out = Path(config.out).absolute()
     stop, began = Stop(), time.perf_counter() - record["seconds"]
     for first in range(record["rows"], total, config.rows_per_write):
         batch = examples[first : first + config.rows_per_write]
@@ -330,7 +328,7 @@ def main(config):
         else:
             written, counts, values = revise_batch(config, policy, judge, principles, batch, first)
         record["seconds"] = seconds = round(time.perf_counter() - began, 3)
-        write_batch(out, record, written, len(batch), counts, values)
+        write_batch(config.out, record, written, len(batch), counts, values)
         done, counted = record["rows"], " | ".join(f"{name} {n:,}" for name, n in counts.items() if n)
         print(f"row {done:,}/{total:,} | {counted} | eta {clock_time(seconds / done * (total - done))}", flush=True)
         if stop.agreed() and done < total:

@@ -71,29 +71,31 @@ def is_model(name):
     return not name.startswith("judge:") and not is_function(name)
 
 
-def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.0, monitor=""):
+def load_rewards(names, device, micro_batch_tokens, constitution="", timeout=60.0, monitor="", flag="reward"):
     """The rewards of a command line -> [(name, weight, function)].
 
-    names: of --reward; constitution: a file with the principles of judges; timeout: seconds that a
+    names: of --`flag`; constitution: a file with the principles of judges; timeout: seconds that a
     FUNCTION may take over one completion; monitor: more rewards, which are logged and weigh 0.
     Raises UserError if a reward is named twice or cannot be loaded.
     """
-    named = reward_names(names)
+    named = reward_names(names, flag)
     weights = dict(named)
     if len(weights) < len(named):
-        raise UserError(f"--reward={names}: a reward is named twice; give it one weight")
+        raise UserError(f"--{flag}={names}: a reward is named twice; give it one weight")
+    flags = dict.fromkeys(weights, flag)  # what an error of each names
     for name, weight in reward_names(monitor, "monitor"):
         if weight != 1:
             raise UserError(f"--monitor={name}*{weight:g}: what is only logged has no weight; leave it out")
         weights.setdefault(name, 0.0)
+        flags.setdefault(name, "monitor")
     rewards = []
     for name, weight in weights.items():
         if is_function(name):
-            reward = function_reward(name, timeout)
+            reward = function_reward(name, timeout, flags[name])
         elif is_model(name):
-            reward = model_reward(name, device, micro_batch_tokens)
+            reward = model_reward(name, device, micro_batch_tokens, flags[name])
         else:
-            reward = judge_reward(name, device, micro_batch_tokens, constitution)
+            reward = judge_reward(name, device, micro_batch_tokens, constitution, flags[name])
         rewards.append((name, weight, reward))
     return rewards
 
@@ -177,24 +179,25 @@ def warn_once(name, text):
 # Functions
 
 
-def function_reward(name, timeout):
-    """The reward that calls a user's function(prompt, completion, row) for each sample."""
-    function = load_function(name)
+def function_reward(name, timeout, flag):
+    """The reward of --`flag` that calls a user's function(prompt, completion, row) for each
+    sample."""
+    function = load_function(name, flag)
 
     def reward(conversations, rows, samples, texts):
         rows = [row | {"finished": sample.finished} for row, sample in zip(rows, samples, strict=True)]
         with guard_batch():
             calls = zip(conversations, rows, texts, strict=True)
-            return np.array([call_function(name, function, timeout, *call) for call in calls])
+            return np.array([call_function(name, function, timeout, *call, flag) for call in calls])
 
     return reward
 
 
-def call_function(name, function, timeout, messages, row, text):
+def call_function(name, function, timeout, messages, row, text, flag="reward"):
     """What a user's function says of a completion, as a float; it gets copies, which it may change.
 
-    Raises UserError naming the reward, the completion and the row if it raises anything, takes
-    longer than `timeout` seconds, or returns what is no reward. See runtime/guard.py.
+    Raises UserError naming --`flag`, the completion and the row if it raises anything, takes longer
+    than `timeout` seconds, or returns what is no reward. See runtime/guard.py.
     """
     prompt, own_row = copy.deepcopy((question(messages), row))
     try:
@@ -202,7 +205,7 @@ def call_function(name, function, timeout, messages, row, text):
             return read_value(function(prompt, text, own_row))
     except UserError as e:
         raise UserError(
-            f"--reward={name}: {e}, for the completion {text[:200]!r} and the row {str(row)[:200]}"
+            f"--{flag}={name}: {e}, for the completion {text[:200]!r} and the row {str(row)[:200]}"
         ) from None
 
 
@@ -223,8 +226,8 @@ def read_value(value):
     return number
 
 
-def load_function(name):
-    """The function of FILE.py:FUNCTION.
+def load_function(name, flag="reward"):
+    """The function of FILE.py:FUNCTION, which --`flag` names.
 
     The file is run: it is the user's own code, with all the user's rights. Raises UserError if it
     cannot be imported, for which leaving the process counts, or has no such function.
@@ -232,7 +235,7 @@ def load_function(name):
     file, _, function = name.rpartition(":")
     path = Path(file).resolve()
     if not path.is_file():
-        raise UserError(f"--reward={name}: {file} does not exist")
+        raise UserError(f"--{flag}={name}: {file} does not exist")
     if str(path) not in sys.modules:  # two functions of one file share its module
         # Dataclasses and pickle look a module up by its name, a dot in which would divide it
         spec = importlib.util.spec_from_file_location(str(path).replace(".", "_"), path)
@@ -243,10 +246,10 @@ def load_function(name):
                 spec.loader.exec_module(module)
         except UserError as e:
             del sys.modules[str(path)]
-            raise UserError(f"--reward={name}: {file} cannot be imported: {e}") from None
+            raise UserError(f"--{flag}={name}: {file} cannot be imported: {e}") from None
     found = vars(sys.modules[str(path)]).get(function)
     if not callable(found):
-        raise UserError(f"--reward={name}: {file} has no function {function}")
+        raise UserError(f"--{flag}={name}: {file} has no function {function}")
     return found
 
 
@@ -254,11 +257,11 @@ def load_function(name):
 # Reward models
 
 
-def model_reward(name, device, micro_batch_tokens):
-    """The reward that is a reward model's score at the end of a conversation."""
+def model_reward(name, device, micro_batch_tokens, flag):
+    """The reward of --`flag` that is a reward model's score at the end of a conversation."""
     model, tok, info = checkpoint.load(name, device)
     if not model.config.scalar_head:
-        raise UserError(f"--reward={name}: not a reward model (it has no scalar head); reward.py trains one")
+        raise UserError(f"--{flag}={name}: not a reward model (it has no scalar head); reward.py trains one")
     model.eval()
     context = model.config.context
 
@@ -311,23 +314,23 @@ def finite(values, what):
 # Judges
 
 
-def judge_reward(name, device, micro_batch_tokens, constitution):
-    """The reward that is a judge's probability that a completion is better than the next one to the
-    same prompt: the mean over both orders and all principles (Lee et al. 2023, arXiv 2309.00267).
-    """
+def judge_reward(name, device, micro_batch_tokens, constitution, flag):
+    """The reward of --`flag` that is a judge's probability that a completion is better than the
+    next one to the same prompt: the mean over both orders and all principles (Lee et al. 2023,
+    arXiv 2309.00267)."""
     if not constitution:
         raise UserError(
-            f"--reward={name}: a judge needs principles, one per line of a file: --constitution=data/constitution.txt"
+            f"--{flag}={name}: a judge needs principles, one per line of a file: --constitution=data/constitution.txt"
         )
     principles = read_constitution(constitution)
     model, tok, _ = checkpoint.load(name.removeprefix("judge:"), device)
     if model.config.scalar_head:
-        raise UserError(f"--reward={name}: a reward model, which writes no verdict; use it without judge:")
+        raise UserError(f"--{flag}={name}: a reward model, which writes no verdict; use it without judge:")
     model.eval()
     longest_principle = max(len(tok.encode_ordinary(principle)) for principle in principles)
 
     def reward(conversations, rows, samples, texts):
-        opponents = next_of_group(samples, name)
+        opponents = next_of_group(samples, name, flag)
         triples = [(transcript(m), texts[i], texts[opponents[i]]) for i, m in enumerate(conversations)]
         lengths = np.array([len(tok.encode_ordinary(judge_prompt(*triple, ""))) for triple in triples])
         # The first token, and a few more in case the principle and the text around it split
@@ -349,7 +352,7 @@ def judge_reward(name, device, micro_batch_tokens, constitution):
     return reward
 
 
-def next_of_group(samples, name):
+def next_of_group(samples, name, flag="reward"):
     """{index of a sample: index of the next one to its prompt}; the last is followed by the first.
 
     Raises UserError if a prompt has one sample only.
@@ -360,7 +363,7 @@ def next_of_group(samples, name):
     for group in groups.values():
         if len(group) < 2:
             raise UserError(
-                f"--reward={name}: a judge compares the completions of one prompt, so there must be at least two "
+                f"--{flag}={name}: a judge compares the completions of one prompt, so there must be at least two "
                 "(--group_size=2)"
             )
         following |= dict(zip(group, [*group[1:], group[0]], strict=True))

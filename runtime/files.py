@@ -1,14 +1,15 @@
 """Every file that the product writes, and locks that end with their process.
 
 A file is replaced whole: if the process is killed, it is either the old one or the new one, and the
-disk holds it. Links are followed. What is there and is no regular file (/dev/null, a pipe) is
-written to, never replaced.
+disk holds it. It keeps its mode, and links are followed. What is there and is no regular file
+(/dev/null, a pipe), or is what the process prints to, is written to, never replaced.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -55,12 +56,25 @@ if os.name == "posix":
     os.register_at_fork(after_in_child=close_locks)
 
 
+def stream_of(path):
+    """The descriptor of the standard output or error that `path` is, by whichever name (/dev/fd/1,
+    the file that a shell has them go to); None: it is neither."""
+    if str(path) in STREAMS:
+        return STREAMS[str(path)]
+    for descriptor in STREAMS.values():
+        with contextlib.suppress(OSError):  # there is no such file, or the stream is closed
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
 def temporary_name(path):
-    """Where a file is written before it takes the place of `path`; None: `path` is no regular file.
+    """Where a file is written before it takes the place of `path`; None: `path` is no regular file,
+    or one that is printed to.
 
     A link names the file that it leads to.
     """
-    if str(path) in STREAMS or os.path.exists(path) and not os.path.isfile(path):
+    if stream_of(path) or os.path.exists(path) and not os.path.isfile(path):
         return None
     path = Path(os.path.realpath(path))
     return path.with_name(f".{path.name}.tmp")
@@ -95,17 +109,23 @@ def replace_file(path):
 
     Its folder is made if it is missing. Raises UserError naming the path if it cannot be written.
     """
-    temporary = temporary_name(path)
+    temporary, mode = temporary_name(path), None
     target = temporary or path
-    if str(path) in STREAMS:
+    if stream := stream_of(path):
         sys.stdout.flush()
-        target = os.dup(STREAMS[str(path)])
+        target = os.dup(stream)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if temporary and os.path.exists(path):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
         with open(target, "wb") as file:
+            if mode is not None:
+                os.chmod(temporary, 0o600)  # what comes next may be for no other eyes
             yield file
         if temporary:
             flush(temporary)
+            if mode is not None:
+                os.chmod(temporary, mode)
             os.replace(temporary, os.path.realpath(path))
             flush(temporary.parent)
     except OSError as e:

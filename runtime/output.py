@@ -15,14 +15,15 @@ import numpy as np
 
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import append, json_lines, lock_file, replace_text
+from runtime.files import append, check_apart, json_lines, lock_file, replace_text
 
 
 def open_output(config, head):
     """Lock --out and its log, cut both after the last batch that is complete -> the record so far.
 
     config: a stage's, with out, resume and overwrite; head: {"stage", "config", "data"}, the first
-    line of a new log. Raises UserError if a file of another run is there.
+    line of a new log; data has the names of what is read. Raises UserError if --out or its log is
+    one of them, or a file of another run is there.
     """
     if not config.out.endswith(".jsonl"):
         raise UserError(f"--out={config.out}: name a .jsonl file")
@@ -31,6 +32,8 @@ def open_output(config, head):
     out, log, records = Path(config.out), Path(config.out).with_suffix(".log.jsonl"), []
     if out.exists() and not out.is_file():
         raise UserError(f"--out={out}: is no regular file, and an interrupted run continues from its file; name one")
+    for file in (out, log):
+        check_apart("out", file, head["data"])
     record = {"rows": 0, "bytes": 0, "seconds": 0.0, "counts": {}, "figures": {}}
     try:
         lock_file(out.with_name(f".{out.name}.lock"), config.out)

@@ -4,19 +4,22 @@ orders, rewards, the KL of exact enumeration, the best of n; and what it refuses
 import itertools
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, here, refused, save, start, write_rows
+from runs import SMALL, here, refused, save, start, succeeds, write_rows
 
 import evaluate
+from bench.child import run_script
 from data import chat, rows, rules, tokenizer
 from data.pack import pack
 from figures import mean_intervals, pass_at_k
 from model import completion_logprobs, logprobs, score
 from optim import Optimizer
-from rollout import sample_completions
+from rollout import Sample, sample_completions
 from runtime import checkpoint
 from runtime.errors import UserError
 from scoring import prefer_first
@@ -130,7 +133,7 @@ def test_completions_end_as_often_as_the_model_ends_them(make_model):
     model = constant_model(make_model, TOK, {END: np.log(259 / 3)}, width=16, layers=1)
     examples = [(ask("q")[0], {"prompt": "q"})] * 1000
     config = evaluate.Config("", max_new_tokens=8)
-    values, sampled = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    values, sampled, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
     figures = mean_intervals(values, seed=0)
     assert figures["completions finished"]["value"] == pytest.approx(1 - 0.75**8, abs=0.03)
     assert figures["completion tokens"]["value"] == pytest.approx(sum(0.75**k for k in range(8)), abs=0.2)
@@ -158,7 +161,7 @@ def test_kl_is_that_of_exact_enumeration(make_model, tmp_path, temperature):
     error = ((p * logratio**2).sum() - kl**2).sqrt().item() / n**0.5
     examples = [(ask("q")[0], {"prompt": "q"})] * n
     config = evaluate.Config("", max_new_tokens=1, reference=str(tmp_path / "reference"), temperature=temperature)
-    values, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    values, _, _ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
     figures = mean_intervals(values, seed=0)
     figure = figures["KL to the reference, nats per completion"]
     assert abs(figure["value"] - kl) < 4 * error and kl > 12 * error
@@ -255,6 +258,24 @@ def test_the_best_of_n_is_chosen_counted_and_read_by_sft(make_model, tmp_path):
     bound = figures[f"best of {n}: KL to one completion, at most, nats"]["value"]
     best = np.random.default_rng(0).random((400_000, n)).max(1)
     assert bound == pytest.approx(np.mean(math.log(n) + (n - 1) * np.log(best)), abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    "finished, best_of_1_2_4",
+    [
+        ([], [1, 5, 9]),  # none: the best of all
+        ([0, 1, 2, 3], [1, 5, 9]),
+        ([2], [1, 5, 2]),  # the only one
+        ([1, 2], [1, 5, 5]),
+    ],
+)
+def test_the_best_of_n_is_the_best_of_those_that_finished_or_else_of_all(finished, best_of_1_2_4):
+    samples = [Sample(0, [], [], i in finished) for i in range(4)]
+    values, best = evaluate.best_of_n(
+        evaluate.Config("", best_of=4), samples, {"r": np.array([1.0, 5.0, 2.0, 9.0])}, "r"
+    )
+    assert [values[f"best of {n}: r"].tolist() for n in (1, 2, 4)] == [[score] for score in best_of_1_2_4]
+    assert best.tolist() == [[1, 5, 2, 9].index(best_of_1_2_4[-1])]
 
 
 def test_the_bound_on_the_kl_of_the_best_of_n_holds_if_completions_tie():
@@ -382,8 +403,77 @@ def test_the_right_answers_are_kept_as_conversations_for_sft(make_model, tmp_pat
     for level in (0, 1):
         mine = [min(2, len(set(some))) for some in right[level::2]]
         assert f"level {level}: {sum(mine)} right answers to {np.count_nonzero(mine)} of 8 prompts" in printed
-    with pytest.raises(UserError, match="no completion is right and ended"):
-        measure(tmp_path, **flags | {"max_new_tokens": 1}, kept=tmp_path / "none.jsonl")
+
+
+def test_with_nothing_to_keep_the_earlier_file_stays_and_what_was_sampled_is_written(make_model, tmp_path, capsys):
+    folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {END: 9.0}), TOK, SFT)
+    (tmp_path / "own.py").write_text(CHECKERS)
+    flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 3)}
+    flags |= {"reward": f"{tmp_path}/own.py:says_five", "max_new_tokens": 2, "samples": tmp_path / "samples.jsonl"}
+    earlier = tmp_path / "kept.jsonl"
+    earlier.write_text("of an earlier run\n")
+    for kept in (earlier, tmp_path / "none.jsonl"):
+        for written in ("out.json", "samples.jsonl"):
+            (tmp_path / written).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f"--kept={kept}: not written, for no completion is right and ended"):
+            measure(tmp_path, **flags, kept=kept)
+        assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 3
+        figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in figures) and f"{kept}: 0 right answers to 0 of 3 prompts" in printed
+    assert earlier.read_text() == "of an earlier run\n" and not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_what_was_sampled_is_written_before_anything_is_printed(make_model, tmp_path, monkeypatch):
+    model = constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0})
+    folder = checkpoint.save(tmp_path / "run", model, TOK, SFT)
+    (tmp_path / "own.py").write_text(CHECKERS)
+    flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8), "best_of": 2}
+    flags |= {"reward": f"{tmp_path}/own.py:says_five", "max_new_tokens": 1}  # some end, some do not
+    flags |= {name: tmp_path / f"{name}.jsonl" for name in ("samples", "out")}
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w", buffering=1))  # by lines, as on a terminal
+    with pytest.raises(OSError, match="No space left"):
+        measure(tmp_path, **flags)
+    sampled = rows.read(str(tmp_path / "samples.jsonl"), dict)[0]
+    assert 0 < len(sampled) < 8 and json.loads((tmp_path / "out.jsonl").read_text())["figures"]
+
+
+WANDERER = """
+import os, threading, time
+
+def wander():
+    while True:
+        os.chdir(os.path.dirname(__file__) + "/elsewhere")
+        time.sleep(0.0001)
+
+threading.Thread(target=wander, daemon=True).start()
+
+def says_five(prompt, completion, row):
+    return completion.endswith("5")
+"""
+
+
+def test_outputs_stay_in_the_directory_where_it_was_started(make_model, tmp_path, fork):
+    """Whatever the threads that a reward has started do; and so does the reference."""
+    model = constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0})
+    checkpoint.save(tmp_path / "run", model, TOK, SFT)
+    (tmp_path / "own.py").write_text(WANDERER)
+    (tmp_path / "elsewhere").mkdir()
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8)
+    flags = {"model": "run", "data": "prompts.jsonl", "reward": "own.py:says_five", "best_of": 4, "device": "cpu"}
+    flags |= {"kept": "kept.jsonl", "samples": "new/samples.jsonl", "out": "out.json", "max_new_tokens": 4}
+    for folder, also in (("best", {}), ("compared", {"reference": "../run", "best_of": 1})):
+        (tmp_path / folder).mkdir()
+        there = {name: f"../{flags[name]}" for name in ("model", "data", "reward")}
+
+        def in_folder(folder=folder, changed=there | also):
+            os.chdir(tmp_path / folder)
+            run_script(evaluate, [f"--{name}={value}" for name, value in (flags | changed).items()])
+
+        succeeds(fork(in_folder))
+        assert sorted(os.listdir(tmp_path / folder)) == ["kept.jsonl", "new", "out.json"]
+        assert os.listdir(tmp_path / folder / "new") == ["samples.jsonl"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -594,6 +684,10 @@ def test_what_cannot_be_measured_is_one_clear_line(make_model, tmp_path, fork):
         ({"data": data, "by": "level"}, "--by: needs --problems or --kept"),
         ({"data": data, "checker": "a.py:b"}, "--checker: needs --problems"),
         ({"problems": data, "checker": "judge:a"}, "--checker=judge:a: a judge compares"),
+        ({"problems": data, "checker": "a.py:b*-1"}, "--checker=a.py:b*-1: a weight means nothing here"),
+        ({"problems": data, "checker": "a.py:b,a.py:c*0"}, "a.py:c*0: a weight means nothing here"),
+        ({"problems": data, "checker": "a.py:b*x"}, "--checker=a.py:b*x: 'x' is not a number"),
+        ({"problems": data, "checker": "a.py:b"}, "--checker=a.py:b: a.py does not exist"),
         ({"problems": data, "checker": "data/rules.py:brief", "by": "level"}, "row 1 has no field 'level'"),
         ({"data": data, "best_of": 0}, "--best_of=0"),
         ({"data": data, "temperature": -1}, "--temperature=-1"),

@@ -104,19 +104,52 @@ def test_devices_and_pipes_are_written_to(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr"])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o755])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
+    """And nobody else reads what is written until it has it; a new file is as umask says."""
+    path, link, umask = tmp_path / "a", tmp_path / "link", os.umask(0o022)
+    try:
+        path.write_text("old")
+        path.chmod(mode)
+        link.symlink_to("a")
+        for name in (path, link):
+            with files.replace_file(name) as file:
+                assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+                file.write(b"new")
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+        files.replace_text(tmp_path / "new", "text")
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o644
+    finally:
+        os.umask(umask)
+
+
+@posix
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "/dev/fd/1", "/dev/fd/2", "/proc/self/fd/1"])
 def test_standard_output_goes_on(tmp_path, name):
     """Also if it is a file: what was printed before stays, and what is printed after follows."""
-    code = "import sys; from runtime.files import *; out = sys.stdout if 'out' in sys.argv[1] else sys.stderr\n"
+    if not os.path.exists(name):
+        pytest.skip("only Linux has /proc")
+    code = "import sys; from runtime.files import *\nout = sys.stderr if sys.argv[1][-1] in 'r2' else sys.stdout\n"
     code += "check_writable('out', sys.argv[1]); print('before', file=out); replace_text(sys.argv[1], 'text\\n')\n"
     code += "print('after', file=out)"
     command = [sys.executable, "-c", code, name]
-    stream = name.removeprefix("/dev/")
+    stream = "stderr" if name[-1] in "r2" else "stdout"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert vars(done)[stream] == "before\ntext\nafter\n"
     with open(tmp_path / "log", "wb") as log:
         subprocess.run(command, cwd=ROOT, check=True, **{stream: log})
     assert (tmp_path / "log").read_text() == "before\ntext\nafter\n"
+
+
+@posix
+def test_a_file_that_is_printed_to_is_not_replaced(tmp_path):
+    """Also if it goes by its own name, or by that of a link."""
+    (tmp_path / "link").symlink_to("log")
+    for name in ("log", "link"):
+        code = f"from runtime.files import *; print('before'); replace_text({str(tmp_path / name)!r}, 'text\\n')\n"
+        with open(tmp_path / "log", "wb") as log:
+            subprocess.run([sys.executable, "-c", code + "print('after')"], cwd=ROOT, check=True, stdout=log)
+        assert (tmp_path / "log").read_text() == "before\ntext\nafter\n"
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):

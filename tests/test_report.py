@@ -1,6 +1,8 @@
 """The report: what it shows of runs, what it takes, and what it leaves out."""
 
+import html
 import json
+import math
 import re
 
 import pytest
@@ -95,6 +97,63 @@ def test_the_report_takes_any_log_or_leaves_it_out_in_one_line(tmp_path, capsys)
         assert sorted(captions(section(page, "Learning"))) == [
             f"{name}: loss" for name in sorted(logs) if name not in ("empty", "true", "old")
         ]
+
+
+STAGE = {"stage": "sft", "command": "python sft.py", "seconds": 9.0}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"stages": 3},
+        {"stages": [3]},
+        {"stages": [{"stage": "sft"}]},
+        {"stages": [STAGE | {"seconds": "9"}]},
+        {"stages": [STAGE | {"seconds": "9"}], "seconds": 9.0},
+        {"stages": [STAGE | {"stage": 1}]},
+        {"stages": [STAGE], "seconds": math.inf},
+        {"code": 5},
+        {"code": ["abc"]},
+        {"figures": [{"stage": ["sft"], "figure": "x", "before": {}, "after": {}}]},
+    ],
+)
+def test_a_record_of_something_else_is_left_out_in_one_line(tmp_path, capsys, record):
+    write_log(tmp_path / "a", [{"loss": 2.0}])
+    (tmp_path / "report.json").write_text(json.dumps({"stages": [STAGE], "code": "abc"} | record))
+    page = report.make([tmp_path]).read_text()
+    assert "python sft.py" not in page
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"left out: {tmp_path}/report.json: is not as Feinschliff writes it")
+    (tmp_path / "report.json").write_text(json.dumps({"stages": [STAGE], "code": "abc"}))
+    assert "python sft.py" in report.make([tmp_path]).read_text() and not capsys.readouterr().out
+
+
+@needs_charts
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [r"$\frac$", "a$b$c", "$1", r"\$x$", "_x", "__", "<b>"])
+def test_runs_of_any_name_are_in_the_legend(tmp_path, name):
+    for folder in (name, "other"):
+        write_log(tmp_path / folder, [{"loss": 2.0}, {"loss": 1.0}])
+    page = report.make([tmp_path / name, tmp_path / "other"]).read_text()
+    names = [html.unescape(text) for text in re.findall("<text[^>]*>(.*?)</text>", section(page, "Learning"))]
+    assert [text for text in names if text.strip("\u200b") == name] and "other" in names
+
+
+@needs_charts
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("huge", [1e308, -1e308, 1e200, math.inf, -math.inf, math.nan])
+def test_what_cannot_be_drawn_is_left_out_of_the_curves(huge):
+    numbers = [1.0, huge, -huge, 2.0, huge]
+    run = {"log": [{"step": i, "loss": x, "reward": x, "kl": x} for i, x in enumerate(numbers, 1)], "title": "a"}
+    ((_, x, y),) = [report.drawable(*line) for line in report.curves({"a": run}, "step")["a: reward"]]
+    assert x.tolist() == [1, 4] and y.tolist() == [1, 2]
+    odd = figure(huge, -huge, huge)
+    figures = {report.KL: figure(1.0), f"reward {report.GOLD}": figure(1.0, -huge, huge)}
+    figures |= {f"best of {n}: KL to one completion, at most, nats": figure(n, n, n) for n in (1, 2)}
+    figures |= {f"best of {n}: {what}": odd for n in (1, 2) for what in ("rm", report.GOLD)}
+    drawn = report.charts({"a": run}, {"e": figures})
+    assert [caption for caption, _ in drawn["learning"]] == ["a: reward"]
+    assert [len(drawn[name]) for name in ("reward", "lengths")] == [2, 0]
 
 
 def test_the_strip_and_the_table_show_before_after_and_what_other_runs_reach(tmp_path, monkeypatch):

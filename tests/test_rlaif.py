@@ -12,6 +12,7 @@ import torch
 from runs import SMALL, here, refused, save, start, succeeds, write_rows
 
 import rlaif
+from bench.child import run_script
 from data import chat, rows, tokenizer
 from data.judge import judge_prompt, random_principles, reply_pair
 from data.pack import pack
@@ -394,6 +395,7 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
     save(make_model, files / "no_turns", "pretrain", tok=plain)
     (files / "empty.txt").write_text("# nothing\n")
     (files / "null.jsonl").symlink_to("/dev/null")
+    shutil.copy(files / "prompts.jsonl", files / "x.log.jsonl")
     for changed, why in [
         ({"constitution": files / "empty.txt"}, "no principle in it"),
         ({"constitution": files / "prompts.jsonl"}, "no principle in it; one per line is expected, as plain text"),
@@ -425,8 +427,42 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
         ({"out": files / "null.jsonl", "overwrite": True}, "null.jsonl: is no regular file"),
         ({"seed": 2**63}, "--seed=9223372036854775808: a count was expected"),
         ({"out": files / "prompts.jsonl", "overwrite": True}, "is what is read"),
+        ({"data": files / "x.log.jsonl", "out": files / "x.jsonl"}, f"--out={files}/x.log.jsonl: is what is read"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite: choose one"),
     ]:
         line = refused(start(fork, rlaif, **flags_of(files, **changed)))
         assert why in line, (changed, line)
-    assert not (files / "out.jsonl").exists() and len(read(files / "prompts.jsonl")) == 10
+    assert not (files / "out.jsonl").exists() and not (files / "x.jsonl").exists()
+    assert len(read(files / "prompts.jsonl")) == len(read(files / "x.log.jsonl")) == 10
+
+
+WANDERER = """
+import os, threading, time
+
+def wander():
+    while True:
+        os.chdir(os.path.dirname(__file__) + "/elsewhere")
+        time.sleep(0.0001)
+
+threading.Thread(target=wander, daemon=True).start()
+time.sleep(0.1)
+
+def length(prompt, completion, row):
+    return len(completion)
+"""
+
+
+def test_the_output_stays_in_the_directory_where_it_was_started(files, fork):
+    """Whatever the threads that a reward has started do."""
+    (files / "elsewhere").mkdir()
+    (files / "here").mkdir()
+    (files / "own.py").write_text(WANDERER)
+    flags = flags_of(files, reward=f"{files}/own.py:length", out="out.jsonl")
+
+    def in_folder():
+        os.chdir(files / "here")
+        run_script(rlaif, [f"--{name}={value}" for name, value in flags.items()])
+
+    succeeds(fork(in_folder))
+    assert sorted(os.listdir(files / "here")) == [".out.jsonl.lock", "out.jsonl", "out.log.jsonl"]
+    assert os.listdir(files / "elsewhere") == []

@@ -93,6 +93,32 @@ def test_rewards_of_a_command_line_are_weighted_and_added(functions, tmp_path, m
     assert load("") == []
 
 
+@pytest.mark.parametrize("flag", ["reward", "monitor", "checker"])
+def test_an_error_names_the_flag_that_named_the_reward(functions, tmp_path, make_model, flag):
+    sft = save(make_model, tmp_path / "sft", "sft")
+    rm = save(make_model, tmp_path / "rm", "reward", scalar_head=True)
+    (tmp_path / "principles.txt").write_text("Be kind.\n")
+    principles = {"constitution": str(tmp_path / "principles.txt")}
+
+    def load_and_score(name, options):
+        if flag == "monitor":
+            return score_one(load(f"{functions}:length", monitor=name, **options))
+        return score_one(load(name, flag=flag, **options))
+
+    for name, message, options in [
+        (f"{functions}:none", "has no function none", {}),
+        (f"{functions}:bad", "returned nan", {}),
+        (f"{functions}:slow", "0.2 seconds", {"timeout": 0.2}),
+        ("gone.py:f", "gone.py does not exist", {}),
+        (str(sft), "not a reward model", {}),
+        (f"judge:{rm}", "needs principles", {}),
+        (f"judge:{rm}", "writes no verdict", principles),
+        (f"judge:{sft}", "at least two", principles),
+    ]:
+        with pytest.raises(UserError, match=f"^--{flag}={name}: .*{message}"):
+            load_and_score(name, options)
+
+
 def test_what_is_only_monitored_weighs_nothing(functions):
     rewards = load(f"{functions}:length*2", monitor=f"{functions}:asked,{functions}:length")
     assert [(name.rpartition(":")[2], weight) for name, weight, _ in rewards] == [("length", 2.0), ("asked", 0.0)]
