@@ -63,7 +63,8 @@ def stream_of(path):
         return STREAMS[str(path)]
     for descriptor in STREAMS.values():
         with contextlib.suppress(OSError):  # there is no such file, or the stream is closed
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            found = os.stat(path)  # a device that is both, /dev/null say, is written to under its own name
+            if stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.fstat(descriptor)):
                 return descriptor
     return None
 

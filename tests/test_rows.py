@@ -1304,7 +1304,7 @@ def test_a_row_that_cannot_be_encoded_costs_itself(tmp_path, capsys, stage):
     numbered = [json.loads(json.dumps(good).replace('"q"', f'"q{i}"')) for i in range(9)]
     path = write(tmp_path / "a.jsonl", [*numbered[:4], bad, *numbered[4:]])
     config = distill.Config(init="", teacher="t", out="", data=path, val_fraction=0.4, max_new_tokens=8)
-    config.offline = path if stage == "distill" else ""
+    config.offline, config.problems = path if stage == "distill" else "", ""
     tok = tokenizer.characters("".join(map(chr, range(32, 127))) + "\n")
     with pytest.raises(UserError, match=r"a.jsonl:5: '€' \(U\+20AC\) is not in the vocabulary.*--skip_bad"):
         read_data(config, tok, 300)

@@ -445,7 +445,7 @@ def test_a_run_that_is_well_warns_of_nothing(base, tmp_path):
         ({"finished": 0.6}, "60% of the completions end", "a larger --max_new_tokens"),
         ({"completion_tokens": 21.0}, "after 21 tokens", "look at samples.txt"),
         ({"loss": 1e-9}, "the loss is 0 and the policy learns", "watch the reward and grad_norm"),
-        ({"loss": 0.0, "grad_norm": 1e-12}, "the gradient's norm is 1e-12", "give the reward a larger scale"),
+        ({"loss": 0.0, "grad_norm": 1e-12}, "the gradient's norm is 1e-12", "give them a larger scale"),
     ],
 )
 def test_each_change_for_the_worse_is_said_once_with_what_to_do(base, tmp_path, later, named, remedy):
