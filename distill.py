@@ -265,7 +265,7 @@ def main(config):
         tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
         run.log(step, model, [tokens / n] * int(n), loss=loss, **metrics)
         if run.eval_due(step):
-            validate(run, step, model, teachers, tok, rows.some(val, config.eval_prompts, config.seed))
+            validate(run, step, model, teachers, tok, rows.random_rows(val, config.eval_prompts, config.seed))
         run.end_step(step, model, tok)
 
 

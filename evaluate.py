@@ -54,7 +54,7 @@ from kernels.head import linear_logprob
 from model import logprobs_no_grad
 from rollout import rollout, sample_completions
 from runtime import checkpoint
-from runtime.cli import check_ranges
+from runtime.cli import check_ranges, print0
 from runtime.errors import UserError
 from runtime.files import check_apart, check_writable, json_lines, replace_text, write_json
 from runtime.process import launch, setup
@@ -468,7 +468,7 @@ def show_kept(config, groups, kept):
     kept: of `write_kept`. Raises UserError if there is none."""
     for label, mine in groups.items():
         n, solved = sum(len(kept[i]) for i in mine), sum(bool(kept[i]) for i in mine)
-        print(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
+        print0(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
     if not any(kept):
         raise UserError(
             f"--kept={config.kept}: not written, for no completion is right and ended; raise --best_of or "
@@ -578,7 +578,7 @@ def main(config):
         result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
         write_json(config.out, result | {"figures": figures})
         remarks += f"\n{config.out}: these figures as JSON\n"
-    print(f"{table(figures)}\n{remarks}", end="")
+    print0(f"{table(figures)}\n{remarks}", end="")
     if config.kept:
         show_kept(config, groups, kept)
 

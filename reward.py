@@ -147,7 +147,7 @@ def main(config):
     model.checkpoint_activations = config.checkpoint_activations
     lr = config.lr or 1e-3 * (128 / model.config.width) ** 1.5
     optimizer = Optimizer(model, lr, weight_decay=config.weight_decay)
-    conversations = [pair.prompt for pair in rows.some(train_pairs, config.center_samples, config.seed)]
+    conversations = [pair.prompt for pair in rows.random_rows(train_pairs, config.center_samples, config.seed)]
     if init_model.config.scalar_head:
         conversations = []  # a reward model writes nothing
     check_memory(run, model, optimizer, train, [len(chat.encode_prompt(tok, c)) for c in conversations])

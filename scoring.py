@@ -21,7 +21,7 @@ from data import chat
 from data.judge import judge_prompt, question, transcript
 from data.pack import make_completion, pack, rank_span, token_slices
 from data.read import read_lines
-from data.rows import some
+from data.rows import random_rows
 from data.rules import final_number
 from model import GPT, logprobs_no_grad, score
 from rollout import sample_completions
@@ -432,7 +432,7 @@ def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penal
     Returns ({"val_loss", "reward", "kl", "finished", "completion_tokens", ...}, a question and its
     completion). The ranks share --eval_prompts of the rows. reference: None for no "kl";
     penalty: taken from the reward of an unfinished completion; val_loss: kl_coef kl - reward."""
-    rows = some(rows, config.eval_prompts, config.seed)
+    rows = random_rows(rows, config.eval_prompts, config.seed)
     begin, end = 0, len(rows)
     if end >= world_size():  # else every rank answers all rows, with the same means
         begin, end = rank_span([1] * end, rank(), world_size())

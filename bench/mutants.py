@@ -611,7 +611,7 @@ MUTANTS = [
     (
         "log_of_a_shell_replaced",
         "runtime/files.py",
-        "if os.path.samestat(os.stat(path), os.fstat(descriptor)):",
+        "if stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.fstat(descriptor)):",
         "if False:",
         FILES,
     ),
@@ -1642,7 +1642,7 @@ MUTANTS = [
         "data/rows.py",
         "np.random.default_rng(seed).permutation(len(rows))[:n]",
         "np.arange(len(rows))[:n]",
-        f"{ROWS}::test_some_rows_are_of_every_source_and_in_their_order",
+        f"{ROWS}::test_random_rows_are_of_every_source_and_in_their_order",
     ),
     (
         "epochs_of_other_batches",
@@ -1777,7 +1777,7 @@ MUTANTS = [
         "evaluate.py",
         "    if config.samples:\n        remarks",
         "    print(table(figures))\n    if config.samples:\n        remarks",
-        f"{EVALUATE}::test_what_was_sampled_is_written_before_anything_is_printed",
+        f"{EVALUATE}::test_what_was_sampled_is_written_though_nothing_can_be_printed",
     ),
     ("kept_twice", "evaluate.py", " and text not in mine", "", KEPT),
     (

@@ -1117,7 +1117,7 @@ def read_split(config, parse, encode=None, fit=None):
     return *fitted, hashes
 
 
-def some(rows, n, seed):
+def random_rows(rows, n, seed):
     """At most n of the rows, at random, in their order: the first n may all be of one source."""
     chosen = np.random.default_rng(seed).permutation(len(rows))[:n]
     return [rows[i] for i in np.sort(chosen)]

@@ -36,9 +36,13 @@ class Order:
         last batch of an epoch has what is left."""
         if self.index >= len(self.items):
             self.begin_epoch(self.epoch + 1)
+        return self.take(amount, least=1)
+
+    def take(self, amount, least):
+        """The next items of this epoch that fit in `amount`, at least so many."""
         begin = self.index
         limit = self.ends[begin] - self.lengths[begin] + amount
-        self.index = max(begin + 1, int(np.searchsorted(self.ends, limit, side="right")))
+        self.index = max(begin + least, int(np.searchsorted(self.ends, limit, side="right")))
         return self.items[begin : self.index]
 
     def plan(self, amount, epochs, steps=0):
@@ -60,15 +64,15 @@ class Order:
     def batch(self, amount):
         """The next items [n, ...], as many as fit in `amount` tokens or items (at least one),
         across the end of an epoch."""
-        taken, total = [], 0
+        taken = []
         while True:
             if self.index >= len(self.items):
                 self.begin_epoch(self.epoch + 1)
-            total += self.lengths[self.index]
-            if taken and total > amount:
-                return np.stack(taken)
-            taken.append(self.items[self.index])
-            self.index += 1
+            begin = self.index
+            taken.append(self.take(amount, least=0 if taken else 1))
+            amount -= self.lengths[begin : self.index].sum()
+            if self.index < len(self.items):
+                return np.concatenate(taken)
 
     def epochs_of(self, amount, steps):
         """How many epochs `steps` of `batch` see, from the start."""

@@ -1,11 +1,15 @@
 """What the tests of the stages share: tiny checkpoints, whole runs in forked children, what their
 logs say, and whether two runs are the same."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import socket
+import stat
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import safetensors.torch
@@ -25,6 +29,30 @@ SMALL |= {"context": 96}
 
 # --------------------------------------------------------------------------------------------------
 # Inputs
+
+
+def null_device(folder):
+    """The path of a device that swallows what is written.
+
+    For root one of its own: a fault in what is tested would replace the machine's /dev/null.
+    """
+    own = folder / "null_device"
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # some containers forbid it
+            os.mknod(own, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            own.write_text("nothing")  # where a file system has no devices, neither
+            return own
+    return Path(os.devnull)
+
+
+def write_wanderer(path, function):
+    """Write a reward's file whose thread changes the working directory all the time."""
+    (path.parent / "elsewhere").mkdir()
+    path.write_text(
+        "import os, threading, time\n\ndef wander():\n    while True:\n"
+        "        os.chdir(os.path.dirname(__file__) + '/elsewhere')\n        time.sleep(0.0001)\n\n"
+        "threading.Thread(target=wander, daemon=True).start()\ntime.sleep(0.1)\n" + function
+    )
 
 
 def write_rows(path, rows):

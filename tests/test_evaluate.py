@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, here, refused, save, start, succeeds, write_rows
+from runs import SMALL, here, refused, save, start, succeeds, write_rows, write_wanderer
 
 import evaluate
 from bench.child import run_script
@@ -425,30 +425,20 @@ def test_with_nothing_to_keep_the_earlier_file_stays_and_what_was_sampled_is_wri
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
-def test_what_was_sampled_is_written_before_anything_is_printed(make_model, tmp_path, monkeypatch):
+def test_what_was_sampled_is_written_though_nothing_can_be_printed(make_model, tmp_path, monkeypatch):
     model = constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0})
     folder = checkpoint.save(tmp_path / "run", model, TOK, SFT)
     (tmp_path / "own.py").write_text(CHECKERS)
     flags = {"model": folder, "data": write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8), "best_of": 2}
     flags |= {"reward": f"{tmp_path}/own.py:says_five", "max_new_tokens": 1}  # some end, some do not
-    flags |= {name: tmp_path / f"{name}.jsonl" for name in ("samples", "out")}
+    flags["samples"] = tmp_path / "samples.jsonl"
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w", buffering=1))  # by lines, as on a terminal
-    with pytest.raises(OSError, match="No space left"):
-        measure(tmp_path, **flags)
+    assert measure(tmp_path, **flags)
     sampled = rows.read(str(tmp_path / "samples.jsonl"), dict)[0]
-    assert 0 < len(sampled) < 8 and json.loads((tmp_path / "out.jsonl").read_text())["figures"]
+    assert 0 < len(sampled) < 8
 
 
-WANDERER = """
-import os, threading, time
-
-def wander():
-    while True:
-        os.chdir(os.path.dirname(__file__) + "/elsewhere")
-        time.sleep(0.0001)
-
-threading.Thread(target=wander, daemon=True).start()
-
+SAYS_FIVE = """
 def says_five(prompt, completion, row):
     return completion.endswith("5")
 """
@@ -458,8 +448,7 @@ def test_outputs_stay_in_the_directory_where_it_was_started(make_model, tmp_path
     """Whatever the threads that a reward has started do; and so does the reference."""
     model = constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0})
     checkpoint.save(tmp_path / "run", model, TOK, SFT)
-    (tmp_path / "own.py").write_text(WANDERER)
-    (tmp_path / "elsewhere").mkdir()
+    write_wanderer(tmp_path / "own.py", SAYS_FIVE)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8)
     flags = {"model": "run", "data": "prompts.jsonl", "reward": "own.py:says_five", "best_of": 4, "device": "cpu"}
     flags |= {"kept": "kept.jsonl", "samples": "new/samples.jsonl", "out": "out.json", "max_new_tokens": 4}

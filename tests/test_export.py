@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, refused, save, start
+from runs import SMALL, null_device, refused, save, start
 
 import export
 from bench.realmodel import from_gguf
@@ -179,6 +179,7 @@ def test_what_llama_cpp_could_not_do_is_refused(make_model, tmp_path, fork):
     unmade = tokenizer.Tokenizer("x", tokenizer.PATTERN, ranks | {b"qqqq": 304}, eot)
     good = save(make_model, tmp_path / "good", "sft")
     (tmp_path / "there.gguf").write_text("mine")
+    device = null_device(tmp_path)
     for flags, message in [
         ({"model": save(make_model, tmp_path / "rm", "reward", scalar_head=True)}, "a reward model"),
         ({"model": save(make_model, tmp_path / "windows", "sft", window=8)}, "sliding windows"),
@@ -192,7 +193,7 @@ def test_what_llama_cpp_could_not_do_is_refused(make_model, tmp_path, fork):
         ({"model": tmp_path / "absent"}, "absent: no checkpoint here"),
         ({"dtype": "q4_0"}, "--dtype=q4_0"),
         ({"gguf": tmp_path / "there.gguf"}, "there.gguf: exists; --overwrite"),
-        ({"gguf": "/dev/null", "overwrite": True}, "--gguf=/dev/null: exists; no file"),
+        ({"gguf": device, "overwrite": True}, f"--gguf={device}: exists; no file"),
         ({"gguf": good / "model.safetensors", "overwrite": True}, "model.safetensors: exists; no file that ends in"),
         ({"gguf": tmp_path / "no/where.gguf"}, "where.gguf: not written"),
     ]:

@@ -207,7 +207,7 @@ def test_an_order_is_learned_and_flipped_labels_teach_the_opposite(train, tmp_pa
 
     # Completions of the model it came from, to some of the training rows, score 0 on average.
     pairs = [data_rows.preference(row) for row in some_rows(160, 1, flipped=True)]
-    conversations = [p.prompt for p in data_rows.some(data_rows.split_off(pairs, 0.05, 0)[0], 12, 0)]
+    conversations = [p.prompt for p in data_rows.random_rows(data_rows.split_off(pairs, 0.05, 0)[0], 12, 0)]
     language_model = checkpoint.load(files["init"])[0]
     prompts, samples, _ = sample_completions(language_model, TOK, conversations, max_new_tokens=8, seed=0)
     found = reward_scores(model, [prompts[s.prompt_index] + s.tokens for s in samples], 10**6, info["center"])

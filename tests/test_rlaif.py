@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, here, refused, save, start, succeeds, write_rows
+from runs import SMALL, here, null_device, refused, save, start, succeeds, write_rows, write_wanderer
 
 import rlaif
 from bench.child import run_script
@@ -394,7 +394,7 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
     plain = tokenizer.Tokenizer("plain", tokenizer.PATTERN, byte_ids, {"<|endoftext|>": 256}, pad="<|endoftext|>")
     save(make_model, files / "no_turns", "pretrain", tok=plain)
     (files / "empty.txt").write_text("# nothing\n")
-    (files / "null.jsonl").symlink_to("/dev/null")
+    (files / "null.jsonl").symlink_to(null_device(files))
     shutil.copy(files / "prompts.jsonl", files / "x.log.jsonl")
     for changed, why in [
         ({"constitution": files / "empty.txt"}, "no principle in it"),
@@ -436,17 +436,7 @@ def test_what_cannot_be_judged_is_one_clear_line(make_model, files, fork):
     assert len(read(files / "prompts.jsonl")) == len(read(files / "x.log.jsonl")) == 10
 
 
-WANDERER = """
-import os, threading, time
-
-def wander():
-    while True:
-        os.chdir(os.path.dirname(__file__) + "/elsewhere")
-        time.sleep(0.0001)
-
-threading.Thread(target=wander, daemon=True).start()
-time.sleep(0.1)
-
+LENGTH = """
 def length(prompt, completion, row):
     return len(completion)
 """
@@ -454,9 +444,8 @@ def length(prompt, completion, row):
 
 def test_the_output_stays_in_the_directory_where_it_was_started(files, fork):
     """Whatever the threads that a reward has started do."""
-    (files / "elsewhere").mkdir()
     (files / "here").mkdir()
-    (files / "own.py").write_text(WANDERER)
+    write_wanderer(files / "own.py", LENGTH)
     flags = flags_of(files, reward=f"{files}/own.py:length", out="out.jsonl")
 
     def in_folder():

@@ -35,9 +35,6 @@ def write(path, some_rows):
     return str(path)
 
 
-TOK = tokenizer.byte_level()
-
-
 def reading(**flags):
     """The config of a stage that reads rows."""
     return sft.Config(init="", out="", **flags)
@@ -532,10 +529,10 @@ def test_rows_that_do_not_fit_are_no_rows_to_validate_on(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "chosen": "c", "rejected": "d"} for i in range(20)])
     b = write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "chosen": c, "rejected": "d"} for i, c in enumerate(answers)])
     with pytest.raises(UserError, match="--val=.*b.jsonl: rows of one prompt only.*bring more"):
-        chat.read_pairs(reading(data=a, val=b), TOK, 100)
+        chat.read_pairs(reading(data=a, val=b), BYTES, 100)
     answers[1] = "c"
     write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "chosen": c, "rejected": "d"} for i, c in enumerate(answers)])
-    chat.read_pairs(reading(data=a, val=b), TOK, 100)
+    chat.read_pairs(reading(data=a, val=b), BYTES, 100)
     assert "b.jsonl: 2 prompts to validate on, so its figures are mostly chance" in capsys.readouterr().out
 
 
@@ -547,15 +544,15 @@ def test_what_is_left_is_what_is_counted_for_every_kind_of_rows(tmp_path, capsys
     a, b = write(tmp_path / "a.jsonl", short), write(tmp_path / "b.jsonl", long)
     config = reading(data=a, val=b, max_new_tokens=8)
     read = {"chat": sft.read_chats, "kto": kto.read_items, "prompts": chat.read_prompts}[kind]
-    read(config, TOK, 100)
+    read(config, BYTES, 100)
     assert "b.jsonl: 3 prompts to validate on" in capsys.readouterr().out
 
 
-def test_some_rows_are_of_every_source_and_in_their_order():
-    some = [rows.some(list(range(100)), 40, seed) for seed in range(5)]
+def test_random_rows_are_of_every_source_and_in_their_order():
+    some = [rows.random_rows(list(range(100)), 40, seed) for seed in range(5)]
     assert all(chosen == sorted(set(chosen)) and len(chosen) == 40 for chosen in some)
     assert all(10 < sum(i >= 50 for i in chosen) < 30 for chosen in some) and some[0] != some[1]
-    assert rows.some([3, 1, 2], 9, 0) == [3, 1, 2]
+    assert rows.random_rows([3, 1, 2], 9, 0) == [3, 1, 2]
 
 
 @pytest.mark.parametrize("n, warned", [(2, True), (9, True), (10, False)])

@@ -16,7 +16,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, random_model
-from runs import SMALL, refused, save, start, succeeds, wait_until
+from runs import SMALL, null_device, refused, save, start, succeeds, wait_until
 
 import sample
 from bench.child import run_script
@@ -286,7 +286,7 @@ def test_save_writes_through_links_and_into_pipes(models, talk, tmp_path):
     found = []
     reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()), daemon=True)
     reader.start()
-    lines = ["hi", f"/save {tmp_path}/link", f"/save {tmp_path}/pipe", "/save /dev/null"]
+    lines = ["hi", f"/save {tmp_path}/link", f"/save {tmp_path}/pipe", f"/save {null_device(tmp_path)}"]
     notices = talk(models / "polite", *lines, temperature=0.0).err
     reader.join(10)
     assert notices.count("saved in") == 3 and (tmp_path / "link").is_symlink()

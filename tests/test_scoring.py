@@ -359,7 +359,7 @@ def test_a_policy_is_validated_on_its_own_completions(make_model, functions):
     config = SimpleNamespace(reward=f"{functions}:length", monitor="", temperature=0.8, seed=4, **limits)
     rewards = load(config.reward, monitor=f"{functions}:asked")
     metrics, sample = validate_policy(policy, reference, TOK, rewards, rows, config, kl_coef=0.3, penalty=2.0)
-    shown = data_rows.some(rows, 3, 4)
+    shown = data_rows.random_rows(rows, 3, 4)
     conversations = [messages for messages, _ in shown]
     options = dict(max_new_tokens=9, temperature=0.8, seed=4)
     prompts, samples, texts = sample_completions(policy, TOK, conversations, **options)
