@@ -193,7 +193,8 @@ def warn_of_rewards(run, completions, kl_penalties):
     [M]."""
     penalty, lengths = run.config.unfinished_penalty, [c.n_tokens for c in completions]
     rewards = [c.score + penalty * (not c.sample.finished) for c in completions]
-    run.warn_of_rewards(rewards, [part.sum().item() for part in kl_penalties.split(lengths)])
+    kl_of_each = [part.sum().item() for part in kl_penalties.cpu().split(lengths)]  # one wait for the GPU
+    run.warn_of_rewards(rewards, kl_of_each)
 
 
 def load_critic(run, policy, tok):
