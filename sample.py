@@ -103,7 +103,7 @@ def write(config, speaker, prompt, tokens, max_new_tokens, stop, hidden, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# A chat: a system message and exchanges [(message, [answer of each speaker])]
+# A chat: a system message and exchanges [(text of the user, [message of each speaker])]
 
 
 def conversation(system, exchanges, i=0):
@@ -112,7 +112,7 @@ def conversation(system, exchanges, i=0):
     for question, answers in exchanges:
         messages.append(rows.message("user", question))
         if answers:
-            messages.append(rows.message("assistant", answers[min(i, len(answers) - 1)]))
+            messages.append(answers[min(i, len(answers) - 1)])
     return messages
 
 
@@ -137,7 +137,7 @@ def newest_exchanges(speaker, max_new_tokens, system, exchanges, i=0):
 
 
 def answer(config, speakers, system, exchanges, seed):
-    """Stream each speaker's answer to the last of `exchanges` -> their texts."""
+    """Stream each speaker's answer to the last of `exchanges` -> their messages."""
     limit, answers = config.max_new_tokens, []
     prompts = [newest_exchanges(speaker, limit, system, exchanges, i) for i, speaker in enumerate(speakers)]
     for speaker, (prompt, left_out) in zip(speakers, prompts, strict=True):
@@ -155,19 +155,23 @@ def answer(config, speakers, system, exchanges, seed):
         except KeyboardInterrupt:
             print(flush=True)
             notice("(stopped; the answer stays in the conversation as it stands, /undo takes it back)")
-        answers.append(chat.decode_completion(tok, tokens))
+        message = rows.message("assistant", chat.decode_completion(tok, tokens))
+        ended = tokens and tokens[-1] in stop
+        answers.append(message if ended else message | {"train": False})  # half an answer teaches to stop anywhere
     return answers
 
 
 def save(name, messages):
     """Append a conversation to a JSONL file, for sft.py -> what was done, in words."""
     try:
-        row = {"messages": rows.conversation({"messages": messages})}
+        rows.conversation({"messages": [rows.message(m["role"], m["content"]) for m in messages]})
     except ValueError as e:  # an empty answer
         raise UserError(f"not saved, sft.py could not read it: {e}; /undo or /retry the last exchange") from None
-    line, path = json_lines([row]).encode(errors="replace"), os.path.expanduser(name)
+    line = json_lines([{"messages": messages}]).encode(errors="replace")
+    path, size, cut = os.path.expanduser(name), 0, sum("train" in m for m in messages)
     try:
-        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if os.path.isfile(path):
+            size = os.path.getsize(path)
         if size:
             with open(path, "rb") as f:
                 f.seek(-1, os.SEEK_END)
@@ -175,13 +179,18 @@ def save(name, messages):
                     line = b"\n" + line
         append(path, line)
     except (OSError, ValueError) as e:
+        with contextlib.suppress(OSError, ValueError):
+            append(path, b"", size)  # without the half of a row that a full disk took
         raise UserError(f"not saved: {e}") from None
-    return f"appended to {name}" if size else f"saved in {name}"
+    not_trained = f"; answers that were cut, and so not to be trained on: {cut}" if cut else ""
+    return (f"appended to {name}" if size else f"saved in {name}") + not_trained
 
 
 def converse(config, speaker, device):
     """Read messages and commands until the input ends, and answer."""
     speakers, system, exchanges, drawn = [speaker], config.system, [], 0
+    if sys.stdin is None:  # closed by who started it
+        return
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:

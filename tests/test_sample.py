@@ -89,8 +89,9 @@ def expected(run, messages, seed, max_new_tokens=20):
 
 
 def saved(path):
-    """The conversations of a file, read as sft.py reads them."""
-    return rows.read(str(path), rows.conversation)[0]
+    """The conversations of a file, without the marks of answers that were cut."""
+    lines = path.read_text().splitlines()
+    return [[message(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
 
 
 def contents(messages):
@@ -303,6 +304,25 @@ def test_an_empty_answer_is_not_saved(models, talk, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+def test_a_cut_answer_is_saved_but_not_to_be_trained(models, talk, tmp_path):
+    file = tmp_path / "a.jsonl"
+    notices = talk(models / "polite", "hi", "bye", f"/save {file}", temperature=0.0, max_new_tokens=8).err
+    assert "(cut after 8 tokens" in notices and "not to be trained on: 1" in notices  # "süß €!" has 10 bytes
+    ((_, cut, _, ended),) = rows.read(str(file), rows.conversation)[0]
+    assert cut["train"] is False and ended == message("assistant", "so long")
+    talk(models / "endless", "hi", f"/save {file}")
+    with pytest.raises(UserError, match="a.jsonl:2"):  # nothing in it to be trained
+        rows.read(str(file), rows.conversation)
+
+
+def test_a_full_disk_leaves_no_half_row(models, talk, small_disk):
+    file = small_disk(8) / "a.jsonl"
+    file.write_text(json.dumps({"messages": exchange(["q"], ["a"])}) + "\n")
+    before = file.read_bytes()
+    notices = talk(models / "endless", "hi", "/system " + "y" * 9000, f"/save {file}").err
+    assert "error: not saved" in notices and file.read_bytes() == before
+
+
 def test_help_lists_every_command(models, talk):
     answers, notices = talk(models / "polite", "/help")
     words = ("undo", "retry", "system", "compare", "save", "help", "quit")
@@ -427,6 +447,7 @@ def test_a_reader_that_leaves_ends_the_chat(models, fork):
         read, write = os.pipe()
         os.close(read)
         os.dup2(write, 1)
+        sys.stdout = open(1, "w", closefd=False)
         run_script(sample, [f"--model={models / 'polite'}", "--device=cpu"])
 
     assert fork(run).wait() == (141, "")
@@ -437,13 +458,14 @@ def test_a_reader_that_leaves_ends_the_chat(models, fork):
 
 
 def test_conversations_of_one_speaker_and_of_another():
-    exchanges = [("a", ["1"]), ("b", ["2", "two"]), ("c", [])]
+    one, two, other = (message("assistant", text) for text in ("1", "2", "two"))
+    exchanges = [("a", [one]), ("b", [two, other]), ("c", [])]
     assert contents(sample.conversation("", exchanges)) == ["a", "1", "b", "2", "c"]
     assert contents(sample.conversation("s", exchanges, 1)) == ["s", "a", "1", "b", "two", "c"]
 
 
 def test_the_newest_exchanges_that_fit_and_the_system_message_are_kept():
-    exchanges = [(str(i), ["y" * 10]) for i in range(9)] + [("last", [])]
+    exchanges = [(str(i), [message("assistant", "y" * 10)]) for i in range(9)] + [("last", [])]
 
     def prompt(left_out):
         return chat.encode_prompt(TOK, sample.conversation("sys", exchanges[left_out:]))
