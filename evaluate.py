@@ -30,6 +30,7 @@ several right answers to a prompt, and none if none is right (R1, 2501.12948, se
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,10 @@ def text_figures(config, model, tok):
     documents = []
     for file in source_names(config.text, "text"):
         documents += corpus.read_documents(file, config.skip_bad)
-    totals = document_nats(model, tok, documents, config.micro_batch_tokens)
+    written = [document for document in documents if document.strip()]
+    if blank := len(documents) - len(written):
+        print0(f"--text={config.text}: {blank:,} blank documents are left out")
+    totals = document_nats(model, tok, written, config.micro_batch_tokens)
     return {
         "nats/token": interval(lambda sums: sums[0] / sums[1], totals, config.seed),
         "bits/byte": interval(lambda sums: sums[0] / math.log(2) / sums[2], totals, config.seed),
@@ -406,7 +410,7 @@ def completion_figures(config, model, tok, examples, device):
     prompts, samples, texts, scores = sample_and_score(config, model, tok, examples, rewards, *draws)
     values, kept = {}, []
     if config.kept:
-        kept = write_kept(config, examples, samples, texts, scores[rewards[0][0]] > 0)
+        kept = right_answers(config, len(examples), samples, texts, scores[rewards[0][0]] > 0)
     if config.best_of > 1:
         values, best = best_of_n(config, samples, scores, rewards[0][0])
         samples, texts = [samples[i] for i in best], [texts[i] for i in best]
@@ -421,15 +425,21 @@ def completion_figures(config, model, tok, examples, device):
             logp = sequence_logprobs(config, model, prompts, samples)
             ref_logp = sequence_logprobs(config, reference, prompts, samples)
             values["KL to the reference, nats per completion"] = logp - ref_logp
-        _, _, _, ref_scores = sample_and_score(config, reference, tok, examples, rewards, 1, config.temperature)
+        once = 1, config.temperature
+        _, refs, ref_texts, ref_scores = sample_and_score(config, reference, tok, examples, rewards, *once)
+        own = [(text, sample.finished) for text, sample in zip(texts, samples, strict=True)]
+        others = [(text, sample.finished) for text, sample in zip(ref_texts, refs, strict=True)]
+        # the same answer is a tie, though a reward model reads it in another batch and rounds anew
+        differ = [mine != other for mine, other in zip(own, others, strict=True)]
         for name, ref_score in ref_scores.items():
             values[f"reference's reward {name}"] = ref_score
-            values[f"win rate by {name}"] = agreement(scores[name] - ref_score, 1.0)
+            values[f"win rate by {name}"] = agreement(np.where(differ, scores[name] - ref_score, 0.0), 1.0)
 
     sampled = []
     for i, (messages, _) in enumerate(examples):
         row = {"prompt": question(messages), "completion": texts[i], "finished": samples[i].finished}
-        sampled.append(row | {name: float(score[i]) for name, score in scores.items()})
+        # a reward model may lie in a directory called prompt
+        sampled.append(row | {f"./{name}" if name in row else name: float(score[i]) for name, score in scores.items()})
     return values, sampled, kept
 
 
@@ -444,28 +454,31 @@ def pair_figures(config, model, tok, pairs):
     return preference_figures([pairs[i] for i in kept], margins, lengths, config.seed)
 
 
-def write_kept(config, examples, samples, texts, right):
-    """Write the right completions that ended to --kept, at most --keep_per_prompt different ones to
-    a prompt -> [[text]], of each prompt. right: bool [samples].
-
-    A file that is there stays if there is nothing to keep.
-    """
-    kept = [[] for _ in examples]
+def right_answers(config, prompts, samples, texts, right):
+    """[[text]] of each prompt: the right completions that ended, at most --keep_per_prompt
+    different ones. right: bool [samples]."""
+    kept = [[] for _ in range(prompts)]
     for sample, text, is_right in zip(samples, texts, right, strict=True):
         mine = kept[sample.prompt_index]
         if is_right and sample.finished and text not in mine and len(mine) < config.keep_per_prompt:
             mine.append(text)
+    return kept
+
+
+def write_kept(config, examples, kept):
+    """Write the `right_answers` to --kept, for sft.py. A file that is there stays if there are
+    none."""
     chats = []
     for (messages, _), some in zip(examples, kept, strict=True):
         chats += [{"messages": [*messages, rows.message("assistant", text)]} for text in some]
     if chats:
         replace_text(config.kept, json_lines(chats))
-    return kept
+    return ""
 
 
 def show_kept(config, groups, kept):
     """Print how many answers to how many prompts of each group were kept. groups: of `group_rows`;
-    kept: of `write_kept`. Raises UserError if there is none."""
+    kept: `right_answers`. Raises UserError if there is none."""
     for label, mine in groups.items():
         n, solved = sum(len(kept[i]) for i in mine), sum(bool(kept[i]) for i in mine)
         print0(f"{config.kept}{label}: {n:,} right answers to {solved:,} of {len(mine):,} prompts")
@@ -485,6 +498,30 @@ def write_samples(config, sampled):
     replace_text(config.samples, json_lines(written))
     left_out, n = len(sampled) - len(written), len(sampled)
     return f"{config.samples}: {left_out} of {n} prompts left out: no completion finished\n" if left_out else ""
+
+
+def write_figures(config, info, figures):
+    result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
+    write_json(config.out, result | {"figures": figures})
+    return f"\n{config.out}: these figures as JSON\n"
+
+
+def write_files(config, info, figures, examples, sampled, kept):
+    """Write --kept, --samples and --out, each also if another cannot be written -> (what there is
+    to say of them, the first UserError or None)."""
+    writers, said, failed = [], "", None
+    if config.kept:
+        writers.append(partial(write_kept, config, examples, kept))
+    if config.samples:
+        writers.append(partial(write_samples, config, sampled))
+    if config.out:
+        writers.append(partial(write_figures, config, info, figures))
+    for write in writers:
+        try:
+            said += write()
+        except UserError as e:
+            failed = failed or e
+    return said, failed
 
 
 def check_flags(config):
@@ -541,6 +578,7 @@ def main(config):
 
     # 2. Measure
     values, limit = {}, config.limit or None
+    examples, sampled, kept = [], [], []
     if config.text:
         values |= text_figures(config, model, tok)
     if config.complete:
@@ -571,14 +609,11 @@ def main(config):
         )
 
     # 3. Write, then show: what was sampled is not lost to a reader who has left, or a full disk
-    figures, remarks = mean_intervals(values, config.seed), ""
-    if config.samples:
-        remarks += write_samples(config, sampled)
-    if config.out:
-        result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
-        write_json(config.out, result | {"figures": figures})
-        remarks += f"\n{config.out}: these figures as JSON\n"
+    figures = mean_intervals(values, config.seed)
+    remarks, failed = write_files(config, info, figures, examples, sampled, kept)
     print0(f"{table(figures)}\n{remarks}", end="")
+    if failed:
+        raise failed
     if config.kept:
         show_kept(config, groups, kept)
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +68,16 @@ def test_document_nats_are_the_sums_of_logprobs(make_model):
         ids = [TOK.eot, *TOK.encode_ordinary(text), TOK.eot]
         assert nats == pytest.approx(-logprobs(model, pack([ids])).sum().item(), rel=1e-5)
         assert (tokens, size) == (len(ids) - 1, len(text.encode()))
+
+
+def test_blank_documents_are_left_out_of_what_is_measured(make_model, tmp_path, capsys):
+    """By chance the bootstrap draws them alone: nan, which is no JSON."""
+    checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {}), TOK, {"stage": "pretrain", "step": 1})
+    found = []
+    for name, texts in (("some", ["", "Hello world", " \n"]), ("all", ["Hello world"])):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
+        found.append(measure(tmp_path, model=tmp_path / "run", text=tmp_path / f"{name}.jsonl"))
+    assert found[0] == found[1] and "2 blank documents are left out" in capsys.readouterr().out
 
 
 def test_a_document_longer_than_the_context_counts_every_token_once(make_model):
@@ -436,6 +447,58 @@ def test_what_was_sampled_is_written_though_nothing_can_be_printed(make_model, t
     assert measure(tmp_path, **flags)
     sampled = rows.read(str(tmp_path / "samples.jsonl"), dict)[0]
     assert 0 < len(sampled) < 8
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("full", ["kept", "samples"])
+def test_one_file_that_cannot_be_written_loses_no_other(make_model, tmp_path, capsys, full):
+    checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0}), TOK, SFT)
+    (tmp_path / "own.py").write_text(SAYS_FIVE)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8)
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("kept", "samples")} | {full: "/dev/full"}
+    flags = {"model": tmp_path / "run", "data": tmp_path / "prompts.jsonl", "best_of": 4, "max_new_tokens": 4}
+    with pytest.raises(UserError, match="^/dev/full: No space left"):
+        measure(tmp_path, **flags, **paths, reward=f"{tmp_path / 'own.py'}:says_five")
+    assert "completion tokens" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["figures"]
+    other = ({"kept", "samples"} - {full}).pop()
+    assert paths[other].read_text().count("\n") > 3
+
+
+RESTLESS = """
+calls = 0
+
+def restless(prompt, completion, row):
+    global calls
+    calls += 1
+    return calls * 1e-7
+"""
+
+
+def test_the_same_answer_of_both_models_is_a_tie(make_model, tmp_path):
+    """Though a reward model reads it in another batch, and rounds otherwise."""
+    checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {END: 5.0, ord("5"): 5.0}), TOK, SFT)
+    checkpoint.save(tmp_path / "other", constant_model(make_model, TOK, {END: 5.0, ord("6"): 5.0}), TOK, SFT)
+    (tmp_path / "own.py").write_text(RESTLESS)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 8)
+    reward = f"{tmp_path / 'own.py'}:restless"
+    flags = {"model": tmp_path / "run", "data": tmp_path / "prompts.jsonl", "reward": reward, "max_new_tokens": 9}
+    for reference, rate in (("run", 0.5), ("other", 0.0)):
+        figure = measure(tmp_path, **flags, reference=tmp_path / reference, temperature=0.0)[f"win rate by {reward}"]
+        assert figure["value"] == rate
+
+
+def test_a_reward_called_as_a_field_of_the_samples_replaces_none(make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, {END: 7.0, ord("5"): 7.0}), TOK, SFT)
+    for name in ("completion", "prompt", "finished"):
+        save(make_model, tmp_path / name, "reward", tok=TOK, scalar_head=True)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 4)
+    flags = {"model": "run", "data": "prompts.jsonl", "reward": "completion,prompt,finished", "max_new_tokens": 4}
+    measure(tmp_path, **flags, samples="samples.jsonl")
+    for row in map(json.loads, Path("samples.jsonl").read_text().splitlines()):
+        assert row["prompt"] == "q" and isinstance(row["completion"], str) and isinstance(row["finished"], bool)
+        assert all(isinstance(row[f"./{name}"], float) for name in ("completion", "prompt", "finished"))
 
 
 SAYS_FIVE = """
