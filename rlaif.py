@@ -34,7 +34,7 @@ from data.judge import judge_prompt, other_fields, question, random_principles, 
 from figures import label_margins, show_record, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
-from runtime.cli import check_ranges, refuse_unread
+from runtime.cli import check_ranges, print0, refuse_unread
 from runtime.errors import UserError
 from runtime.output import open_output, write_batch
 from runtime.process import Stop, describe, launch, setup, world_size
@@ -186,8 +186,9 @@ def preferences(config, pairs, p, principles, known):
     """Preferences from verdicts p [n, k, 2] -> (rows to write, counts, {figure: its values})."""
     margins = np.round(p.mean(2) - 0.5, 6)  # [n, k]; rounded: mere position bias would leave 1e-17
     votes = np.sign(margins) / 2 if config.principles == "vote" else margins
-    probability = 0.5 + np.nanmean(votes, axis=1)  # [n], that the first reply is better
-    certainty = np.abs(probability - 0.5)
+    margin = np.nanmean(votes, axis=1)  # [n]
+    probability = 0.5 + margin  # that the first reply is better
+    certainty = np.abs(margin).round(9)  # three votes of five are at --min_margin=0.1, not below it
     kept = (certainty >= config.min_margin) & (certainty > 0)
     counts = {"pairs kept": int(kept.sum()), "pairs dropped, too near to 1/2": int((~kept).sum())}
     written = []
@@ -319,7 +320,7 @@ def main(config):
     # 2. Batch by batch
     machine, total = describe(device), len(examples)
     record = open_output(config, {"stage": "rlaif", "config": vars(config), "data": data, **machine})
-    print(f"{total:,} rows from {record['rows']:,}, {len(principles)} principles, on {machine['hardware']}", flush=True)
+    print0(f"{total:,} rows from {record['rows']:,}, {len(principles)} principles, on {machine['hardware']}")
     stop, began = Stop(), time.perf_counter() - record["seconds"]
     for first in range(record["rows"], total, config.rows_per_write):
         batch = examples[first : first + config.rows_per_write]
@@ -330,16 +331,16 @@ def main(config):
         record["seconds"] = seconds = round(time.perf_counter() - began, 3)
         write_batch(config.out, record, written, len(batch), counts, values)
         done, counted = record["rows"], " | ".join(f"{name} {n:,}" for name, n in counts.items() if n)
-        print(f"row {done:,}/{total:,} | {counted} | eta {clock_time(seconds / done * (total - done))}", flush=True)
+        print0(f"row {done:,}/{total:,} | {counted} | eta {clock_time(seconds / done * (total - done))}")
         if stop.agreed() and done < total:
             stop.leave(done, "row")
 
     # 3. What came of it
-    print(f"\n{show_record(record)}\n\n{config.out}: {record['bytes']:,} bytes in {clock_time(record['seconds'])}")
+    print0(f"\n{show_record(record)}\n\n{config.out}: {record['bytes']:,} bytes in {clock_time(record['seconds'])}")
     script = "sft.py" if config.mode == "revise" else "dpo.py"
-    print(f"next: python {script} --init={config.policy or 'out/sft'} --data={config.out} --out=out/ai")
+    print0(f"next: python {script} --init={config.policy or 'out/sft'} --data={config.out} --out=out/ai")
     if not record["bytes"]:
-        print("warning: no row was written; a lower --min_margin or a larger --max_new_tokens keeps more")
+        print0("warning: no row was written; a lower --min_margin or a larger --max_new_tokens keeps more")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,16 @@ def test_principles_make_one_probability_by_mean_or_vote_or_chance():
         assert row["chosen"] == ("a" if principle == SHORT else "b kind") and len(row["verdicts"]) == 1
 
 
+def test_a_vote_at_the_margin_is_kept():
+    """Three of five: 0.5 + 0.1 - 0.5 is a little less than 0.1."""
+    pair = [{"prompt": "q", "chosen": "aaaa", "rejected": "bb"}]
+    for principles in ([LONG] * 3 + [SHORT] * 2, [SHORT] * 3 + [LONG] * 2):
+        (row,), counts, _ = judged(pair, principles, principles="vote", min_margin=0.1)
+        assert row["probability"] == pytest.approx(0.6) and counts["pairs kept"] == 1
+        assert row["chosen"] == ("aaaa" if principles[0] == LONG else "bb")
+        assert judged(pair, principles, principles="vote", min_margin=0.100001)[0] == []
+
+
 def test_random_principles_depend_on_the_seed_and_the_row_alone():
     drawn = random_principles(90, 3, 7, 0)
     assert drawn.tolist() == [*random_principles(40, 3, 7, 0), *random_principles(50, 3, 7, 40)]
