@@ -15,7 +15,6 @@ reward models, which llama.cpp does not have for these families.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from model import rotary_tables
 from runtime import checkpoint
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
+from runtime.files import replace_file
 from runtime.hub import config_to_hf, to_hf
 
 
@@ -239,9 +239,8 @@ def main(config):
     folder = checkpoint.find(config.model)
     model, tok, info = checkpoint.read(folder)
     family = check_exportable(model.config)
-    unfinished = target.with_name(target.name + ".unfinished")
-    try:
-        writer = gguf.GGUFWriter(unfinished, family)
+    with replace_file(target) as file:
+        writer = gguf.GGUFWriter(file.name, family)
         writer.add_name(info.get("stage") or folder.resolve().name)
         writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(config.dtype, f"MOSTLY_{config.dtype.upper()}")])
         add_shape(writer, model.config)
@@ -251,11 +250,6 @@ def main(config):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(unfinished, target)
-    except OSError as e:
-        raise UserError(f"--gguf={target}: not written ({e.strerror}); make room, or choose another place") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
     print(f"{target}: {family}, {config.dtype}, {target.stat().st_size:,} bytes; for Ollama, a Modelfile's line is")
     print(f"FROM {target.resolve()}")
 

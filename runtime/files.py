@@ -129,10 +129,12 @@ def replace_file(path):
                 os.chmod(temporary, mode)
             os.replace(temporary, os.path.realpath(path))
             flush(temporary.parent)
-    except OSError as e:
+    except BaseException as e:
         if temporary:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+        if not isinstance(e, OSError):
+            raise
         raise UserError(f"{path}: {e.strerror}") from None
 
 
@@ -155,15 +157,19 @@ def write_json(path, value):
 def append(path, data, size=None, sync=True):
     """Add bytes to the end of a file, or from its byte `size` on -> its new size.
 
-    sync: have the disk hold them. Raises OSError.
+    sync: have the disk hold them. Raises OSError, with the file's name.
     """
-    with open(path, "ab") as file:
-        if size is not None and file.tell() > size:
-            file.truncate(size)  # a disk that filled up may have taken half of the last data
-        file.write(data)
-    if sync:
-        flush(path)
-    return os.path.getsize(path)
+    try:
+        with open(path, "ab") as file:
+            if size is not None and file.tell() > size:
+                file.truncate(size)  # a disk that filled up may have taken half of the last data
+            file.write(data)
+        if sync:
+            flush(path)
+        return os.path.getsize(path)
+    except OSError as e:
+        e.filename = str(path)  # one of `write` or `fsync` has none
+        raise
 
 
 def sha256(path):

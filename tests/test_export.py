@@ -36,6 +36,16 @@ def exported(folder, tmp_path, dtype="f32"):
     return fields, {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
+def test_a_link_leads_to_the_file_and_its_mode_stays(make_model, tmp_path):
+    folder, real = save(make_model, tmp_path / "run", "sft"), tmp_path / "real.gguf"
+    real.write_text("old")
+    real.chmod(0o640)
+    (tmp_path / "model.gguf").symlink_to("real.gguf")
+    exported(folder, tmp_path)
+    assert (tmp_path / "model.gguf").is_symlink() and real.read_bytes()[:4] == b"GGUF"
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_loads_the_file(make_model, tmp_path, shape):
     pytest.importorskip("transformers")
@@ -195,11 +205,11 @@ def test_what_llama_cpp_could_not_do_is_refused(make_model, tmp_path, fork):
         ({"gguf": tmp_path / "there.gguf"}, "there.gguf: exists; --overwrite"),
         ({"gguf": device, "overwrite": True}, f"--gguf={device}: exists; no file"),
         ({"gguf": good / "model.safetensors", "overwrite": True}, "model.safetensors: exists; no file that ends in"),
-        ({"gguf": tmp_path / "no/where.gguf"}, "where.gguf: not written"),
+        ({"gguf": good / "config.json/where.gguf"}, "where.gguf: "),
     ]:
         line = refused(start(fork, export, **({"model": good, "gguf": tmp_path / "new.gguf"} | flags)))
         assert message in line, (flags, line)
     with pytest.raises(UserError, match="no merge makes the token b'qqqq'"):
         export.split_name(unmade)
-    assert (tmp_path / "there.gguf").read_text() == "mine" and not list(tmp_path.rglob("*.unfinished"))
+    assert (tmp_path / "there.gguf").read_text() == "mine" and not list(tmp_path.rglob("*.tmp"))
     assert not (tmp_path / "new.gguf").exists() and SMALL["vocab_size"] == 260

@@ -56,6 +56,23 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(small_disk):
     assert path.read_text() == "old" and os.listdir(path.parent) == ["a.txt"]
 
 
+def test_whatever_ends_the_writing_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "a.txt"
+    files.replace_text(path, "old")
+    for error in (UserError("this cannot be written"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), files.replace_file(path) as file:
+            file.write(b"new")
+            raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_named_by_what_is_appended(small_disk):
+    path = small_disk(64) / "a.bin"
+    with pytest.raises(OSError) as raised:
+        files.append(path, b"x" * 2**17)
+    assert raised.value.filename == str(path)
+
+
 def test_the_disk_holds_the_file_before_it_takes_its_place(tmp_path, monkeypatch):
     events, replace, flush = [], os.replace, files.flush
     monkeypatch.setattr(files, "flush", lambda path: events.append(("flush", path.name)) or flush(path))
