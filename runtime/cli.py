@@ -14,6 +14,7 @@ where the value has a range or may change when a run is resumed:
 
 import dataclasses
 import inspect
+import io
 import operator
 import os
 import re
@@ -235,6 +236,9 @@ def launch(main, Config):
 
 def exit_status(main, Config):
     """What a script ends with: 0, another exit status, or an error as a line for stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not closed, and no notebook's
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must end no run
     try:
         main(parse_cli(Config))
     except UserError as e:

@@ -4,10 +4,13 @@ import contextlib
 import importlib
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import grpo
 import pretrain
@@ -34,6 +37,39 @@ def test_a_full_disk_behind_stdout_ends_nothing_and_a_closed_pipe_does(monkeypat
     for stream in (full, pipe):
         with contextlib.suppress(OSError):
             stream.close()
+
+
+def test_stages_print_what_a_full_disk_may_lose():
+    """With print0: what matters is in a file as well."""
+    for name in ("pretrain", "sft", "reward", "ppo", "dpo", "grpo", "distill", "rlaif", "evaluate"):
+        assert not re.search(r"(?<!\w)print\(", (ROOT / f"{name}.py").read_text()), name
+
+
+SCRIPT = """
+from dataclasses import dataclass
+from runtime.errors import UserError
+from runtime.process import launch
+
+@dataclass
+class Config:
+    # a name
+    name: str = ""
+
+def main(config):
+    print("«Bäumchen» \\u65e5 \\udcff", config.name)
+    raise UserError(f"{config.name} \\u65e5")
+
+launch(main, Config)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_show_ends_nothing(tmp_path, encoding):
+    (tmp_path / "script.py").write_text(SCRIPT, "utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "script.py", "--name=ä"]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 1 and b"\\udcff" in done.stdout and done.stderr.count(b"\n") == 1, done.stderr.decode()
 
 
 @dataclass
