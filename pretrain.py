@@ -157,6 +157,7 @@ def read_data(config, tok):
     if not val_files:
         files, val_files = zip(*[corpus.hold_out(documents, config.val_fraction) for documents in files], strict=True)
     train, val = ([document for documents in read for document in documents] for read in (files, val_files))
+    corpus.warn_of_shared_documents(train, val)
     if tok is None and config.tokenizer == "char":
         tok = tokenizer.characters("".join(train + val))
     elif tok is None:
@@ -200,8 +201,7 @@ def make_optimizer(config, model):
 
 
 def nll_sum(model, pack, targets):
-    """Sum of -log p(target) over a pack, a scalar in nats. targets: int64 [N]; IGNORE is left
-    out."""
+    """Sum of -log p(target) over a pack, in nats. targets: int64 [N]; IGNORE is left out."""
     device = model.embed.device
     return linear_cross_entropy(model(pack.to(device)), model.head, to_device(targets, device))
 

@@ -40,6 +40,21 @@ def hold_out(documents, fraction):
     return documents[:cut], documents[cut:]
 
 
+def warn_of_shared_documents(train, val):
+    """Print how many documents of `val` are in `train` too, but for case and white space."""
+
+    def key(document):
+        return hash(" ".join(document.casefold().split()))
+
+    seen = set(map(key, train)) - {key("")}
+    shared = sum(key(document) in seen for document in val)
+    if shared:
+        print0(
+            f"warning: {shared:,} of the {len(val):,} documents to validate on are trained on too (case and white "
+            "space aside): the validation loss will flatter; python -m data.prepare leaves out what is there twice"
+        )
+
+
 def encode(tok, documents, skip_bad=False):
     """The stream of some documents, int32 [T].
 

@@ -425,6 +425,21 @@ def test_every_text_file_gives_its_own_end_to_validation(tmp_path):
     assert texts(data=f"{a},{e}", val=c) == ["a" * 90 + "b" * 10 + "e" * 9 + "f", "c" * 180 + "d" * 20]
 
 
+def test_documents_that_are_trained_on_and_validated_on_are_said(tmp_path, capsys):
+    def said(train, val=()):
+        for name, texts in (("train", train), ("val", val)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        flags = {"val": str(tmp_path / "val.jsonl")} if val else {"val_fraction": 0.3}
+        pretrain.read_data(pretrain.Config(out="", data=str(tmp_path / "train.jsonl"), **flags), None)
+        return capsys.readouterr().out
+
+    assert "2 of the 3 documents to validate on are trained on" in said(
+        ["one two", "three"], ["One\n two", "four", "three"]
+    )
+    assert "1 of the 3 documents" in said([*"abcdefg", "a", "h", "i"])  # held out: the last three
+    assert said(["one", "two", ""], ["three", "", "on e"]) == said([*"abcdefghij"]) == ""
+
+
 # --------------------------------------------------------------------------------------------------
 # The loss
 
