@@ -12,7 +12,8 @@ In a chat:
     /retry               draw another answer to the last message
     /system TEXT         set the system message, from the next answer on; alone: none
     /compare CHECKPOINT  have another model answer too, from its own answers; alone: no longer
-    /save FILE           append the conversation with --model to a JSONL file that sft.py reads
+    /save FILE           append the conversation with --model to a JSONL file that sft.py reads;
+                         answers that were cut are marked, and not trained on
     /help                this list
     /quit                leave, as Ctrl-D does
 
