@@ -30,6 +30,7 @@ class Served:
     tok: tiktoken.Encoding
     is_chat_model: bool
     sampler: Sampler = None
+    slots: int = 0  # of the sampler, once there is one
     writing: dict = field(default_factory=dict)  # {request: (Job, which of its completions)}
 
     def start(self, device, slots):
@@ -41,7 +42,8 @@ class Served:
             fitting = max(1, free // 2 // model.config.slot_bytes(length, model.compute_dtype.itemsize))
         if fitting < slots:
             print0(f"{self.name}: {fitting} of --slots={slots} at once; no more of {length} tokens fit into the memory")
-        self.sampler = Sampler(model, min(slots, fitting), length)
+        self.slots = min(slots, fitting)
+        self.sampler = Sampler(model, self.slots, length)
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ such runs from the votes. Only this machine can connect, unless --host and --api
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import secrets
 import shlex
@@ -31,7 +32,6 @@ from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -42,6 +42,7 @@ from data.openai import (
     Refusal,
     encode_prompts,
     event,
+    model_entry,
     piece_of_answer,
     read_body,
     read_request,
@@ -55,7 +56,7 @@ from runtime import checkpoint
 from runtime.checkpoint import newest_finished
 from runtime.cli import check_ranges, print0
 from runtime.errors import UserError
-from runtime.http import PATIENCE, EventStream, Guard, Impatient, body_of, error_response, finish_or_leave
+from runtime.http import HANDLERS, PATIENCE, EventStream, Guard, Impatient, body_of, finish_or_leave
 from runtime.process import launch, setup
 
 WEB = Path(__file__).parent / "web"
@@ -110,16 +111,16 @@ class Server:
             if name in (served.name, flag):
                 return served
         if name != "latest":
-            message = f"model {name!r} is not served here; /v1/models lists what is"
+            message = f'model {name!r} is not served here; /v1/models lists what is, and "latest" is the first of them'
             raise Refusal(404, message, "model", "model_not_found")
         return self.models[0]
 
     async def list_models(self, request):
-        listed = []
-        for served in self.models:
-            entry = {"id": served.name, "object": "model", "created": 0, "owned_by": "feinschliff"}
-            listed.append(entry | {"context": served.model.config.context, "chat": served.is_chat_model})
+        listed = [model_entry(served) for served in self.models]
         return JSONResponse({"object": "list", "data": listed, "feedback": bool(self.journal)})
+
+    async def show_model(self, request):
+        return JSONResponse(model_entry(self.choose(request.path_params["name"])))
 
     async def complete(self, request):
         """/v1/chat/completions and /v1/completions."""
@@ -128,10 +129,10 @@ class Server:
         served = self.choose(asked.model)
         context = served.model.config.context
         prompts, ends, hidden = encode_prompts(asked, served.tok, context, served.is_chat_model)
-        n, room = asked.n * len(prompts), self.config.slots + self.config.queue
+        n, room = asked.n * len(prompts), (served.slots or self.config.slots) + self.config.queue
         if n > room:
             raise Refusal(400, f"n: {n} completions in all, but this server takes {room} at once", "n")
-        if sum(len(job.pending) for job in self.jobs) + n > room:
+        if sum(len(job.pending) for job in self.jobs if job.served is served) + n > room:
             raise Refusal(429, "too many requests wait already; come again in a second", code="rate_limit_exceeded")
         options = asked.sampling | {"n": asked.n, "max_new_tokens": asked.max_tokens, "stop": ends}
         job = Job(served, prompts, options, asked.stream or bool(asked.stop), pending=set(range(n)))
@@ -186,9 +187,12 @@ class Server:
             yield event(e.body)
         yield b"data: [DONE]\n\n"
 
-    async def take_feedback(self, request):
+    async def feedback(self, request):
         if not self.journal:
             raise Refusal(404, "nothing is kept here; start serve.py with --feedback=DIRECTORY")
+        return await (self.take_feedback if request.method == "POST" else self.show_feedback)(request)
+
+    async def take_feedback(self, request):
         entry = read_body(await body_of(request))
         try:
             kind, row = read_entry(entry)
@@ -204,8 +208,6 @@ class Server:
 
     async def show_feedback(self, request):
         """Counts, win rates, the newest rows, and the commands that train on them."""
-        if not self.journal:
-            raise Refusal(404, "nothing is kept here; start serve.py with --feedback=DIRECTORY")
         journal, config = self.journal, self.config
         newest = [row for kind in KINDS for row in list(journal.newest[kind])]
         newest.sort(key=lambda row: row.get("time") or 0, reverse=True)
@@ -225,7 +227,10 @@ class Server:
         kind = request.path_params["kind"]
         if not self.journal or kind not in KINDS:
             raise Refusal(404, "there is no such file")
-        content = self.journal.path(kind).read_bytes()  # whole, as it is now: votes may come while it is sent
+        try:
+            content = await asyncio.to_thread(self.journal.stored, kind)
+        except OSError as e:
+            raise Refusal(404, f"{kind}.jsonl: {e.strerror}; start serve.py again, which makes a new one") from None
         return Response(content, media_type="application/x-ndjson")
 
 
@@ -286,14 +291,6 @@ def static(name, kind):
     return show
 
 
-async def on_refusal(request, e):
-    return error_response(e)
-
-
-async def on_http_error(request, e):
-    return error_response(Refusal(e.status_code, f"{request.method} {request.url.path}: {e.detail}"))
-
-
 def make_app(server):
     index = static("index.html", "text/html")
     routes = [
@@ -302,14 +299,13 @@ def make_app(server):
         Route("/app.js", static("app.js", "text/javascript")),
         Route("/style.css", static("style.css", "text/css")),
         Route("/v1/models", server.list_models),
+        Route("/v1/models/{name:path}", server.show_model),
         Route("/v1/chat/completions", server.complete, methods=["POST"]),
         Route("/v1/completions", server.complete, methods=["POST"]),
-        Route("/v1/feedback", server.take_feedback, methods=["POST"]),
-        Route("/v1/feedback", server.show_feedback),
+        Route("/v1/feedback", server.feedback, methods=["GET", "POST"]),
         Route("/v1/feedback/{kind}.jsonl", server.download),
     ]
-    app = Starlette(routes=routes, exception_handlers={Refusal: on_refusal, HTTPException: on_http_error})
-    return Guard(app, server.config)
+    return Guard(Starlette(routes=routes, exception_handlers=HANDLERS), server.config)
 
 
 async def run(config, models, journal, device, listening):
@@ -319,8 +315,9 @@ async def run(config, models, journal, device, listening):
     if config.follow:
         threading.Thread(target=follow, args=(server, config.follow), daemon=True).start()
     settings = {"http": Impatient, "ws": "none", "lifespan": "off", "proxy_headers": False, "server_header": False}
-    settings |= {"log_level": "error", "access_log": False}  # a client's error goes to the client
-    limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": 1000, "timeout_graceful_shutdown": 2}
+    settings |= {"log_level": "critical", "access_log": False}  # errors are told by HANDLERS; Ctrl-C is none
+    connections = 1000 + len(models) * (config.slots + config.queue)  # all that may wait, and others
+    limits = {"timeout_keep_alive": PATIENCE, "limit_concurrency": connections, "timeout_graceful_shutdown": 2}
     host = f"[{config.host}]" if ":" in config.host else config.host
     where = f"http://{host}:{listening.getsockname()[1]}"
     print0(f"{', '.join(served.name for served in models)}: chat at {where}, OpenAI's API at {where}/v1")
@@ -337,6 +334,8 @@ def main(config):
     device = setup(config.device, 0)
     models = [load_first(config), *([load(config.compare)] if config.compare else [])]
     journal = Journal(config.feedback) if config.feedback else None
+    gc.collect()
+    gc.freeze()  # each full collection would look at all that torch has loaded, and stop all streams for 0.15 s
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listening = socket.create_server((config.host, config.port), family=family, backlog=1024)

@@ -285,6 +285,12 @@ def logprobs_of(request, pieces):
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": places}
 
 
+def model_entry(served):
+    """What /v1/models says of a model."""
+    entry = {"id": served.name, "object": "model", "created": 0, "owned_by": "feinschliff"}
+    return entry | {"context": served.model.config.context, "chat": served.is_chat_model}
+
+
 def head(request, served_name, piece):
     """The fields that an answer, or a piece of one, begins with."""
     kind = ("chat.completion.chunk" if piece else "chat.completion") if request.is_chat else "text_completion"

@@ -13,11 +13,13 @@ import re
 from urllib.parse import urlsplit
 
 import h11
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data.openai import Refusal
+from runtime.cli import print0
 from runtime.errors import UserError
 
 LARGEST_BODY = 2**20  # bytes
@@ -174,5 +176,23 @@ class Impatient(H11Protocol):
         super().connection_lost(exc)
 
 
-def error_response(e):
-    return JSONResponse(e.body, e.status, ERROR_HEADERS.get(e.status))
+def error_response(e, headers=None):
+    return JSONResponse(e.body, e.status, headers or ERROR_HEADERS.get(e.status))
+
+
+async def on_refusal(request, e):
+    return error_response(e)
+
+
+async def on_http_error(request, e):
+    refusal = Refusal(e.status_code, f"{request.method} {request.url.path}: {e.detail}")
+    return error_response(refusal, e.headers)  # a 405 says what is allowed
+
+
+async def on_failure(request, e):
+    """A bug here, or a disk that fails: a line on the terminal instead of a traceback."""
+    print0(f"error: {request.method} {request.url.path!r}: {e!r}")
+    return error_response(Refusal(500, f"{request.url.path}: the server failed, and says why on its terminal"))
+
+
+HANDLERS = {Refusal: on_refusal, HTTPException: on_http_error, Exception: on_failure}

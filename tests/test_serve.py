@@ -4,7 +4,9 @@ that leave or dawdle, votes that a kill does not lose, new checkpoints, the page
 import asyncio
 import json
 import re
+import resource
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -22,7 +24,7 @@ import engine
 import serve
 from bench import browser
 from bench.child import Child, run_script
-from data import chat, tokenizer
+from data import chat, feedback, tokenizer
 from data.openai import INERT, READ_CHAT, READ_TEXT
 from data.pack import make_completion
 from data.rows import message
@@ -117,6 +119,17 @@ def expected(run, messages, max_new_tokens, **options):
 
 def text_of(ids):
     return b"".join(TOK.decode_single_token_bytes(i) for i in ids if i < 256).decode("utf-8", "replace")
+
+
+def answer_of(server, path):
+    """What a serve.Server answers, without a network."""
+
+    async def ask():
+        transport = httpx.ASGITransport(serve.make_app(server), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,6 +295,29 @@ def test_a_body_may_have_a_byte_order_mark(server):
     assert server.http.post("/v1/chat/completions", content=body).status_code == 200
 
 
+def test_a_model_is_found_by_every_name_that_it_answers_to(server, models):
+    client, wild = server.client(), str(models / "wild" / "step_000001")
+    for name in (wild, str(models / "wild"), "latest"):
+        assert client.models.retrieve(name).id == wild
+    assert client.models.retrieve(str(models / "endless")) == client.models.list().data[1]
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here"):
+        client.models.retrieve("gpt-4")
+
+
+def test_a_wrong_method_is_told_the_right_ones(server):
+    for path, allowed in (("/v1/chat/completions", {"POST"}), ("/v1/feedback", {"GET", "HEAD", "POST"})):
+        answer = server.http.delete(path)
+        assert answer.status_code == 405 and set(answer.headers["allow"].split(", ")) == allowed
+
+
+def test_a_bug_is_a_line_on_the_terminal_and_an_error_in_openais_shape(capsys):
+    answer = answer_of(serve.Server(serve.Config("m"), [None], None, None), "/v1/models")  # a model that is none
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "/v1/models" in answer.json()["error"]["message"] and "nosniff" in str(answer.headers)
+    said = capsys.readouterr().out
+    assert said.startswith("error: GET '/v1/models': AttributeError(") and said.count("\n") == 1
+
+
 def test_a_base_model_continues_texts_and_does_not_chat(serving, models):
     served = serving(model=models / "base")
     assert "not a chat model" in served.ask().json()["error"]["message"]
@@ -383,6 +419,55 @@ def test_requests_that_come_together_are_counted_together(models):
         return [one.result().status_code for one in answered]
 
     assert asyncio.run(ask_at_once(20)) == 17 * [429]
+
+
+def test_each_model_has_a_queue_of_its_own_behind_the_slots_that_fit(models):
+    async def ask():
+        config = serve.Config(model=str(models / "wild"), compare=str(models / "base"), slots=4, queue=2)
+        served = [serve.load(config.model), serve.load(config.compare)]
+        served[0].slots = 1  # as after `start`, when no more fit into the memory
+        thread = engine.ModelThread("cpu", 4, asyncio.get_running_loop())  # not started: all that is taken waits
+        app = serve.make_app(serve.Server(config, served, None, thread))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+
+            async def status(model, n):
+                """Of n completions; None if they wait."""
+                body, taken = {"model": model, "prompt": "hi", "n": n, "max_tokens": 1}, thread.inbox.qsize()
+                asked = asyncio.ensure_future(client.post("/v1/completions", json=body))
+                waiting.append(asked)
+                while not asked.done() and thread.inbox.qsize() == taken:
+                    await asyncio.sleep(0.001)
+                return asked.result().status_code if asked.done() else None
+
+            waiting = []
+            found = [await status(model, n) for model in (config.model, config.compare) for n in (4, 7, 3, 1, 3)]
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return found
+
+    assert asyncio.run(ask()) == [400, 400, None, 429, 429] + [None, 400, 429, None, 429]
+
+
+def test_as_many_may_connect_as_may_wait(server):
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip("a process may not open as many files here")
+    clients = [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(1010)]
+    clients[-1].sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")  # when all are connected
+    assert b"200 OK" in clients[-1].recv(4096)
+    for s in clients:
+        s.close()
+
+
+def test_ctrl_c_while_somebody_streams_is_no_traceback(serving, models):
+    served = serving(model=models / "endless")
+    running = iter(server_events(served, max_tokens=3900))
+    next(running)
+    served.child.send(signal.SIGINT)
+    time.sleep(0.2)
+    served.child.send(signal.SIGINT)  # once more: it waits no longer for the stream
+    _, output = served.child.wait(20)
+    assert output.count("\n") == 1, output
 
 
 def test_idle_and_slow_clients_are_dropped_and_others_are_served(serving, models):
@@ -543,6 +628,14 @@ def test_a_vote_is_stored_once_and_shown(server):
     assert server.http.get("/v1/feedback/secrets.jsonl").status_code == 404
 
 
+def test_a_file_that_is_gone_is_not_found(tmp_path):
+    server = serve.Server(serve.Config("m"), [], feedback.Journal(tmp_path), None)
+    assert answer_of(server, "/v1/feedback/ties.jsonl").status_code == 200
+    (tmp_path / "ties.jsonl").unlink()
+    answer = answer_of(server, "/v1/feedback/ties.jsonl")
+    assert answer.status_code == 404 and "ties.jsonl: No such file" in answer.json()["error"]["message"]
+
+
 def test_votes_on_very_many_models_show_the_rates_of_those_with_most(server):
     for i in range(10):
         server.http.post("/v1/feedback", json=vote(f"often {i}", models=["often", f"rare {i}"]))
@@ -619,7 +712,7 @@ def test_a_server_takes_as_many_slots_as_fit_into_half_of_a_cpus_free_memory(mak
         monkeypatch.setattr(engine, "available_memory", lambda device, phase, free=free: free and int(free))
         served = engine.Served("m", model, None, True)
         served.start("cpu", 8)
-        assert served.sampler.slots == slots
+        assert served.sampler.slots == served.slots == slots
         assert (f"{slots} of --slots=8" in capsys.readouterr().out) == (slots < 8)
 
 
