@@ -86,7 +86,7 @@ def read_entry(entry):
 def read_judgement(entry, said):
     """`read_entry` of an entry that says a vote, a label or a correction."""
     prompt = rows.ends_with(rows.check_messages(entry.get("prompt"), "prompt"), "user", "prompt")
-    by = entry.get("by") or ""
+    by = "" if entry.get("by") is None else entry["by"]
     if not isinstance(by, str) or len(by) > 64:
         raise ValueError('"by" is a name of at most 64 characters, or missing')
     end = {"time": round(time.time(), 3), "by": by}
@@ -154,12 +154,16 @@ def identity(kind, row):
     counts; `said` tells a repetition from a change of mind."""
     if kind in ("pairs", "ties"):
         about = "vote", row["prompt"], sorted(row.get("answers") or [row["chosen"], row["rejected"]])
-        said = row.get("vote") or row["chosen"]
+        said = row.get("vote") or digest(row["chosen"])  # the text itself would fill a server's memory
     elif kind == "ratings":
         about, said = ("rating", row["prompt"], row["completion"]), row["label"]
     else:
         about, said = ("correction", row["messages"]), True
-    return hashlib.sha256(json.dumps([about, row.get("by", "")]).encode()).digest(), said
+    return digest([about, row.get("by", "")]), said
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).digest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,6 +188,12 @@ class Journal:
 
     def path(self, kind):
         return self.folder / f"{kind}.jsonl"
+
+    def stored(self, kind):
+        """The bytes of a file that are on the disk: whole lines, while more may be written."""
+        size = self.sizes[kind]
+        with open(self.path(kind), "rb") as f:
+            return f.read(size)
 
     def take_over(self, kind):
         """Count the rows of a file, which is made if it is not there -> its size.
@@ -331,8 +341,9 @@ def write_rows(files, overwrite):
 
 
 # --------------------------------------------------------------------------------------------------
-# Open WebUI's export: a JSON array of {"type": "rating", "data": {"rating": 1 or -1, "model_id",
-# "sibling_model_ids"}, "meta": {"message_id"}, "snapshot": {"chat": {"chat": {"history"}}}}
+# Open WebUI's export: a JSON array of {"type": "rating", "user_id", "data": {"rating": 1 or -1,
+# "model_id", "sibling_model_ids"}, "meta": {"message_id"},
+# "snapshot": {"chat": {"chat": {"history"}}}}
 
 
 def content_of(message):
@@ -367,7 +378,7 @@ def open_webui_rows(item):
         prompt.insert(0, rows.message("system", system))
     prompt = rows.ends_with(rows.check_messages(prompt, "messages"), "user", "messages")
     said = {name: data[name] for name in ("reason", "comment") if data.get(name)}
-    end = {"time": item.get("created_at"), "by": ""} | said
+    end = {"time": item.get("created_at"), "by": str(item.get("user_id") or "")} | said
     completion, model = rows.text_of(content_of(answer), "content").rstrip(), str(data.get("model_id"))
     rating = {"prompt": prompt, "completion": completion, "label": label, "model": model, "seed": None}
     found = [("ratings", rating | end)]
@@ -390,7 +401,7 @@ def read_open_webui(path):
         raise UserError(f"{path}: not valid JSON ({e}); export it again") from None
     if not isinstance(items, list):
         raise UserError(f"{path}: an array of feedback was expected, as Open WebUI exports it")
-    found, unrated = {"pairs": [], "ratings": []}, 0
+    found, unrated = [], 0
     for i, item in enumerate(items):
         try:
             if item["type"] != "rating":
@@ -399,14 +410,36 @@ def read_open_webui(path):
                 unrated += 1
                 continue
             for kind, row in open_webui_rows(item):
-                found[kind].append(row)
+                PARSE[kind](row)
+                found.append((kind, row))
         except KeyError as e:
             raise UserError(f"{path}: item {i} has no {e}; correct or remove it") from None
-        except (ValueError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: item {i}: {e}; correct or remove it") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path}: item {i}: {reason(e)}; correct or remove it") from None
     if unrated:
         print(f"{path}: {unrated:,} comments without a rating are left out")
-    return found
+    found = once(found)
+    return {name: [row for kind, row in found if kind == name] for name in ("pairs", "ratings")}
+
+
+def once(found):
+    """[(kind, row)] without what a voter had said before, and without pairs of answers that he
+    rated alike."""
+    kept, labels = {}, {}
+    for kind, row in found:
+        key, said = identity(kind, row)
+        kept.setdefault(key, (kind, row))
+        labels.setdefault(key, said)
+
+    def label(row, answer):
+        key, _ = identity("ratings", row | {"completion": answer, "label": None})
+        return labels.get(key)
+
+    return [
+        (kind, row)
+        for kind, row in kept.values()
+        if kind == "ratings" or label(row, row["chosen"]) != label(row, row["rejected"])
+    ]
 
 
 def main(config):

@@ -59,6 +59,7 @@ def test_a_field_that_would_not_be_kept_is_refused_by_name():
     with pytest.raises(ValueError, match='"comment" is not kept; leave it out'):
         read_entry(ONE | {"label": True, "comment": "because"})
     assert read_entry(ONE | {"label": True, "comment": None})[0] == "ratings"
+    assert read_entry(ONE | {"label": True, "by": None})[1]["by"] == ""
 
 
 def test_what_was_preferred_comes_first_and_the_trainers_read_it():
@@ -101,6 +102,10 @@ def test_what_was_preferred_comes_first_and_the_trainers_read_it():
         (TWO | {"vote": "left", "seeds": [1, "2"]}, "seed"),
         (TWO | {"vote": "left", "by": "x" * 65}, '"by"'),
         (TWO | {"vote": "left", "by": 1}, '"by"'),
+        (TWO | {"vote": "left", "by": 0}, '"by"'),
+        (TWO | {"vote": "left", "by": []}, '"by"'),
+        (TWO | {"vote": "left", "by": {}}, '"by"'),
+        (TWO | {"vote": "left", "by": False}, '"by"'),
         (TWO | {"vote": "left", "prompt": [*PROMPT, message("assistant", "x")]}, "the last one must be of 'user'"),
         (TWO | {"vote": "left", "prompt": "hi"}, "list of messages"),
         (ONE | {"label": 1}, "true or false"),
@@ -139,6 +144,20 @@ def test_one_vote_a_pair_and_voter_also_after_a_restart(journal, tmp_path):
     assert second.counts == {"pairs": 1, "tie": 1, "ratings": 1}
     assert second.matches == {("a", "b", "win"): 1, ("a", "b", "tie"): 1}
     assert len(lines(tmp_path, "pairs")) == len(lines(tmp_path, "ties")) == len(lines(tmp_path, "ratings")) == 1
+
+
+def test_long_answers_do_not_stay_in_the_memory(journal):
+    one = journal()
+    store(one, TWO | {"vote": "left", "answers": ["yes " * 10_000, "no"]})
+    assert [len(said) for said in one.said.values()] == [32]
+
+
+def test_what_is_told_of_a_file_is_on_the_disk(journal, tmp_path):
+    one, file = journal(), tmp_path / "feedback/pairs.jsonl"
+    store(one, TWO | {"vote": "left"})
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"prompt": [')  # a line that is being written
+    assert one.stored("pairs") == whole
 
 
 def test_votes_that_come_together_are_told_apart(journal, tmp_path):
@@ -407,7 +426,7 @@ def import_webui(tmp_path, items):
 def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path, capsys):
     prompt = [message("user", "hi"), message("assistant", "hello"), message("user", "2 + 2?")]
     pairs, ratings = import_webui(
-        tmp_path, [webui_item(comment="right"), webui_item("-1", siblings=("llama", "gemma"))]
+        tmp_path, [webui_item(comment="right"), webui_item("-1", siblings=("llama", "gemma")) | {"user_id": "Bob"}]
     )
     assert [(p["chosen"], p["rejected"], p["models"]) for p in pairs] == [
         ("4", "5", ["qwen", "llama"]),
@@ -435,6 +454,22 @@ def test_ratings_of_open_webui_become_pairs_and_ratings(tmp_path, capsys):
     pairs, ratings = import_webui(tmp_path, [item])
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("    return 4", " 5")
     assert ratings[0]["completion"] == "    return 4"
+
+
+def test_open_webuis_answers_are_compared_once_and_not_if_they_are_rated_alike(tmp_path):
+    def items(of_c, of_d):
+        d = webui_item(of_d, siblings=("qwen",), model_id="llama") | {"meta": {"message_id": "d"}}
+        return [webui_item(of_c), d]
+
+    def imported(items):
+        pairs, ratings = import_webui(tmp_path, items)
+        return [(p["chosen"], p["rejected"], p["by"]) for p in pairs], len(ratings)
+
+    assert imported(items(1, 1)) == imported(items(-1, -1)) == ([], 2)
+    assert imported(items(1, -1)) == imported(2 * items(1, -1)) == ([("4", "5", "")], 2)
+    assert imported(items(-1, 1)) == ([("5", "4", "")], 2)
+    people = [item | {"user_id": name} for name in ("Ada", "Bob") for item in items(1, -1)]
+    assert imported(people) == ([("4", "5", "Ada"), ("4", "5", "Bob")], 4)
 
 
 @pytest.mark.parametrize("name", ["a", "c", "d"])
@@ -490,6 +525,10 @@ MESSAGES = ("snapshot", "chat", "chat", "history", "messages")
         ([changed("b", files=[{"type": "image", "url": "x"}])], "files"),
         ([changed("b", role="tool")], "'tool'"),
         ([webui_item() | {"type": "arena"}], "'arena'"),
+        # what no trainer reads
+        ([webui_item(), changed("c", content="4<|im_end|>")], "item 1: .* in a chat template already"),
+        ([webui_item(), changed("d", content="5<|im_end|>")], "item 1: .* in a chat template already"),
+        ([webui_item(), webui_item(comment="tie")], 'item 1: "comment" says something that is not read'),
         ([webui_item() | {"snapshot": None}], "item 0: "),
         ({"a": 1}, "an array"),
         ("[", "an array"),
