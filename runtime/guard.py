@@ -145,6 +145,11 @@ def set_threshold(counts):
     gc.set_threshold(*counts)
 
 
+def flush_denormal():
+    """Whether numbers below the smallest normal one become 0; PyTorch can only set it."""
+    return sys.float_info.min / 2 == 0
+
+
 # What a run needs: to be stopped, to notice a late call, to wait for children, to lose its reader
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGPIPE")  # some systems lack some
 SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
@@ -237,6 +242,7 @@ KEPT = [  # (read, set): as before after each call and after the import
     (current_locale, set_locale),
     (gc.isenabled, set_collection),
     (np.geterr, set_numpy_errors),
+    (np.random.get_bit_generator, np.random.set_bit_generator),  # which own_random's states are of
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_inference_mode_enabled, set_inference_mode),
     (torch.is_grad_enabled, torch.set_grad_enabled),  # after the line above, which changes it
@@ -248,6 +254,8 @@ KEPT = [  # (read, set): as before after each call and after the import
     (hooks, set_hooks),
     (decimal_context, decimal.setcontext),
     (gc.get_threshold, set_threshold),
+    (gc.get_debug, gc.set_debug),
+    (flush_denormal, torch.set_flush_denormal),
     (sys.getswitchinterval, sys.setswitchinterval),
     (deterministic, set_deterministic),
 ]
@@ -438,6 +446,7 @@ def guard(name):
     """
     file, _, function = name.rpartition(":")
     process, interrupts, error = os.getpid(), [], None
+    path = os.path.join(working_directory() or os.sep, file)  # the body may leave this directory, or delete it
     recursion_limit = sys.getrecursionlimit()
 
     def on_interrupt(number, frame):
@@ -453,7 +462,7 @@ def guard(name):
             finally:
                 sys.setrecursionlimit(recursion_limit)  # first: all that follows calls functions
         except BaseException as e:
-            error = e if isinstance(e, UserError) else UserError(describe(e, os.path.realpath(file)))
+            error = e if isinstance(e, UserError) else UserError(describe(e, os.path.realpath(path)))
             status = exit_status(e)
         if os.getpid() != process:
             leave_child(error, status if error else 0)

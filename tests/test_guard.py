@@ -83,6 +83,22 @@ def test_whatever_a_reward_raises_names_it_its_completion_and_its_row(tmp_path, 
     assert "for the completion 'A' and the row {'id': 7, " in message and sys.getrecursionlimit() == limit
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import tempfile\nwith tempfile.TemporaryDirectory() as d:\n    os.chdir(d)\n    raise ValueError('x')",
+        "os.chdir('/')\nraise ValueError('x')",
+    ],
+)
+def test_an_error_in_another_directory_or_in_none_names_its_line(tmp_path, body, monkeypatch):
+    """The file is named as a user does, from the directory of the run."""
+    monkeypatch.chdir(tmp_path)
+    write_reward(tmp_path, body)
+    with pytest.raises(UserError, match=rf"ValueError: x \({tmp_path}/mine.py:\d+\), for the completion 'A'"):
+        score("mine.py:reward")
+    assert os.getcwd() == str(tmp_path)
+
+
 @pytest.mark.parametrize("body", ["exit()", "raise KeyboardInterrupt", "import nothing_of_this_name", "x = ("])
 def test_a_file_that_leaves_as_it_is_imported_is_named(tmp_path, body):
     name = write_reward(tmp_path, "return 1.0", body + "\ndef reward(prompt, completion, row):\n")
@@ -203,6 +219,9 @@ CHANGES = {
     "print and open": "import builtins; print('x', end=''); builtins.print = builtins.open = None",
     "decimals": "import decimal; decimal.getcontext().prec = 2",
     "collector's counts": "gc.set_threshold(1)",
+    "collector's messages": "gc.set_debug(gc.DEBUG_UNCOLLECTABLE)",
+    "denormal numbers": "torch.set_flush_denormal(True)",
+    "generator of numpy": "np.random.set_bit_generator(np.random.PCG64(1))",
     "switches of threads": "sys.setswitchinterval(2)",
     "writes that do not wait": "os.set_blocking(2, not os.get_blocking(2))",
     "limits": "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (9, r.getrlimit(r.RLIMIT_FSIZE)[1]))",
@@ -223,7 +242,8 @@ def settings():
     numbers += [torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(), torch.backends.mkldnn.enabled]
     python += [sys.excepthook, threading.excepthook, builtins.print, builtins.open, sys.getswitchinterval()]
     python += [decimal.getcontext().prec, gc.get_threshold(), os.get_blocking(2), os.sched_getaffinity(0)]
-    python += [resource.getrlimit(resource.RLIMIT_FSIZE)]
+    python += [resource.getrlimit(resource.RLIMIT_FSIZE), gc.get_debug()]
+    numbers += [(torch.tensor(1e-310, dtype=torch.float64) * 1.5).item() > 0, np.random.get_bit_generator()]
     return [handlers, timers, signal.pthread_sigmask(signal.SIG_BLOCK, ()), python, numbers]
 
 
