@@ -244,6 +244,7 @@ def main(config):
         else:
             completions = complete_rows(model, tok, batch, step, config)
             items, metrics = with_teachers(completions, config), endings(completions)
+            run.warn_of_cut(metrics["finished"])
             run.time_phase("rollout")
         chats = [item for item, _ in items]
         if not config.offline and step == run.start + 1:  # what is sampled from is what is differentiated

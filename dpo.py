@@ -71,9 +71,9 @@ class Config(RunConfig):
     val: str = ""
     # share of --data to hold out [> 0; < 1]
     val_fraction: float = 0.05
-    # passes over the pairs [> 0]
+    # passes over the pairs [> 0; <= 10000]
     epochs: float = 1.0
-    # optimizer steps; 0: as many as --epochs takes
+    # optimizer steps; 0: as many as --epochs takes [<= 1000000]
     steps: int = 0
     # pairs (kto: completions) per optimizer step, over all ranks [>= 1]
     batch_size: int = 64

@@ -120,8 +120,7 @@ def apply_recipe(config):
     for name, value in (DEFAULT_RECIPE | RECIPES[config.recipe]).items():
         if vars(config)[name] == vars(Config)[name]:
             setattr(config, name, value)
-    flags = ", ".join(f"{name} {vars(config)[name]}" for name in DEFAULT_RECIPE)
-    print0(f"recipe {config.recipe}: {flags}")
+    print0(f"recipe {config.recipe}:", ", ".join(f"{name} {vars(config)[name]}" for name in DEFAULT_RECIPE))
 
 
 def check_flags(config):
@@ -347,6 +346,7 @@ def main(config):
 
         # 2. Advantages: how much better each completion is than its group
         trained, groups = find_advantages(completions, config)
+        run.warn_of_advantages(get_per_token(model, trained, "advantages"))
         chats = [c.chat for c in trained]
 
         # 3. Log-probabilities [M] before the update; a single update computes them itself

@@ -44,7 +44,7 @@ from runtime import checkpoint, memory
 from runtime.batches import index_order, minibatches
 from runtime.cli import print0, refuse_unread
 from runtime.errors import UserError
-from runtime.process import launch, rank, reduce_sum, world_size
+from runtime.process import launch, reduce_max, reduce_sum
 from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
 
 
@@ -135,22 +135,25 @@ def gae(rewards, values, lengths, gamma, lam):
 
 
 def mean_and_variance(x):
-    """(mean, variance) of x over the tokens of all ranks."""
+    """(mean, variance) of x over the tokens of all ranks; a variance under 1e-12 mean^2 counts as
+    that, since fp32 rounds as much."""
     wide = x.cpu().double()  # Apple's GPUs have no fp64
     n, total, squares = reduce_sum(len(x), wide.sum(), wide.square().sum())
-    return total / n, max(0.0, squares / n - (total / n) ** 2)
+    mean = total / n
+    return mean, max(1e-12 * mean**2, squares / n - mean**2)
 
 
 def whiten(x):
     """x minus its mean, divided by its standard deviation."""
     mean, variance = mean_and_variance(x)
-    return (x - mean) / (variance**0.5 + 1e-8)
+    return (x - mean) / (variance**0.5 or 1)
 
 
 def explained_variance(values, returns):
     """The share of the returns' variance that the critic predicted. 1: perfect; 0: no better than
     a constant."""
-    return 1 - mean_and_variance(returns - values)[1] / max(mean_and_variance(returns)[1], 1e-12)
+    error, variance = mean_and_variance(returns - values)[1], mean_and_variance(returns)[1]
+    return 1 - error / (variance or error or 1)
 
 
 def policy_loss(logp, old_logp, advantages, clip_ratio):
@@ -188,13 +191,13 @@ class Beta:
         self.value = state["value"]
 
 
-def warn_of_rewards(run, completions, kl_penalties):
-    """See Run.warn_of_rewards; the rewards are the scores without our own penalty, kl_penalties
-    [M]."""
+def warn_of_rewards(run, completions, kl_penalties, values):
+    """See Run.warn_of_rewards; the rewards are the scores without our own penalty, kl_penalties and
+    values [M]."""
     penalty, lengths = run.config.unfinished_penalty, [c.n_tokens for c in completions]
     rewards = [c.score + penalty * (not c.sample.finished) for c in completions]
     kl_of_each = [part.sum().item() for part in kl_penalties.cpu().split(lengths)]  # one wait for the GPU
-    run.warn_of_rewards(rewards, kl_of_each)
+    run.warn_of_rewards(rewards, kl_of_each, values.tolist())
 
 
 def load_critic(run, policy, tok):
@@ -237,9 +240,7 @@ def add_gradients(policy, critic, completions, n_tokens, config, center):
             sums += torch.stack([x.sum() for x in (losses, value_losses, approx_kl, clipped, ratio)]) / n_tokens
             max_ratio = torch.maximum(max_ratio, ratio.max())
     means = dict(zip(UPDATE_STATS, reduce_sum(*sums.tolist()), strict=True))
-    # A maximum over the ranks, by a sum in which each rank fills only its own place
-    max_ratios = reduce_sum(*[max_ratio.item() if r == rank() else 0.0 for r in range(world_size())])
-    return means | {"max_ratio": max(max_ratios)}
+    return means | {"max_ratio": reduce_max(max_ratio.item())}
 
 
 def ppo_update(run, step, policy, critic, optimizers, completions, lr_scale, center):
@@ -299,8 +300,8 @@ def main(config):
         # 3. Advantages: how much better each token [M] turned out than the critic expected
         logp, ref_logp = read_logprobs(run, step, policy, reference, completions)  # logp is set as old_logp
         gap = check_sampler_matches_trainer(policy, completions, logp, config)
-        warn_of_rewards(run, completions, beta.value * (logp - ref_logp))
         values = values_no_grad(critic, chats, config.micro_batch_tokens) - center
+        warn_of_rewards(run, completions, beta.value * (logp - ref_logp), values)
         rewards = token_rewards([c.score for c in completions], logp, ref_logp, lengths, beta.value)
         advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
         advantages = whiten(advantages)

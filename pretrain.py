@@ -75,7 +75,7 @@ class Config(RunConfig):
     window_every: int = 1
     # share of activations to drop, for small corpora that are seen many times [>= 0; < 1]
     dropout: float = 0.0
-    # optimizer steps; 0: 20 tokens per parameter (Chinchilla) [may change on resume]
+    # optimizer steps; 0: 20 tokens per parameter (Chinchilla) [<= 1000000; may change on resume]
     steps: int = 0
     # tokens per optimizer step, over all ranks; 0: 1024 x depth^2
     batch_tokens: int = 0

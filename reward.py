@@ -50,9 +50,9 @@ class Config(RunConfig):
     val: str = ""
     # share of --data to hold out [> 0; < 1]
     val_fraction: float = 0.05
-    # how often each pair is seen [> 0]
+    # how often each pair is seen [> 0; <= 10000]
     epochs: float = 1.0
-    # optimizer steps; 0: as many as --epochs takes
+    # optimizer steps; 0: as many as --epochs takes [<= 1000000]
     steps: int = 0
     # pairs per optimizer step, over all ranks [>= 1]
     batch_size: int = 64
@@ -166,6 +166,8 @@ def main(config):
     steps, epochs = order.plan(config.batch_size, config.epochs, config.steps)
     print0(f"{len(train):,} pairs; {steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
+    if samples:
+        run.warn_of_cut(sum(s.finished for s in samples) / len(samples))
 
     for step in run.steps():
         # 4. Learn from a batch of pairs

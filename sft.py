@@ -44,7 +44,7 @@ class Config(RunConfig):
     # conversations: .jsonl, .parquet or hf:NAME, comma-separated, with or without :WEIGHT (formats:
     # data/rows.py)
     data: str
-    # how often each conversation is seen [> 0]
+    # how often each conversation is seen [> 0; <= 10000]
     epochs: float = 1.0
     # -- What you may set --
     # conversations to validate on; "": hold out some of --data
@@ -59,7 +59,7 @@ class Config(RunConfig):
     replay: str = ""
     # share of the replayed text in the tokens of a batch [> 0; < 1]
     replay_share: float = 0.1
-    # optimizer steps; 0: as many as --epochs takes
+    # optimizer steps; 0: as many as --epochs takes [<= 1000000]
     steps: int = 0
     # tokens per optimizer step, over all ranks; 0: 256 x layers^2
     batch_tokens: int = 0

@@ -36,8 +36,11 @@ REPORT = "tests/test_report.py"
 ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.py"
 EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 TEMPLATES = "tests/test_template.py"
+SAMPLE = "tests/test_sample.py"
 SERVE, FEEDBACK = "tests/test_serve.py", "tests/test_feedback.py"
 WEBUI = f"{FEEDBACK}::test_ratings_of_open_webui_become_pairs_and_ratings"
+QUEUES = f"{SERVE}::test_each_model_has_a_queue_of_its_own_behind_the_slots_that_fit"
+WEBUI_ONCE = f"{FEEDBACK}::test_open_webuis_answers_are_compared_once_and_not_if_they_are_rated_alike"
 ROUNDS = f"{FEEDBACK}::test_a_round_trains_on_the_new_votes_from_the_newest_model"
 SIGNALS = f"{FEEDBACK}::test_a_signal_lets_a_step_save_and_no_other_round_begins_beside_one"
 NEWEST = f"{FEEDBACK}::test_the_newest_finished_run_is_found"
@@ -516,6 +519,8 @@ MUTANTS = [
     ),
     ("std_with_a_floor", "grpo.py", "std(1, keepdim=True).clamp(min=1e-300)", "std(1, keepdim=True) + 1e-4", GRPO),
     ("rounding_teaches", "grpo.py", "text = c.index //", "text = c.score, c.index //", GRPO),
+    ("endless_plan_of_epochs", "sft.py", "[> 0; <= 10000]", "[> 0]", RUN),
+    ("endless_plan_of_steps", "reward.py", " [<= 1000000]", "", RUN),
     ("epochs_beside_steps", "sft.py", "    if config.steps:\n        refuse", "    if False:\n        refuse", RUN),
     ("requests_counted_late", "serve.py", "        self.jobs.add(job)  # at once", "        pass  # at once", SERVE),
     (
@@ -568,8 +573,47 @@ MUTANTS = [
     ("standstill_unsaid", "runtime/run.py", "if self.idle_steps >= min(10, self.total_steps):", "if False:", RUN),
     ("standstill_forgotten_on_resume", "runtime/run.py", 'int(counters["idle_steps"])', "0", RUN),
     ("entropy_falls_unsaid", "runtime/run.py", 'if entropy < first["entropy"] / 10:', "if False:", RUN),
-    ("cut_endings_unsaid", "runtime/run.py", "elif finished < 0.5:", "elif False:", RUN),
-    ("zero_loss_unsaid", "runtime/run.py", 'if metrics["updates"] and abs(metrics["loss"]) < 1e-6:', "if False:", RUN),
+    ("cut_endings_unsaid", "runtime/run.py", "if finished < 0.5:", "if False:", RUN),
+    ("zero_loss_unsaid", "runtime/run.py", 'abs(metrics["loss"]) < 1e-6', "False", RUN),
+    ("cut_students_unsaid", "distill.py", '            run.warn_of_cut(metrics["finished"])\n', "", DISTILL),
+    (
+        "cut_center_unsaid",
+        "reward.py",
+        "    if samples:\n",
+        "    if False:\n",
+        f"{RM}::test_a_center_of_completions_that_the_limit_cuts_is_said_once",
+    ),
+    (
+        "grpo_beside_its_kl",
+        "runtime/run.py",
+        "if 0 < size < 1e-3 * beta:",
+        "if False:",
+        f"{GRPO}::test_rewards_that_are_nothing_beside_the_kl_are_said_once",
+    ),
+    (
+        "stands_still_and_learns",
+        "runtime/run.py",
+        ' and "small_rewards" not in self.warnings',
+        "",
+        f"{GRPO}::test_rewards_that_are_nothing_beside_the_kl_are_said_once",
+    ),
+    (
+        "ppo_beside_its_critic",
+        "runtime/run.py",
+        "max(np.ptp(kl_penalties), np.ptp(values))",
+        "np.ptp(kl_penalties)",
+        f"{PPO}::test_rewards_that_are_nothing_beside_the_critics_values_are_said_once",
+    ),
+    (
+        "equal_but_for_the_penalty",
+        "runtime/run.py",
+        "1e-12 * max(size, self.config.unfinished_penalty)",
+        "1e-12 * size",
+        f"{PPO}::test_a_reward_that_ppo_can_hardly_learn_from_is_said_once",
+    ),
+    ("whitened_by_an_absolute_floor", "ppo.py", "(variance**0.5 or 1)", "(variance**0.5 + 1e-8)", PPO),
+    ("rounding_whitened", "ppo.py", "max(1e-12 * mean**2, ", "max(0.0, ", PPO),
+    ("explained_by_an_absolute_floor", "ppo.py", "(variance or error or 1)", "max(variance, 1e-12)", PPO),
     ("longer_run_unsaid", "runtime/run.py", "if self.total_steps != old_steps:", "if False:", PRETRAIN),
     ("falling_unsaid_without_reference", "dpo.py", "else metrics[name])", "else -1e9)", DPO),
     ("all_right_is_all_equal", "grpo.py", '"all_right": equal & right[:, 0]', '"all_right": equal', GRPO),
@@ -634,8 +678,8 @@ MUTANTS = [
     (
         "half_a_file_left",
         "runtime/files.py",
-        "                temporary.unlink()\n        raise",
-        "                pass\n        raise",
+        "                temporary.unlink()\n        if not",
+        "                pass\n        if not",
         FILES,
     ),
     (
@@ -909,6 +953,16 @@ MUTANTS = [
     ("autocast_of_a_reward_stays", "runtime/guard.py", "    (autocast, set_autocast),\n", "", GUARD),
     ("limits_of_a_reward_stay", "runtime/guard.py", "    KEPT += [(limits, set_limits)]\n", "", GUARD),
     ("print_of_a_reward_stays", "runtime/guard.py", "    (hooks, set_hooks),\n", "", GUARD),
+    ("denormals_of_a_reward_stay", "runtime/guard.py", "    (flush_denormal, torch.set_flush_denormal),\n", "", GUARD),
+    ("messages_of_the_collector_stay", "runtime/guard.py", "    (gc.get_debug, gc.set_debug),\n", "", GUARD),
+    (
+        "generator_of_a_reward_stays",
+        "runtime/guard.py",
+        "    (np.random.get_bit_generator, np.random.set_bit_generator),  #",
+        "    #",
+        GUARD,
+    ),
+    ("line_of_another_directory", "runtime/guard.py", "os.path.realpath(path)", "os.path.realpath(file)", GUARD),
     ("user_of_a_reward_stays", "runtime/guard.py", "(os.geteuid, os.seteuid), ", "", GUARD),
     (
         "lasting_change_a_traceback",
@@ -941,6 +995,20 @@ MUTANTS = [
         f"{EVALUATE}::test_what_cannot_be_measured_is_one_clear_line",
     ),
     ("module_without_its_name", "scoring.py", "sys.modules[spec.name] = ", "", GUARD),
+    (
+        "stopped_by_its_own_stderr",
+        "runtime/process.py",
+        "with contextlib.suppress(OSError):",
+        "with contextlib.suppress(KeyError):",
+        PROCESS,
+    ),
+    (
+        "held_up_by_a_full_stdout",
+        "runtime/process.py",
+        "        finally:\n            say(",
+        "        except KeyError:\n            pass\n        else:\n            say(",
+        PROCESS,
+    ),
     ("held_up_by_a_thread", "runtime/process.py", "        timer.start()\n", "", PROCESS),
     ("weight_that_is_no_number", "scoring.py", "if not abs(factor) <= LARGEST_REWARD:", "if factor is None:", SCORING),
     (
@@ -1312,7 +1380,7 @@ MUTANTS = [
         "order = -1 if first_wins else 1",
         FEEDBACK,
     ),
-    ("voter_forgotten", "data/feedback.py", 'json.dumps([about, row.get("by", "")])', "json.dumps([about])", FEEDBACK),
+    ("voter_forgotten", "data/feedback.py", 'digest([about, row.get("by", "")])', "digest([about])", FEEDBACK),
     ("torn_line_kept", "data/feedback.py", "path.stat().st_size - len(torn)", "path.stat().st_size", FEEDBACK),
     ("no_fsync", "data/feedback.py", "return append(path, data)", "return append(path, data, sync=False)", FEEDBACK),
     ("half_line_left", "data/feedback.py", 'append(path, b"", size)  #', "pass  #", FEEDBACK),
@@ -1768,15 +1836,15 @@ MUTANTS = [
     (
         "nothing_kept_and_all_lost",
         "evaluate.py",
-        "    figures, remarks = mean",
-        "    config.kept and show_kept(config, groups, kept)\n    figures, remarks = mean",
+        "    figures = mean_intervals(",
+        "    config.kept and show_kept(config, groups, kept)\n    figures = mean_intervals(",
         f"{EVALUATE}::test_with_nothing_to_keep_the_earlier_file_stays_and_what_was_sampled_is_written",
     ),
     (
         "printed_before_it_is_written",
         "evaluate.py",
-        "    if config.samples:\n        remarks",
-        "    print(table(figures))\n    if config.samples:\n        remarks",
+        "    remarks, failed = write",
+        "    print(table(figures))\n    remarks, failed = write",
         f"{EVALUATE}::test_what_was_sampled_is_written_though_nothing_can_be_printed",
     ),
     ("kept_twice", "evaluate.py", " and text not in mine", "", KEPT),
@@ -1800,6 +1868,24 @@ MUTANTS = [
     ("steps_not_checked", "data/puzzles.py", "bool(steps) and all(", "bool(steps) or all(", PUZZLES),
     ("held_out_in_training", "data/puzzles.py", "is_held_out(question) == held_out", "True", PUZZLES),
     ("watched_norm_is_no_json", "optim.py", "] = norm.item()", "] = norm", OPTIM),
+    # Full disks, other terminals, and answers that are the same
+    ("unencodable_ends_it", "runtime/cli.py", 'errors="backslashreplace"', 'errors="strict"', CLI),
+    ("append_names_no_file", "runtime/files.py", "e.filename = str(path)", "pass", FILES),
+    ("left_behind", "runtime/files.py", "except BaseException as e:", "except OSError as e:", FILES),
+    ("half_a_row", "sample.py", 'append(path, b"", size)', "pass", SAMPLE),
+    ("cut_answer_trained", "sample.py", "message if ended else", "message if True else", SAMPLE),
+    ("blank_documents", "evaluate.py", "if document.strip()]", "]", EVALUATE),
+    (
+        "rounding_wins",
+        "evaluate.py",
+        "np.where(differ, scores[name] - ref_score, 0.0)",
+        "scores[name] - ref_score",
+        EVALUATE,
+    ),
+    ("reward_called_prompt", "evaluate.py", 'f"./{name}" if name in row else name', "name", EVALUATE),
+    ("one_full_disk_for_all", "evaluate.py", "failed = failed or e", "raise e", EVALUATE),
+    ("vote_below_its_margin", "rlaif.py", "np.abs(margin).round(9)", "np.abs(probability - 0.5)", RLAIF),
+    ("memory_not_said", "pretrain.py", "corpus.warn_of_shared_documents(train, val)", "pass", PRETRAIN),
     # Strangers at the server and in its files
     ("carriage_returns", "data/feedback.py", "whole.splitlines(keepends=True)", 'whole.split(b"\\n")', FEEDBACK),
     ("edit_overwritten", "data/feedback.py", "if path.stat().st_size != size:", "if False:", FEEDBACK),
@@ -1838,6 +1924,60 @@ MUTANTS = [
     ("retried_for_ever", "serve.py", "        if n > room:\n", "        if False:\n", SERVE),
     ("strangers_fill_the_log", "runtime/http.py", "except ClientDisconnect:", "except ZeroDivisionError:", SERVE),
     ("rates_of_all_models", "serve.py", "votes.most_common(MOST_MODELS)", "votes.most_common()", SERVE),
+    (
+        "traceback_at_ctrl_c",
+        "serve.py",
+        '"log_level": "critical"',
+        '"log_level": "error"',
+        f"{SERVE}::test_ctrl_c_while_somebody_streams_is_no_traceback",
+    ),
+    (
+        "bug_in_plain_text",
+        "runtime/http.py",
+        ", Exception: on_failure}",
+        "}",
+        f"{SERVE}::test_a_bug_is_a_line_on_the_terminal_and_an_error_in_openais_shape",
+    ),
+    (
+        "allowed_methods_unsaid",
+        "runtime/http.py",
+        "error_response(refusal, e.headers)",
+        "error_response(refusal)",
+        f"{SERVE}::test_a_wrong_method_is_told_the_right_ones",
+    ),
+    ("one_queue_for_all_models", "serve.py", " if job.served is served) + n", ") + n", QUEUES),
+    ("slots_that_do_not_fit", "serve.py", "(served.slots or self.config.slots)", "self.config.slots", QUEUES),
+    (
+        "queue_beyond_the_connections",
+        "serve.py",
+        "1000 + len(models) * (config.slots + config.queue)",
+        "1000",
+        f"{SERVE}::test_as_many_may_connect_as_may_wait",
+    ),
+    ("half_a_line_told", "data/feedback.py", "return f.read(size)", "return f.read()", FEEDBACK),
+    ("long_answers_in_memory", "data/feedback.py", 'digest(row["chosen"])', 'row["chosen"]', FEEDBACK),
+    ("zero_is_no_name", "data/feedback.py", 'if entry.get("by") is None else', 'if not entry.get("by") else', FEEDBACK),
+    (
+        "rated_alike_is_a_pair",
+        "data/feedback.py",
+        'label(row, row["chosen"]) != label(row, row["rejected"])',
+        "True",
+        WEBUI_ONCE,
+    ),
+    (
+        "compared_once_more",
+        "data/feedback.py",
+        "kept.setdefault(key, (kind, row))",
+        "kept[len(kept)] = kind, row",
+        WEBUI_ONCE,
+    ),
+    (
+        "import_that_nobody_reads",
+        "data/feedback.py",
+        "                PARSE[kind](row)\n",
+        "",
+        f"{FEEDBACK}::test_a_damaged_export_is_refused",
+    ),
     # What the field's bug reports tell of
     (
         "template_twice",

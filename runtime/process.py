@@ -1,5 +1,6 @@
 """One process of a run: device, seed, torchrun's group, signals, and what the hardware can do."""
 
+import contextlib
 import os
 import platform
 import re
@@ -57,6 +58,14 @@ def out_of_memory(error, config):
     return f"out of memory: {str(error).splitlines()[0]} Less is needed with {', '.join(less) or 'a smaller model'}"
 
 
+def say(line):
+    """Write a line to stderr, also where a signal interrupts a print. That nobody takes it ends
+    nothing."""
+    if sys.__stderr__ is not None:  # else descriptor 2 may be another file
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+
+
 def end_in_time(status, seconds=10):
     """Python waits at its end for threads and children, which a user's reward may have left: after
     so many seconds the process ends without them."""
@@ -64,9 +73,11 @@ def end_in_time(status, seconds=10):
     names = [one.name for one in [*threads, *active_children()] if one is not threading.current_thread()]
 
     def leave():
-        sys.stdout.flush()
-        print(f"warning: ended without waiting any longer for {', '.join(names)}", file=sys.stderr, flush=True)
-        os._exit(1 if isinstance(status, str) else status)
+        try:
+            sys.stdout.flush()
+        finally:
+            say(f"warning: ended without waiting any longer for {', '.join(names)}\n")
+            os._exit(1 if isinstance(status, str) else status)
 
     if names:
         timer = threading.Timer(seconds, leave)
@@ -138,6 +149,11 @@ def reduce_sum(*numbers):
     return total.tolist()
 
 
+def reduce_max(number):
+    """The largest of the ranks' numbers: a sum in which each rank fills only its own place."""
+    return max(reduce_sum(*[number if r == rank() else 0.0 for r in range(world_size())]))
+
+
 def random_state(device):
     """{name: uint8 [ranks, bytes]}: the default generators of every rank. All ranks must call
     it."""
@@ -179,12 +195,12 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        name = signal.Signals(number).name  # os.write below: print may be what was interrupted
+        name = signal.Signals(number).name
         if self.signal:
-            os.write(2, f"\nleft at once on a second {name}; what was saved is complete\n".encode())
+            say(f"\nleft at once on a second {name}; what was saved is complete\n")
             os._exit(128 + number)  # a reward function might catch an exception
         self.signal = number
-        os.write(2, f"\n{name}: finishing this step, then saving; once more to leave at once\n".encode())
+        say(f"\n{name}: finishing this step, then saving; once more to leave at once\n")
 
     def agreed(self):
         """True if any rank was asked to stop; all ranks learn it at the same step."""

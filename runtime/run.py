@@ -41,6 +41,7 @@ from runtime.process import (
     peak_flops,
     random_state,
     rank,
+    reduce_max,
     reduce_sum,
     set_random_state,
     setup,
@@ -364,7 +365,7 @@ class Run:
         """Warn, once each, if sampled completions have no end, end less often or have become twice
         as long as in the first step, or if their entropy has fallen below a tenth of that
         step's."""
-        first, limit = self.first_step_stats, f"--max_new_tokens={self.config.max_new_tokens}"
+        first = self.first_step_stats
         finished, tokens, entropy = (metrics[name] for name in ("finished", "completion_tokens", "entropy"))
         first.setdefault("finished", finished)
         first.setdefault("completion_tokens", tokens)
@@ -383,11 +384,16 @@ class Run:
                 f"{first['finished']:.0%} after {first['completion_tokens']:.0f}. Longer ones may be what the reward "
                 "likes: look at samples.txt; a larger --max_new_tokens or a reward for brevity may help",
             )
-        elif finished < 0.5:
+        else:
+            self.warn_of_cut(finished)
+
+    def warn_of_cut(self, finished):
+        """Warn, once, if the limit cuts more than half of the sampled completions."""
+        if finished < 0.5:
             self.warn_once(
                 "cut",
-                f"{limit} cuts {1 - finished:.0%} of the completions before their end, which is then never seen; "
-                "raise it, or fine-tune on answers that end in time",
+                f"--max_new_tokens={self.config.max_new_tokens} cuts {1 - finished:.0%} of the completions before "
+                "their end, which is then never seen; raise it, or fine-tune on answers that end in time",
             )
 
     def warn_of_standstill(self, metrics):
@@ -409,18 +415,30 @@ class Run:
                 f"the gradient's norm is {metrics['grad_norm']:.2g}: AdamW, whose epsilon is 1e-10, hardly "
                 "moves the weights: if the rewards of a step differ, give them a larger scale (--reward=NAME*1000)",
             )
-        elif metrics["updates"] and abs(metrics["loss"]) < 1e-6:
+        elif metrics["updates"] and abs(metrics["loss"]) < 1e-6 and "small_rewards" not in self.warnings:
             self.warn_once(
                 "zero_loss",
                 "the loss is 0 and the policy learns: before its first update every ratio is 1, and the advantages "
                 "add up to 0, but their gradient does not; watch the reward and grad_norm",
             )
 
-    def warn_of_rewards(self, rewards, kl_penalties):
+    def warn_of_advantages(self, advantages):
+        """Warn, once, if GRPO's advantages, fp32 [M], are nothing beside its KL: the policy goes to
+        where -A d + beta d^2 / 2 is least, d = log pi - log pi_ref, and that is d = A / beta."""
+        size, beta = reduce_max(max(advantages.abs().tolist(), default=0.0)), self.config.beta
+        if 0 < size < 1e-3 * beta:
+            self.warn_once(
+                "small_rewards",
+                f"the advantages of a step are at most {size:.3g} beside --beta={beta:g}: the policy hardly follows "
+                "the reward; give it a larger scale (--reward=NAME*1000), or lower --beta",
+            )
+
+    def warn_of_rewards(self, rewards, kl_penalties, values):
         """Warn, once each, of what PPO can hardly learn from, on the first rank. rewards,
-        kl_penalties: what the reward says of each completion, and beta times its KL."""
+        kl_penalties: what the reward says of each completion, and beta times its KL; values: the
+        critic's."""
         spread, size = np.ptp(rewards), np.abs(rewards).max()
-        equal = spread <= 1e-12 * size  # but for rounding
+        equal = spread <= 1e-12 * max(size, self.config.unfinished_penalty)  # but for rounding, with it too
         self.equal_steps = self.equal_steps + 1 if equal else 0
         if self.equal_steps >= min(10, self.total_steps):
             self.warn_once(
@@ -434,11 +452,12 @@ class Run:
                 f"the rewards of a step are {size:.3g} in size and differ by {spread:.3g} only, which PPO hardly sees: "
                 "its critic learns their size first; subtract a constant in the reward, so that they lie around 0",
             )
-        elif not equal and spread < 1e-3 * np.ptp(kl_penalties):
+        elif not equal and spread < 1e-3 * max(np.ptp(kl_penalties), np.ptp(values)):
             self.warn_once(
                 "small_rewards",
-                f"the rewards of a step differ by {spread:.3g}, and --beta times the KL by {np.ptp(kl_penalties):.3g}: "
-                "the policy hardly follows the reward; give it a larger scale (--reward=NAME*1000), or lower --beta",
+                f"the rewards of a step differ by {spread:.3g}, --beta times the KL by {np.ptp(kl_penalties):.3g}, the "
+                f"critic's values by {np.ptp(values):.3g}: the policy hardly follows the reward; give it a larger "
+                "scale (--reward=NAME*1000)",
             )
 
     def sample(self, step, text):

@@ -172,6 +172,11 @@ def test_refusals(train, files, make_model, tmp_path):
     assert "another tokenizer" in refused(train(tmp_path / "a", teacher=tmp_path / "other"))
 
 
+def test_completions_that_the_limit_cuts_are_said_once(train, tmp_path):
+    """A fresh student writes no end."""
+    assert succeeds(train(tmp_path / "run", steps=3)).count("warning: --max_new_tokens=6 cuts") == 1
+
+
 def test_a_comma_after_one_teacher_names_no_second(train, flags, tmp_path):
     succeeds(train(tmp_path / "run", teacher=f"{flags['teacher']},", steps=1))
 

@@ -709,6 +709,15 @@ def test_a_reward_that_is_always_the_same_moves_nothing(train, files, tmp_path):
     assert steps_of(tmp_path / "run", "reward") == pytest.approx([0.3] * 3)
 
 
+@pytest.mark.parametrize("weight, said", [(100, 1), (1e8, 0)])
+def test_rewards_that_are_nothing_beside_the_kl_are_said_once(train, files, tmp_path, weight, said):
+    """1e-7 apart, they move the policy by 1e-7 / beta from its reference: it does not learn."""
+    how = {"advantage": "dr_grpo", "kl": "k2", "beta": 0.02, "reward": f"{files}/rewards.py:small*{weight}"}
+    output = succeeds(train(tmp_path / "run", **how))
+    assert output.count("beside --beta=0.02: the policy hardly follows the reward") == said
+    assert "the loss is 0 and the policy learns" not in output
+
+
 def test_too_far_a_step_is_left_out_and_moves_nothing(train, tmp_path):
     flags = {"lr": 0.01}
     succeeds(train(tmp_path / "short", epochs=1, stop_kl=0, **flags))

@@ -88,6 +88,9 @@ def beside(prompt, completion, row):
 
 def small(prompt, completion, row):
     return 1e-9 * len(completion)
+
+def tiny(prompt, completion, row):
+    return 1e-7
 """
 
 
@@ -287,7 +290,19 @@ def test_advantages_are_whitened_over_all_tokens():
         1, abs=1e-6
     )
     torch.testing.assert_close(white, (x - x.mean()) / x.std(correction=0), rtol=1e-5, atol=1e-5)
-    assert ppo.whiten(torch.full((3,), 0.3)).abs().max() < 1  # nothing out of rounding
+    rounded = torch.tensor([0.3, 0.3, np.nextafter(np.float32(0.3), np.float32(1))])
+    for equal in (torch.full((3,), 0.3), rounded, torch.zeros(3)):
+        assert ppo.whiten(equal).abs().max() < 0.2  # nothing out of rounding
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e9])
+def test_no_scale_of_the_rewards_is_too_small_to_be_whitened_and_explained(scale):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 2
+    torch.testing.assert_close(ppo.whiten(x * scale), ppo.whiten(x), rtol=1e-5, atol=1e-5)
+    zero = torch.zeros_like(x)
+    assert ppo.explained_variance(zero, x * scale) == 0 == ppo.explained_variance(x * scale, zero)
+    assert ppo.explained_variance(x * scale, x * scale) == 1 == ppo.explained_variance(zero, zero)
+    assert ppo.explained_variance(x * scale * 0.9, x * scale) == pytest.approx(0.99, abs=1e-5)
 
 
 def adapted(beta, kl, n, target, horizon):
@@ -812,6 +827,7 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
     [
         ("same", 1.0, "the reward of every completion was 0.3 for 3 steps in a row"),
         ("same", 0.0, "the reward of every completion was 0.3 for 3 steps in a row"),
+        ("tiny", 1.0, "the reward of every completion was 1e-07 for 3 steps in a row"),
         ("beside", 1.0, "the rewards of a step are 1e+09 in size and differ by"),
         ("small", 0.0, "the policy hardly follows the reward"),
         ("yes", 1.0, ""),
@@ -826,6 +842,13 @@ def test_a_reward_that_ppo_can_hardly_learn_from_is_said_once(train, files, tmp_
     output = succeeds(train(tmp_path / "run", steps=3, max_new_tokens=3, **how))
     assert said in output
     assert len(re.findall("warning: .*the (reward of every completion|rewards of a step)", output)) == bool(said)
+
+
+def test_rewards_that_are_nothing_beside_the_critics_values_are_said_once(train, files, tmp_path):
+    """Without a KL the advantages are the critic's noise then; its first values are all 0."""
+    how = dict(reward=f"{files}/rewards.py:small", beta=0, unfinished_penalty=0, steps=3, eval_every=0)
+    output = succeeds(train(tmp_path / "run", **how))
+    assert len(re.findall("differ by .*e-0[89], --beta times the KL by 0, the critic's values by", output)) == 1
 
 
 def test_a_reward_model_in_a_directory_called_as_a_column_replaces_none(train, files, tmp_path, monkeypatch):

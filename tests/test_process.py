@@ -1,6 +1,7 @@
 """One process of a run: its device, its generators, its end, and what the hardware can do."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from runs import free_port, succeeds
 
 from runtime import process
 from runtime.errors import UserError
-from runtime.process import end_in_time, launch, peak_flops, random_state, reduce_sum, set_random_state, setup
+from runtime.process import Stop, end_in_time, launch, peak_flops, random_state, reduce_sum, set_random_state, setup
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "abacus:1", "mps"])
@@ -149,6 +150,48 @@ def test_what_a_reward_has_left_does_not_hold_the_process(fork, make, status):
 
     said = "figureswarning: ended without waiting any longer for sandbox\n"
     assert fork(end).wait(20) == (1 if status == "error: a line" else status, said)
+
+
+def fill(number):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+
+def leave_without_a_reader(number):
+    reader, writer = os.pipe()
+    os.dup2(writer, number)
+    os.close(reader)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("spoil", [fill, leave_without_a_reader, os.close])
+def test_a_signal_stops_a_run_whose_stderr_takes_nothing(fork, spoil):
+    def run():
+        stop = Stop()
+        spoil(2)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            print(stop.signal, flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os._exit(9)
+
+    assert fork(run).wait(20) == (128 + signal.SIGINT, f"{signal.SIGTERM:d}\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_reward_has_left_does_not_hold_a_process_that_cannot_say_so(fork, number):
+    def end():
+        left = threading.Thread(target=time.sleep, args=(2,), name="sandbox")
+        left.start()
+        print("figures", end="")
+        fill(number)
+        end_in_time(3, seconds=0.1)
+        left.join()
+        os._exit(9)
+
+    said = "warning: ended without waiting any longer for sandbox\n" if number == 1 else "figures"
+    assert fork(end).wait(20) == (3, said)
 
 
 # --------------------------------------------------------------------------------------------------

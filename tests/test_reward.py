@@ -260,6 +260,13 @@ def test_a_run_that_is_asked_to_stop_saves_a_centred_model(train, tmp_path):
     assert info["step"] < 1000 and info["center"] != 0
 
 
+def test_a_center_of_completions_that_the_limit_cuts_is_said_once(train, tmp_path):
+    """The model is random and writes no end."""
+    said = "warning: --max_new_tokens=8 cuts"
+    assert succeeds(train(tmp_path / "run", steps=1)).count(said) == 1
+    assert said not in succeeds(train(tmp_path / "run", steps=1, resume=True))
+
+
 def test_one_process_micro_batches_and_two_processes_agree(train, fork, tmp_path, files):
     flags = {"steps": 10, "eval_every": 5, "save_every": 0}
     succeeds(train(tmp_path / "whole", **flags))

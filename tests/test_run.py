@@ -13,6 +13,7 @@ import torch
 from runs import SMALL, here, records, save
 
 import dpo
+import pretrain
 import reward
 import sft
 from data import tokenizer
@@ -479,6 +480,18 @@ def test_a_resumed_run_counts_on_from_where_it_stopped(base, tmp_path):
     assert warnings_of(base, stopped, steps, save_every=7, resume=True) == [line]  # of 7 + 3 steps
     states = [read_json(run / "step_000012/train_state.json") for run in (straight, stopped)]
     assert states[0] == states[1] and states[0]["idle_steps"] == 12
+
+
+@pytest.mark.parametrize("stage", [pretrain, sft, reward, dpo])
+def test_more_than_can_be_planned_is_refused(stage, tmp_path):
+    """The plan walks through every step before the first, in silence."""
+    config = stage.Config(init="none", data="none.jsonl", out=str(tmp_path / "run"), steps=10**9)
+    with pytest.raises(UserError, match="--steps=1000000000: must be <= 1,000,000"):
+        stage.main(config)
+    config.steps, config.epochs = 0, 1e9
+    if stage is not pretrain:  # its epochs follow from --steps
+        with pytest.raises(UserError, match="--epochs=1000000000.0: must be <= 10,000"):
+            stage.main(config)
 
 
 @pytest.mark.parametrize("stage", [sft, reward, dpo])
