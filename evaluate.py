@@ -501,6 +501,7 @@ def write_samples(config, sampled):
 
 
 def write_figures(config, info, figures):
+    """Write all figures to --out -> the line that says so."""
     result = {"model": config.model, "stage": info.get("stage", ""), "step": info.get("step", 0)}
     write_json(config.out, result | {"figures": figures})
     return f"\n{config.out}: these figures as JSON\n"
