@@ -429,7 +429,7 @@ def completion_figures(config, model, tok, examples, device):
         _, refs, ref_texts, ref_scores = sample_and_score(config, reference, tok, examples, rewards, *once)
         own = [(text, sample.finished) for text, sample in zip(texts, samples, strict=True)]
         others = [(text, sample.finished) for text, sample in zip(ref_texts, refs, strict=True)]
-        # the same answer is a tie, though a reward model reads it in another batch and rounds anew
+        # the same answer is a tie, though a reward model may round differently in another batch
         differ = [mine != other for mine, other in zip(own, others, strict=True)]
         for name, ref_score in ref_scores.items():
             values[f"reference's reward {name}"] = ref_score

@@ -180,8 +180,9 @@ def save(name, messages):
                     line = b"\n" + line
         append(path, line)
     except (OSError, ValueError) as e:
-        with contextlib.suppress(OSError, ValueError):
-            append(path, b"", size)  # without the half of a row that a full disk took
+        if os.path.isfile(path):  # opening a pipe would wait for a reader
+            with contextlib.suppress(OSError):
+                append(path, b"", size)  # without the half of a row that a full disk took
         raise UserError(f"not saved: {e}") from None
     not_trained = f"; answers that were cut, and so not to be trained on: {cut}" if cut else ""
     return (f"appended to {name}" if size else f"saved in {name}") + not_trained

@@ -425,7 +425,8 @@ class Run:
     def warn_of_advantages(self, advantages):
         """Warn, once, if GRPO's advantages, fp32 [M], are nothing beside its KL: the policy goes to
         where -A d + beta d^2 / 2 is least, d = log pi - log pi_ref, and that is d = A / beta."""
-        size, beta = reduce_max(max(advantages.abs().tolist(), default=0.0)), self.config.beta
+        largest = advantages.abs().max().item() if len(advantages) else 0.0
+        size, beta = reduce_max(largest), self.config.beta
         if 0 < size < 1e-3 * beta:
             self.warn_once(
                 "small_rewards",
