@@ -1,14 +1,16 @@
 """Every file that the product writes, and locks that end with their process.
 
 A file is replaced whole: if the process is killed, it is either the old one or the new one, and the
-disk holds it. It keeps its mode, and links are followed. What is there and is no regular file
-(/dev/null, a pipe), or is what the process prints to, is written to, never replaced.
+disk holds it; if two processes write it, it is that of the last. It keeps its owner and its mode,
+and links are followed. What is there and is no regular file (/dev/null, a pipe), or is what the
+process prints to, is written to, never replaced.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import secrets
 import stat
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ def lock_file(path, out, flag="out"):
     Raises UserError if another process holds it, or it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         file = open(path, "w")
     except OSError as e:
         raise UserError(f"--{flag}={out}: {e.strerror}") from None
@@ -69,16 +71,22 @@ def stream_of(path):
     return None
 
 
+def make_folder(path):
+    """Make the folder in which the file `path` is, or the one that it leads to if it is a link."""
+    Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+
+
 def temporary_name(path):
-    """Where a file is written before it takes the place of `path`; None: `path` is no regular file,
-    or one that is printed to.
+    """Where a file is written before it takes the place of `path`, another name each time; None:
+    `path` is no regular file, or one that is printed to.
 
     A link names the file that it leads to.
     """
     if stream_of(path) or os.path.exists(path) and not os.path.isfile(path):
         return None
     path = Path(os.path.realpath(path))
-    return path.with_name(f".{path.name}.tmp")
+    # of the name only a part: names may have 255 bytes
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
 
 
 def check_writable(flag, path):
@@ -89,7 +97,9 @@ def check_writable(flag, path):
     if os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "config.json")):
         raise UserError(f"--{flag}={path}: is a file of a model; name another")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # a name that is too long, a link to itself
         if temporary := temporary_name(path):
             temporary.touch()
             temporary.unlink()
@@ -110,23 +120,23 @@ def replace_file(path):
 
     Its folder is made if it is missing. Raises UserError naming the path if it cannot be written.
     """
-    temporary, mode = temporary_name(path), None
+    temporary, before = temporary_name(path), None
     target = temporary or path
     if stream := stream_of(path):
         sys.stdout.flush()
         target = os.dup(stream)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         if temporary and os.path.exists(path):
-            mode = stat.S_IMODE(os.stat(path).st_mode)
+            before = os.stat(path)
         with open(target, "wb") as file:
-            if mode is not None:
+            if before:
                 os.chmod(temporary, 0o600)  # what comes next may be for no other eyes
             yield file
         if temporary:
             flush(temporary)
-            if mode is not None:
-                os.chmod(temporary, mode)
+            if before:
+                keep_owner_and_mode(temporary, before)
             os.replace(temporary, os.path.realpath(path))
             flush(temporary.parent)
     except BaseException as e:
@@ -136,6 +146,14 @@ def replace_file(path):
         if not isinstance(e, OSError):
             raise
         raise UserError(f"{path}: {e.strerror}") from None
+
+
+def keep_owner_and_mode(path, before):
+    """Give a file the owner and the mode of the one that it replaces, whose os.stat is `before`."""
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # only root may give a file to somebody else
+            os.chown(path, before.st_uid, before.st_gid)
+    os.chmod(path, stat.S_IMODE(before.st_mode))  # after the owner, which resets some of it
 
 
 def replace_text(path, text):

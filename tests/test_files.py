@@ -78,7 +78,9 @@ def test_the_disk_holds_the_file_before_it_takes_its_place(tmp_path, monkeypatch
     monkeypatch.setattr(files, "flush", lambda path: events.append(("flush", path.name)) or flush(path))
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(("replace", a.name)) or replace(a, b))
     files.replace_text(tmp_path / "a", "text")
-    assert events == [("flush", ".a.tmp"), ("replace", ".a.tmp"), ("flush", tmp_path.name)]
+    temporary = events[0][1]
+    assert temporary.startswith(".a.") and temporary.endswith(".tmp")
+    assert events == [("flush", temporary), ("replace", temporary), ("flush", tmp_path.name)]
     assert files.append(tmp_path / "a", b"+1") == 6 and events[-1] == ("flush", "a")
     assert files.append(tmp_path / "a", b"!", size=4, sync=False) == 5 and len(events) == 4
     assert (tmp_path / "a").read_bytes() == b"text!"
@@ -140,6 +142,52 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
         assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o644
     finally:
         os.umask(umask)
+
+
+@posix
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_that_is_replaced_keeps_its_owner(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    os.chown(path, 1234, 2345)
+    path.chmod(0o640)
+    files.replace_text(path, "new")
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 2345, 0o640)
+
+
+def test_of_two_writers_the_last_one_wins_and_neither_takes_the_others_file(tmp_path):
+    path, user = tmp_path / "a", tmp_path / ".a.tmp"
+    user.write_text("the user's own")
+    with files.replace_file(path) as first:
+        first.write(b"1" * 100)
+        files.check_writable("out", path)  # as a second process does at its start
+        with files.replace_file(path) as second:
+            second.write(b"2")
+        assert path.read_text() == "2"
+        first.write(b"1")
+    assert path.read_text() == "1" * 101 and user.read_text() == "the user's own"
+    assert sorted(os.listdir(tmp_path)) == [".a.tmp", "a"]
+
+
+def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path):
+    path = tmp_path / ("ü" * 127)  # 254 bytes
+    files.check_writable("out", path)
+    files.replace_text(path, "text")
+    assert path.read_text() == "text"
+
+
+@posix
+def test_a_link_to_a_folder_that_is_missing_makes_it(tmp_path):
+    (tmp_path / "run").symlink_to("disk/run")
+    (tmp_path / "figures.json").symlink_to("disk/figures/a.json")
+    files.lock_file(tmp_path / "run" / ".lock", "run")
+    files.check_writable("out", tmp_path / "figures.json")
+    files.write_json(tmp_path / "figures.json", {})
+    assert (tmp_path / "disk/run/.lock").exists() and (tmp_path / "disk/figures/a.json").read_text() == "{}\n"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="--out=.*loop: Too many levels of symbolic links"):
+        files.check_writable("out", tmp_path / "loop")
 
 
 @posix
