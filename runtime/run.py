@@ -55,7 +55,8 @@ FORMAT = 2  # of what a run resumes from; the first version of Feinschliff wrote
 LOG_ONLY = {"finished", "completion_tokens", "entropy", "updates", "clip_fraction", "ratio", "max_ratio"}
 LOG_ONLY |= {"all_right", "all_wrong", "all_cut", "pass_at_1", "pass_at_k", "explained_variance", "prompts_seen"}
 LOG_ONLY |= {"sampler_gap", "beta", "lr", "grad_norm", "critic_grad_norm"}
-RUN_FILES = ("log.jsonl", "samples.txt", "latest", "best", "step_[0-9]*", ".tmp_step_*", "nonfinite_*")
+KILLED_SAVE = r"\.tmp_step_[0-9]+"
+RUN_FILES = r"log\.jsonl|samples\.txt|latest|best|step_[0-9]+|nonfinite_step_[0-9]+\.safetensors|" + KILLED_SAVE
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -108,9 +109,9 @@ class RolloutConfig(RunConfig):
     # left out
     data: str
     # -- What you may set --
-    # prompts per step, over all ranks [>= 1]
+    # prompts per step, over all ranks [>= 1; <= 1000000]
     prompts_per_step: int = 16
-    # completions of each prompt [>= 1]
+    # completions of each prompt [>= 1; <= 1000000]
     group_size: int = 1
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
@@ -637,12 +638,17 @@ def open_run(out, resume, overwrite):
     path = Path(out)
     if rank() == 0:
         lock_file(path / ".lock", out)
-        found = [p for pattern in RUN_FILES for p in path.glob(pattern)]
+        found = files_of_run(path)
         if found and not (resume or overwrite):
             raise UserError(
                 f"--out={out}: a run is here already ({found[0].name}); --resume continues it, --overwrite replaces it"
             )
     return path
+
+
+def files_of_run(path, pattern=RUN_FILES):
+    """The files and folders in `path` whose whole name fits; others are the user's."""
+    return sorted(p for p in path.iterdir() if re.fullmatch(pattern, p.name))
 
 
 def clear_run(path, overwrite):
@@ -654,12 +660,11 @@ def clear_run(path, overwrite):
     if rank() != 0:
         return
     try:
-        for pattern in RUN_FILES if overwrite else (".tmp_step_*",):
-            for p in path.glob(pattern):
-                if p.is_dir() and not p.is_symlink():
-                    shutil.rmtree(p)
-                else:
-                    p.unlink()
+        for p in files_of_run(path, RUN_FILES if overwrite else KILLED_SAVE):
+            if p.is_dir() and not p.is_symlink():
+                shutil.rmtree(p)
+            else:
+                p.unlink()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
 
@@ -771,9 +776,9 @@ def rewind_log(path, step):
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line).get("step", 0) <= step and line.endswith(b"\n"):
+            if json.loads(line.decode()).get("step", 0) <= step and line.endswith(b"\n"):
                 kept.append(line)
-        except (AttributeError, TypeError, ValueError):  # of another program, or half a line
+        except (AttributeError, TypeError, ValueError, RecursionError):  # of another program, or half a line
             pass
     replace_text(path, b"".join(kept).decode())
 

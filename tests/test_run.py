@@ -79,6 +79,7 @@ def test_resume_keeps_all_but_half_written_checkpoints(tmp_path):
 def test_overwrite_deletes_only_what_a_run_writes(tmp_path):
     run = run_with(tmp_path / "run", log__jsonl="{}\n", samples__txt="s", nonfinite_step_000003__safetensors="")
     kept = {"notes.txt", "step_by_step.md", "best_practice", "precious"}
+    kept |= {"step_000200_kept", "step_2_notes.txt", "nonfinite_notes.txt", ".tmp_step_of_mine"}
     for name in kept - {"precious"}:
         (run / name).write_text("mine")
     (run / "precious").mkdir()
@@ -192,7 +193,9 @@ def test_lines_of_others_in_a_log_do_not_end_a_resumed_run(tmp_path):
     """What is no record of ours is left out, notes at the head of the samples stay."""
     own = ['{"step": 1}', '{"epoch": 3, "loss": 2.5}']
     foreign = ["[1]", "null", '"text"', "5", '{"step": "last"}', '{"step": null}', '{"step": 1, "lo', "\0\0"]
-    (tmp_path / "log.jsonl").write_text("\n".join([own[0], *foreign, own[1], '{"step": 3}']) + "\n")
+    foreign += ["[" * 200_000, '{"step": 1, "half of a pair": "\ud800"}']
+    lines = "\n".join([own[0], *foreign, own[1], '{"step": 3}']) + "\n"
+    (tmp_path / "log.jsonl").write_bytes(lines.encode("utf-8", "surrogatepass"))
     (tmp_path / "samples.txt").write_text("my notes\n=== step 1 ===\na\n=== step 3 ===\nb\n")
     Log(tmp_path, 9, 2)
     assert (tmp_path / "log.jsonl").read_text().splitlines() == own
