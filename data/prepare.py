@@ -111,6 +111,7 @@ class Config:
 SHARED = 13  # words in a row that give an evaluation text away (GPT-3, appendix C)
 BATCH = 2**18  # characters computed on at once: few enough for the processor's cache
 OTHER_FILES = {".lock", "work", "tokenizer.json", "tokenizer_config.json"}  # of --out, besides shards and manifest
+WORK_FILES = r"recipe\.json|scan\.bin|hf_[0-9]+\.jsonl|\..*\.tmp"  # of --out/work, which is deleted at the end
 VERDICTS = ["kept", "bad_line", *(rule.__name__ for rule in clean.RULES)]
 VERDICTS += ["contaminated", "exact_duplicate", "near_duplicate", "over_weight"]
 RECORD = np.dtype(  # of one document
@@ -365,7 +366,7 @@ def write_splits(sources, records, copies, held_out, tok, dtype, config):
     names = (shard_name("val" if held else "train", number) for held, number in zip(held_out, shard))
     items = progress("write", zip(names, (next(texts[i]) for i in source)), sizes.sum())
 
-    for path in [*out.glob("train_?????.bin"), *out.glob("val_?????.bin")]:  # of an earlier run
+    for path in [p for split in ("train", "val") for p in out.glob(f"{split}_{'[0-9]' * 5}.bin")]:  # of an earlier run
         path.unlink()
     shared, good = (tok, dtype, config.skip_bad), []  # good: whether each document could be tokenized
     for pieces, errors in in_order(encode, shared, batches(items, BATCH, batch_size), config.workers):
@@ -427,6 +428,9 @@ def begin(out, recipe, overwrite):
     """
     lock_file(out / ".lock", out)
     work = out / "work"
+    for path in work.glob("*"):
+        if not re.fullmatch(WORK_FILES, path.name):
+            raise UserError(f"{path}: is not ours, and {work} is deleted at the end; choose another --out")
     complete, begun = (out / "manifest.json").exists(), (work / "recipe.json").exists()
     if complete and not overwrite:
         check_same(out, load_manifest(out), recipe)

@@ -37,7 +37,7 @@ from data.read import LONG_SPACE, file_kind, good_texts, parse_mixture, read_jso
 from data.workers import batches, in_order
 from runtime.cli import check_ranges, launch
 from runtime.errors import UserError
-from runtime.files import write_json
+from runtime.files import check_writable, write_json
 
 
 @dataclass
@@ -753,6 +753,7 @@ def main(config):
     target, begin = Path(config.out) / "tokenizer.json", time.perf_counter()
     if target.exists() and not config.overwrite:
         raise UserError(f"{target}: exists; --overwrite replaces it")
+    check_writable("out", target)
     if config.kind == "bpe":
         tok = train(read_documents(names, config.skip_bad), config.vocab_size, config.workers)
     elif config.kind == "char":

@@ -658,11 +658,18 @@ def test_a_finished_pass_is_not_repeated(tmp_path, tok, monkeypatch):
 def test_kill_9_and_restart(tmp_path, tok, paragraphs, fork):
     rng = random.Random(0)
     path = write_jsonl(tmp_path / "a.jsonl", [p + f" {rng.random()} {rng.random()}" for p in paragraphs * 2])
-    out, scan = tmp_path / "out", tmp_path / "out/work/.scan.bin.tmp"
+    out = tmp_path / "out"
     flags = dict(dedup="exact", shard_bytes=100_000, workers=2)
     config = prepare.Config(data=str(path), tokenizer=str(tok), out=str(out), **flags)
+
+    def half_scanned():
+        try:
+            return any(scan.stat().st_size > 100_000 for scan in out.glob("work/.scan.bin.*"))
+        except FileNotFoundError:  # it is whole, and has its name
+            return True
+
     for reached in (
-        lambda: scan.exists() and scan.stat().st_size > 100_000,
+        half_scanned,
         lambda: (out / "train_00003.bin").exists(),
     ):
         child = fork(prepare.main, config)
@@ -726,6 +733,26 @@ def test_other_files_are_left_alone(tmp_path, tok):
     run(tok, out, path, overwrite=True)
     run(tok, out, path, overwrite=True)
     assert (out / "notes" / "thesis.txt").read_text() == "ten years of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_called_work_that_is_not_ours_is_left_alone(tmp_path, tok, overwrite):
+    """Its files may be the very input."""
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    path = write_jsonl(out / "work" / "book.jsonl", sentences(50))
+    before = path.read_text()
+    with pytest.raises(UserError, match=f"{path}: is not ours, and {out / 'work'} is deleted at the end"):
+        run(tok, out, path, overwrite=overwrite)
+    assert path.read_text() == before
+
+
+def test_shards_of_an_earlier_run_are_replaced_and_files_with_such_names_are_not(tmp_path, tok):
+    path, out = write_jsonl(tmp_path / "a.jsonl", sentences(50)), tmp_path / "out"
+    out.mkdir()
+    (out / "train_notes.bin").write_text("mine")
+    run(tok, out, path, overwrite=True)
+    assert (out / "train_notes.bin").read_text() == "mine"
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path, tok):

@@ -922,3 +922,5 @@ def test_main_by_kind_and_its_errors(tmp_path, capsys):
         T.main(config(data=f"{tmp_path}/bad.jsonl", vocab_size=260))
     with pytest.raises(UserError, match="missing.txt"):
         T.main(config(data=f"{tmp_path}/missing.txt"))
+    with pytest.raises(UserError, match="--out=.*a.txt/tokenizer.json: (File exists|Not a directory)"):
+        T.main(config(data=f"{tmp_path}/bad.jsonl", out=f"{tmp_path}/a.txt"))  # before any work
