@@ -522,9 +522,11 @@ def time_limit(seconds):
             raise late if expired == 1 else Overdue
 
     began, before = time.monotonic(), signal.signal(signal.SIGALRM, on_alarm)
-    timer = min(seconds, 1e9)  # 30 years: the system counts no further than some hundred
-    signal.setitimer(signal.ITIMER_REAL, timer, timer)  # again and again, for a body that catches the first
+    # No shorter than a handler takes, and no longer than the system counts
+    timer = min(max(seconds, 1e-3), 1e9)
     try:
+        # again and again, for a body that catches the first
+        signal.setitimer(signal.ITIMER_REAL, timer, max(timer, 0.1))
         yield
     except Overdue:
         pass  # `late` has the line that it was raised at first

@@ -184,6 +184,12 @@ def test_a_file_that_breaks_is_named(tmp_path):
         load(f"{tmp_path}/broken.py:f")
 
 
+@pytest.mark.parametrize("timeout", [1e-30, 1e-6, 3e-5, 1e-4])
+def test_a_time_limit_shorter_than_any_call_is_an_error_and_ends(functions, timeout):
+    with pytest.raises(UserError, match="TimeoutError: took longer than"):
+        score_one(load(f"{functions}:slow", timeout=timeout))
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
