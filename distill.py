@@ -56,9 +56,9 @@ class Config(RunConfig):
     # -- What you may set --
     # optimizer steps [>= 1]
     steps: int = 100
-    # prompts (--offline: conversations) per step, over all ranks [>= 1]
+    # prompts (--offline: conversations) per step, over all ranks [>= 1; <= 1000000]
     prompts_per_step: int = 64
-    # completions of each prompt [>= 1]
+    # completions of each prompt [>= 1; <= 1000000]
     group_size: int = 1
     # longest completion, in tokens [>= 1]
     max_new_tokens: int = 256
@@ -231,7 +231,8 @@ def main(config):
     optimizer = Optimizer(model, lr)
     order = index_order(len(train), config.seed)
     check_memory(run, model, optimizer, teachers, tok, train)
-    print0(f"{len(train):,} rows, {len(teachers)} teachers; {steps} steps; peak lr {lr:.3g}")
+    passes = steps * config.prompts_per_step / len(train)
+    print0(f"{len(train):,} rows, {len(teachers)} teachers; {steps} steps: {passes:.3g} passes; peak lr {lr:.3g}")
     hashes |= fingerprints(*teacher_names(config))
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 

@@ -72,7 +72,7 @@ class Config(RolloutConfig):
     # -- What you may set --
     # rounds of sampling and updating [>= 1]
     steps: int = 100
-    # (recipe: 8) completions of each prompt [>= 2]
+    # (recipe: 8) completions of each prompt [>= 2; <= 1000000]
     group_size: int = 0
     # (recipe: grpo) reward minus the group's mean, over its std (grpo), minus the mean (dr_grpo),
     # or minus the mean of the others (rloo) [one of grpo, dr_grpo, rloo]
@@ -101,10 +101,10 @@ class Config(RolloutConfig):
     overlong: str = ""
     # (recipe: 0) steps after which the policy becomes its own reference; 0: never [>= 0]
     reference_every: int = -1
-    # (recipe: 1) optimizer steps per epoch [>= 1]
+    # (recipe: 1) optimizer steps per epoch [>= 1; <= 1000000]
     minibatches: int = 0
     # -- What you will rarely set --
-    # passes over the completions of a step [>= 1]
+    # passes over the completions of a step [>= 1; <= 10000]
     epochs: int = 1
     # the last share of --max_new_tokens that --overlong=punish punishes [> 0; <= 1]
     overlong_share: float = 0.2
@@ -336,7 +336,8 @@ def main(config):
     steps, lr = config.steps, config.lr or 3e-4 * (128 / model.config.width) ** 2
     optimizer, order = Optimizer(model, lr), index_order(len(train), config.seed)
     check_memory(run, model, optimizer, reference, tok, train)
-    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
+    passes = steps * config.prompts_per_step / len(train)
+    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}: {passes:.3g} passes; peak lr {lr:.3g}")
     hashes |= reward_hashes | checkpoint.fingerprints(config.reference)
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 

@@ -91,7 +91,7 @@ def config_for(depth, vocab_size, width=0, heads=0, kv_heads=0, ffn=0, **options
             "kv_heads must divide heads"
         )
     multiple = 16 if width < 512 else 128  # tiles of the matrix units
-    ffn = ffn or 8 * width // 3 // multiple * multiple
+    ffn = ffn or max(multiple, 8 * width // 3 // multiple * multiple)
     c = GPTConfig(vocab_size, depth, width, heads, kv_heads, head_dim, ffn, **options)
     c.window_every = min(c.window_every, depth) if c.window else 1  # as config.json will give it back
     return c

@@ -64,7 +64,7 @@ class Config(RolloutConfig):
     # scalar head of zeros
     critic: str = ""
     # -- What you will rarely set --
-    # passes over the completions of a step [>= 1]
+    # passes over the completions of a step [>= 1; <= 10000]
     epochs: int = 2
     # optimizer steps per epoch [>= 1]
     minibatches: int = 2
@@ -283,7 +283,8 @@ def main(config):
     optimizer, critic_optimizer = Optimizer(policy, lr), Optimizer(critic, config.critic_lr or 2 * lr)
     order, beta = index_order(len(train), config.seed), Beta(config)
     check_memory(run, policy, optimizer, critic, critic_optimizer, reference, tok, train)
-    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}; peak lr {lr:.3g}")
+    passes = steps * config.prompts_per_step / len(train)
+    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}: {passes:.3g} passes; peak lr {lr:.3g}")
     hashes |= reward_hashes | checkpoint.fingerprints(config.reference, config.critic)
     saved = {"optimizer": optimizer, "critic_optimizer": critic_optimizer, "order": order, "beta": beta}
     run.begin(steps, policy, data=hashes, saved=saved)

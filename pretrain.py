@@ -44,9 +44,9 @@ class Config(RunConfig):
     # text files (.txt, .jsonl, .parquet; formats: data/read.py), comma-separated, or a directory
     # written by data/prepare.py
     data: str
-    # layers: the one dial; a size below that is 0 follows from it [>= 1]
+    # layers: the one dial; a size below that is 0 follows from it [>= 1; <= 10000]
     depth: int = 4
-    # longest piece of a document, in tokens [>= 1]
+    # longest piece of a document, in tokens [>= 1; <= 16777216]
     context: int = 1024
     # -- What you may set --
     # checkpoint to start from, with its tokenizer; "": fresh weights
@@ -59,13 +59,13 @@ class Config(RunConfig):
     tokenizer: str = "char"
     # leave out bad lines and documents that cannot be tokenized, and count them
     skip_bad: bool = False
-    # width of the model; 0: 64 x depth
+    # width of the model; 0: 64 x depth [<= 1048576]
     width: int = 0
     # query heads; 0: width / 32, 64 or 128, by width
     heads: int = 0
     # key-value heads; 0: as many as heads
     kv_heads: int = 0
-    # hidden width of the MLP; 0: 8/3 width
+    # hidden width of the MLP; 0: 8/3 width [<= 4194304]
     ffn: int = 0
     # one matrix for embedding and head
     tied: bool = False

@@ -41,7 +41,7 @@ RENAMED = {  # flags of earlier versions -> what to use instead; of several, the
 }
 TEXTS = {"prompt", "system"}  # flags that are said to a model, and hold no paths
 GROUPS = ["What you will set", "What you may set", "What you will rarely set", ""]
-TINY, HUGE = 1e-30, 1e40  # of a flag that is not 0; the reciprocal of a temperature is finite in fp32
+TINY, HUGE = 1e-30, 1e38  # of a flag that is not 0; it and the reciprocal of a temperature are finite in fp32
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 

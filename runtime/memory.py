@@ -145,7 +145,8 @@ def plan(
     if completions:
         slots = min(SLOTS, -(-int(completions * fraction) // world_size()))
         prompt = max(prompt_lengths)
-        cache = kv_cache(policy.config, device, slots, prompt + run.config.max_new_tokens, resident["optimizer"])
+        positions = min(prompt + run.config.max_new_tokens, policy.config.context + 1)
+        cache = kv_cache(policy.config, device, slots, positions, resident["optimizer"])
         prompts = [prompt] * max(1, min(slots, 16384 // prompt))
         read = reading(policy.config, device, prompts, head=False)
         phases["sampling"] = resident | {

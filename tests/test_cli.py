@@ -6,15 +6,19 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import distill
+import evaluate
 import grpo
+import ppo
 import pretrain
 import report
+import rlaif
 from runtime.checkpoint import check_same_run
 from runtime.cli import GROUPS, RENAMED, check_ranges, launch, parse_cli, print0, read_flags
 from runtime.errors import UserError
@@ -161,8 +165,8 @@ def test_words_have_no_flag(argv):
         (["--steps", "-3"], "--steps=-3: a count was expected, not less than 0"),
         (["--steps=9223372036854775808"], "a count was expected, not less than 0 and less than 2^63"),
         (["--lr=nan"], "--lr=nan: a finite number was expected"),
-        (["--warmup=1e-31"], "--warmup=1e-31: a finite number was expected, 0 or 1e-30 to 1e+40 in size"),
-        (["--warmup=-1e41"], "--warmup=-1e+41: a finite number was expected, 0 or 1e-30 to 1e+40 in size"),
+        (["--warmup=1e-31"], "--warmup=1e-31: a finite number was expected, 0 or 1e-30 to 1e+38 in size"),
+        (["--warmup=-1e39"], "--warmup=-1e+39: a finite number was expected, 0 or 1e-30 to 1e+38 in size"),
         (["--lr=inf"], "--lr=inf: a finite number was expected"),
         (["--lr=0"], "--lr=0.0: must be > 0"),
         (["--lr=1"], "--lr=1.0: must be < 1"),
@@ -280,6 +284,25 @@ def test_every_flag_of_every_script_has_help_and_a_group(name):
 def test_sizes_that_no_model_has_are_refused(flag):
     with pytest.raises(UserError, match=f"--{flag}: "):
         check_ranges(parse_cli(pretrain.Config, ["--out=a", "--data=b", f"--{flag}"]))
+
+
+@pytest.mark.parametrize(
+    "stage, flag",
+    [
+        *((pretrain, flag) for flag in ("depth", "width", "context", "ffn")),
+        *((ppo, flag) for flag in ("prompts_per_step", "group_size", "epochs")),
+        *((grpo, flag) for flag in ("prompts_per_step", "group_size", "epochs", "minibatches")),
+        *((distill, flag) for flag in ("prompts_per_step", "group_size")),
+        *((evaluate, flag) for flag in ("best_of", "samples_per_problem")),
+        (rlaif, "group_size"),
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused(stage, flag):
+    """They would build or sample without end, and without a word."""
+    given = {field.name for field in fields(stage.Config) if field.default is MISSING}
+    argv = [f"--{name}=a" for name in given] + [f"--{flag}=1000000000000"]
+    with pytest.raises(UserError, match=f"--{flag}=1000000000000: must be <= "):
+        check_ranges(parse_cli(stage.Config, argv))
 
 
 def test_only_flags_that_may_change_on_resume_change():

@@ -148,14 +148,19 @@ def test_cache_reference_and_critic_are_counted_by_hand(make_model):
     run = SimpleNamespace(device=CPU, config=Config())
     items = make_items([20, 30])
     options = {"read_tokens": 2048, "frozen": {"reference": c}, "prompt_lengths": [2, 20], "completions": 7}
+    run.config.max_new_tokens = 30
     phases = memory.plan(run, trained, items, [20, 30], 256, 512, False, **options)
     assert set(phases) == {"training", "the optimizer", "reading", "sampling"} == set(alone) | {"sampling"}
-    # 7 slots of the longest prompt and 48 new tokens
-    assert phases["sampling"]["KV cache"] == 2 * 4 * c.layers * 7 * (20 + 48) * c.kv_heads * c.head_dim
+    # 7 slots of the longest prompt and 30 new tokens
+    assert phases["sampling"]["KV cache"] == 2 * 4 * c.layers * 7 * (20 + 30) * c.kv_heads * c.head_dim
     for parts in phases.values():
         assert parts["reference's parameters"] == stored_bytes(model)
         assert parts["parameters"] == stored_bytes(model) + stored_bytes(critic)
     assert need(phases) > need(alone) + stored_bytes(model) + stored_bytes(critic)
+    # sampling ends where the model's context does
+    run.config.max_new_tokens = 2**63 - 1
+    endless = memory.plan(run, trained, items, [20, 30], 256, 512, False, **options)
+    assert endless["sampling"]["KV cache"] == 2 * 4 * c.layers * 7 * (c.context + 1) * c.kv_heads * c.head_dim
 
 
 def value_loss(model, items):

@@ -272,6 +272,7 @@ def test_the_one_dial():
         assert 2.3 * c.width < c.ffn <= 8 / 3 * c.width
     c = config_for(4, 65, width=96, heads=3, kv_heads=1, ffn=100, context=77, tied=True)
     assert (c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.context, c.tied) == (96, 3, 1, 32, 100, 77, True)
+    assert config_for(1, 61, width=1).ffn == 16  # the least that a matrix unit takes, not none
 
 
 def test_shakespeares_model_stays_under_its_limit():
