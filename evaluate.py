@@ -100,9 +100,10 @@ class Config:
     # -- What you may set --
     # for the reward judge:DIR: a file of principles, one per line
     constitution: str = ""
-    # completions to each prompt of --data, of which the best by the first --reward is kept [>= 1]
+    # completions to each prompt of --data, of which the best by the first --reward is kept [>= 1;
+    # <= 1000000]
     best_of: int = 1
-    # answers drawn to each of --problems, for pass@k; 0: only the greedy one [>= 0]
+    # answers drawn to each of --problems, for pass@k; 0: only the greedy one [<= 1000000]
     samples_per_problem: int = 0
     # .jsonl file for the right ones among --best_of, {"messages"} for sft.py: they ended, the first
     # --reward is more than 0, and no two to a prompt are the same; "": none
@@ -135,16 +136,20 @@ class Config:
 
 
 @torch.no_grad()
-def document_nats(model, tok, documents, micro_batch_tokens):
+def document_nats(model, tok, documents, micro_batch_tokens, skip_bad=False):
     """float64 [D, 3]: nats, tokens and bytes of each document, whose end counts as a token.
 
-    A document longer than the model's context is read in windows.
+    A document longer than the model's context is read in windows. Raises UserError for one that
+    cannot be tokenized; with `skip_bad`, it is left out with a line that says so.
     """
     device, sizes = model.embed.device, tokenizer.token_bytes(tok)
-    stream = corpus.encode(tok, documents)
+    stream = corpus.encode(tok, documents, skip_bad)
+    n = np.count_nonzero(stream == tok.eot) - (tok.bos == tok.eot)
+    if not n:
+        raise UserError("--text: the model's tokenizer can read none of its documents")
     cut = corpus.pieces([stream], tok.eot, model.config.context)  # [P, 3]: stream, begin, end
     document = np.cumsum(stream == tok.eot)[cut[:, 1]] - (tok.bos == tok.eot)  # [P], of each piece
-    totals = np.zeros((len(documents), 3))
+    totals = np.zeros((n, 3))
     for part in token_slices((cut[:, 2] - cut[:, 1]).tolist(), micro_batch_tokens):
         pack, targets = corpus.pack_pieces([stream], cut[part])
         logp = linear_logprob(model(pack.to(device)), model.head, targets.to(device)).cpu().double().numpy()  # [N]
@@ -165,7 +170,7 @@ def text_figures(config, model, tok):
     written = [document for document in documents if document.strip()]
     if blank := len(documents) - len(written):
         print0(f"--text={config.text}: {blank:,} blank documents are left out")
-    totals = document_nats(model, tok, written, config.micro_batch_tokens)
+    totals = document_nats(model, tok, written, config.micro_batch_tokens, config.skip_bad)
     return {
         "nats/token": interval(lambda sums: sums[0] / sums[1], totals, config.seed),
         "bits/byte": interval(lambda sums: sums[0] / math.log(2) / sums[2], totals, config.seed),
@@ -417,7 +422,8 @@ def completion_figures(config, model, tok, examples, device):
         scores = {name: score[best] for name, score in scores.items()}
     values["completion tokens"] = [len(sample.tokens) for sample in samples]
     values["completions finished"] = [sample.finished for sample in samples]
-    values |= {f"distinct-{n}": point_estimate(distinct(texts, n)) for n in (1, 2)}
+    variety = {f"distinct-{n}": distinct(texts, n) for n in (1, 2)}
+    values |= {name: point_estimate(share) for name, share in variety.items() if share is not None}
     values |= {f"reward {name}": score for name, score in scores.items()}
 
     if reference:

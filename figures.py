@@ -1,14 +1,15 @@
 """Figures with 95 % intervals: means, variety, and what a reward model's margins say.
 
 A figure is {"value", "low", "high"}; low and high are None if nothing can be said about them.
-Intervals are bootstrap percentiles over documents, problems, prompts or pairs (Efron 1979).
+Intervals are bootstrap percentiles over documents, problems or prompts (Efron 1979). The pairs of
+one prompt are drawn together: they are right or wrong together.
 """
 
 import math
 
 import numpy as np
 
-from data.rows import gold_margin
+from data.rows import gold_margin, prompt_of
 
 
 def point_estimate(value):
@@ -34,9 +35,25 @@ def interval(statistic, rows, seed):
     return {"value": float(statistic(rows.sum(0))), "low": float(low), "high": float(high)}
 
 
-def mean_interval(values, seed):
-    """The mean of some numbers or truth values, with its interval."""
-    return interval(lambda sums: sums[0] / sums[1], [(value, 1) for value in values], seed)
+def mean_interval(values, seed, prompts=None):
+    """The mean of some numbers or truth values, with its interval; by prompts, int [n], if they are
+    given."""
+    rows = np.array([(value, 1) for value in values], dtype=np.float64)
+    return interval(lambda sums: sums[0] / sums[1], rows if prompts is None else sum_by(prompts, rows), seed)
+
+
+def prompt_numbers(conversations):
+    """int64 [n], from 0: the same number for the same prompt."""
+    numbers = {}
+    return np.array([numbers.setdefault(prompt_of(row), len(numbers)) for row in conversations], dtype=np.int64)
+
+
+def sum_by(prompts, rows):
+    """float64 [prompts, k]: the sums of rows [n, k] by their prompts, int [n]."""
+    numbers, index = np.unique(prompts, return_inverse=True)
+    sums = np.zeros((len(numbers), rows.shape[1]))
+    np.add.at(sums, index, rows)
+    return sums
 
 
 def mean_intervals(values, seed):
@@ -51,11 +68,12 @@ def mean_intervals(values, seed):
 
 def distinct(texts, n):
     """The share of different n-grams among all n-grams of words: 1 never repeats, 0 always does.
+    None if there are no n-grams.
 
     Li et al. 2016, arXiv 1510.03055.
     """
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def pass_at_k(n, right, k):
@@ -91,14 +109,23 @@ def preference_figures(pairs, margins, lengths, seed):
     the labels' noise allows, if the rows know the truth ("gold_chosen", "gold_rejected").
     """
     margins, lengths = np.asarray(margins, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
-    labels = np.array([pair.probability for pair in pairs])
-    figures = length_figures(margins, lengths, labels, seed) | calibration_figures(margins, labels, seed)
+    labels, prompts = np.array([pair.probability for pair in pairs]), prompt_numbers(pairs)
+    figures = length_figures(margins, lengths, labels, prompts, seed)
+    figures |= calibration_figures(margins, labels, prompts, seed)
     gold = label_margins(pairs)["gold"]
     if np.isfinite(gold).all():
         best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws labels
-        right = agreement(margins, gold > 0)[gold != 0]
-        figures |= mean_intervals({"order as gold's": right, "accuracy that noise allows (Bayes)": best}, seed)
+        right = where(gold != 0, agreement(margins, gold > 0))
+        values = {"order as gold's": right, "accuracy that noise allows (Bayes)": best}
+        figures |= pair_intervals(values, prompts, seed)
     return figures
+
+
+def pair_intervals(values, prompts, seed):
+    """{name: the mean of its values [n] that are not nan, with its interval by prompts, int [n]},
+    without those that have no value."""
+    known = {name: np.isfinite(some) for name, some in values.items()}
+    return {name: mean_interval(values[name][k], seed, prompts[k]) for name, k in known.items() if k.any()}
 
 
 def agreement(margins, labels):
@@ -110,7 +137,7 @@ def agreement(margins, labels):
     return np.where(margins == 0, 0.5, np.where(margins > 0, labels, 1 - labels))
 
 
-def length_figures(margins, lengths, labels, seed):
+def length_figures(margins, lengths, labels, prompts, seed):
     """Accuracy, compared with that of preferring the longer completion."""
     gap = lengths[:, 0] - lengths[:, 1]
     right, longer = agreement(margins, labels), agreement(gap, labels)
@@ -119,10 +146,11 @@ def length_figures(margins, lengths, labels, seed):
         "accuracy": right,
         "accuracy of 'the longer wins'": longer,
         "accuracy less that of 'the longer wins'": right - longer,
-        f"accuracy, {similar.sum()} pairs within 10 % in length": right[similar],
+        f"accuracy, {similar.sum()} pairs within 10 % in length": where(similar, right),
     }
     moments = np.stack([np.ones(len(gap)), margins, gap, margins**2, gap**2, margins * gap], axis=1)
-    return mean_intervals(values, seed) | {"correlation of margin and length gap": interval(correlation, moments, seed)}
+    related = interval(correlation, sum_by(prompts, moments), seed)
+    return pair_intervals(values, prompts, seed) | {"correlation of margin and length gap": related}
 
 
 def correlation(sums):
@@ -132,7 +160,7 @@ def correlation(sums):
     return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
 
 
-def calibration_figures(margins, labels, seed):
+def calibration_figures(margins, labels, prompts, seed):
     """How often the label agrees with the model, by how sure the model is: sigmoid(|margin|)."""
     confidence = 1 / (1 + np.exp(-np.abs(margins).clip(max=700)))
     agrees = agreement(margins, labels)
@@ -141,7 +169,7 @@ def calibration_figures(margins, labels, seed):
     for n in np.unique(tenth):
         inside = tenth == n
         name = f"right where it says {confidence[inside].mean():.2f} ({inside.sum()} pairs)"
-        figures[name] = mean_interval(agrees[inside], seed)
+        figures[name] = mean_interval(agrees[inside], seed, prompts[inside])
     return figures
 
 
@@ -155,12 +183,12 @@ def calibration_error(confidence, agrees):
 
 
 # --------------------------------------------------------------------------------------------------
-# A judge's verdicts p [n, 2]: that the first of two replies is better, in this order and the other
+# A judge's verdicts p [..., 2]: that the first of two replies is better, in both orders of them
 
 
 def position_bias(p):
-    """float64 [n]: how much the judge says " A" over both orders; 1/2 is none."""
-    return (p[:, 0] + 1 - p[:, 1]) / 2
+    """float64 [...]: how much the judge says " A" over both orders; 1/2 is none."""
+    return (p[..., 0] + 1 - p[..., 1]) / 2
 
 
 def label_margins(pairs):
@@ -169,8 +197,14 @@ def label_margins(pairs):
     return {"the labels": labels, "gold": np.array([gold_margin(pair.row) for pair in pairs])}
 
 
+def where(known, values):
+    """The values, with nan where they are not known."""
+    return np.where(known, values, np.nan)
+
+
 def verdict_values(p, margins, probability, kept, known, principles):
-    """What verdicts say of the judge: {figure: its values, one per pair or verdict}.
+    """What verdicts say of the judge: {figure: float64 [n] of the pairs or [n, k] of the verdicts,
+    nan where they say nothing}.
 
     p: [n, k, 2] by k principles, nan by those that were not asked; margins: [n, k] of the first
     reply; probability: [n], that it is better; kept: bool [n]; known: {what else knows an order:
@@ -178,34 +212,37 @@ def verdict_values(p, margins, probability, kept, known, principles):
     """
     asked = np.isfinite(margins)  # [n, k]
     certainty = np.abs(probability - 0.5)
-    values = {"confidence, all pairs": 0.5 + certainty, "confidence, kept pairs": 0.5 + certainty[kept]}
+    values = {"confidence, all pairs": 0.5 + certainty, "confidence, kept pairs": where(kept, 0.5 + certainty)}
     for name, margin in known.items():
         decided = np.isfinite(margin) & (margin != 0)
         agrees = agreement(probability - 0.5, margin > 0)
-        values[f"agrees with {name}, all pairs"] = agrees[decided]
-        values[f"agrees with {name}, kept pairs"] = agrees[decided & kept]
+        values[f"agrees with {name}, all pairs"] = where(decided, agrees)
+        values[f"agrees with {name}, kept pairs"] = where(decided & kept, agrees)
         for j, principle in enumerate(principles):
             agrees = agreement(margins[:, j], margin > 0)
-            values[f"agrees with {name}, by: {principle}"] = agrees[decided & asked[:, j]]
-    by_principle = {f", by: {principle}": p[asked[:, j], j] for j, principle in enumerate(principles)}
-    for suffix, verdicts in {"": p[asked], **by_principle}.items():
-        values[f'position bias (how much " A" is said){suffix}'] = position_bias(verdicts)
-        contradicts = (verdicts[:, 0] > 0.5) != (verdicts[:, 1] > 0.5)
-        values[f"the two orders contradict each other{suffix}"] = contradicts
+            values[f"agrees with {name}, by: {principle}"] = where(decided & asked[:, j], agrees)
+    bias = position_bias(p)  # [n, k]
+    contradicts = where(asked, (p[..., 0] > 0.5) != (p[..., 1] > 0.5))
+    by_principle = {f", by: {principle}": j for j, principle in enumerate(principles)}
+    for suffix, of in {"": slice(None), **by_principle}.items():
+        values[f'position bias (how much " A" is said){suffix}'] = bias[:, of]
+        values[f"the two orders contradict each other{suffix}"] = contradicts[:, of]
     return values
 
 
 def show_record(record):
     """A record of runtime/output.py as lines of text, its means with 95 % intervals.
 
-    The intervals take every value as independent, and as 0 or 1: they are at most too wide.
+    They are those of a ratio of sums over prompts, which may have several values each (Cochran
+    1977, section 6.4). A prompt whose rows are in two batches counts as two; one alone has none.
     """
     figures = {}
     for name, (total, n) in record["figures"].items():
         if n:
-            mean = total / n
-            error = 1.96 * math.sqrt(max(0.0, mean * (1 - mean)) / n)
-            figures[name] = {"value": mean, "low": mean - error, "high": mean + error}
+            mean, (xx, xn, nn) = total / n, record["squares"][name]
+            error = 1.96 * math.sqrt(max(0.0, xx - 2 * mean * xn + mean * mean * nn)) / n
+            spread = {"low": mean - error, "high": mean + error} if nn < n * n else {}
+            figures[name] = point_estimate(mean) | spread
     counts = [f"{name:<48} {n:>9,}" for name, n in record["counts"].items()]
     return "\n".join([*counts, table(figures)])
 

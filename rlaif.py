@@ -30,8 +30,17 @@ from pathlib import Path
 import numpy as np
 
 from data import chat, rows
-from data.judge import judge_prompt, other_fields, question, random_principles, reply_pair, swap_sides, transcript
-from figures import label_margins, show_record, verdict_values
+from data.judge import (
+    judge_prompt,
+    other_fields,
+    question,
+    random_principles,
+    reply_pair,
+    speaks_of_answers,
+    swap_sides,
+    transcript,
+)
+from figures import label_margins, prompt_numbers, show_record, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges, print0, refuse_unread
@@ -60,7 +69,7 @@ class Config:
     # -- What you may set --
     # mean of the principles, their vote, or a random one per prompt [one of mean, vote, random]
     principles: str = "mean"
-    # completions sampled to a prompt; every two of them are a pair [>= 2]
+    # completions sampled to a prompt; every two of them are a pair [>= 2; <= 1000]
     group_size: int = 2
     # at which answers, critiques and revisions are sampled [>= 0]
     temperature: float = 1.0
@@ -141,7 +150,7 @@ def verdicts(model, tok, triples, principles, asked, micro_batch_tokens):
 def judge_batch(config, policy, judge, principles, rewards, batch, first):
     """Judge a batch, [Pair] or with a policy [(messages, row)], that comes after `first` rows.
 
-    Returns (rows to write, counts, {figure: its values}).
+    Returns (rows to write, counts, {figure: its values}, the pairs' `prompt_numbers`).
     """
     # 1. Pairs of replies that the judge can read
     model, tok, _ = judge
@@ -160,7 +169,7 @@ def judge_batch(config, policy, judge, principles, rewards, batch, first):
     counts["prompts"], counts["pairs judged"] = len(batch), len(kept)
     counts["pairs too long for the judge"] = len(pairs) - len(kept)
     if not kept:
-        return [], counts, {}
+        return [], counts, {}, []
     row_of, pairs = zip(*kept, strict=True)
 
     # 2. The judge's verdicts, by all principles or by a random one of each row
@@ -179,7 +188,7 @@ def judge_batch(config, policy, judge, principles, rewards, batch, first):
         known["the reward"] = total[::2] - total[1::2]
 
     written, kept_counts, values = preferences(config, pairs, p, principles, known)
-    return written, {**counts, **kept_counts}, values
+    return written, {**counts, **kept_counts}, values, prompt_numbers(pairs)
 
 
 def preferences(config, pairs, p, principles, known):
@@ -194,7 +203,7 @@ def preferences(config, pairs, p, principles, known):
     written = []
     for i in np.flatnonzero(kept):
         by = np.flatnonzero(np.isfinite(margins[i]))  # the principles that were asked
-        pair, verdict, row = pairs[i], p[i, by], other_fields(pairs[i].row)
+        pair, verdict, row = pairs[i], p[i, by], other_fields(pairs[i].row, new_answers=bool(config.policy))
         if probability[i] < 0.5:
             pair = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
             verdict, row = 1 - verdict[:, ::-1], swap_sides(row)
@@ -250,7 +259,7 @@ def ask(talks, replies, request, drawn):
 def revise_batch(config, policy, judge, principles, batch, first):
     """Answer the prompts of a batch [(messages, row)] after `first` rows, and revise the answers.
 
-    Returns (rows to write, counts, {figure: its values}).
+    Returns (rows to write, counts, {figure: its values}, the revisions' `prompt_numbers`).
     """
     (model, tok, _), (critic, critic_tok, info) = policy, judge
     as_chat = config.ask == "chat" or (config.ask == "auto" and chat.is_chat_model(critic_tok, info))
@@ -269,10 +278,11 @@ def revise_batch(config, policy, judge, principles, batch, first):
         messages, row = batch[i]
         revised = {"messages": [*messages, rows.message("assistant", text)], "original": answers[i]}
         revised |= {"critique": critiques[i], "principle": drawn[i]}
-        written.append(revised | other_fields(row))
+        written.append(revised | other_fields(row, new_answers=True))
     counts = {"prompts": len(batch), "answers revised": len(written)}
     counts["left out: an answer, critique or revision was cut or empty"] = len(batch) - len(written)
-    return written, counts, {"revisions that change nothing": [text == answers[i] for i, text in revisions.items()]}
+    same = np.array([text == answers[i] for i, text in revisions.items()], dtype=np.float64)
+    return written, counts, {"revisions that change nothing": same}, prompt_numbers([batch[i] for i in revisions])
 
 
 def check_flags(config):
@@ -292,6 +302,14 @@ def check_flags(config):
     refuse_unread(config, unread)
 
 
+def show_left_out(config, some):
+    """Name the fields of the rows that say something of the answers that stand there."""
+    names = {name for row in some for name, value in other_fields(row).items() if speaks_of_answers(name, value)}
+    if names:
+        listed = ", ".join(f'"{name}"' for name in sorted(names))
+        print0(f"{config.data}: fields that speak of other answers than those of --policy are left out: {listed}")
+
+
 def main(config):
     check_ranges(config)
     device = setup(config.device, config.seed)
@@ -309,6 +327,10 @@ def main(config):
     encode = chat.encoder(models[config.policy][1], chat.prompt_length) if config.policy else None
     examples, data = rows.read(config.data, parse, config.skip_bad, config.seed, encode)
     examples = [row.row if encode else row for row in examples[: config.limit or None]]
+    # those of one prompt one after the other, mostly in one batch: see figures.py:show_record
+    examples = [examples[i] for i in np.argsort(prompt_numbers(examples), kind="stable")]
+    if config.policy:
+        show_left_out(config, [row for _, row in examples])
     policy, judge = models.get(config.policy), models[config.judge or config.policy]
     data |= checkpoint.fingerprints(*models) | reward_hashes(config.reward, config.constitution)
     rewards = load_rewards(config.reward, device, config.micro_batch_tokens, config.constitution, config.reward_timeout)
@@ -325,11 +347,12 @@ def main(config):
     for first in range(record["rows"], total, config.rows_per_write):
         batch = examples[first : first + config.rows_per_write]
         if config.mode == "judge":
-            written, counts, values = judge_batch(config, policy, judge, principles, rewards, batch, first)
+            found = judge_batch(config, policy, judge, principles, rewards, batch, first)
         else:
-            written, counts, values = revise_batch(config, policy, judge, principles, batch, first)
+            found = revise_batch(config, policy, judge, principles, batch, first)
+        written, counts, values, prompts = found
         record["seconds"] = seconds = round(time.perf_counter() - began, 3)
-        write_batch(config.out, record, written, len(batch), counts, values)
+        write_batch(config.out, record, written, len(batch), counts, values, prompts)
         done, counted = record["rows"], " | ".join(f"{name} {n:,}" for name, n in counts.items() if n)
         print0(f"row {done:,}/{total:,} | {counted} | eta {clock_time(seconds / done * (total - done))}")
         if stop.agreed() and done < total:

@@ -50,10 +50,34 @@ def reply_pair(row):
     return rows.Pair(rows.prompt(row), a, b, label, row)
 
 
-def other_fields(row):
-    """What a row has besides its question and its replies: the "answer" of a problem, say."""
+# A word in the name of a field that speaks of an answer
+OF_ANSWERS = rows.RATINGS | {"chosen", "rejected", "finished", "label", "margin", "instead"}
+
+
+def other_fields(row, new_answers=False):
+    """What a row has besides its question and its replies: the "answer" of a problem, say.
+
+    new_answers: without what it says of the answers that stood there, for others are written.
+    """
     replaced = {*REPLACED, *rows.system_columns(row), *rows.earlier_columns(row)}
-    return {name: value for name, value in rows.small_letters(row).items() if name not in replaced}
+    others = {name: value for name, value in rows.small_letters(row).items() if name not in replaced}
+    return {name: value for name, value in others.items() if not (new_answers and speaks_of_answers(name, value))}
+
+
+def speaks_of_answers(name, value):
+    """Whether a field says of the answers in its row how good they are, that they were cut or are
+    not to be trained; also by a score under a reward's name, "mine.py:score", as of evaluate.py."""
+    words = OF_ANSWERS | (rows.GOOD | rows.BAD | rows.WHOLE if str(value).lower() in ("true", "false") else set())
+    if words.intersection(rows.words_of(name)) or re.search("[/:]", name) or name == "text":  # all in a template
+        return True
+    try:  # what sft.py and dpo.py would refuse beside the new answers
+        fields = rows.normalise({name: value})
+        for check in (rows.check_whole, rows.check_good, rows.check_order):
+            check(fields)
+        rows.check_read(fields, rows.RATIONALE, ())
+    except ValueError:
+        return True
+    return False
 
 
 def swap_sides(row):

@@ -80,6 +80,21 @@ def test_blank_documents_are_left_out_of_what_is_measured(make_model, tmp_path, 
     assert found[0] == found[1] and "2 blank documents are left out" in capsys.readouterr().out
 
 
+def test_documents_that_cannot_be_tokenized_are_left_out_with_a_line(make_model, tmp_path, capsys):
+    tok = tokenizer.characters("Hello world")
+    checkpoint.save(tmp_path / "run", constant_model(make_model, tok, {}), tok, {"stage": "pretrain", "step": 1})
+    found, texts = [], {"some": ["Hello", "日本", "world"], "all": ["Hello", "world"], "none": ["日本"]}
+    for name, some in texts.items():
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": text} for text in some])
+    flags = {"model": tmp_path / "run", "skip_bad": True}
+    found = [measure(tmp_path, **flags, text=tmp_path / f"{name}.jsonl") for name in ("some", "all")]
+    assert found[0] == found[1] and "some.jsonl:2: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="some.jsonl:2: "):
+        measure(tmp_path, model=tmp_path / "run", text=tmp_path / "some.jsonl")
+    with pytest.raises(UserError, match="--text: the model's tokenizer can read none of its documents"):
+        measure(tmp_path, **flags, text=tmp_path / "none.jsonl")
+
+
 def test_a_document_longer_than_the_context_counts_every_token_once(make_model):
     model = constant_model(make_model, TOK, {})
     nats, tokens, size = evaluate.document_nats(model, TOK, ["x" * 1000], 16384)[0]
@@ -150,6 +165,16 @@ def test_completions_end_as_often_as_the_model_ends_them(make_model):
     assert figures["completion tokens"]["value"] == pytest.approx(sum(0.75**k for k in range(8)), abs=0.2)
     assert {row["finished"] for row in sampled} == {True, False}
     assert all("<|im_end|>" not in row["completion"] for row in sampled)
+
+
+def test_completions_of_one_word_have_no_variety_of_two(make_model):
+    """They never repeat; 0 would say that they always do."""
+    model = constant_model(make_model, TOK, {ord("a"): 12.0}, width=16, layers=1)
+    examples = [(ask("q")[0], {"prompt": "q"})] * 4
+    config = evaluate.Config("", max_new_tokens=3)
+    values, *_ = evaluate.completion_figures(config, model, TOK, examples, torch.device("cpu"))
+    figures = mean_intervals(values, seed=0)
+    assert figures["distinct-1"]["value"] == 1 / 4 and "distinct-2" not in figures
 
 
 def distribution(logits, temperature):

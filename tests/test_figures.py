@@ -1,17 +1,28 @@
 """figures.py: intervals that cover, preferences by hand, calibration, what verdicts say."""
 
 import math
+import re
 import tracemalloc
 
 import numpy as np
 import pytest
 
 import figures
-from data.rows import Pair
+from data.rows import Pair, message
+from runtime.output import add_values
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
+
+
+def pair_of(prompt, probability=1.0, row=None):
+    return Pair([message("user", str(prompt))], "a", "b", probability, row or {})
+
+
+def known_of(values):
+    """The values of a figure that are not nan."""
+    return values[np.isfinite(values)].tolist()
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -53,7 +64,8 @@ def test_a_statistic_is_that_of_the_sums_and_its_draws_depend_on_the_seed():
 def test_distinct_by_hand():
     texts = ["a b a b", "a b", "c", ""]
     assert figures.distinct(texts, 1) == 3 / 7 and figures.distinct(texts, 2) == 2 / 4
-    assert figures.distinct(["one"], 2) == 0 and figures.distinct(["a b c"], 2) == 1.0
+    assert figures.distinct(["a b c"], 2) == 1.0 and figures.distinct(["a b", "a b", "a b"], 2) == 1 / 3
+    assert figures.distinct(["one", ""], 2) is None is figures.distinct([""], 1)  # that is no variety of 0
 
 
 def test_figures_are_shown_in_columns():
@@ -74,9 +86,8 @@ def test_preference_figures_by_hand():
         (-3.0, (5, 9), 0.0, (0.2, 0.6)),
     ]
     margins, lengths, labels, gold = zip(*table, strict=True)
-    pairs = [
-        Pair([], "", "", p, {"gold_chosen": a, "gold_rejected": b}) for p, (a, b) in zip(labels, gold, strict=True)
-    ]
+    rows = [{"gold_chosen": a, "gold_rejected": b} for a, b in gold]
+    pairs = [pair_of(i, p, row) for i, (p, row) in enumerate(zip(labels, rows, strict=True))]
     found = figures.preference_figures(pairs, margins, lengths, seed=0)
     value = {name: figure["value"] for name, figure in found.items()}
     assert value["accuracy"] == pytest.approx((1 + 0 + 0.5 + 0.75 + 1) / 5)
@@ -100,7 +111,7 @@ def test_preference_figures_by_hand():
 
 
 def test_rows_without_gold_have_no_figures_of_it():
-    pairs = [Pair([], "", "", 1.0, {})] * 3
+    pairs = [pair_of("q")] * 3
     assert not [name for name in figures.preference_figures(pairs, [1.0] * 3, [(1, 2)] * 3, 0) if "gold" in name]
 
 
@@ -131,8 +142,8 @@ def test_a_judge_that_always_says_a_is_all_position_bias():
     np.testing.assert_allclose(figures.position_bias(p), [0.9, 0.9, 0.5])
     margins = p[:, None].mean(2) - 0.5
     values = figures.verdict_values(p[:, None], margins, 0.5 + margins[:, 0], np.array([False, False, True]), {}, ["x"])
-    assert values["the two orders contradict each other"].tolist() == [True, True, False]
-    assert values["confidence, kept pairs"].tolist() == pytest.approx([0.6])
+    assert known_of(values["the two orders contradict each other"]) == [True, True, False]
+    assert known_of(values["confidence, kept pairs"]) == pytest.approx([0.6])
 
 
 def test_agreement_is_counted_where_something_is_known_and_by_the_principles_that_were_asked():
@@ -141,20 +152,84 @@ def test_agreement_is_counted_where_something_is_known_and_by_the_principles_tha
     known = {"gold": np.array([1.0, 1.0, -2.0, 0.0]), "nobody": np.full(4, np.nan)}
     kept = np.array([True, True, False, True])
     values = figures.verdict_values(p, margins, 0.5 + np.nanmean(margins, axis=1), kept, known, ["one", "two"])
-    agrees = {name: x.tolist() for name, x in values.items() if name.startswith("agrees")}
+    agrees = {name: known_of(x) for name, x in values.items() if name.startswith("agrees")}
     assert agrees["agrees with gold, all pairs"] == [True, False, True]  # a tie in gold is no order
     assert agrees["agrees with gold, kept pairs"] == [True, False]
     assert agrees["agrees with gold, by: one"] == [True, False] and agrees["agrees with gold, by: two"] == [False, True]
     assert not [name for name, x in agrees.items() if "nobody" in name and x]
-    assert len(values['position bias (how much " A" is said), by: one']) == 3
+    for by, n in (("", 6), (", by: one", 3), (", by: two", 3)):
+        for name in ('position bias (how much " A" is said)', "the two orders contradict each other"):
+            assert len(known_of(values[name + by])) == n
+
+
+# --------------------------------------------------------------------------------------------------
+# Several pairs of one prompt
+
+
+def recorded(values, prompts):
+    """The record of rlaif.py of values of a figure, float64 [n] or [n, k], in two batches."""
+    record, half = {"counts": {"pairs": 1200}, "figures": {}, "squares": {}}, len(values) // 2
+    for part in (slice(half), slice(half, None)):
+        add_values(record, {"right": values[part]}, prompts[part])
+    return record
+
+
+def shown(record):
+    """(mean, low, high), or the mean alone, of the one figure of a record."""
+    return [float(x) for x in re.findall(r"\d+\.\d+", figures.show_record(record).splitlines()[1])]
 
 
 def test_a_record_is_shown_as_counts_and_means():
-    record = {"counts": {"pairs": 1200}, "figures": {"right": (30.0, 100), "none": (0.0, 0)}}
+    """With one value to a prompt, of 0 or 1, the interval is that of a share."""
+    record = recorded(np.repeat([0.0, np.nan, 1.0], [70, 6, 30]), np.arange(106))
+    record["figures"]["none"] = 0.0, 0
     counts, figure = figures.show_record(record).splitlines()
     error = 1.96 * math.sqrt(0.3 * 0.7 / 100)
     assert counts == f"{'pairs':<48}     1,200"
     assert figure == f"{'right':<48}    0.3000   [{0.3 - error:.4f}, {0.3 + error:.4f}]"
+    of_one_prompt = {"right": [1, 3]}, {"right": [1, 3, 9]}
+    assert shown(record | dict(zip(("figures", "squares"), of_one_prompt))) == [0.3333]  # it says nothing of others
+
+
+def skilled(seed, prompts, pairs):
+    """float64 [prompts, pairs] of 0 and 1: a judge is right on a share of a prompt's pairs that is
+    another for each prompt, 1/2 in the mean."""
+    random = np.random.default_rng(seed)
+    return (random.random((prompts, pairs)) < random.beta(1, 1, (prompts, 1))).astype(float)
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 28])
+def test_intervals_of_a_judge_cover_whatever_the_pairs_of_a_prompt(pairs):
+    """As pairs, and as verdicts of several principles on one pair."""
+    covered = 0
+    for seed in range(200):
+        right, prompts = skilled(seed, 100, pairs), np.arange(100)
+        flat = shown(recorded(right.ravel(), prompts.repeat(pairs)))
+        mean, low, high = shown(recorded(right, prompts))
+        assert flat == [mean, low, high] and mean == pytest.approx(right.mean(), abs=1e-4)
+        covered += low <= 0.5 <= high
+    assert 180 <= covered <= 198
+
+
+def test_intervals_of_a_reward_model_cover_whatever_the_pairs_of_a_prompt():
+    covered = 0
+    for seed in range(100):
+        right = skilled(seed, 40, 6).ravel()
+        figure = figures.mean_interval(right, seed, np.arange(40).repeat(6))
+        covered += figure["low"] <= 0.5 <= figure["high"]
+    assert 88 <= covered <= 99
+
+
+def test_pairs_of_one_prompt_that_say_the_same_say_it_once():
+    random = np.random.default_rng(0)
+    margins, lengths = random.normal(size=40), random.integers(1, 4, (40, 2))
+    rows = [{"gold_chosen": x, "gold_rejected": 0.0} for x in random.normal(size=40)]
+    pairs = [pair_of(i, row=row) for i, row in enumerate(rows)]
+    once = figures.preference_figures(pairs, margins, lengths, 0)
+    again = figures.preference_figures(pairs * 3, np.tile(margins, 3), np.tile(lengths, (3, 1)), 0)
+    assert len(once) > 9
+    for one, three in zip(once.values(), again.values(), strict=True):
+        assert [x for x in three.values() if x is not None] == pytest.approx([x for x in one.values() if x is not None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,9 +249,9 @@ def test_a_judge_and_a_reward_model_without_an_opinion_agree_half_the_time():
     kept, undecided = np.ones(n, bool), np.full(n, 0.5)
     values = figures.verdict_values(np.full((n, 1, 2), 0.5), np.zeros((n, 1)), undecided, kept, known, ["be kind"])
     for name in ("all pairs", "kept pairs", "by: be kind"):
-        assert values[f"agrees with the labels, {name}"].tolist() == [0.5] * n
+        assert known_of(values[f"agrees with the labels, {name}"]) == [0.5] * n
     rows = [{"gold_chosen": float(i), "gold_rejected": 3.0} for i in range(n)]
-    pairs = [Pair([], "a", "b", float(i % 2), row) for i, row in enumerate(rows)]
+    pairs = [pair_of(i, float(i % 2), row) for i, row in enumerate(rows)]
     found = figures.preference_figures(pairs, np.zeros(n), np.ones((n, 2)), 0)
     assert found["accuracy"]["value"] == found["order as gold's"]["value"] == 0.5
     assert found["calibration error"]["value"] == 0  # it says 1/2, and is right half the time

@@ -450,6 +450,7 @@ def test_logs_of_ai_feedback(folder, data):
     config = rlaif.Config("c.txt", "d.jsonl", str(out), resume=True)
     head = {"stage": "rlaif", "config": dataclasses.asdict(config), "data": {"d.jsonl": "ab"}}
     record = {"rows": 4, "bytes": 10, "seconds": 1.5, "counts": {"prompts": 4}, "figures": {"confidence": [3.5, 4]}}
+    record |= {"squares": {"confidence": [3.25, 3.5, 4.0]}}
     lines = [head, record, record | {"rows": 8, "bytes": 20}]
     texts = [json.dumps(line).encode() for line in lines]
     i = data.draw(st.integers(0, 2))

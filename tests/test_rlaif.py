@@ -124,7 +124,7 @@ def test_the_preferred_side_is_chosen_and_what_belongs_to_a_side_goes_with_it():
     assert gold.items() <= written[1].items()
     assert not {"reply_a", "better"} & written[2].keys()
     assert counts == {"pairs kept": 3, "pairs dropped, too near to 1/2": 1}
-    agrees = {name: np.asarray(x).tolist() for name, x in values.items() if name.startswith("agrees")}
+    agrees = {name: x[np.isfinite(x)].tolist() for name, x in values.items() if name.startswith("agrees")}
     assert agrees["agrees with the labels, all pairs"] == [True, False, False]  # q3 has no label
     assert agrees["agrees with gold, all pairs"] == agrees["agrees with gold, kept pairs"] == [True, True]
     assert (values['position bias (how much " A" is said)'] > 0.5).all()
@@ -138,7 +138,7 @@ def test_principles_make_one_probability_by_mean_or_vote_or_chance():
     assert by["q2"]["probability"] == pytest.approx((alone[LONG]["q2"] + alone[KIND]["q2"]) / 2, abs=2e-6)
     assert by["q1"]["probability"] == pytest.approx((alone[LONG]["q1"] + 0.5) / 2, abs=2e-6)
     assert len(by["q2"]["verdicts"]) == 2 and "principle" not in by["q1"]
-    assert len(values[f"agrees with gold, by: {KIND}"]) == 2
+    assert np.isfinite(values[f"agrees with gold, by: {KIND}"]).tolist() == [True, True, False, False]
     voted = {str(r["prompt"]): r["probability"] for r in judged(PAIRS, [LONG, KIND], principles="vote")[0]}
     assert voted == {"q1": 0.75, "q2": 1.0}  # KIND abstains on q1; on the last pair one is for each side
     assert judged(PAIRS, [LONG, KIND, SHORT], principles="vote", min_margin=0.3)[0] == []
@@ -211,11 +211,11 @@ def test_a_batch_counts_ties_and_pairs_that_are_too_long(make_model):
     texts = [("same", "same"), ("a", "b" * 200), ("aaa", "bbb")]
     batch = [reply_pair({"prompt": "q", "reply_a": a, "reply_b": b}) for a, b in texts]
     config = rlaif.Config("", "", "", min_margin=0.0)
-    written, counts, _ = rlaif.judge_batch(config, None, judge, [LONG], [], batch, 0)
+    written, counts, *_ = rlaif.judge_batch(config, None, judge, [LONG], [], batch, 0)
     assert len(written) == 1 and {written[0]["chosen"], written[0]["rejected"]} == {"aaa", "bbb"}
     counted = {"prompts": 3, "ties (twice the same text)": 1, "pairs too long for the judge": 1}
     assert counts.items() >= (counted | {"pairs judged": 1, "pairs kept": 1}).items()
-    written, counts, values = rlaif.judge_batch(config, None, judge, [LONG], [], batch[:2], 0)
+    written, counts, values, _ = rlaif.judge_batch(config, None, judge, [LONG], [], batch[:2], 0)
     assert written == [] and values == {} and counts["pairs judged"] == 0
 
 
@@ -307,6 +307,54 @@ def test_a_run_writes_what_dpo_reads_soft_labels_and_all(files, capsys):
     assert (agreeing, n) == (sum(x > 0 for x in margins), sum(x != 0 for x in margins))
 
 
+OF_OLD_ANSWERS = {
+    "gold_chosen": 0.5,
+    "rejected_model": "x",
+    "finished": False,
+    "chosen_truncated": True,
+    "stop_reason": "length",
+    "label_source": "people",
+    "score": 3,
+    "ratings": [1, 2],
+    "data/world.py:gold": 0.5,
+    "is_correct": True,
+    "wrong": True,
+    "preference": "tie",
+    "margin": 0.5,
+    "train": False,
+    "reasoning": "first this, then that",
+    "instead_of": "another answer",
+    "text": "User: Number 9? Assistant: three",
+}
+OF_QUESTIONS = {"correct_answer": "B", "level": 3, "topic": "numbers", "expected_output": "5", "id": 7}
+
+
+@pytest.mark.parametrize("mode, parse", [("judge", rows.preference), ("revise", rows.conversation)])
+def test_what_a_row_says_of_other_answers_is_not_written_beside_new_ones(files, mode, parse, capsys):
+    one_each = [{"prompt": "Number 9?", name: said} for name, said in OF_OLD_ANSWERS.items()]
+    pair = {"prompt": "Number 9?", "chosen": "a", "rejected": "b", **OF_OLD_ANSWERS, **OF_QUESTIONS}
+    write_rows(files / "old.jsonl", [*one_each, pair])
+    flags = {"mode": mode, "data": files / "old.jsonl", "max_new_tokens": 60, "rows_per_write": 99}
+    written = run(files, **flags, **({"group_size": 3} if mode == "judge" else {}))
+    assert len(rows.read(str(files / "out.jsonl"), parse)[0]) == len(written) > 9
+    assert not [row for row in written if OF_OLD_ANSWERS.keys() & row.keys()]
+    of_the_pair = [row for row in written if "id" in row]
+    assert of_the_pair and all(OF_QUESTIONS.items() <= row.items() for row in of_the_pair)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "are left out" in line]
+    named = ", ".join(f'"{name}"' for name in sorted(OF_OLD_ANSWERS))
+    assert line == f"{files}/old.jsonl: fields that speak of other answers than those of --policy are left out: {named}"
+
+
+def test_pairs_of_one_prompt_are_judged_in_one_batch_and_counted_as_one_prompt(files):
+    texts = [(f"Number {i % 5}?", f"it is {i}", f"no, {2 * i}") for i in range(20)]
+    some = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in texts]
+    written = run(files, policy="", data=write_rows(files / "pairs.jsonl", some))
+    assert [row["prompt"] for row in written] == sorted(row["prompt"] for row in some)
+    bias = 'position bias (how much " A" is said)'
+    last = log(files / "out.jsonl")[-1]
+    assert last["figures"][bias][1] == 2 * 20 and last["squares"][bias][2] == 5 * (2 * 4) ** 2
+
+
 @pytest.mark.parametrize("flags", [{"mode": "judge", "principles": "random"}, {"mode": "revise", "ask": "text"}])
 def test_a_run_cut_anywhere_ends_in_the_same_bytes(files, flags, monkeypatch):
     flags |= {"max_new_tokens": 60}
@@ -348,7 +396,11 @@ def test_only_the_same_run_is_resumed(files, fork):
     succeeds(start(fork, rlaif, **(flags | {"overwrite": True})))
     assert {len(row["verdicts"]) for row in read(files / "out.jsonl")} == {1}
     log_file = files / "out.log.jsonl"
-    for damage in ("{}\n", '{"stage": "rlaif"}\n', ""):
+    head, *records = read(log_file)
+    for record in records:
+        del record["squares"]  # as an older version wrote them
+    of_before = "".join(json.dumps(line) + "\n" for line in (head, *records))
+    for damage in ("{}\n", '{"stage": "rlaif"}\n', "", of_before):
         log_file.write_text(damage)
         assert "missing, damaged" in refused(start(fork, rlaif, **(flags | {"resume": True})))
     log_file.unlink()
