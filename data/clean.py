@@ -46,6 +46,19 @@ ENGLISH = (  # words that are common in English and rare elsewhere
     "the of and to that it with for is are was were this from they you not his her she be by which have has"
 )
 
+# What `folded` makes alike: quotes, dashes and minus, the degree sign and the ordinal of n\u00b0 1
+ALIKE = {"\u00b0": "o", **dict.fromkeys("\u2018\u2019", "'"), **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')}
+ALIKE |= dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+ODD = re.compile(r"[^\w\x00-\x7f]|[\u00b2\u00b3\u00b9\u2070-\u2079\u2080-\u2089]")  # or a raised or lowered digit
+OPENING = re.compile(r"""["'\u00bf\u00a1](?<!\S.)["'\u00bf\u00a1]*(?=\s?\w)""")  # marks that begin a word
+# Marks that end a word, or stand alone behind it, as French has them. Behind anything but two
+# letters some stay: 5! and y' are sums, and so is 6 : 3. Bounded, or a line of dots takes hours.
+MARK = r"""[.,;:!?"'\u3002\u3001\u061f\u060c\u061b\u0964]"""  # the last: Chinese, Arabic, Hindi
+WORD = r"[^\W\d_]{2}"
+ENDING = re.compile(
+    rf"{MARK}(?:(?<={WORD}.)|(?<={WORD} .)|(?<=\S[^!'\"])|(?<=[?\u061f])|(?<= .)(?={MARK}*$)){MARK}{{0,99}}+(?!\S)"
+)
+
 
 class Words(NamedTuple):
     hashes: np.ndarray  # uint64 [W]
@@ -95,7 +108,7 @@ def span_hashes(values, begin, end):
 
 def find_words(texts):
     """A batch of texts -> Words."""
-    texts = [text.lower() for text in texts]
+    texts = [unicodedata.normalize("NFC", text).lower() for text in texts]
     edges = np.cumsum([0] + [len(text) + 1 for text in texts])
     chars = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le"), np.uint32)
     kinds = character_kinds()[chars]
@@ -194,9 +207,28 @@ def repeated_line_share(text):
 # Duplicates
 
 
+def alike(match):
+    """What stands for a character of ODD: nothing for one unseen, ^3 for a raised 3."""
+    char = match[0]
+    if unicodedata.category(char) == "Cf":
+        return ""
+    return "^" + char if char.isdigit() else ALIKE.get(char, char)
+
+
+def folded(text):
+    """A text but for case, white space, Unicode forms, and the marks of sentences and quotes at the
+    ends of words: the same for what a reader takes for the same question."""
+    plain = text.casefold()
+    if not text.isascii():  # folded again: what stands for \u2116 has a capital
+        plain = unicodedata.normalize("NFKC", ODD.sub(alike, plain)).casefold()
+    plain = " ".join(plain.split())
+    return " ".join(ENDING.sub("", OPENING.sub("", plain)).split()) or plain
+
+
 def text_key(text):
-    """64 bits, equal for exact duplicates: texts that differ in case and white space at most."""
-    plain = " ".join(text.lower().split())
+    """64 bits, equal for exact duplicates: texts that differ in case, white space and composed or
+    decomposed letters at most."""
+    plain = " ".join(unicodedata.normalize("NFC", text).lower().split())
     return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
 
 

@@ -46,7 +46,11 @@ def make_items(encoded, context, what):
     advice = f"fits into {context} tokens; give a larger --context if the model's reaches further"
     kept = chat.fitting(lengths, context, what, "completion", why, advice)
     judged, documents = zip(*[encoded[i] for i in kept])
-    others = other_prompts([(rows.prompt_of([single]), single[1]) for single in judged], what)
+    prompts = [rows.prompt_of([single]) for single in judged]
+    asked = rows.questions([[single] for single in judged])
+    # A question goes by the first of its prompts, so that those asked once are paired as ever
+    first = dict(sorted(zip(asked, prompts, strict=True), reverse=True))
+    others = other_prompts([(first[question], single[1]) for question, single in zip(asked, judged, strict=True)], what)
     items = []
     for document, i in zip(documents, others, strict=True):
         prompt, other = document.ids[~document.loss_mask], documents[i].ids[documents[i].loss_mask]

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.clean import folded
 from data.read import LONG_SPACE, bad_row, is_null, parse_mixture, read_rows, reason
 from data.rules import right_number
 from runtime.cli import print0, refuse_unread
@@ -1025,42 +1026,73 @@ def read(sources, parse, skip_bad=False, seed=0, encode=None):
     return [row for rows in found for row in rows], hashes
 
 
+def messages_of(row):
+    """The messages of a row as `read` gives it; of a preference or a judgement its prompt's."""
+    while not isinstance(row[0], dict):  # Encoded, a Pair, (messages, row), [(messages, ...)] of `judged`
+        row = row[0]
+    return row
+
+
 def prompt_of(row):
     """The prompt of a row as `read` gives it: ((role, content), ...); of a conversation all before
     the first answer."""
-    messages = row
-    while not isinstance(messages[0], dict):  # Encoded, a Pair, (messages, row), [(messages, ...)] of `judged`
-        messages = messages[0]
+    messages = messages_of(row)
     if messages[-1]["role"] == "assistant":
         messages = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
     return tuple((m["role"], m["content"]) for m in messages)
 
 
+def folded_prompt(row):
+    """`prompt_of` a row, of which `folded` leaves what tells questions apart."""
+    return tuple((role, folded(content)) for role, content in prompt_of(row))
+
+
+def answered_turns(row):
+    """{(("user", folded content),)}: what the user asks, at any turn, and training answers."""
+    messages = messages_of(row)
+    asked = [m for m, answer in itertools.pairwise(messages) if m["role"] == "user" and answer.get("train", True)]
+    if messages[-1]["role"] == "user":  # a prompt: what is trained answers its end
+        asked = messages[-1:]
+    return {(("user", folded(m["content"])),) for m in asked}
+
+
+def rare_turns(rows):
+    """The `answered_turns` of each row, without those that are `common`."""
+    turns, many = list(map(answered_turns, rows)), common(rows)
+    times = Counter(itertools.chain(*turns))
+    return [{turn for turn in said if times[turn] < many} for said in turns]
+
+
+def common(rows):
+    """In how many places a message is no question but "Hi", or an example that shows the form of an
+    answer: a hundredth of the rows, and ten or more."""
+    return max(10, len(rows) // 100)
+
+
 def questions(rows):
-    """What is asked in each row, but for case and white space: the first message of the user,
+    """What is asked in each row, ((role, folded content), ...): the first message of the user,
     without the system message and later turns.
 
-    It is the whole prompt where a hundredth of the rows begin with that message, and ten or more:
-    that is no question but "Hi", or an example that shows the form of an answer.
+    It is the whole prompt where that message is `common`, as the beginning of different prompts.
     """
-    prompts = [tuple((role, " ".join(content.casefold().split())) for role, content in prompt_of(row)) for row in rows]
-    first = [next((message for message in prompt if message[0] == "user"), prompt) for prompt in prompts]
-    times, common = Counter(first), max(10, len(rows) // 100)
-    asked = [prompt if times[message] >= common else message for message, prompt in zip(first, prompts, strict=True)]
+    prompts, many = list(map(folded_prompt, rows)), common(rows)
+    first = {prompt: next(((said,) for said in prompt if said[0] == "user"), prompt) for prompt in set(prompts)}
+    times = Counter(first.values())
+    asked = [prompt if times[first[prompt]] >= many else first[prompt] for prompt in prompts]
     return asked if len(set(asked)) > 1 else prompts
 
 
-def split_off(rows, fraction, seed):
+def split_off(rows, fraction, seed, name="the rows"):
     """(train, held out): a random `fraction` of the rows is held out, and of each of the
     `questions` all rows or none.
 
-    Raises UserError if all ask the same.
+    Raises UserError, which begins with `name`, if all ask the same.
     """
     by_question = {}
     for i, question in enumerate(questions(rows)):
         by_question.setdefault(question, []).append(i)
     if len(by_question) < 2:
-        raise UserError("--data: one prompt only; at least two are needed, one to train on and one to hold out")
+        raise UserError(f"{name}: one prompt only; at least two are needed, one to train on and one to hold out")
     groups = list(by_question.values())
     shuffled = [groups[g] for g in np.random.default_rng(seed).permutation(len(groups))]
     limit, held_out = max(1, int(fraction * len(rows))), []
@@ -1073,18 +1105,32 @@ def split_off(rows, fraction, seed):
 
 
 def warn_of_shared_prompts(train, val, what):
-    """Warn if validation rows have a prompt that is trained on, or another one of the same of
-    `questions`."""
+    """Warn if validation rows have a prompt that is trained on, or ask the same: the same of
+    `questions`, or one that the other side has in a later turn."""
     trained, asked = {prompt_of(row) for row in train}, questions(train + val)
-    asked_in_training = set(asked[: len(train)])
+    first, turns = set(asked[: len(train)]), set().union(*rare_turns(train))
+    anywhere, alone = first | turns, first & turns
     exact = sum(prompt_of(row) in trained for row in val)
-    similar = sum(question in asked_in_training for question in asked[len(train) :]) - exact
+    pairs = zip(asked[len(train) :], rare_turns(val), strict=True)
+    similar = sum(question in anywhere or not alone.isdisjoint(said) for question, said in pairs) - exact
     if exact + similar:
         print0(
             f"warning: {what}: of {len(val)} rows to validate on, {exact} have a prompt that is trained on as well, "
-            f"{similar} one that asks the same but for case, white space, system message or later turns; on these the "
-            "figures measure memory: leave them out of one side"
+            f"{similar} one that asks the same but for case, white space, punctuation, system message or other turns; "
+            "on these the figures measure memory: leave them out of one side"
         )
+
+
+def count_asked(prompts, train):
+    """How many folded prompts differ, whatever the system message, unless that alone tells them
+    and those of `train` apart."""
+
+    def without_system(prompt):
+        return tuple(message for message in prompt if message[0] != "system")
+
+    asked = set(map(without_system, prompts))
+    alone = len(asked) == 1 and all(without_system(folded_prompt(row)) in asked for row in train)
+    return len(prompts if alone else asked)
 
 
 def read_split(config, parse, encode=None, fit=None):
@@ -1102,17 +1148,17 @@ def read_split(config, parse, encode=None, fit=None):
         train, (val, val_hashes) = rows, read(config.val, parse, config.skip_bad, encode=encode)
         hashes |= val_hashes
     else:
-        what, more = f"held out of --data={config.data}", "raise --val_fraction, or give --val"
-        train, val = split_off(rows, config.val_fraction, config.seed)
+        what, more = f"held out of {config.data}", "raise --val_fraction, or give --val"
+        train, val = split_off(rows, config.val_fraction, config.seed, config.data)
     fitted = train, val
     if fit:
         (fitted_train, train), (fitted_val, val) = fit(train, config.data), fit(val, config.val or "held out of it")
         fitted = fitted_train, fitted_val
-    prompts = len({prompt_of(row) for row in val})
-    if prompts < 2 and parse is not prompt_only:
+    prompts = set(map(folded_prompt, val))
+    if len(prompts) < 2 and parse is not prompt_only:
         raise UserError(f"{what}: rows of one prompt only to validate on, which say nothing of others; {more}")
-    if prompts < FEW_PROMPTS:
-        print0(f"warning: {what}: {prompts} prompts to validate on, so its figures are mostly chance; {more}")
+    if (asked := count_asked(prompts, train)) < FEW_PROMPTS:
+        print0(f"warning: {what}: {asked} prompts to validate on, so its figures are mostly chance; {more}")
     warn_of_shared_prompts(train, val, what)
     return *fitted, hashes
 

@@ -1,6 +1,7 @@
 """A corpus: what its documents are, how they become streams and pieces, what is held out."""
 
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -71,6 +72,13 @@ def test_holding_out_loses_no_text(documents, fraction):
     if len(documents) > 1:
         assert train + val == documents
         assert fraction == 0 or abs(len(val) - len(documents) * fraction) <= 1
+
+
+def test_a_document_in_another_spelling_is_trained_on_too(capsys):
+    first = "Un café à côté ?"
+    val = [unicodedata.normalize("NFD", first), "un café à côté", "15", "The end"]
+    corpus.warn_of_shared_documents([first, "1.5", "\ufeffThe end."], val)
+    assert "3 of the 4 documents to validate on are trained on too" in capsys.readouterr().out
 
 
 def test_a_stream_scans_back_to_its_documents():

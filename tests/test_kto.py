@@ -60,6 +60,18 @@ def test_where_one_prompt_has_most_rows_its_partners_are_taken_in_turn():
     assert max(map(partners.count, partners)) == 3
 
 
+def test_another_spelling_or_system_message_is_no_other_prompt():
+    def asked(i, content, system=""):
+        return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}], i
+
+    spellings, systems = ("What is {}+{}?", "what is {}+{}", "What  is {}+{}? "), ("Be brief.", "Be kind.", "Be right.")
+    spelt = [asked(i, text.format(i, i)) for i in range(6) for text in spellings]
+    told = [asked(i, f"What is {i}+{i}?", system) for i in range(6) for system in systems]
+    for prompts in (spelt, told, told * 4):  # of the last, twelve ask the same
+        singles = [(messages, f"{i}", n % 2 == 0) for n, (messages, i) in enumerate(prompts)]
+        assert all(own != other for _, own, other in texts(make_items(singles, 200, "")[0]))
+
+
 def test_completions_to_one_prompt_only_are_refused():
     with pytest.raises(UserError, match="file.jsonl: completions to one prompt only"):
         make_items(judged([5]), 200, "file.jsonl")

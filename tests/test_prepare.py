@@ -1,5 +1,6 @@
 """Preparing text: what is kept, what is removed, and that a killed run ends in the same bytes."""
 
+import hashlib
 import importlib.util
 import json
 import random
@@ -8,6 +9,7 @@ import shutil
 import sys
 import time
 import tracemalloc
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -340,6 +342,69 @@ def test_exact_means_exact(tmp_path, tok):
     for dedup, exact, near in (("none", 0, 0), ("exact", 1, 0), ("near", 1, 2)):
         rules = run(tok, tmp_path / dedup, path, dedup=dedup, val_fraction=0.0)["rules"]
         assert (rules["exact_duplicate"], rules["near_duplicate"]) == (exact, near)
+
+
+SPELLINGS = {  # of a question that ends with "?"
+    "capitals": str.upper,
+    "decomposed": lambda q: unicodedata.normalize("NFD", q),
+    "full width": lambda q: q.replace("?", "\uff1f"),
+    "ordinal for degree": lambda q: q.replace("\u00b0", "\u00ba"),
+    "numero sign": lambda q: q.replace("n\u00b0", "\u2116"),
+    "no mark": lambda q: q.rstrip("?"),
+    "a space before it": lambda q: q.replace("?", "\u202f?"),
+    "two marks": lambda q: q + "!",
+    "zero width": lambda q: q[:5] + "\u200b" + q[5:],
+    "byte order mark": lambda q: "\ufeff" + q,
+    "quoted": lambda q: f"\u00ab {q} \u00bb",
+    "curly": lambda q: "\u201c" + q.replace("'", "\u2019") + "\u201d",
+    "white space": lambda q: "  " + q.replace(" ", "\u00a0\n"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_question_in_another_spelling_is_the_same(spelling):
+    questions = [f"Où est l'hôtel n\u00b0 {i}, \u03b0?" for i in range(12)]
+    other = [clean.folded(SPELLINGS[spelling](q)) for q in questions]
+    assert other == [clean.folded(q) for q in questions] and len(set(other)) == 12
+
+
+def test_french_and_spanish_marks_are_those_of_others():
+    assert clean.folded("Réponds : combien ? Oui !") == clean.folded("réponds: combien? oui.")
+    assert clean.folded("\u00bfQué hora es?") == clean.folded("Qué hora es")
+    assert (
+        clean.folded("\u5224 5\u3002") == clean.folded("\u5224 5")
+        and clean.folded("\u0643\u0645\u061f") == "\u0643\u0645"
+    )
+    assert clean.folded('"Stop!" he said...') == clean.folded("stop he said")
+    assert clean.folded("?") == "?" and clean.folded(" \n") == ""
+
+
+def test_a_long_line_of_marks_takes_no_time():
+    began = time.process_time()
+    clean.folded("Chapter " + "." * 60_000 + "5")
+    assert time.process_time() - began < 2
+
+
+def test_sums_that_differ_by_a_sign_stay_apart():
+    sums = "2+3|2-3|23|2.3|2\u00b3|2^3 x|1.5|15|.5|5|5!|5'|5\"|5 + 3 ?|5 - 3 ?|5! + 3|x > 3|x < 3|6 : 3 = 2|6 . 3 = 2"
+    sums += "|6 3 = 2|y' + y = 0|y + y = 0|(n - 1)! + n|(n - 1) + n|n! + 1|n + 1|-5|10\u207b\u00b2|10-2|102"
+    sums += "|1/2|1\u00bd|12|a, b|a b c"
+    sums = sums.split("|")
+    found = Counter(clean.folded(f"What is {some}{mark}") for some in sums for mark in ("", "?", ".", " ?"))
+    assert len(found) == len(sums) and set(found.values()) == {4}
+
+
+def test_a_text_in_composed_and_decomposed_letters_is_one(tmp_path, tok):
+    """Kept twice, it may be in both splits, or stay in spite of --decontaminate."""
+    text = "Le café où il est né, à côté de la forêt, a été fermé près de l'hôtel où l'été arrive."
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    path, test = write_jsonl(tmp_path / "a.jsonl", [*forms, TEXT]), write_jsonl(tmp_path / "b.jsonl", forms[1:])
+    rules = run(tok, tmp_path / "twice", path, dedup="exact", val_fraction=0.0)["rules"]
+    assert rules["exact_duplicate"] == 1
+    rules = run(tok, tmp_path / "test", path, dedup="none", val_fraction=0.0, decontaminate=str(test))["rules"]
+    assert rules["contaminated"] == 2
+    expected = hashlib.blake2b(b"a \xc3\xa9!", digest_size=8).digest()  # the keys choose what is held out
+    assert [clean.text_key(f"A\n {e}!") for e in ("é", "E\u0301")] == [int.from_bytes(expected, "little")] * 2
 
 
 def test_memory_per_document(tmp_path):

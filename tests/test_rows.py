@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -410,8 +411,8 @@ def test_held_out_rows_are_random():
     found = prompts(map(str, range(100)))
     held_out = [tuple(row["n"] for _, row in rows.split_off(found, 0.3, seed)[1]) for seed in (3, 3, 4)]
     assert held_out[0] == held_out[1] and len({*held_out, tuple(range(30))}) == 3
-    with pytest.raises(UserError, match="one prompt only"):
-        rows.split_off(prompts(["a"] * 5), 0.5, seed=0)
+    with pytest.raises(UserError, match="one.jsonl: one prompt only"):
+        rows.split_off(prompts(["a"] * 5), 0.5, seed=0, name="one.jsonl")
 
 
 def offline(row):
@@ -454,6 +455,7 @@ def test_all_rows_of_a_prompt_are_held_out_or_none(parse, make, sizes):
 
 SURROUNDINGS = {  # of a question that ends with its number
     "white space and case": lambda q: turns(f" {q.upper()}\n"),
+    "a mark and letters decomposed": lambda q: turns(unicodedata.normalize("NFD", q) + " ?"),
     "a system message": lambda q: turns(q, system="Be brief."),
     "later turns": lambda q: turns(q, "It is.", "Sure?"),
 }
@@ -464,7 +466,7 @@ SURROUNDINGS = {  # of a question that ends with its number
 def test_a_question_is_held_out_with_whatever_surrounds_it(parse, surrounding, tmp_path, capsys):
     answers = {"completion": "yes"} if parse is not rows.preference else {"chosen": "yes", "rejected": "no"}
     answers |= {"label": True} if parse is rows.judged else {}
-    prompts = [make(f"is it {i}") for i in range(40) for make in (turns, SURROUNDINGS[surrounding])]
+    prompts = [make(f"est-ce né {i}") for i in range(40) for make in (turns, SURROUNDINGS[surrounding])]
     data = write(tmp_path / "a.jsonl", [{"prompt": prompt} | answers for prompt in prompts])
     train, val, _ = rows.read_split(reading(data=data, val_fraction=0.4), parse)
     numbers = [set(re.findall(r"\d+", repr(list(map(rows.prompt_of, some))))) for some in (train, val)]
@@ -502,6 +504,40 @@ def test_prompts_that_data_and_val_share_are_said(parse, make, tmp_path, capsys)
     assert "trained on" not in capsys.readouterr().out
 
 
+def shared(train, val, capsys):
+    """(rows with the same prompt, rows that ask the same) of `val`, of which a warning tells."""
+    rows.warn_of_shared_prompts(train, val, "val")
+    found = re.search("validate on, ([0-9]+) have .*, ([0-9]+) one that", capsys.readouterr().out)
+    return tuple(map(int, found.groups())) if found else (0, 0)
+
+
+@pytest.mark.parametrize("form", [lambda row: row, lambda row: rows.Encoded(row, "its tokens"), lambda row: (row, {})])
+def test_a_question_that_is_trained_as_a_later_turn_is_said(form, capsys):
+    alone = [form(turns(f"What is {i}?", "X.")) for i in range(5)]
+    later = [form(turns(f"Hello {i * i + 50}", "Hi", f"what is {i}", "X.")) for i in range(5)]
+    assert shared(later, alone, capsys) == shared(alone, later, capsys) == (0, 5)
+    masked = [form([*turns(f"Hello {i}", "Hi", f"what is {i}"), reply("X.")[0] | {"train": False}]) for i in range(5)]
+    assert shared(masked, alone, capsys) == (0, 0)
+    more = [form(turns(f"Tell me {i}", "X.", f"what is {i}", "X.")) for i in range(5)]
+    assert shared(later, more, capsys) == (0, 0)  # both follow something else, as "Why?" does
+
+
+def test_a_prompt_asks_with_its_last_turn_only(capsys):
+    def pairs(*contents):
+        return [rows.Pair(turns(*(text.format(i) for text in contents)), "a", "b", 1.0, {}) for i in range(5)]
+
+    later = pairs("Hello {}", "Hi", "What is {}?")
+    assert shared(later, pairs("what is {}"), capsys) == (0, 5)
+    assert shared(later, [(pair.prompt, {}) for pair in pairs("what is {}")], capsys) == (0, 5)
+    assert shared([[(pair.prompt, "a", True)] for pair in later], pairs("what is {}"), capsys) == (0, 5)
+    assert shared(pairs("Hello {}", "Hi", "What is {}?", "X.", "Sure {}?"), pairs("what is {}"), capsys) == (0, 0)
+
+
+def test_what_many_rows_say_in_a_later_turn_is_no_question(capsys):
+    train = [turns(f"What is {i}?", "X.", "Hi", "Hello") for i in range(40)]
+    assert shared(train, [turns("Hi", "Hello", f"Why {i}?", "X.") for i in range(5)], capsys) == (0, 0)
+
+
 def test_validation_rows_come_from_their_file_or_are_held_out(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(20)])
     b = write(tmp_path / "b.jsonl", [{"prompt": q} for q in "bcde"])
@@ -516,11 +552,38 @@ def test_validation_rows_come_from_their_file_or_are_held_out(tmp_path):
 def test_too_few_prompts_to_validate_on_are_refused(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "c"} for i in range(20)])
     b = write(tmp_path / "b.jsonl", [{"prompt": "b", "completion": f"c{i}"} for i in range(9)])
-    with pytest.raises(UserError, match="held out of --data=.*one prompt only.*raise --val_fraction, or give --val"):
+    with pytest.raises(UserError, match="held out of /.*one prompt only.*raise --val_fraction, or give --val"):
         rows.read_split(reading(data=a), rows.conversation)
     assert len(rows.read_split(reading(data=a), rows.prompt_only)[1]) == 1  # what is sampled to it is new each time
     with pytest.raises(UserError, match="--val=.*b.jsonl: rows of one prompt only.*bring more"):
         rows.read_split(reading(data=a, val=b), rows.conversation)
+
+
+def test_one_prompt_only_names_the_file_that_was_read(tmp_path):
+    """distill.py reads --offline; --data may not be given."""
+    one = write(tmp_path / "one.jsonl", [{"prompt": "b", "completion": f"c{i}"} for i in range(9)])
+    with pytest.raises(UserError, match="^[^ ]*one.jsonl: one prompt only") as error:
+        rows.read_split(reading(data=one), rows.conversation)
+    assert "--data" not in str(error.value)
+
+
+def test_a_question_to_validate_on_in_many_spellings_is_one(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "c"} for i in range(20)])
+
+    def read(prompts, data=a):
+        val = write(tmp_path / "b.jsonl", [{"prompt": prompt, "completion": "c"} for prompt in prompts])
+        rows.read_split(reading(data=data, val=val), rows.conversation)
+        return capsys.readouterr().out
+
+    with pytest.raises(UserError, match="b.jsonl: rows of one prompt only"):
+        read(["Tell me" + " " * i + " a story" + "." * (i % 3) for i in range(12)])
+    assert "b.jsonl: 1 prompts to validate on" in read([turns("Go on.", system=f"You are {i}.") for i in range(12)])
+    assert "b.jsonl: 9 prompts to validate on" in read([f"story {i % 9}" + "?" * (i % 2) for i in range(36)])
+    assert "mostly chance" not in read([f"story {i}" for i in range(10)])
+    # where all rows ask the same, the system message is what tells them apart
+    told = [{"prompt": turns("Go on.", system=f"Be {i}."), "completion": "c"} for i in range(20)]
+    told = write(tmp_path / "c.jsonl", told)
+    assert "mostly chance" not in read([turns("Go on.", system=f"You are {i}.") for i in range(12)], told)
 
 
 def test_rows_that_do_not_fit_are_no_rows_to_validate_on(tmp_path, capsys):
