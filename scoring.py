@@ -6,9 +6,12 @@ into a function(conversations, rows, samples, texts) -> float64 [n]: sample i an
 i, whose row of the data is rows[i], and says texts[i]. `score_completions` adds them up by weight.
 """
 
+import ast
+import contextlib
 import copy
 import dataclasses
 import importlib.util
+import inspect
 import math
 import sys
 from collections import defaultdict
@@ -32,6 +35,7 @@ from runtime.files import sha256
 from runtime.guard import KEPT_BY_IMPORT, guard, guard_batch, kept, own_random, time_limit
 from runtime.hub import config_from_hf
 from runtime.process import rank, reduce_sum, world_size
+from runtime.run import WARNED
 
 LARGEST_REWARD = 1e15  # squares of them are added up in fp32, which ends at 3e38
 
@@ -165,13 +169,10 @@ def score_batch(rewards, completions, unfinished_penalty=0.0):
             )
 
 
-WARNED = set()
-
-
 def warn_once(name, text):
-    """Print a warning about a reward the first time only, not at every step."""
-    if name not in WARNED:
-        WARNED.add(name)
+    """Print a warning about a reward the first time in a run only, not at every step."""
+    if f"reward {name}" not in WARNED:
+        WARNED.append(f"reward {name}")
         print0(f"warning: {name}: {text} (said once)")
 
 
@@ -215,6 +216,9 @@ def read_value(value):
     Raises UserError if it is no number (text and None are none) or not finite, or exceeds 1e15.
     """
     number = value.item() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+    if inspect.iscoroutine(value):
+        value.close()  # or Python prints that nobody awaited it
+        raise UserError("is an `async def`; make it a `def` that returns a number, for example by asyncio.run")
     if not hasattr(type(number), "__float__") or np.ma.is_masked(value):
         raise UserError(f"returned {repr(value)[:100]} of the type {type(value).__name__}; a number was expected")
     number = float(number)
@@ -237,6 +241,7 @@ def load_function(name, flag="reward"):
     if not path.is_file():
         raise UserError(f"--{flag}={name}: {file} does not exist")
     if str(path) not in sys.modules:  # two functions of one file share its module
+        refuse_shadowed(path, f"--{flag}={name}")
         # Dataclasses and pickle look a module up by its name, a dot in which would divide it
         spec = importlib.util.spec_from_file_location(str(path).replace(".", "_"), path)
         module = sys.modules[spec.name] = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
@@ -251,6 +256,34 @@ def load_function(name, flag="reward"):
     if not callable(found):
         raise UserError(f"--{flag}={name}: {file} has no function {function}")
     return found
+
+
+def imported_names(path):
+    """The dotted names that a file imports; of `from a import b` both a and a.b."""
+    names = []
+    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):  # its import says so
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def refuse_shadowed(path, flag):
+    """Raises UserError if a file, or one next to it that it imports, imports one next to it that is
+    called as a module of this folder is: it would get ours."""
+    here, files = Path(__file__).resolve().parent, [path]
+    if path.parent == here:
+        return
+    for file in files:
+        for name in imported_names(file):
+            module, top = path.parent / name.replace(".", "/"), here / name.partition(".")[0]
+            beside = [p for p in (module.with_suffix(".py"), module / "__init__.py") if p.is_file()]
+            ours = [p for p in (top.with_suffix(".py"), top / "__init__.py") if p.is_file()]
+            if beside and ours:
+                raise UserError(f"{flag}: {file.name} imports {name}, which is {ours[0]} here; rename {beside[0]}")
+            files += [p for p in beside if p not in files]
 
 
 # -------------------------------------------------------------------------------------------------

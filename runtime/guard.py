@@ -14,10 +14,12 @@ import decimal
 import gc
 import io
 import locale
+import logging
 import os
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,6 +28,8 @@ import warnings
 
 import numpy as np
 import torch
+import torch.utils._device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import UserError
 
@@ -53,21 +57,56 @@ def umask():
 
 
 def environment():
-    return dict(os.environ)
+    return os.environ, dict(os.environ)
 
 
-def set_environment(values):
+def set_environment(value):
+    os.environ, values = value  # another dict may be in its place
     for name in set(os.environ) - set(values):
         del os.environ[name]
     os.environ.update(values)
 
 
-def warning_filters():
-    return list(warnings.filters)
+def time_zone():
+    return time.tzname, time.timezone
 
 
-def set_warning_filters(filters):
-    warnings.filters[:] = filters
+def set_time_zone(value):
+    time.tzset()  # to that of the environment
+
+
+LISTS = [(warnings, "filters"), (sys, "path"), (sys, "argv"), (gc, "callbacks"), (logging.root, "handlers")]
+
+
+def lists():
+    """[(a list of the process, what is in it)]; another list may be in its place afterwards."""
+    found = [getattr(owner, name) for owner, name in LISTS]
+    return [(items, list(items)) for items in found]
+
+
+def set_lists(values):
+    for (owner, name), (items, before) in zip(LISTS, values, strict=True):
+        items[:] = before
+        setattr(owner, name, items)
+
+
+def logs():
+    """(level, level that is off) of Python's logging."""
+    return logging.root.level, logging.root.manager.disable
+
+
+def set_logs(levels):
+    logging.root.setLevel(levels[0])
+    logging.disable(levels[1])
+
+
+def print_options():
+    return np.get_printoptions(), torch._tensor_str.get_printoptions()
+
+
+def set_print_options(values):
+    np.set_printoptions(**values[0])
+    torch.set_printoptions(**values[1])
 
 
 def current_locale():
@@ -103,12 +142,13 @@ def set_deterministic(flags):
 
 
 def autocast():
-    return [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    return [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
 
 
-def set_autocast(flags):
-    for kind, enabled in zip(("cpu", "cuda"), flags, strict=True):
+def set_autocast(values):
+    for kind, (enabled, dtype) in zip(("cpu", "cuda"), values, strict=True):
         torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
 
 
 INFERENCE = []  # the modes that were entered to undo what a user's code had entered
@@ -119,21 +159,41 @@ def set_inference_mode(enabled):
     INFERENCE[-1].__enter__()
 
 
-def mkldnn():
-    return torch.backends.mkldnn.enabled
+TENSORS = torch._C._autograd  # what is saved of them for the backward
 
 
-def set_mkldnn(enabled):
-    torch.backends.mkldnn.enabled = enabled
+def contexts():
+    """What PyTorch is within: (how many function modes, how many dispatch modes, the hooks of saved
+    tensors, why there may be none, the device of the modes)."""
+    refusal = TENSORS._saved_tensors_hooks_get_disabled_error_message()
+    hooks = TENSORS._top_saved_tensors_default_hooks(True)
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    return *modes, hooks, refusal, torch.utils._device.CURRENT_DEVICE
 
 
-def hooks():
-    """What Python calls for an error, and what the run calls to speak and to save."""
-    return sys.excepthook, threading.excepthook, builtins.print, builtins.open
+def leave_contexts(before):
+    """Leave those that a user's code has entered."""
+    functions, dispatches, hooks, _, torch.utils._device.CURRENT_DEVICE = before
+    for _ in range(functions, torch._C._len_torch_function_stack()):
+        torch._C._pop_torch_function_stack()
+    for i in reversed(range(dispatches, torch._C._len_torch_dispatch_stack())):
+        TorchDispatchMode.__exit__(torch._C._get_dispatch_stack_at(i), None, None, None)
+    TENSORS._saved_tensors_hooks_enable()
+    while TENSORS._top_saved_tensors_default_hooks(True) not in (None, hooks):
+        TENSORS._pop_saved_tensors_default_hooks()
 
 
-def set_hooks(functions):
-    sys.excepthook, threading.excepthook, builtins.print, builtins.open = functions
+def attributes(*places):
+    """(read, set) of attributes, each (object, name)."""
+
+    def values():
+        return [getattr(owner, name) for owner, name in places]
+
+    def set_values(found):
+        for (owner, name), value in zip(places, found, strict=True):
+            setattr(owner, name, value)
+
+    return values, set_values
 
 
 def decimal_context():
@@ -150,17 +210,29 @@ def flush_denormal():
     return sys.float_info.min / 2 == 0
 
 
+def wakeup_descriptor():
+    """Where signals are written to; it can only be read by setting it."""
+    descriptor = signal.set_wakeup_fd(-1)
+    with contextlib.suppress(OSError, ValueError):  # it has been closed
+        signal.set_wakeup_fd(descriptor)
+    return descriptor
+
+
 # What a run needs: to be stopped, to notice a late call, to wait for children, to lose its reader
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGPIPE")  # some systems lack some
 SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
 
 
-def signal_handlers():
-    return [signal.getsignal(number) for number in SIGNALS]
+def signal_handlers(numbers=SIGNALS):
+    return {number: signal.getsignal(number) for number in numbers}
+
+
+def all_signal_handlers():
+    return signal_handlers(signal.valid_signals())
 
 
 def set_signal_handlers(handlers):
-    for number, handler in zip(SIGNALS, handlers, strict=True):
+    for number, handler in handlers.items():
         # None: not Python's, and so it cannot be set
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
@@ -213,7 +285,9 @@ def set_affinity(cores):
     os.sched_setaffinity(0, cores)
 
 
-FP32_PRECISION = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+CUDA = torch.backends.cuda
+ATTENTION = ("flash", "mem_efficient", "cudnn", "math")
+FP32_PRECISION = [torch.backends, CUDA.matmul, torch.backends.mkldnn.matmul]
 
 
 def matmul_precision():
@@ -234,9 +308,40 @@ def set_matmul_precision(value):
         backend.fp32_precision = precision
 
 
+def cudnn_tf32():
+    """Whether cuDNN's convolutions may use TF32; None if that differs between them."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def set_cudnn_tf32(allowed):
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+SUMS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
+
+def matmul_sums():
+    """[(whether sums may be rounded to 16 bits, whether they may be split)] of fp16 and bf16."""
+    return [(getattr(CUDA.matmul, name), getattr(CUDA.matmul, f"{name}_split_k")) for name in SUMS]
+
+
+def set_matmul_sums(values):
+    for name, value in zip(SUMS, values, strict=True):
+        setattr(CUDA.matmul, name, value)
+
+
 KEPT = [  # (read, set): as before after each call and after the import
+    (contexts, leave_contexts),  # first: nothing else is read and set within them
+    (torch._C._get_torch_function_state, torch._C._set_torch_function_state),
     (sys.gettrace, sys.settrace),
     (sys.getprofile, sys.setprofile),
+    (threading.gettrace, threading.settrace),
+    (threading.getprofile, threading.setprofile),
+    (threading.stack_size, threading.stack_size),
+    (wakeup_descriptor, signal.set_wakeup_fd),
     (working_directory, set_working_directory),
     (umask, os.umask),
     (current_locale, set_locale),
@@ -250,8 +355,20 @@ KEPT = [  # (read, set): as before after each call and after the import
     (matmul_precision, set_matmul_precision),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (autocast, set_autocast),
-    (mkldnn, set_mkldnn),
-    (hooks, set_hooks),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    *[(getattr(CUDA, f"{kind}_sdp_enabled"), getattr(CUDA, f"enable_{kind}_sdp")) for kind in ATTENTION],
+    (CUDA.fp16_bf16_reduction_math_sdp_allowed, CUDA.allow_fp16_bf16_reduction_math_sdp),
+    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
+    (cudnn_tf32, set_cudnn_tf32),
+    attributes(
+        *[(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")],
+        (torch.backends.mkldnn, "enabled"),
+    ),
+    attributes(  # what Python calls for an error or a value
+        *[(sys, f"{name}hook") for name in ("except", "unraisable", "display", "breakpoint")],
+        (threading, "excepthook"),
+    ),
+    (torch.is_warn_always_enabled, torch.set_warn_always),
     (decimal_context, decimal.setcontext),
     (gc.get_threshold, set_threshold),
     (gc.get_debug, gc.set_debug),
@@ -269,9 +386,35 @@ if os.name == "posix":
 if sys.platform == "linux":
     KEPT += [(affinity, set_affinity)]
 KEPT += [(signal_handlers, set_signal_handlers)]  # after the timers: none may go off without its handler
-KEPT_BY_IMPORT = [(torch.get_default_device, torch.set_default_device)]  # slow to read, so not at each call
-# The file may set these two as it is imported, for what it imports
-KEPT_BY_BATCH = [*KEPT_BY_IMPORT, (warning_filters, set_warning_filters), (environment, set_environment)]
+KEPT_BY_IMPORT = [  # slow to read, so not at each call
+    (torch.get_default_device, torch.set_default_device),
+    (contexts, leave_contexts),  # the line above enters a device's
+    (all_signal_handlers, set_signal_handlers),
+    (matmul_sums, set_matmul_sums),
+    attributes((CUDA.matmul, "allow_fp16_accumulation")),
+]
+KEPT_BY_BATCH = [  # the file may set these as it is imported, for what it imports and for its calls
+    *KEPT_BY_IMPORT,
+    (environment, set_environment),
+    (lists, set_lists),
+    (logs, set_logs),
+    (print_options, set_print_options),
+    (socket.getdefaulttimeout, socket.setdefaulttimeout),
+    (sys.get_int_max_str_digits, sys.set_int_max_str_digits),
+    attributes(
+        (warnings, "showwarning"), (warnings, "formatwarning"), (torch.distributions.Distribution, "_validate_args")
+    ),
+]
+if os.name == "posix":
+    KEPT_BY_BATCH += [(time_zone, set_time_zone)]  # after the environment, which names it
+
+
+def changed(read, before):
+    """Whether a setting differs; one that was deleted, or holds something else now, does."""
+    try:
+        return read() != before
+    except Exception:
+        return True
 
 
 @contextlib.contextmanager
@@ -285,9 +428,9 @@ def kept(settings):
     finally:
         for (read, restore), value in zip(settings, before, strict=True):
             try:
-                if read() != value:
+                if changed(read, value):
                     restore(value)
-            except (OSError, ValueError) as e:
+            except Exception as e:
                 what = read.__name__.replace("_", " ")
                 raise UserError(
                     f"it changed something of this process that cannot be set back ({what}: {e}); do that in a child "
@@ -392,6 +535,9 @@ class MarkedBytes(io.RawIOBase):
         return len(data)
 
 
+OUTPUTS = ("stdout", "stderr", "__stdout__", "__stderr__")  # of sys
+
+
 @contextlib.contextmanager
 def marked_output(mark):
     """What the body prints is marked; neither it nor its children read what is meant for the run.
@@ -400,7 +546,7 @@ def marked_output(mark):
     the descriptors goes out without a mark. Raises UserError if the run's other descriptors were
     closed, or if the user's code has left none.
     """
-    before = sys.stdin, sys.stdout, sys.stderr
+    before = {name: getattr(sys, name) for name in ("stdin", "__stdin__", *OUTPUTS)}
     try:
         descriptors = {number: os.dup(number) for number in (0, 1, 2) if is_open(number)}
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -409,19 +555,21 @@ def marked_output(mark):
     os.dup2(nothing, 0)
     if nothing:
         os.close(nothing)
-    marked = [stream and MarkedStream(stream, mark) for stream in before[1:]]  # None: was closed from the start
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), *marked
+    # None: was closed from the start. sys.stdout is sys.__stdout__, as a rule, and stays so
+    marked = {before[name]: before[name] and MarkedStream(before[name], mark) for name in OUTPUTS}
+    vars(sys).update({name: marked[before[name]] for name in OUTPUTS})
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
     try:
         yield
     finally:
-        sys.stdin, sys.stdout, sys.stderr = before
+        vars(sys).update(before)
         for number, copy in descriptors.items():
             try:
                 os.dup2(copy, number)
                 os.close(copy)
             except OSError:
                 raise UserError("it closed files of the run (os.close, os.closerange): do that in a child") from None
-        for stream in filter(None, marked):
+        for stream in filter(None, marked.values()):
             stream.end()
 
 
@@ -436,6 +584,8 @@ def is_open(descriptor):
 # -------------------------------------------------------------------------------------------------
 # What is raised
 
+SECONDS_TO_DESCRIBE = 5.0
+
 
 @contextlib.contextmanager
 def guard(name):
@@ -447,7 +597,7 @@ def guard(name):
     file, _, function = name.rpartition(":")
     process, interrupts, error = os.getpid(), [], None
     path = os.path.join(working_directory() or os.sep, file)  # the body may leave this directory, or delete it
-    recursion_limit = sys.getrecursionlimit()
+    recursion_limit, names = sys.getrecursionlimit(), dict(vars(builtins))
 
     def on_interrupt(number, frame):
         interrupts.append(number)
@@ -461,8 +611,9 @@ def guard(name):
                 yield
             finally:
                 sys.setrecursionlimit(recursion_limit)  # first: all that follows calls functions
+                builtins.__dict__.update(names)  # print, open, len
         except BaseException as e:
-            error = e if isinstance(e, UserError) else UserError(describe(e, os.path.realpath(path)))
+            error = e if type(e) is UserError else UserError(describe(e, os.path.realpath(path)))
             status = exit_status(e)
         if os.getpid() != process:
             leave_child(error, status if error else 0)
@@ -474,10 +625,12 @@ def guard(name):
 
 def describe(error, file):
     """What an exception says, and the last line of `file` that it came through, if it did."""
+    name = vars(type)["__name__"].__get__(type(error))  # its class may have another __name__, as code
     try:
-        text = f"{type(error).__name__}: {error}"[:500]
-    except BaseException:  # its own code too
-        text = f"{type(error).__name__}, whose message cannot be shown"
+        with time_limit(SECONDS_TO_DESCRIBE):
+            text = f"{name}: {error}"[:500]
+    except BaseException:
+        text = f"{name}, whose message cannot be shown"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
     return f"{text} ({file}:{lines[-1]})" if lines else text
 
@@ -522,14 +675,15 @@ def time_limit(seconds):
             raise late if expired == 1 else Overdue
 
     began, before = time.monotonic(), signal.signal(signal.SIGALRM, on_alarm)
-    # No shorter than a handler takes, and no longer than the system counts
-    timer = min(max(seconds, 1e-3), 1e9)
+    timer = min(seconds, 1e9)  # 30 years: the system counts no further than some hundred
     try:
-        # again and again, for a body that catches the first
+        # Again and again, for a body that catches the first, but not before its handler has run
         signal.setitimer(signal.ITIMER_REAL, timer, max(timer, 0.1))
         yield
     except Overdue:
-        pass  # `late` has the line that it was raised at first
+        if not expired:  # it is the body's own
+            raise
+        # `late` has the line that it was raised at first
     finally:
         ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)

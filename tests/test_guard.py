@@ -5,10 +5,12 @@ import contextlib
 import decimal
 import gc
 import locale
+import logging
 import os
 import random
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -69,6 +71,11 @@ def score(name, timeout=30.0, n=1):
         ("signal.alarm(0)\ntime.sleep(0.2)\nreturn 1.0", "TimeoutError: took longer than 0.1 seconds"),
         ("raise BrokenPipeError(32, 'gone')", "BrokenPipeError: "),
         (
+            "class M(type): __name__ = property(len)\nclass E(Exception, metaclass=M): pass\nraise E('x')",
+            "E: x",
+        ),
+        ("from runtime.guard import Overdue\nraise Overdue('x')", "Overdue: x"),
+        (
             "for _ in range(50):\n    try: time.sleep(1)\n    except Exception: alarm = 1",
             "TimeoutError: took longer than 0.1 seconds",
         ),
@@ -81,6 +88,13 @@ def test_whatever_a_reward_raises_names_it_its_completion_and_its_row(tmp_path, 
     message = str(e.value)
     assert message.startswith(f"--reward={name}: {error}") and (f"({tmp_path}/mine.py:" in message or "alarm" in body)
     assert "for the completion 'A' and the row {'id': 7, " in message and sys.getrecursionlimit() == limit
+
+
+def test_an_exception_whose_message_does_not_end_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS_TO_DESCRIBE", 0.1)
+    body = "class E(Exception):\n    def __str__(self): return str([time.sleep(0.01) for _ in range(300)])\nraise E"
+    with pytest.raises(UserError, match=r"reward: E, whose message cannot be shown \(.*mine.py:8\), for the comp"):
+        score(write_reward(tmp_path, body))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +230,7 @@ CHANGES = {
     "anomaly": "torch.autograd.set_detect_anomaly(True)",
     "product of another library": "torch.backends.mkldnn.enabled = not torch.backends.mkldnn.enabled",
     "error hooks": "sys.excepthook = threading.excepthook = print",
-    "print and open": "import builtins; print('x', end=''); builtins.print = builtins.open = None",
+    "builtins": "import builtins as b; print('x', end=''); b.print = b.open = b.bin = None; del b.hex",
     "decimals": "import decimal; decimal.getcontext().prec = 2",
     "collector's counts": "gc.set_threshold(1)",
     "collector's messages": "gc.set_debug(gc.DEBUG_UNCOLLECTABLE)",
@@ -226,21 +240,80 @@ CHANGES = {
     "writes that do not wait": "os.set_blocking(2, not os.get_blocking(2))",
     "limits": "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (9, r.getrlimit(r.RLIMIT_FSIZE)[1]))",
     "cores": "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
+    "attention": "[getattr(torch.backends.cuda, f'enable_{name}_sdp')(False) for name in SDP]",
+    "attention of one kind": "M.append(K(B.CUDNN_ATTENTION, True)); M[-1].__enter__()",
+    "attention's sums": "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)",
+    "cuDNN": "c = torch.backends.cudnn; c.enabled, c.benchmark, c.deterministic = not c.enabled, True, True",
+    "precision of cuDNN": "torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32",
+    "precision of convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "type of autocast": "torch.set_autocast_dtype('cpu', torch.float16)",
+    "cache of autocast": "torch.set_autocast_cache_enabled(False)",
+    "warnings of PyTorch": "torch.set_warn_always(True)",
+    "a device's context": "[torch.device('meta').__enter__() for _ in range(2)]",
+    "a function mode": "class F(torch.overrides.TorchFunctionMode): pass\nF().__enter__()",
+    "a dispatch mode": "class D(TorchDispatchMode): pass\nD().__enter__()",
+    "hooks of saved tensors": "[torch.autograd.graph.saved_tensors_hooks(len, id).__enter__() for _ in range(2)]",
+    "no hooks of saved tensors": "M.append(torch.autograd.graph.disable_saved_tensors_hooks('no')); M[-1].__enter__()",
+    "functions of tensors": "M.append(torch._C.DisableTorchFunction()); M[-1].__enter__()",
+    "deleted": "del sys.excepthook, sys.unraisablehook; sys.displayhook = sys.breakpointhook = None",
+    "traced threads": "threading.settrace(print); threading.setprofile(print); threading.stack_size(1 << 20)",
+    "wakeup": "s = socket.socket(); M.append(s); s.setblocking(False); signal.set_wakeup_fd(s.fileno())",
+    "a closed wakeup": "with socket.socket() as s: s.setblocking(False); signal.set_wakeup_fd(s.fileno())",
 }
+BY_BATCH = {  # the others also after each call
+    **{name: CHANGES[name] for name in ("environment", "warnings", "no warnings", "device")},
+    "another environment": "os.environ = {}",
+    "time zone": "os.environ['TZ'] = 'Asia/Tokyo'; time.tzset()",
+    "all signals": "[signal.signal(n, signal.SIG_IGN) for n in signal.valid_signals() - {9, 19}]",
+    "lists": "sys.path.append('x'); sys.argv = ['x']; gc.callbacks.append(lambda *a: 0); sys.argv.append('y')",
+    "no lists": "gc.callbacks.append(lambda *a: 0); gc.callbacks = []; sys.argv = sys.path = None",
+    "logs": "logging.basicConfig(level=10); logging.disable(50); logging.root.handlers = []",
+    "printed numbers": "np.set_printoptions(precision=2, formatter={'int': str}); torch.set_printoptions(2)",
+    "time of a socket": "socket.setdefaulttimeout(1e-3)",
+    "digits": "sys.set_int_max_str_digits(700)",
+    "warning hooks": "warnings.showwarning = warnings.formatwarning = print",
+    "checks of distributions": "torch.distributions.Distribution.set_default_validate_args(False)",
+    "sums of products": "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)",
+    "split sums": "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, True)",
+    "fp16 sums": "torch.backends.cuda.matmul.allow_fp16_accumulation = True",
+}
+CHANGES |= BY_BATCH
+SDP = ("flash", "mem_efficient", "cudnn", "math")
+CHANGES_HEAD = (
+    f"import logging, socket\nfrom torch.nn.attention import SDPBackend as B, sdpa_kernel as K\nSDP, M = {SDP}, []\n"
+    "from torch.utils._python_dispatch import TorchDispatchMode\n"
+)
 
 
 def settings():
     """All that CHANGES change; not read from the guard's own list, which may lack one."""
-    handlers = [signal.getsignal(number) for number in (2, 14, 15, 17)]
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     timers = [signal.getitimer(which) for which in (signal.ITIMER_REAL, signal.ITIMER_PROF)]
-    python = [os.getcwd(), guard.umask(), dict(os.environ), list(warnings.filters), gc.isenabled()]
+    python = [os.getcwd(), guard.umask(), dict(os.environ), gc.isenabled(), id(os.environ)]
+    lists = (warnings.filters, sys.path, sys.argv, gc.callbacks, logging.root.handlers)
+    python += [(id(items), list(items)) for items in lists] + [dict(vars(builtins))]
+    python += [logging.root.level, logging.root.manager.disable, logging.root.isEnabledFor(20)]
+    python += [time.tzname, time.localtime(0).tm_hour, socket.getdefaulttimeout(), sys.get_int_max_str_digits()]
+    python += [sys.unraisablehook, sys.displayhook, sys.breakpointhook, warnings.showwarning, warnings.formatwarning]
+    python += [threading.gettrace(), threading.getprofile(), threading.stack_size(), signal.set_wakeup_fd(-1)]
     python += [locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile()]
     numbers = [np.geterr(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()]
     numbers += [torch.get_num_threads(), torch.get_float32_matmul_precision(), guard.deterministic()]
     numbers += [torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
-    numbers += [torch.is_inference_mode_enabled()]
+    numbers += [torch.is_inference_mode_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()]
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    numbers += [getattr(cuda, f"{name}_sdp_enabled")() for name in SDP] + [torch._C._get_sdp_priority_order()]
+    numbers += [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, cudnn.conv.fp32_precision]
+    numbers += [cuda.fp16_bf16_reduction_math_sdp_allowed(), cuda.matmul.allow_fp16_accumulation]
+    numbers += [torch._C._get_cublas_allow_bf16_reduced_precision_reduction()]
+    numbers += [torch._C._get_cublas_allow_fp16_reduced_precision_reduction()]
+    numbers += [torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()]
+    numbers += [torch._C._autograd._top_saved_tensors_default_hooks(True), torch.overrides._get_current_function_mode()]
+    numbers += [torch._C._autograd._saved_tensors_hooks_is_enabled(), torch._C._is_torch_function_enabled()]
+    numbers += [np.get_printoptions(), repr(torch.tensor(1.5)), torch.is_warn_always_enabled()]
+    numbers += [torch.distributions.Distribution._validate_args, torch.utils._device.CURRENT_DEVICE]
     numbers += [torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(), torch.backends.mkldnn.enabled]
-    python += [sys.excepthook, threading.excepthook, builtins.print, builtins.open, sys.getswitchinterval()]
+    python += [sys.excepthook, threading.excepthook, sys.getswitchinterval()]
     python += [decimal.getcontext().prec, gc.get_threshold(), os.get_blocking(2), os.sched_getaffinity(0)]
     python += [resource.getrlimit(resource.RLIMIT_FSIZE), gc.get_debug()]
     numbers += [(torch.tensor(1e-310, dtype=torch.float64) * 1.5).item() > 0, np.random.get_bit_generator()]
@@ -277,10 +350,11 @@ def test_a_reward_that_leaves_no_file_to_open_is_named(tmp_path):
 @pytest.mark.parametrize("change", CHANGES)
 def test_settings_are_as_before_after_a_call(tmp_path, change, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before, name = settings(), write_reward(tmp_path, f"{CHANGES[change]}\nreturn 2.0")
+    name = write_reward(tmp_path, f"{CHANGES[change]}\nreturn 2.0", CHANGES_HEAD + HEAD)
+    function, before = load_function(name), settings()
     assert score(name, n=2) == [2.0, 2.0] and settings() == before
-    if change not in ("environment", "warnings", "no warnings", "device"):  # the others also after each call
-        call_function(name, load_function(name), 5.0, [{"content": "q"}], {}, "A")
+    if change not in BY_BATCH:
+        call_function(name, function, 5.0, [{"content": "q"}], {}, "A")
         assert settings() == before
 
 
@@ -374,6 +448,19 @@ def test_descriptors_that_a_reward_closes_or_leads_elsewhere_are_as_before(tmp_p
         assert Child(tmp_path / f"{i}", lambda name=name: print(score(name, n=2))).wait(8) == (0, "[1.0, 1.0]\n")
 
 
+def test_the_streams_that_python_began_with_are_the_runs_own(tmp_path):
+    body = "print('seen', file=sys.__stdout__)\n[s.close() for s in (sys.__stdin__, sys.__stdout__, sys.__stderr__)]"
+    name = write_reward(tmp_path, f"{body}\nreturn 1.0 + (sys.stdout is sys.__stdout__)")
+
+    def run():
+        sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams = sys.stdin, sys.stdout, sys.stderr
+        assert score(name, n=2) == [2.0, 2.0]
+        assert (sys.__stdin__, sys.__stdout__, sys.__stderr__) == streams == (sys.stdin, sys.stdout, sys.stderr)
+        print("said"), print(" on", file=sys.__stderr__)
+
+    assert Child(tmp_path / "output", run).wait(8) == (0, "[mine.py:reward] seen\n" * 2 + "said\n on\n")
+
+
 def test_what_cannot_be_undone_names_the_reward(tmp_path):
     """In a child, whose files, directory and limits these are."""
 
@@ -441,6 +528,16 @@ def test_numbers_of_every_library_are_rewards(value, number):
 def test_what_is_no_reward_is_refused_by_name(value, said):
     with pytest.raises(UserError, match=said):
         read_value(value)
+
+
+def test_a_coroutine_is_refused_in_one_line(tmp_path):
+    name = write_reward(tmp_path, "return 1.0", HEAD.replace("def", "async def"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(UserError, match="reward: is an `async def`; make it a `def` that returns a number"):
+            score(name)
+        gc.collect()
+    assert caught == []
 
 
 @pytest.mark.parametrize("value", ["torch.zeros(2)", "np.zeros(2)", "10**400"])

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, save
+from runs import SMALL, here, save
 from test_evaluate import END, TOK, ask, constant_model
+from test_run import Stage
 
 from data import chat, rows as data_rows, tokenizer
 from data.judge import judge_prompt
@@ -20,12 +21,14 @@ from rollout import Completion, Sample, sample_completions
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.guard import time_limit
+from runtime.run import Run
 from scoring import (
     exact_match,
     judge_score,
     load_rewards,
     next_of_group,
     read_constitution,
+    refuse_shadowed,
     reward_configs,
     reward_hashes,
     reward_scores,
@@ -260,6 +263,35 @@ def test_two_functions_of_a_file_share_it_and_find_the_files_next_to_it(tmp_path
     assert [values.tolist() for values in parts.values()] == [[3.0], [1.0]] and total.tolist() == [4.0]
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"mine": "from model import judge_it", "model": ""},
+        {"mine": "def f(p, c, r):\n    import model", "model": "x = 1"},
+        {"mine": "import helper", "helper": "import data.help", "data/help": ""},
+        {"mine": "from runtime import cli", "runtime/__init__": "cli = 1", "runtime/cli": ""},
+    ],
+)
+def test_a_file_that_is_called_as_ours_is_and_imported_is_refused(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    reward = f"{tmp_path}/mine.py:f"
+    said = rf"(mine|helper).py imports .*, which is {ROOT}/.*py here; rename {tmp_path}/.*py"
+    with pytest.raises(UserError, match=f"^--reward={reward}: {said}$"):
+        load(reward)
+
+
+def test_a_file_may_import_ours_and_what_is_next_to_it(tmp_path):
+    (tmp_path / "model.py").write_text("")  # which it does not import
+    (tmp_path / "data.py").write_text("")  # no package, so data.rules is ours
+    (tmp_path / "help.py").write_text("import mine, help\nimport data.rules as rules")
+    (tmp_path / "mine.py").write_text("import help, json\nfrom data.rules import brief\nf = brief")
+    load(f"{tmp_path}/mine.py:f")
+    for ours in ("model.py", "data/rules.py", "data/puzzles.py"):
+        refuse_shadowed(ROOT / ours, "--reward")
+
+
 # -------------------------------------------------------------------------------------------------
 # Reward models
 
@@ -277,6 +309,25 @@ def test_a_reward_model_with_a_shorter_context_reads_the_ends_and_says_so(make_m
     assert capsys.readouterr().out.count("2 of 2 conversations exceed its context of 24 tokens") == 1
     with pytest.raises(UserError, match="conversation of .* exceeds the model's context of 24"):
         reward_scores(model, documents, 10**6)
+
+
+def test_a_resumed_run_repeats_no_warning_of_a_reward(make_model, tmp_path, capsys):
+    short = save(make_model, tmp_path / "rm", "reward", context=24, scalar_head=True)
+    base = save(make_model, tmp_path / "base", "pretrain")
+
+    def train(config):
+        run = Run("sft", config)
+        model, tok = run.load()
+        run.begin(config.steps, model, data={}, saved={})
+        for step in run.steps():
+            score_completions(load(str(short)), [(ask("a" * 30)[0], {})], [Sample(0, [1], [0.0], True)], ["yes"])
+            run.end_step(step, model, tok)
+
+    for steps in (1, 2):
+        here(train, Stage(out=str(tmp_path / "run"), init=str(base), steps=steps, save_every=1, resume=steps > 1))
+    assert capsys.readouterr().out.count("exceed its context of 24 tokens") == 1
+    here(train, Stage(out=str(tmp_path / "other"), init=str(base), steps=1))
+    assert "exceed its context of 24 tokens" in capsys.readouterr().out
 
 
 def test_scores_that_are_not_finite_are_refused(make_model):
