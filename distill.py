@@ -264,6 +264,8 @@ def main(config):
 
         # 3. Log, validate, save
         metrics |= {"lr": lr * lr_scale, "grad_norm": grad_norm.item()}
+        text = "the student says what its teacher says (loss and gradient are 0); name another --teacher or --init"
+        run.warn_if_it_lasts("zero_loss", abs(loss) < 1e-6 and metrics["grad_norm"] < 1e-8, text)
         tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
         run.log(step, model, [tokens / n] * int(n), loss=loss, **metrics)
         if run.eval_due(step):

@@ -215,8 +215,7 @@ def item_losses(model, items, label_probs, ref_logps, kl, config):
     if row.compares.startswith("mean"):
         compared = compared / lengths
     chosen, rejected = compared.unbind(1)
-    flags = {flag: vars(config)[flag] for flag in row.flags}
-    losses = row.function(chosen, rejected, config.beta, label_probs, **flags)
+    losses = row.function(chosen, rejected, config.beta, label_probs, **{f: vars(config)[f] for f in row.flags})
     losses = losses - config.nll * (logps[:, 0] / lengths[:, 0])
     return losses, compared.detach(), (chosen - rejected).detach()
 
@@ -290,12 +289,13 @@ def main(config):
     if config.compile:
         model.compile()
     if config.loss != "kto":
-        chosen, rejected = completion_lengths(train).unbind(1)
-        longer = (chosen - rejected).mean()
+        longer = completion_lengths(train).flip(1).diff().mean()
         print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
     print0(f"{steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
     saved = {"optimizer": optimizer, "order": order}
     run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)
+    if "ratio" not in row.compares and not run.resumed:
+        validate(run, 0, model, val, val_label_probs, val_ref_logps)
 
     for step in run.steps():
         # 3. Learn from a batch of pairs
@@ -315,23 +315,24 @@ def main(config):
 
         # 4. Validate, save
         if run.eval_due(step):
-            model.eval()
-            with torch.no_grad():
-                means = run_batch(model, val, val_label_probs, val_ref_logps, config)
-            run.validated(step, {"val_loss": means.pop("loss"), **means})
-            warn_of_falling(run, means)
+            validate(run, step, model, val, val_label_probs, val_ref_logps)
         run.end_step(step, model, tok)
 
 
-def warn_of_falling(run, metrics):
-    """Warn, once, if the chosen completions are less likely than in the reference; without one,
-    than at the first validation."""
-    row, nll = LOSSES[run.config.loss], run.config.nll
+@torch.no_grad()
+def validate(run, step, model, *val):
+    """Log the means over held-out items; not at step 0, before the first. Warn, once, if the chosen
+    completions are less likely than in the reference; without one, than at step 0."""
+    row, config = LOSSES[run.config.loss], run.config
+    means = run_batch(model.eval(), *val, config)
+    if step:
+        run.validated(step, {"val_loss": means.pop("loss"), **means})
     name = f"chosen_{row.compares}"
-    first = run.first_step_stats.setdefault(name, 0.0 if "ratio" in name else metrics[name])
-    if row.takes_nll and metrics[name] < first:
-        before = "in the reference" if "ratio" in name else "at the first validation"
-        run.warn_once("chosen", f"chosen completions are less likely than {before}; --nll={nll + 1:g} keeps them up")
+    if means[name] < run.first_step_stats.setdefault(name, 0.0 if "ratio" in name else means[name]):
+        before = "in the reference" if "ratio" in name else "before the first step"
+        remedy = f"--nll={config.nll + 1:g}" if row.takes_nll else "a lower --lr"
+        remedy = {"kto": "a larger --desirable or --beta", "orpo": "a smaller --beta"}.get(config.loss, remedy)
+        run.warn_once("chosen", f"chosen completions are less likely than {before}; {remedy} keeps them up")
 
 
 def check_memory(run, model, optimizer, items):
@@ -339,8 +340,7 @@ def check_memory(run, model, optimizer, items):
     config, lengths = run.config, item_lengths(items)
 
     def loss(model, items):
-        n = len(items)
-        return item_losses(model, items, torch.ones(n), torch.zeros(n, 2), 0.0, config)[0].sum()
+        return item_losses(model, items, torch.ones(len(items)), torch.zeros(len(items), 2), 0.0, config)[0].sum()
 
     step_tokens = memory.likely_tokens(lengths, config.batch_size)
     memory.check(run, [(model, optimizer, loss)], items, lengths, step_tokens, batch_flag="batch_size")

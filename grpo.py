@@ -336,8 +336,7 @@ def main(config):
     steps, lr = config.steps, config.lr or 3e-4 * (128 / model.config.width) ** 2
     optimizer, order = Optimizer(model, lr), index_order(len(train), config.seed)
     check_memory(run, model, optimizer, reference, tok, train)
-    passes = steps * config.prompts_per_step / len(train)
-    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}: {passes:.3g} passes; peak lr {lr:.3g}")
+    run.say_passes(len(train), steps, lr)
     hashes |= reward_hashes | checkpoint.fingerprints(config.reference)
     run.begin(steps, model, data=hashes, saved={"optimizer": optimizer, "order": order})
 
@@ -348,7 +347,6 @@ def main(config):
         # 2. Advantages: how much better each completion is than its group
         trained, groups = find_advantages(completions, config)
         run.warn_of_advantages(get_per_token(model, trained, "advantages"))
-        chats = [c.chat for c in trained]
 
         # 3. Log-probabilities [M] before the update; a single update computes them itself
         single_update = config.epochs * config.minibatches == 1
@@ -363,7 +361,7 @@ def main(config):
                 optimizer.zero_grad()  # a loss of 0 is not enough: Adam's momentum would still move the weights
                 break
             grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
-            run.require_finite(step, stats["loss"], [grad_norm], chats)
+            run.require_finite(step, stats["loss"], [grad_norm], [c.chat for c in trained])
             updates.append(stats)
         logp = get_per_token(model, trained, "old_logp")  # from before the update
         gap = check_sampler_matches_trainer(model, trained, logp, config)
@@ -373,9 +371,10 @@ def main(config):
         metrics = rollout_metrics(completions, len(trained), logp, ref_logp, config.overlong == "punish", **groups)
         metrics |= mean_updates(updates, UPDATE_STATS)
         metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        # FLOPs: --epochs passes, and a third for each forward pass: sampling, ref_logp, old_logp
-        passes = config.epochs + (1 + bool(reference) + (not single_update)) / 3
-        run.log_rollout(step, model, chats, passes, metrics)
+        # FLOPs: a third to sample; of what is trained --epochs, and thirds for old and ref_logp
+        learning = config.epochs + (bool(reference) + (not single_update)) / 3
+        passes = [1 / 3 + learning * ("advantages" in c.per_token) for c in completions]
+        run.log_rollout(step, model, [c.chat for c in completions], passes, metrics)
         renewed = config.reference_every and step >= config.reference_every
         if renewed and step % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())

@@ -42,7 +42,7 @@ from optim import Optimizer, wsd
 from rollout import check_sampler_matches_trainer, complete_rows, get_per_token, read_logprobs, set_per_token
 from runtime import checkpoint, memory
 from runtime.batches import index_order, minibatches
-from runtime.cli import print0, refuse_unread
+from runtime.cli import refuse_unread
 from runtime.errors import UserError
 from runtime.process import launch, reduce_max, reduce_sum
 from runtime.run import RolloutConfig, Run, mean_updates, rollout_metrics
@@ -283,8 +283,7 @@ def main(config):
     optimizer, critic_optimizer = Optimizer(policy, lr), Optimizer(critic, config.critic_lr or 2 * lr)
     order, beta = index_order(len(train), config.seed), Beta(config)
     check_memory(run, policy, optimizer, critic, critic_optimizer, reference, tok, train)
-    passes = steps * config.prompts_per_step / len(train)
-    print0(f"{len(train):,} prompts; {steps} steps of {config.prompts_per_step}: {passes:.3g} passes; peak lr {lr:.3g}")
+    run.say_passes(len(train), steps, lr)
     hashes |= reward_hashes | checkpoint.fingerprints(config.reference, config.critic)
     saved = {"optimizer": optimizer, "critic_optimizer": critic_optimizer, "order": order, "beta": beta}
     run.begin(steps, policy, data=hashes, saved=saved)

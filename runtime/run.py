@@ -56,6 +56,7 @@ LOG_ONLY = {"finished", "completion_tokens", "entropy", "updates", "clip_fractio
 LOG_ONLY |= {"all_right", "all_wrong", "all_cut", "pass_at_1", "pass_at_k", "explained_variance", "prompts_seen"}
 LOG_ONLY |= {"sampler_gap", "beta", "lr", "grad_norm", "critic_grad_norm"}
 KILLED_SAVE = r"\.tmp_step_[0-9]+"
+WARNED = []  # names of the warnings that were printed in this run; a resumed one has them, too
 RUN_FILES = r"log\.jsonl|samples\.txt|latest|best|step_[0-9]+|nonfinite_step_[0-9]+\.safetensors|" + KILLED_SAVE
 
 
@@ -183,10 +184,11 @@ class Run:
         template.fix_time(self.started)
         self.start, self.best, self.metrics = 0, math.inf, {}
         self.asked_at = 0  # the last step at which the ranks agreed whether to stop
-        self.warnings = []  # names of those that were printed
+        self.warnings = WARNED
+        WARNED.clear()
         self.first_step_stats = {}  # what later steps are compared with: see warn_of_drift
-        self.idle_steps = 0  # in a row, without an update: see warn_of_standstill
-        self.equal_steps = 0  # in a row, whose rewards were all the same: see warn_of_rewards
+        self.streaks = {}  # {warning: times in a row that there was reason for it}: see warn_if_it_lasts
+        self.last_reward = None  # the smallest of the step before: see warn_of_rewards
 
     @property
     def init_checkpoint(self):
@@ -278,6 +280,12 @@ class Run:
             larger = read_flags(type(self.config))["steps"].may_change_on_resume
             print0("nothing is left to do" + ("; a larger --steps continues" if larger else ""))
 
+    def say_passes(self, n_prompts, steps, lr):
+        """Print how often PPO or GRPO passes over its prompts."""
+        at_once = self.config.prompts_per_step
+        passes = steps * at_once / n_prompts
+        print0(f"{n_prompts:,} prompts; {steps} steps of {at_once}: {passes:.3g} passes; peak lr {lr:.3g}")
+
     def warn_of_other_steps(self, default_steps, schedule):
         """Say what becomes of the learning rate if a run is resumed with another number of steps.
 
@@ -304,9 +312,9 @@ class Run:
                 own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
                 saved.load_state(own | counters.get(name, {}))
             set_random_state(tensors, self.device)
-            self.best, self.warnings = float(counters["best"]), list(counters["warnings"])
+            self.best, self.warnings[:] = float(counters["best"]), list(counters["warnings"])
             self.first_step_stats = dict(counters["first_step_stats"])
-            self.idle_steps, self.equal_steps = int(counters["idle_steps"]), int(counters["equal_steps"])
+            self.streaks, self.last_reward = dict(counters.get("streaks", {})), counters.get("last_reward")
             self.start, self.lineage = self.info["step"], self.info["lineage"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(
@@ -346,15 +354,16 @@ class Run:
     def log_rollout(self, step, model, chats, passes, metrics):
         """Log a step on this rank's completions `chats`, and warn of what its metrics show.
 
-        metrics: those of `rollout_metrics` and, at least, "loss", "grad_norm" and "updates".
-        passes: how often they went through a model, forward and backward counted as 1, forward
-        alone as 1/3."""
-        tokens, n = reduce_sum(sum(len(c.ids) for c in chats), len(chats))
-        flops_per_token = model.flops_per_token(int(tokens / max(1, n))) * passes
+        metrics: those of `rollout_metrics` and, at least, "loss", "grad_norm", "updates" and
+        "clip_fraction". passes: how often they went through a model, forward and backward counted
+        as 1, forward alone as 1/3; a number, or one for each of them."""
+        lengths = np.array([len(c.ids) for c in chats])
+        tokens, passed, n = reduce_sum(lengths.sum(), (lengths * passes).sum(), len(chats))
+        flops_per_token = model.flops_per_token(int(tokens / max(1, n))) * passed / max(1, tokens)
         log_only = {name: value for name, value in metrics.items() if name in LOG_ONLY}
         printed = {name: value for name, value in metrics.items() if name not in LOG_ONLY}
         self.log_file.step(step, int(tokens), flops_per_token, log_only, **printed)
-        self.warn_of_drift(metrics)
+        self.warn_of_drift(step, metrics)
         self.warn_of_standstill(metrics)
 
     def time_phase(self, name):
@@ -362,30 +371,45 @@ class Run:
         line."""
         self.log_file.time_phase(name)
 
-    def warn_of_drift(self, metrics):
-        """Warn, once each, if sampled completions have no end, end less often or have become twice
-        as long as in the first step, or if their entropy has fallen below a tenth of that
-        step's."""
-        first = self.first_step_stats
+    def warn_if_it_lasts(self, name, holds, text):
+        """Print the warning `name`, once, if `holds` is true ten times in a row, or at all steps
+        there are: a single step may be an odd one. Steps that cannot be judged do not call this."""
+        self.streaks[name] = self.streaks.get(name, 0) + 1 if holds else 0
+        if self.streaks[name] >= min(10, self.total_steps):
+            self.warn_once(name, f"{self.streaks[name]} times in a row {text}")
+
+    def mean_of_first(self, name, step, value):
+        """The mean of a metric over the first steps: as many as have 16 prompts, for fewer say
+        little."""
+        mean = self.first_step_stats.setdefault(name, value)
+        if (step - 1) * self.config.prompts_per_step < 16:
+            self.first_step_stats[name] += (value - mean) / step
+        return self.first_step_stats[name]
+
+    def warn_of_drift(self, step, metrics):
+        """Warn, once each, if sampled completions have no end, end less often or are twice as long
+        as in the first steps, or if their entropy is below a tenth of those steps'."""
         finished, tokens, entropy = (metrics[name] for name in ("finished", "completion_tokens", "entropy"))
-        first.setdefault("finished", finished)
-        first.setdefault("completion_tokens", tokens)
         if entropy > 0:  # 0: no completion was trained in this step
-            first.setdefault("entropy", entropy)
-            if entropy < first["entropy"] / 10:
-                self.warn_once(
-                    "entropy",
-                    f"entropy has fallen from {first['entropy']:.3g} to {entropy:.3g} nats per token: the policy says "
-                    "almost always the same, and can learn little more; a lower --lr or a higher --beta keeps variety",
-                )
-        if finished < first["finished"] - 0.2 or tokens > 2 * first["completion_tokens"]:
-            self.warn_once(
-                "drift",
-                f"{finished:.0%} of the completions end, after {tokens:.0f} tokens; at first it was "
-                f"{first['finished']:.0%} after {first['completion_tokens']:.0f}. Longer ones may be what the reward "
-                "likes: look at samples.txt; a larger --max_new_tokens or a reward for brevity may help",
+            first = self.mean_of_first("entropy", step, entropy)
+            self.warn_if_it_lasts(
+                "entropy",
+                entropy < first / 10,
+                f"entropy was below a tenth of the first steps' ({entropy:.3g} of {first:.3g} nats per token): the "
+                "policy says almost always the same, and can learn little more; a lower --lr or a higher --beta keeps "
+                "variety",
             )
-        else:
+        first = self.mean_of_first("finished", step, finished)
+        first_tokens = self.mean_of_first("completion_tokens", step, tokens)
+        drifts = finished < first - 0.2 or tokens > 2 * first_tokens
+        self.warn_if_it_lasts(
+            "drift",
+            drifts,
+            f"fewer completions end than at first, or they are twice as long: now {finished:.0%} of the completions "
+            f"end, after {tokens:.0f} tokens; at first it was {first:.0%} after {first_tokens:.0f}. Longer ones may be "
+            "what the reward likes: look at samples.txt; a larger --max_new_tokens or a reward for brevity may help",
+        )
+        if not drifts:
             self.warn_of_cut(finished)
 
     def warn_of_cut(self, finished):
@@ -398,25 +422,34 @@ class Run:
             )
 
     def warn_of_standstill(self, metrics):
-        """Warn, once each, if ten steps in a row, or all there are, have made no update; if updates
-        move nothing; or if the loss is 0 although the policy learns."""
-        self.idle_steps = 0 if metrics["updates"] else self.idle_steps + 1
-        if self.idle_steps >= min(10, self.total_steps):
-            reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
-            if metrics.get("zero_variance") == 1:
-                reason = (
-                    "the completions of every prompt get the same reward "
-                    f"({metrics['all_right']:.0%} of the groups are all above 0, {metrics['all_wrong']:.0%} all at "
-                    "most 0); bring easier or harder prompts, a reward with more shades, or a larger --group_size"
-                )
-            self.warn_once("standstill", f"{self.idle_steps} steps in a row without an update: {reason}")
-        if metrics["updates"] and metrics["grad_norm"] < 1e-8:
-            self.warn_once(
-                "tiny_gradient",
-                f"the gradient's norm is {metrics['grad_norm']:.2g}: AdamW, whose epsilon is 1e-10, hardly "
-                "moves the weights: if the rewards of a step differ, give them a larger scale (--reward=NAME*1000)",
+        """Warn, once each, if steps make no update, if updates move nothing, or if the loss is 0
+        although the policy learns."""
+        reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
+        if metrics.get("all_cut", 0) > 0.5:
+            reason = (
+                f"--max_new_tokens={self.config.max_new_tokens} cuts every completion of {metrics['all_cut']:.0%} of "
+                "the prompts; raise it, or fine-tune on answers that end in time"
             )
-        elif metrics["updates"] and abs(metrics["loss"]) < 1e-6 and "small_rewards" not in self.warnings:
+        elif metrics.get("zero_variance") == 1:
+            reason = (
+                "the completions of every prompt get the same reward "
+                f"({metrics['all_right']:.0%} of the groups are all above 0, {metrics['all_wrong']:.0%} all at "
+                "most 0); bring easier or harder prompts, a reward with more shades, or a larger --group_size"
+            )
+        self.warn_if_it_lasts("standstill", not metrics["updates"], f"a step made no update: {reason}")
+        if not metrics["updates"]:
+            return
+        # What is clipped has no gradient, and moves on with the next completions
+        still = metrics["grad_norm"] < 1e-8 and not metrics["clip_fraction"]
+        self.warn_if_it_lasts(
+            "tiny_gradient",
+            still,
+            f"the gradient's norm was below 1e-8 (now {metrics['grad_norm']:.2g}): AdamW, whose epsilon is 1e-10, "
+            "hardly moves the weights: if entropy is near 0, the policy is all but certain of what it says, so begin "
+            "with one that varies; else, where --advantage keeps the rewards' scale, give them a larger one "
+            "(--reward=NAME*1000)",
+        )
+        if abs(metrics["loss"]) < 1e-6 and not still and not self.streaks.get("small_rewards"):
             self.warn_once(
                 "zero_loss",
                 "the loss is 0 and the policy learns: before its first update every ratio is 1, and the advantages "
@@ -428,39 +461,45 @@ class Run:
         where -A d + beta d^2 / 2 is least, d = log pi - log pi_ref, and that is d = A / beta."""
         largest = advantages.abs().max().item() if len(advantages) else 0.0
         size, beta = reduce_max(largest), self.config.beta
-        if 0 < size < 1e-3 * beta:
-            self.warn_once(
+        if size > 0:
+            self.warn_if_it_lasts(
                 "small_rewards",
-                f"the advantages of a step are at most {size:.3g} beside --beta={beta:g}: the policy hardly follows "
-                "the reward; give it a larger scale (--reward=NAME*1000), or lower --beta",
+                size < 1e-3 * beta,
+                f"the advantages of a step were nothing beside --beta={beta:g} (now at most {size:.3g}): the policy "
+                "hardly follows the reward; give it a larger scale (--reward=NAME*1000), or lower --beta",
             )
 
     def warn_of_rewards(self, rewards, kl_penalties, values):
-        """Warn, once each, of what PPO can hardly learn from, on the first rank. rewards,
-        kl_penalties: what the reward says of each completion, and beta times its KL; values: the
-        critic's."""
-        spread, size = np.ptp(rewards), np.abs(rewards).max()
-        equal = spread <= 1e-12 * max(size, self.config.unfinished_penalty)  # but for rounding, with it too
-        self.equal_steps = self.equal_steps + 1 if equal else 0
-        if self.equal_steps >= min(10, self.total_steps):
-            self.warn_once(
-                "equal_rewards",
-                f"the reward of every completion was {rewards[0]:.3g} for {self.equal_steps} steps in a row, which "
-                "teaches nothing; bring other prompts, or a reward with more shades",
-            )
-        elif not equal and spread < 1e-4 * size:
-            self.warn_once(
-                "offset",
-                f"the rewards of a step are {size:.3g} in size and differ by {spread:.3g} only, which PPO hardly sees: "
-                "its critic learns their size first; subtract a constant in the reward, so that they lie around 0",
-            )
-        elif not equal and spread < 1e-3 * max(np.ptp(kl_penalties), np.ptp(values)):
-            self.warn_once(
-                "small_rewards",
-                f"the rewards of a step differ by {spread:.3g}, --beta times the KL by {np.ptp(kl_penalties):.3g}, the "
-                f"critic's values by {np.ptp(values):.3g}: the policy hardly follows the reward; give it a larger "
-                "scale (--reward=NAME*1000)",
-            )
+        """Warn, once each, of what PPO can hardly learn from. rewards, kl_penalties: what the
+        reward says of each completion of this rank, and beta times its KL; values: the critic's."""
+        smallest, largest = extremes(rewards)
+        spread, size = largest - smallest, max(-smallest, largest)
+        rounding = 1e-12 * max(size, self.config.unfinished_penalty)  # taken off and put back
+        before = smallest if self.last_reward is None else self.last_reward
+        self.last_reward = smallest
+        self.warn_if_it_lasts(
+            "equal_rewards",
+            max(spread, abs(smallest - before)) <= rounding,
+            f"the reward of every completion was {smallest:.3g}, which teaches nothing; bring other prompts, or a "
+            "reward with more shades",
+        )
+        if spread <= rounding:
+            return
+        self.warn_if_it_lasts(
+            "offset",
+            spread < 1e-4 * size,
+            f"the rewards of a step were large and differed by little (now {size:.3g} in size, {spread:.3g} apart), "
+            "which PPO hardly sees: its critic learns their size first; subtract a constant in the reward, so that "
+            "they lie around 0",
+        )
+        kl, value = (high - low for low, high in (extremes(kl_penalties), extremes(values)))
+        self.warn_if_it_lasts(
+            "small_rewards",
+            1e-4 * size <= spread < 1e-3 * max(kl, value),
+            f"the rewards of a step differed by little (now {spread:.3g}; --beta times the KL by {kl:.3g}, the "
+            f"critic's values by {value:.3g}): the policy hardly follows the reward; give it a larger scale "
+            "(--reward=NAME*1000)",
+        )
 
     def sample(self, step, text):
         """Append a sample of the model's text to samples.txt."""
@@ -563,8 +602,8 @@ class Run:
         """(tensors, counters) of all saved objects and generators, on the CPU; counters are JSON
         values."""
         tensors, counters = random_state(self.device), {"best": self.best, "warnings": self.warnings}
-        counters |= {"first_step_stats": self.first_step_stats}
-        counters |= {"idle_steps": self.idle_steps, "equal_steps": self.equal_steps}
+        counters |= {"first_step_stats": self.first_step_stats, "streaks": self.streaks}
+        counters |= {"last_reward": self.last_reward}
         for name, saved in self.saved.items():
             for key, value in saved.state().items():
                 if isinstance(value, torch.Tensor):
@@ -597,7 +636,12 @@ def rollout_metrics(completions, n_trained, logp, ref_logp, parts_apart=False, *
     means = {name: total / n for name, total in zip(found, totals, strict=True)}
     if ref_logp is not None:
         means["kl"] = kl / max(1, n_trained)
-    return means | {"entropy": entropy / max(1, M)}
+    return means | {"entropy": entropy / max(1, M) + 0.0}  # not -0.0 if none was trained
+
+
+def extremes(numbers):
+    """(smallest, largest) of all ranks' numbers."""
+    return -reduce_max(-min(numbers)), reduce_max(max(numbers))
 
 
 def mean_updates(updates, names):

@@ -555,13 +555,23 @@ def test_a_run_learns_and_warns_when_the_chosen_answers_become_less_likely(train
     assert "continuing after step 20" in again and "warning: chosen" not in again  # it has been said
 
 
-def test_without_a_reference_the_warning_compares_with_the_first_validation(train, tmp_path):
-    said = succeeds(train(tmp_path / "run", loss="simpo", lr=0.02, steps=40, eval_every=2))
-    values = [r["chosen_mean_logp"] for r in records(tmp_path / "run") if "val_loss" in r]
-    assert said.count("warning: chosen completions are less likely") == (min(values) < values[0])
-    good = succeeds(train(tmp_path / "nll", loss="simpo", nll=3, lr=0.02, steps=8, eval_every=4))
-    values = [r["chosen_mean_logp"] for r in records(tmp_path / "nll") if "val_loss" in r]
-    assert min(values) == values[0] and "warning: chosen" not in good
+@pytest.mark.parametrize(
+    "loss, beta, said",
+    [
+        ("simpo", 2.0, "than before the first step; --nll=1 keeps them up"),
+        ("orpo", 100.0, "than before the first step; a smaller --beta keeps them up"),
+        ("kto", 0.1, "than in the reference; a larger --desirable or --beta keeps them up"),
+    ],
+)
+def test_every_loss_warns_when_the_chosen_answers_become_less_likely(train, tmp_path, loss, beta, said):
+    """At a rate that ruins the model, with a single validation; without a reference what counts is
+    the model before the first step."""
+    how = {"loss": loss, "steps": 3, "eval_every": 0, "save_every": 0}
+    output = succeeds(train(tmp_path / "run", lr=1.0, beta=beta, **how))
+    assert output.count("warning: chosen completions are less likely " + said) == 1
+    good = succeeds(train(tmp_path / "good", lr=1e-3, **how))
+    (validation,) = [r for r in records(tmp_path / "good") if "val_loss" in r]
+    assert "warning: chosen" not in good and validation["step"] == 3
 
 
 def test_a_tie_is_half_right_and_a_soft_label_counts_by_its_probability(make_model):

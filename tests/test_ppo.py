@@ -55,6 +55,8 @@ TINY = dict(
 )
 WORDS = ("yes", "no", "ja")
 REWARDS = """
+import os
+
 def yes(prompt, completion, row):
     assert isinstance(prompt, str) and isinstance(row["finished"], bool)
     return float(completion == "yes")
@@ -91,6 +93,9 @@ def small(prompt, completion, row):
 
 def tiny(prompt, completion, row):
     return 1e-7
+
+def of_rank(prompt, completion, row):
+    return float(os.environ["RANK"])
 """
 
 
@@ -807,7 +812,8 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
     how = dict(
         reward=f"{files}/rewards.py:length",
         unfinished_penalty=0,
-        steps=12,
+        steps=20,
+        save_every=19,
         prompts_per_step=24,
         beta=0,
         lr=0.02,
@@ -817,7 +823,7 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
     )
     output = succeeds(train(tmp_path / "run", **how))
     assert output.count("of the completions end, after") == 1
-    shutil.rmtree(tmp_path / "run/step_000012")
+    shutil.rmtree(tmp_path / "run/step_000020")
     assert "completions end, after" not in succeeds(train(tmp_path / "run", resume=True, **how))  # it has been said
     assert "completions end, after" not in succeeds(train(tmp_path / "calm", steps=2, lr=1e-5))
 
@@ -825,10 +831,10 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
 @pytest.mark.parametrize(
     "reward, penalty, said",
     [
-        ("same", 1.0, "the reward of every completion was 0.3 for 3 steps in a row"),
-        ("same", 0.0, "the reward of every completion was 0.3 for 3 steps in a row"),
-        ("tiny", 1.0, "the reward of every completion was 1e-07 for 3 steps in a row"),
-        ("beside", 1.0, "the rewards of a step are 1e+09 in size and differ by"),
+        ("same", 1.0, "3 times in a row the reward of every completion was 0.3,"),
+        ("same", 0.0, "3 times in a row the reward of every completion was 0.3,"),
+        ("tiny", 1.0, "3 times in a row the reward of every completion was 1e-07,"),
+        ("beside", 1.0, "differed by little (now 1e+09 in size, "),
         ("small", 0.0, "the policy hardly follows the reward"),
         ("yes", 1.0, ""),
     ],
@@ -844,11 +850,18 @@ def test_a_reward_that_ppo_can_hardly_learn_from_is_said_once(train, files, tmp_
     assert len(re.findall("warning: .*the (reward of every completion|rewards of a step)", output)) == bool(said)
 
 
+def test_rewards_are_judged_on_all_ranks(fork, files, flags, tmp_path):
+    """On each they are equal, and one of them differs from the other's."""
+    how = {"reward": f"{files}/rewards.py:of_rank", "unfinished_penalty": 0, "steps": 2, "eval_every": 0}
+    outputs = pair(fork, ppo, **(flags | how | {"out": tmp_path / "pair"}))
+    assert "warning: " in outputs[0] and "every completion" not in outputs[0]
+
+
 def test_rewards_that_are_nothing_beside_the_critics_values_are_said_once(train, files, tmp_path):
     """Without a KL the advantages are the critic's noise then; its first values are all 0."""
-    how = dict(reward=f"{files}/rewards.py:small", beta=0, unfinished_penalty=0, steps=3, eval_every=0)
+    how = dict(reward=f"{files}/rewards.py:small", beta=0, unfinished_penalty=0, steps=12, eval_every=0)
     output = succeeds(train(tmp_path / "run", **how))
-    assert len(re.findall("differ by .*e-0[89], --beta times the KL by 0, the critic's values by", output)) == 1
+    assert len(re.findall("now .*e-0[89]; --beta times the KL by 0, the critic's values by", output)) == 1
 
 
 def test_a_reward_model_in_a_directory_called_as_a_column_replaces_none(train, files, tmp_path, monkeypatch):
@@ -963,7 +976,9 @@ def test_rewards_that_fp32_does_not_hold_are_said(train, files, tmp_path):
     line = refused(train(tmp_path / "huge", reward=f"{files}/rewards.py:huge", steps=1))
     assert "at most 1e+15 in size: more cannot be learned from" in line
     output = succeeds(train(tmp_path / "beside", reward=f"{files}/rewards.py:beside", steps=2))
-    assert output.count("are 1e+09 in size and differ by") == 1 and "subtract a constant in the reward" in output
+    assert (
+        output.count("differed by little (now 1e+09 in size, ") == 1 and "subtract a constant in the reward" in output
+    )
 
 
 def test_beta_is_adapted_only_where_it_can_be():

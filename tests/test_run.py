@@ -10,21 +10,23 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from runs import SMALL, here, records, save
+from runs import SMALL, completions_of, here, records, save
 
 import dpo
 import pretrain
 import reward
 import sft
 from data import tokenizer
+from data.pack import make_completion
 from data.read import read_json
 from model import GPT, GPTConfig
 from optim import Optimizer
+from rollout import Sample
 from runtime import checkpoint
 from runtime.batches import index_order
 from runtime.errors import UserError
 from runtime.files import LOCKS
-from runtime.run import Log, RolloutConfig, Run, RunConfig, clear_run, clock_time, open_run
+from runtime.run import Log, RolloutConfig, Run, RunConfig, clear_run, clock_time, open_run, rollout_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -414,22 +416,27 @@ def test_weights_that_are_not_finite_are_not_saved(base, tmp_path):
 class Rollouts(RolloutConfig):
     # steps
     steps: int = 12
+    # as in ppo.py
+    unfinished_penalty: float = 1.0
     device: str = "cpu"
 
 
 STEP = {"finished": 0.9, "completion_tokens": 10.0, "entropy": 1.0, "updates": 1, "loss": 0.5, "zero_variance": 0.25}
-STEP |= {"all_right": 0.25, "all_wrong": 0.0, "all_cut": 0.0, "grad_norm": 0.1}
+STEP |= {"all_right": 0.25, "all_wrong": 0.0, "all_cut": 0.0, "grad_norm": 0.1, "clip_fraction": 0.0}
 IDLE = {"updates": 0, "loss": 0.0, "zero_variance": 1.0, "all_right": 0.25, "all_wrong": 0.75}
 
 
-def warnings_of(base, out, steps, **flags):
-    """What a run prints as warnings whose steps log these metrics, besides those of STEP."""
+def warnings_of(base, out, steps, rewards=(), **flags):
+    """What a run prints as warnings whose steps log these metrics, besides those of STEP. rewards:
+    of each step's completions, as PPO has them."""
 
     def log(config):
         run = Run("grpo", config)
         model, tok = run.load()
         run.begin(len(steps), model, data={}, saved={})
         for step in run.steps():
+            if rewards:
+                run.warn_of_rewards(rewards[step - 1], [0.0], [0.0, 0.1])
             run.log_rollout(step, model, [], 1, STEP | steps[step - 1])
             run.end_step(step, model, tok)
 
@@ -440,21 +447,37 @@ def warnings_of(base, out, steps, **flags):
 
 def test_a_run_that_is_well_warns_of_nothing(base, tmp_path):
     assert warnings_of(base, tmp_path / "run", [{}] * 12 + [IDLE] * 9 + [{}] + [IDLE] * 9 + [{}]) == []
+    odd = [{"entropy": 0.05}, {"finished": 0.6}, {"completion_tokens": 30.0}, {"loss": 0.0, "grad_norm": 1e-12}]
+    assert warnings_of(base, tmp_path / "odd", [{}] + odd * 9) == []
+
+
+def test_the_first_steps_of_few_prompts_are_judged_together(base, tmp_path):
+    """A first step of one prompt whose completions were short and ended says little."""
+    steps = [{"finished": 1.0, "completion_tokens": 3.0, "entropy": 9.0}, *[{"finished": 0.75, "entropy": 0.8}] * 30]
+    assert warnings_of(base, tmp_path / "one", steps, prompts_per_step=1) == []
+    (drift,) = warnings_of(base, tmp_path / "many", steps[:1] + [{"finished": 0.75}] * 30)
+    assert "75% of the completions end, after 10 tokens; at first it was 100% after 3" in drift
 
 
 @pytest.mark.parametrize(
     "later, named, remedy",
     [
-        ({"entropy": 0.09}, "entropy has fallen from 1 to 0.09", "lower --lr or a higher --beta"),
+        ({"entropy": 0.09}, "(0.09 of 1 nats per token)", "lower --lr or a higher --beta"),
         ({"finished": 0.6}, "60% of the completions end", "a larger --max_new_tokens"),
         ({"completion_tokens": 21.0}, "after 21 tokens", "look at samples.txt"),
         ({"loss": 1e-9}, "the loss is 0 and the policy learns", "watch the reward and grad_norm"),
-        ({"loss": 0.0, "grad_norm": 1e-12}, "the gradient's norm is 1e-12", "give them a larger scale"),
+        ({"loss": 0.0, "grad_norm": 1e-12}, "below 1e-8 (now 1e-12)", "give them a larger one"),
     ],
 )
 def test_each_change_for_the_worse_is_said_once_with_what_to_do(base, tmp_path, later, named, remedy):
-    (line,) = warnings_of(base, tmp_path / "run", [{}, {}, later, later, {}, later])
-    assert named in line and remedy in line
+    (line,) = warnings_of(base, tmp_path / "run", [{}, {}, *[later] * 10, {}, *[later] * 10])
+    assert named in line and remedy in line and line.startswith("warning: 10 times in a row") == ("learns" not in line)
+
+
+def test_a_gradient_that_was_clipped_away_is_no_standstill(base, tmp_path):
+    """The norm is the last minibatch's, of which nothing may be left to gain."""
+    tiny = {"loss": -0.1, "grad_norm": 0.0}
+    assert warnings_of(base, tmp_path / "run", [tiny | {"clip_fraction": 0.75}] * 12) == []
 
 
 def test_endings_that_the_limit_cuts_are_said(base, tmp_path):
@@ -464,12 +487,33 @@ def test_endings_that_the_limit_cuts_are_said(base, tmp_path):
 
 def test_ten_steps_without_an_update_are_said_once_with_the_reason(base, tmp_path):
     (line,) = warnings_of(base, tmp_path / "a", [{}] + [IDLE] * 25)
-    assert "10 steps in a row without an update: the completions of every prompt get the same reward" in line
+    assert "10 times in a row a step made no update: the completions of every prompt get the same reward" in line
     assert "25% of the groups are all above 0, 75% all at most 0" in line and "easier or harder prompts" in line
     (line,) = warnings_of(base, tmp_path / "b", [IDLE] * 2)  # a run of two steps that never updates says so too
-    assert "2 steps in a row without an update" in line
+    assert "2 times in a row a step made no update" in line
     (line,) = warnings_of(base, tmp_path / "c", [IDLE | {"zero_variance": 0.5}] * 3)
     assert "no completion is left to learn from; see --stop_kl" in line
+    for equal in (1.0, 0.5):  # the latter with --overlong=mask
+        cut = IDLE | {"all_cut": 0.9, "zero_variance": equal}
+        (line,) = warnings_of(base, tmp_path / f"cut_{equal}", [cut] * 3, max_new_tokens=8)
+        assert "--max_new_tokens=8 cuts every completion of 90% of the prompts; raise it" in line
+
+
+@pytest.mark.parametrize(
+    "rewards, said",
+    [
+        ([[4.0, 4.0]] * 12, "the reward of every completion was 4, which teaches nothing"),
+        ([[1.0, 2.0]] * 3 + [[4.0, 4.0]] * 11, "the reward of every completion was 4, which teaches nothing"),
+        ([[float(i)] for i in range(12)], ""),  # one completion a step
+        ([[float(i), float(i)] for i in range(12)], ""),
+        ([[1e6, 1e6 + 1]] * 12, "(now 1e+06 in size, 1 apart), which PPO hardly sees"),
+        ([[0.0, 1e-5]] * 12, "the policy hardly follows the reward"),
+        ([[0.0, 1.0], [1.0, 1.0 - 1e-6], [0.0, 1e-5]] * 12, ""),  # odd steps of a run that is well
+    ],
+)
+def test_rewards_that_teach_ppo_nothing_for_ten_steps_are_said(base, tmp_path, rewards, said):
+    found = warnings_of(base, tmp_path / "run", [{}] * len(rewards), rewards)
+    assert len(found) == bool(said) and all(said in line for line in found)
 
 
 def test_a_resumed_run_counts_on_from_where_it_stopped(base, tmp_path):
@@ -482,7 +526,40 @@ def test_a_resumed_run_counts_on_from_where_it_stopped(base, tmp_path):
     (stopped / "latest").symlink_to("step_000007")
     assert warnings_of(base, stopped, steps, save_every=7, resume=True) == [line]  # of 7 + 3 steps
     states = [read_json(run / "step_000012/train_state.json") for run in (straight, stopped)]
-    assert states[0] == states[1] and states[0]["idle_steps"] == 12
+    assert states[0] == states[1] and states[0]["streaks"]["standstill"] == 12
+
+
+def test_a_reward_that_changes_as_a_run_resumes_has_changed(base, tmp_path):
+    rewards = [[1.0]] * 7 + [[2.0]] * 5
+    steps, stopped = [{}] * 12, tmp_path / "stopped"
+    assert warnings_of(base, stopped, steps, rewards, save_every=7) == []
+    shutil.rmtree(stopped / "step_000012")
+    (stopped / "latest").unlink()
+    (stopped / "latest").symlink_to("step_000007")
+    assert warnings_of(base, stopped, steps, rewards, save_every=7, resume=True) == []
+
+
+def test_the_mfu_counts_each_completion_as_often_as_it_was_read(base, tmp_path):
+    """Some are only sampled, others trained as well."""
+
+    def log(config):
+        run = Run("grpo", config)
+        model, tok = run.load()
+        run.begin(1, model, data={}, saved={})
+        run.log_file.peak = 1.0
+        chats = [make_completion([1], [2] * n) for n in (3, 7)]
+        run.log_rollout(1, model, chats, [1 / 3, 1 / 3 + 2], STEP)
+        (record,) = [r for r in records(tmp_path / "run") if "loss" in r]
+        flops = model.flops_per_token(6) * (4 / 3 + 8 * 7 / 3)
+        assert record["tokens"] == 12 and record["mfu"] * record["seconds"] == pytest.approx(flops, rel=0.2)
+
+    here(log, Rollouts(out=str(tmp_path / "run"), init=str(base), reward="", data=""))
+
+
+def test_the_entropy_of_nothing_is_zero():
+    completions = completions_of([make_completion([1], [2])], [Sample(0, [2], [-0.5], True)])
+    entropy = rollout_metrics(completions, 0, torch.zeros(0), None)["entropy"]
+    assert str(entropy) == "0.0"
 
 
 @pytest.mark.parametrize("stage", [pretrain, sft, reward, dpo])
