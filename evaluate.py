@@ -328,7 +328,10 @@ def problem_figures(config, model, tok, problems, device):
     checkers = load_rewards(names, device, config.micro_batch_tokens, **limits, flag="checker")
     first, *others = [name for name, _, _ in checkers]
     groups = group_rows(problems, config.by)
-    _, _, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
+    _, samples, _, scores = sample_and_score(config, model, tok, problems, checkers, temperature=0)
+    cut = np.mean([not sample.finished for sample in samples])
+    if cut > 0.5:
+        print0(f"warning: --max_new_tokens={config.max_new_tokens} cuts {cut:.0%} of the greedy answers; raise it")
     values = {"problems right, greedy": scores[first] > 0}
     n = config.samples_per_problem
     if n:

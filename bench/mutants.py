@@ -2074,6 +2074,7 @@ MUTANTS = [
     ),
     ("users_work_deleted", "data/prepare.py", "if not re.fullmatch(WORK_FILES, path.name):", "if False:", PREPARE),
     ("users_shard_deleted", "data/prepare.py", """{'[0-9]' * 5}""", "{'?' * 5}", PREPARE),
+    ("cut_answers_to_problems_unsaid", "evaluate.py", "    if cut > 0.5:", "    if False:", EVALUATE),
     ("append_names_no_file", "runtime/files.py", "e.filename = str(path)", "pass", FILES),
     ("left_behind", "runtime/files.py", "except BaseException as e:", "except OSError as e:", FILES),
     ("half_a_row", "sample.py", 'append(path, b"", size)', "pass", SAMPLE),

@@ -2,8 +2,8 @@
 
 Pure functions of batches; data/prepare.py applies them to files. A batch of D texts becomes W
 words, each a 64-bit hash, and all else is arithmetic on these. A word is a maximal run of letters,
-digits and combining marks, lower-cased; in scripts written without spaces (Chinese, Japanese, Thai,
-...) each letter is a word.
+digits and combining marks, lower-cased and composed (NFC); in scripts written without spaces
+(Chinese, Japanese, Thai, ...) each letter is a word.
 
 Near-duplicates are found by MinHash. For texts with sets A, B of word 5-grams, and a random order
 of all 5-grams,
@@ -49,7 +49,8 @@ ENGLISH = (  # words that are common in English and rare elsewhere
 # What `folded` makes alike: quotes, dashes and minus, the degree sign and the ordinal of n\u00b0 1
 ALIKE = {"\u00b0": "o", **dict.fromkeys("\u2018\u2019", "'"), **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')}
 ALIKE |= dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
-ODD = re.compile(r"[^\w\x00-\x7f]|[\u00b2\u00b3\u00b9\u2070-\u2079\u2080-\u2089]")  # or a raised or lowered digit
+# Symbols (accents apart), and raised and lowered digits
+ODD = re.compile(r"[^\w\x00-\x7f\u0300-\u036f]|[\u00b2\u00b3\u00b9\u2070-\u2079\u2080-\u2089]")
 OPENING = re.compile(r"""["'\u00bf\u00a1](?<!\S.)["'\u00bf\u00a1]*(?=\s?\w)""")  # marks that begin a word
 # Marks that end a word, or stand alone behind it, as French has them. Behind anything but two
 # letters some stay: 5! and y' are sums, and so is 6 : 3. Bounded, or a line of dots takes hours.

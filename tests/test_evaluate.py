@@ -350,13 +350,14 @@ def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_sample(make_model, t
                 assert pass_at_k(n, right, k) == pytest.approx(share, abs=1e-12)
 
 
-def test_problems_are_sampled_for_pass_at_k(make_model, tmp_path):
+def test_problems_are_sampled_for_pass_at_k(make_model, tmp_path, capsys):
     """A model that says "#" mostly, and sometimes 5, or ends, independently of what it said."""
     logits = {ord("#"): 7.0, ord("5"): 6.0, END: 5.5}
     folder = checkpoint.save(tmp_path / "run", constant_model(make_model, TOK, logits), TOK, SFT)
     problems = [{"prompt": f"q{i}", "answer": "#### 5"} for i in range(60)]
     flags = {"model": folder, "problems": write_rows(tmp_path / "problems.jsonl", problems), "max_new_tokens": 24}
     figures = measure(tmp_path, **flags, samples_per_problem=6, temperature=0.9, seed=4)
+    assert "warning: --max_new_tokens=24 cuts 100% of the greedy answers; raise it" in capsys.readouterr().out
     names = [f"problems right, pass@{k} of 6 samples" for k in (1, 2, 4)]
     assert [name for name in figures if "pass" in name] == names and "problems right, greedy" in figures
     model = checkpoint.load(folder)[0]
