@@ -385,7 +385,7 @@ def test_an_import_changes_no_directory_but_what_it_sets_for_libraries_stays(tmp
     head = "import os, torch\nos.chdir('/')\nos.environ['OF_A_LIBRARY'] = '1'\nprint('loaded')\n"
     head += "torch.set_default_device('meta')\n" + HEAD
     assert score(write_reward(tmp_path, "return float(os.environ['OF_A_LIBRARY'])", head)) == [1.0]
-    assert os.getcwd() == str(tmp_path) and torch.zeros(1).device.type == "cpu"
+    assert os.getcwd() == str(tmp_path) and torch.zeros(1).device.type == torch.get_default_device().type == "cpu"
 
 
 # --------------------------------------------------------------------------------------------------
