@@ -274,7 +274,7 @@ def refuse_shadowed(path, flag):
     """Raises UserError if a file, or one next to it that it imports, imports one next to it that is
     called as a module of this folder is: it would get ours."""
     here, files = Path(__file__).resolve().parent, [path]
-    if path.parent == here:
+    if path.resolve().is_relative_to(here):  # it is one of ours, and means ours
         return
     for file in files:
         for name in imported_names(file):

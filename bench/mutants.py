@@ -612,7 +612,7 @@ MUTANTS = [
     ("constitution_unread", "scoring.py", "if config.constitution and not any", "if False and not any", GRPO),
     ("masked_is_a_reward", "scoring.py", " or np.ma.is_masked(value)", "", GUARD),
     ("inference_mode_stays", "runtime/guard.py", "    INFERENCE[-1].__enter__()\n", "", GUARD),
-    ("device_of_an_import_stays", "scoring.py", "kept(KEPT_BY_IMPORT), ", "", GUARD),
+    ("signals_of_an_import_stay", "scoring.py", "kept(KEPT_BY_IMPORT), ", "", GUARD),
     ("lock_of_an_orphan", "runtime/files.py", "os.register_at_fork(after_in_child=close_locks)", "pass", RUN),
     (
         "retries_for_ever",
@@ -2029,6 +2029,7 @@ MUTANTS = [
         "        pass\n",
         GUARD,
     ),
+    ("default_device_stays", "runtime/guard.py", "CONTEXT.device_context = default", "CONTEXT", GUARD),
     ("dispatch_mode_stays", "runtime/guard.py", "reversed(range(dispatches,", "reversed(range(99,", GUARD),
     (
         "hooks_of_tensors_stay",
@@ -2053,7 +2054,13 @@ MUTANTS = [
     ),
     ("namesake_of_ours_taken", "scoring.py", "if beside and ours:", "if False:", SCORING),
     ("namesake_behind_a_file", "scoring.py", "files += [p for p in beside if p not in files]", "pass", SCORING),
-    ("our_own_folder_refused", "scoring.py", "    if path.parent == here:\n        return\n", "", SCORING),
+    (
+        "our_own_folder_refused",
+        "scoring.py",
+        "if path.resolve().is_relative_to(here):",
+        "if path.parent == here:",
+        SCORING,
+    ),
     ("timer_faster_than_its_handler", "runtime/guard.py", "max(timer, 0.1))", "timer)", SCORING),
     (
         "sampling_planned_past_the_context",

@@ -164,16 +164,18 @@ TENSORS = torch._C._autograd  # what is saved of them for the backward
 
 def contexts():
     """What PyTorch is within: (how many function modes, how many dispatch modes, the hooks of saved
-    tensors, why there may be none, the device of the modes)."""
+    tensors, why there may be none, the device of the modes, the mode of the default device)."""
     refusal = TENSORS._saved_tensors_hooks_get_disabled_error_message()
     hooks = TENSORS._top_saved_tensors_default_hooks(True)
     modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    return *modes, hooks, refusal, torch.utils._device.CURRENT_DEVICE
+    default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return *modes, hooks, refusal, torch.utils._device.CURRENT_DEVICE, default
 
 
 def leave_contexts(before):
     """Leave those that a user's code has entered."""
-    functions, dispatches, hooks, _, torch.utils._device.CURRENT_DEVICE = before
+    functions, dispatches, hooks, _, torch.utils._device.CURRENT_DEVICE, default = before
+    torch._GLOBAL_DEVICE_CONTEXT.device_context = default
     for _ in range(functions, torch._C._len_torch_function_stack()):
         torch._C._pop_torch_function_stack()
     for i in reversed(range(dispatches, torch._C._len_torch_dispatch_stack())):
@@ -387,8 +389,6 @@ if sys.platform == "linux":
     KEPT += [(affinity, set_affinity)]
 KEPT += [(signal_handlers, set_signal_handlers)]  # after the timers: none may go off without its handler
 KEPT_BY_IMPORT = [  # slow to read, so not at each call
-    (torch.get_default_device, torch.set_default_device),
-    (contexts, leave_contexts),  # the line above enters a device's
     (all_signal_handlers, set_signal_handlers),
     (matmul_sums, set_matmul_sums),
     attributes((CUDA.matmul, "allow_fp16_accumulation")),

@@ -211,7 +211,7 @@ CHANGES = {
     "garbage collector": "gc.disable()",
     "numpy errors": "np.seterr(all='raise')",
     "dtype": "torch.set_default_dtype(torch.float64)",
-    "device": "torch.set_default_device('meta')",
+    "device": "torch.set_default_device('meta:0')",
     "grad mode": "torch.set_grad_enabled(not torch.is_grad_enabled())",
     "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
     "determinism": "torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())",
@@ -261,7 +261,7 @@ CHANGES = {
     "a closed wakeup": "with socket.socket() as s: s.setblocking(False); signal.set_wakeup_fd(s.fileno())",
 }
 BY_BATCH = {  # the others also after each call
-    **{name: CHANGES[name] for name in ("environment", "warnings", "no warnings", "device")},
+    **{name: CHANGES[name] for name in ("environment", "warnings", "no warnings")},
     "another environment": "os.environ = {}",
     "time zone": "os.environ['TZ'] = 'Asia/Tokyo'; time.tzset()",
     "all signals": "[signal.signal(n, signal.SIG_IGN) for n in signal.valid_signals() - {9, 19}]",
@@ -383,9 +383,10 @@ def test_an_import_changes_no_directory_but_what_it_sets_for_libraries_stays(tmp
     monkeypatch.setenv("OF_A_LIBRARY", "0")
     monkeypatch.chdir(tmp_path)
     head = "import os, torch\nos.chdir('/')\nos.environ['OF_A_LIBRARY'] = '1'\nprint('loaded')\n"
-    head += "torch.set_default_device('meta')\n" + HEAD
+    head += "import signal\ntorch.set_default_device('meta:0')\nsignal.signal(signal.SIGUSR1, print)\n" + HEAD
     assert score(write_reward(tmp_path, "return float(os.environ['OF_A_LIBRARY'])", head)) == [1.0]
-    assert os.getcwd() == str(tmp_path) and torch.zeros(1).device.type == torch.get_default_device().type == "cpu"
+    assert os.getcwd() == str(tmp_path) and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert torch.zeros(1).device.type == torch.get_default_device().type == "cpu"
 
 
 # --------------------------------------------------------------------------------------------------

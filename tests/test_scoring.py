@@ -288,7 +288,7 @@ def test_a_file_may_import_ours_and_what_is_next_to_it(tmp_path):
     (tmp_path / "help.py").write_text("import mine, help\nimport data.rules as rules")
     (tmp_path / "mine.py").write_text("import help, json\nfrom data.rules import brief\nf = brief")
     load(f"{tmp_path}/mine.py:f")
-    for ours in ("model.py", "data/rules.py", "data/puzzles.py"):
+    for ours in ("model.py", "data/rules.py", "data/puzzles.py", "bench/peers.py"):
         refuse_shadowed(ROOT / ours, "--reward")
 
 
