@@ -14,8 +14,7 @@ once. log pi sums over a completion's tokens, its end of turn included. --loss c
     orpo      no reference, with its own NLL         (arXiv 2403.07691)
     kto       single completions, good or bad        (arXiv 2402.01306)
 
-A new loss is a function, a row of LOSSES, and a field of Config for each flag of its own. Left out:
-online variants; sample from the model, label with rlaif.py or a reward model, and run this again.
+A new loss: a function, a row of LOSSES, a field of Config for each flag. Left out: online variants.
 
     python dpo.py --init=out/sft --data=pairs.jsonl --loss=dpo --out=out/dpo
 """
@@ -146,7 +145,7 @@ class Loss(NamedTuple):
     beta: float  # default of --beta
     compares: str  # logratio, or logp, which needs no reference; mean_logratio, mean_logp: per token
     flags: tuple = ()  # flags that only this loss reads
-    takes_nll: bool = True
+    instead_of_nll: str = ""  # a loss that --nll is not added to: what else keeps chosen completions likely
 
 
 LOSSES = {
@@ -155,8 +154,8 @@ LOSSES = {
     "cdpo": Loss(cdpo_loss, 0.1, "logratio", ("smoothing",)),
     "ipo": Loss(ipo_loss, 0.1, "mean_logratio"),
     "simpo": Loss(simpo_loss, 2.0, "mean_logp", ("gamma",)),
-    "orpo": Loss(orpo_loss, 0.1, "mean_logp", takes_nll=False),
-    "kto": Loss(kto_loss, 0.1, "logratio", ("desirable", "undesirable"), takes_nll=False),
+    "orpo": Loss(orpo_loss, 0.1, "mean_logp", instead_of_nll="a smaller --beta"),
+    "kto": Loss(kto_loss, 0.1, "logratio", ("desirable", "undesirable"), "a larger --desirable or --beta"),
 }
 
 
@@ -165,7 +164,7 @@ def check_flags(config):
     if config.loss not in LOSSES:
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
     row = LOSSES[config.loss]
-    read = {*row.flags, "nll" if row.takes_nll else "", "reference" if "ratio" in row.compares else ""}
+    read = {*row.flags, "" if row.instead_of_nll else "nll", "reference" if "ratio" in row.compares else ""}
     unread = {"nll", "reference", *(flag for row in LOSSES.values() for flag in row.flags)} - read
     refuse_unread(config, dict.fromkeys(sorted(unread), f"--loss={config.loss} does not read it"))
     if config.steps:
@@ -215,7 +214,8 @@ def item_losses(model, items, label_probs, ref_logps, kl, config):
     if row.compares.startswith("mean"):
         compared = compared / lengths
     chosen, rejected = compared.unbind(1)
-    losses = row.function(chosen, rejected, config.beta, label_probs, **{f: vars(config)[f] for f in row.flags})
+    flags = {flag: vars(config)[flag] for flag in row.flags}
+    losses = row.function(chosen, rejected, config.beta, label_probs, **flags)
     losses = losses - config.nll * (logps[:, 0] / lengths[:, 0])
     return losses, compared.detach(), (chosen - rejected).detach()
 
@@ -289,11 +289,12 @@ def main(config):
     if config.compile:
         model.compile()
     if config.loss != "kto":
-        longer = completion_lengths(train).flip(1).diff().mean()
+        chosen, rejected = completion_lengths(train).unbind(1)
+        longer = (chosen - rejected).mean()
         print0(f"{len(train):,} pairs, chosen completions {longer:+.1f} tokens longer")
     print0(f"{steps} steps of {config.batch_size}: {epochs:.2f} epochs; peak lr {lr:.3g}")
-    saved = {"optimizer": optimizer, "order": order}
-    run.begin(steps, model, data=hashes | fingerprints(config.reference), saved=saved)
+    data = hashes | fingerprints(config.reference)
+    run.begin(steps, model, data=data, saved={"optimizer": optimizer, "order": order})
     if "ratio" not in row.compares and not run.resumed:
         validate(run, 0, model, val, val_label_probs, val_ref_logps)
 
@@ -327,11 +328,10 @@ def validate(run, step, model, *val):
     means = run_batch(model.eval(), *val, config)
     if step:
         run.validated(step, {"val_loss": means.pop("loss"), **means})
-    name = f"chosen_{row.compares}"
-    if means[name] < run.first_step_stats.setdefault(name, 0.0 if "ratio" in name else means[name]):
-        before = "in the reference" if "ratio" in name else "before the first step"
-        remedy = f"--nll={config.nll + 1:g}" if row.takes_nll else "a lower --lr"
-        remedy = {"kto": "a larger --desirable or --beta", "orpo": "a smaller --beta"}.get(config.loss, remedy)
+    now, has_reference = means[f"chosen_{row.compares}"], "ratio" in row.compares
+    if now < run.first_step_stats.setdefault("chosen", 0.0 if has_reference else now):
+        before = "in the reference" if has_reference else "before the first step"
+        remedy = row.instead_of_nll or f"--nll={config.nll + 1:g}"
         run.warn_once("chosen", f"chosen completions are less likely than {before}; {remedy} keeps them up")
 
 

@@ -47,7 +47,7 @@ def choose_muon_dtype(name, device):
     """The dtype of `polar`. "auto" takes bf16 if the processor multiplies it fast (CUDA, or a CPU
     with AMX)."""
     if name == "auto":
-        fast_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        fast_cpu = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # PyTorch 2.10 has no public name
         name = "bf16" if device.type == "cuda" or fast_cpu else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
 

@@ -32,7 +32,7 @@ SCORING, PROCESS = "tests/test_scoring.py", "tests/test_process.py"
 BATCHES, KTO, FIGURES = (f"tests/test_{name}.py" for name in ("batches", "kto", "figures"))
 FILES, PORTABLE, RLAIF, ROLLOUT = (f"tests/test_{name}.py" for name in ("files", "portable", "rlaif", "rollout"))
 PREPARE, CORPUS = "tests/test_prepare.py", "tests/test_corpus.py"
-REPORT = "tests/test_report.py"
+REPORT, QUICKSTART = "tests/test_report.py", "tests/test_quickstart.py"
 ROWS, READ, CHAT = "tests/test_rows.py", "tests/test_read.py", "tests/test_chat.py"
 EXPORT, EVALUATE = "tests/test_export.py", "tests/test_evaluate.py"
 FALLS = f"{DPO}::test_every_loss_warns_when_the_chosen_answers_become_less_likely"
@@ -491,7 +491,7 @@ MUTANTS = [
         PREPARE,
     ),
     ("words_by_form", "data/clean.py", 'unicodedata.normalize("NFC", text).lower() for', "text.lower() for", PREPARE),
-    ("memory_by_form", "data/corpus.py", "sum(hash(folded(document)) in seen", "sum(hash(document) in seen", CORPUS),
+    ("memory_by_form", "data/corpus.py", "sum(text_key(document) in seen", "sum(document in seen", CORPUS),
     ("validated_on_nothing", "data/rows.py", "if len(prompts) < 2 and parse is not prompt_only:", "if False:", ROWS),
     ("validated_on_no_text", "pretrain.py", "if n_val < MIN_VAL_TOKENS:", "if False:", PRETRAIN),
     ("cut_answers_trained", "data/rows.py", "    if said:\n", "    if False:\n", f"{ROWS} {SFT}"),
@@ -701,8 +701,8 @@ MUTANTS = [
         "False, text",
         f"{DISTILL}::test_a_student_becomes_its_teacher",
     ),
-    ("kto_falls_unsaid", "dpo.py", "if means[name] < run.first", "if row.takes_nll and means[name] < run.first", FALLS),
-    ("nll_for_kto", "dpo.py", '"kto": "a larger --desirable or --beta", ', "", FALLS),
+    ("kto_falls_unsaid", "dpo.py", "if now < run.first", "if not row.instead_of_nll and now < run.first", FALLS),
+    ("nll_for_kto", "dpo.py", "remedy = row.instead_of_nll or ", "remedy = ", FALLS),
     (
         "falls_from_the_first_validation",
         "dpo.py",
@@ -1964,6 +1964,8 @@ MUTANTS = [
     ("watched_norm_is_no_json", "optim.py", "] = norm.item()", "] = norm", OPTIM),
     # Full disks, other terminals, and answers that are the same
     ("unencodable_ends_it", "runtime/cli.py", 'errors="backslashreplace"', 'errors="strict"', CLI),
+    ("earlier_rows_count_once", "bench/world.py", 'n = x["rows"] + y["rows"]', 'n = y["rows"]', QUICKSTART),
+    ("known_ranges_forgotten", "bench/world.py", "found = dict(known)", "found = {}", QUICKSTART),
     ("owner_lost", "runtime/files.py", "os.chown(path, before.st_uid, before.st_gid)", "pass", FILES),
     ("two_writers_of_one_file", "runtime/files.py", "{secrets.token_hex(4)}.tmp", "tmp", FILES),
     ("long_name_refused", "runtime/files.py", "path.name[:40]", "path.name", FILES),

@@ -4,14 +4,18 @@ combination, and the ranges that quickstart.py compares a reader's run with.
 A combination runs quickstart.py's own commands. Each ends in DIR/NAME/row.json; what is there is
 not run again, so rows may be made one by one, by several processes, on several days. --screen makes
 only what the first bounds ask of the pretrained model. Without --only the rows of all combinations
-that are there are shown, and --ranges writes from them {"stage | figure": [low, high]}: the ends of
-the 95 % intervals that lie furthest apart.
+that are there are shown. Rows of which only a log is left count in by --earlier.
+
+--ranges writes {"stage | figure": [low, high]}: the ends of the 95 % intervals of these rows, and
+of the file as it was, that lie furthest apart.
 
     python -m bench.world --only=seed-0,seed-1-1-thread
-    python -m bench.world --ranges=bench/results/ranges.json
+    python -m bench.world --out=bench/results/world_rows \\
+        --earlier=bench/results/world_rows_2026_11_26_cpu.txt --ranges=bench/results/ranges.json
 """
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -69,7 +73,9 @@ class Config:
     screen: bool = False
     # one quick start a combination below it
     out: str = "out/bench_world"
-    # file of the ranges to write, from the rows that are there; "": none
+    # log of earlier rows, whose last table counts in; "": none
+    earlier: str = ""
+    # file of the ranges to write, from the rows that are there and from what it holds; "": none
     ranges: str = ""
 
 
@@ -163,10 +169,31 @@ def summary(rows):
     }
 
 
-def ranges(rows):
-    """{"stage | figure": [low, high]}: of each figure that has 95 % intervals, their outermost
-    ends."""
+def read_summary(log):
+    """The `summary` in the last table of the text of a log of this bench."""
+    table = log[log.rindex("\nfigure ") + 1 :].partition("\n\n")[0]
     found = {}
+    for line in table.splitlines()[1:]:
+        name, n, *numbers = re.split("  +", line.strip())
+        found[name] = {"rows": int(n), **dict(zip(("mean", "low", "high"), map(float, numbers), strict=True))}
+    return found
+
+
+def add_summaries(a, b):
+    """The `summary` of the rows of both."""
+    both = {name: a.get(name) or b[name] for name in [*a, *b]}
+    for name in a.keys() & b.keys():
+        x, y = a[name], b[name]
+        n = x["rows"] + y["rows"]
+        mean = (x["rows"] * x["mean"] + y["rows"] * y["mean"]) / n
+        both[name] = {"rows": n, "mean": mean, "low": min(x["low"], y["low"]), "high": max(x["high"], y["high"])}
+    return both
+
+
+def ranges(rows, known):
+    """{"stage | figure": [low, high]}: of each figure that has 95 % intervals, their outermost
+    ends, or the `known` ones that lie further out."""
+    found = dict(known)
     for row in rows.values():
         for name, figure in row["figures"].items():
             if figure["low"] is not None:
@@ -184,18 +211,24 @@ def main(config):
             raise UserError(f"--only={name}: no combination; there are {', '.join(COMBINATIONS)}")
         if not (out / name / "row.json").exists() or read_json(out / name / "row.json")["screened"] > config.screen:
             run(out / name, COMBINATIONS[name], config.screen)
-    rows = {name: read_json(out / name / "row.json") for name in COMBINATIONS if (out / name / "row.json").exists()}
+    # all that are there: another processor has another CAPABILITY
+    rows = {path.parent.name: read_json(path) for path in sorted(out.glob("*/row.json"))}
     if not rows:
         raise UserError(f"--out={out}: no row is there; name combinations with --only")
 
     print(f"\n{len(rows)} of {len(COMBINATIONS)} combinations, {describe(torch.device('cpu'))}\n")
     print(rows_table(rows) + "\n")
     lines = [("figure", "rows", "mean", "low", "high")]
-    for name, s in summary(rows).items():
+    found = summary(rows)
+    if config.earlier:
+        found = add_summaries(read_summary(Path(config.earlier).read_text()), found)
+        print(f"with the rows of {config.earlier}:\n")
+    for name, s in found.items():
         lines.append((name, str(s["rows"]), *(f"{s[k]:.4g}" for k in ("mean", "low", "high"))))
     print(quickstart.table(lines))
     if config.ranges:
-        write_json(Path(config.ranges), ranges(rows))
+        file = Path(config.ranges)
+        write_json(file, ranges(rows, read_json(file) if file.exists() else {}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ windows. Every token is predicted once per epoch; nothing is dropped and nothing
 import numpy as np
 import torch
 
-from data.clean import folded
+from data.clean import text_key
 from data.pack import Chat, pack
 from data.read import Document, file_kind, good_texts, named, part_of, read_text
 from runtime.cli import print0
@@ -42,14 +42,13 @@ def hold_out(documents, fraction):
 
 
 def warn_of_shared_documents(train, val):
-    """Print how many documents of `val` are in `train` too, as `folded` compares them."""
-    seen = {hash(folded(document)) for document in train} - {hash("")}
-    shared = sum(hash(folded(document)) in seen for document in val)
+    """Print how many documents of `val` are in `train` too, as `text_key` compares them."""
+    seen = set(map(text_key, train)) - {text_key("")}
+    shared = sum(text_key(document) in seen for document in val)
     if shared:
         print0(
-            f"warning: {shared:,} of the {len(val):,} documents to validate on are trained on too (case, white space "
-            "and punctuation aside): the validation loss will flatter; python -m data.prepare leaves out what is "
-            "there twice"
+            f"warning: {shared:,} of the {len(val):,} documents to validate on are trained on too (case and white "
+            "space aside): the validation loss will flatter; python -m data.prepare leaves out what is there twice"
         )
 
 

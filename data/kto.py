@@ -48,7 +48,7 @@ def make_items(encoded, context, what):
     judged, documents = zip(*[encoded[i] for i in kept])
     prompts = [rows.prompt_of([single]) for single in judged]
     asked = rows.questions([[single] for single in judged])
-    # A question goes by the first of its prompts, so that those asked once are paired as ever
+    # The first of its prompts stands for a question, so that those asked once are paired as ever
     first = dict(sorted(zip(asked, prompts, strict=True), reverse=True))
     others = other_prompts([(first[question], single[1]) for question, single in zip(asked, judged, strict=True)], what)
     items = []

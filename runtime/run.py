@@ -376,7 +376,8 @@ class Run:
         there are: a single step may be an odd one. Steps that cannot be judged do not call this."""
         self.streaks[name] = self.streaks.get(name, 0) + 1 if holds else 0
         if self.streaks[name] >= min(10, self.total_steps):
-            self.warn_once(name, f"{self.streaks[name]} times in a row {text}")
+            often = f"{self.streaks[name]} times in a row " if self.streaks[name] > 1 else ""
+            self.warn_once(name, often + text)
 
     def mean_of_first(self, name, step, value):
         """The mean of a metric over the first steps: as many as have 16 prompts, for fewer say

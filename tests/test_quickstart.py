@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from runs import here, refused, start
 
 import bench.world as world_bench
@@ -306,7 +307,27 @@ def test_a_range_spans_the_intervals_of_all_rows_and_what_breaks_a_bound_is_mark
             }
         },
     }
-    assert world_bench.ranges(rows) == {kind: [0.88, 0.98], sums: [0.98, 1.0]}
+    assert world_bench.ranges(rows, {}) == {kind: [0.88, 0.98], sums: [0.98, 1.0]}
+    known = {kind: [0.9, 0.99], "ppo | gold": [1.0, 1.5]}
+    assert world_bench.ranges(rows, known) == {kind: [0.88, 0.99], sums: [0.98, 1.0], "ppo | gold": [1.0, 1.5]}
     assert world_bench.summary(rows)[kind] == {"rows": 2, "mean": pytest.approx(0.93), "low": 0.90, "high": 0.96}
     *_, first, second = world_bench.rows_table(rows).splitlines()
     assert first.split() == ["seed-0", "0.960"] and second.split() == ["seed-1", "0.900!", "0.990"]
+
+
+def test_the_rows_behind_the_readme_are_there_and_give_its_log(tmp_path, capsys):
+    """And the ranges: what is kept of earlier rows is their log, and what they widened."""
+    results = ROOT / "bench/results"
+    ranges = tmp_path / "ranges.json"
+    ranges.write_text((results / "ranges.json").read_text())
+    log = (results / "world_rows_cpu.txt").read_text()
+    words = log.partition("\n")[0].split()
+    assert words[:3] == ["python", "-m", "bench.world"]
+    config = parse_cli(world_bench.Config, words[3:])
+    config.out, config.earlier, config.ranges = str(ROOT / config.out), str(ROOT / config.earlier), str(ranges)
+    world_bench.main(config)
+    printed = capsys.readouterr().out
+    for head in ("\ncombination", "\nfigure"):
+        logged, shown = (text[text.index(head) :].strip().partition("\n\n")[0] for text in (log, printed))
+        assert logged == shown
+    assert ranges.read_text() == (results / "ranges.json").read_text()

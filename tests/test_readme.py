@@ -17,6 +17,7 @@ from runs import here, save, start, wait_until, write_rows
 import serve
 import sharpen
 from bench import answers, pictures
+from bench.world import read_summary
 from data import tokenizer, world
 from runtime.cli import parse_cli
 
@@ -177,29 +178,17 @@ ROWS = {  # of the learning table: the log's figures before, if it has one, and 
 }
 
 
-def summary_of(log):
-    """{figure: [mean, lowest, highest]} of the table that bench.world prints last."""
-    head, _, table = log[log.rindex("\nfigure ") + 1 :].partition("\n")
-    first = head.split().index("mean") - 1  # among the columns after the name
-    found = {}
-    for line in table.partition("\n\n")[0].splitlines():
-        name, *cells = re.split(r"  +", line.strip())
-        if len(cells) >= first + 3:
-            found[name] = [float(cell) for cell in cells[first : first + 3]]
-    return found
-
-
 def test_the_learning_table_is_the_log():
-    """Means, lowest and highest of all seeds."""
-    logged = summary_of((ROOT / "bench/results/world_rows_cpu.txt").read_text())
+    """Means, lowest and highest of all rows."""
+    logged = read_summary((ROOT / "bench/results/world_rows_cpu.txt").read_text())
     table = README[README.index("## What it learns") : README.index("## Start from")]
     for name, (before, after) in ROWS.items():
         (row,) = re.findall(rf"^{name}.*$", table, re.M)
         _, first, second, _ = row.replace("−", "-").split(" | ")
         shown = [float(x) for x in re.findall(r"-?\d+\.?\d*", second)]
-        assert shown == pytest.approx(logged[after], abs=0.0051), name
+        assert shown == pytest.approx([logged[after][end] for end in ("mean", "low", "high")], abs=0.0051), name
         if before in logged:
-            assert float(first) == pytest.approx(logged[before][0], abs=0.0051), name
+            assert float(first) == pytest.approx(logged[before]["mean"], abs=0.0051), name
 
 
 def test_the_four_answers_are_those_of_a_quick_start():
