@@ -669,7 +669,7 @@ MUTANTS = [
     ("rounding_whitened", "ppo.py", "max(1e-12 * mean**2, ", "max(0.0, ", PPO),
     ("explained_by_an_absolute_floor", "ppo.py", "(variance or error or 1)", "max(variance, 1e-12)", PPO),
     ("longer_run_unsaid", "runtime/run.py", "if self.total_steps != old_steps:", "if False:", PRETRAIN),
-    ("falling_unsaid_without_reference", "dpo.py", "else means[name])", "else -1e9)", FALLS),
+    ("falling_unsaid_without_reference", "dpo.py", "else now)", "else -1e9)", FALLS),
     ("reward_of_each_step", "runtime/run.py", "max(spread, abs(smallest - before)) <= rounding", "not spread", RUN),
     ("reward_forgotten_on_resume", "runtime/run.py", 'counters.get("last_reward")', "None", RUN),
     ("one_reward_is_an_offset", "runtime/run.py", "if spread <= rounding:", "if False:", RUN),
