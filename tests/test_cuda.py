@@ -2,11 +2,16 @@
 same twice, sampling what it trains on. Skipped without a GPU."""
 
 import functools
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import logged, save, write_rows
+from test_ppo import assert_same
 
 import pretrain
 from data import corpus, tokenizer
@@ -255,3 +260,36 @@ def test_sampled_logprobs_are_the_teacher_forced_ones(make_model, shape):
         with torch.no_grad():
             logp = logprobs(model, pack([ids]).to("cuda"), temperature=0.7)[-len(s.tokens) :].cpu()
         assert (logp - torch.tensor(s.logprobs)).abs().mean() < 1e-2
+
+
+def command(script, out, **flags):
+    """The running process of a stage on the GPU, which a forked child of this one could not use."""
+    words = [f"--{name}={value}" for name, value in (flags | {"out": out, "device": "cuda"}).items()]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, script, *words], cwd=Path(pretrain.__file__).parent, **piped)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_a_killed_run_resumes_bit_for_bit(make_model, tmp_path, stage):
+    if stage == "pretrain":
+        text = tmp_path / "text.txt"
+        text.write_text("".join(f"{i} and {i + 1} are {2 * i + 1}. " for i in range(3000)))
+        flags = {"data": text, "depth": 2, "width": 128, "context": 256, "batch_tokens": 2048, "dropout": 0.1}
+        flags |= {"sample_every": 10, "max_new_tokens": 20}
+    else:
+        prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(60)])
+        init = save(make_model, tmp_path / "sft", "sft", **SHAPE)
+        flags = {"init": init, "data": prompts, "reward": "data/rules.py:brief", "prompts_per_step": 4}
+        flags |= {"group_size": 8, "max_new_tokens": 24, "eval_prompts": 4, "lr": 1e-4, "kl": "k2", "beta": 0.1}
+    flags |= {"steps": 30, "save_every": 10, "keep_last": 9}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    first, second = command(f"{stage}.py", straight, **flags), command(f"{stage}.py", killed, **flags)
+    while not logged(killed, 15):
+        assert second.poll() is None, second.stdout.read().decode()
+    second.kill()
+    second.wait()
+    for process in (first, command(f"{stage}.py", killed, resume=True, **flags)):
+        output = process.communicate()[0].decode()
+        assert process.returncode == 0, output
+    assert "continuing after step 10" in output
+    assert_same(straight, killed, [10, 20, 30])
