@@ -194,7 +194,7 @@ def records(run):
 
 def results(run):
     """The log without its events and without how long things took."""
-    timing = {"seconds", "tokens_per_s"}
+    timing = {"seconds", "tokens_per_s", "mfu"}
     return [{k: v for k, v in r.items() if k not in timing} for r in records(run) if "event" not in r]
 
 
