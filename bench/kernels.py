@@ -3,7 +3,8 @@
 A contest is one op at one size with several contenders. They run in turns, so that a throttling GPU
 slows all alike. Times are medians with 20 % and 80 % quantiles, in microseconds; the L2 cache is
 cleared before each run. If any contender needs less than half a millisecond, all run from CUDA
-graphs, 20 runs in a row, because Python would be timed otherwise: a backward takes it 0.2 to 0.5 ms.
+graphs, 20 runs in a row, because Python would be timed otherwise: it launches a backward in 0.2 to
+0.5 ms.
 
 TF/s count the operations of the formula: attention's backward 2.5 times its forward, causal half,
 the window and the documents as they are. GB/s count the bytes that must move. Neither counts what
