@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +136,18 @@ def read_record(file):
 
 def read_figures(file):
     """The figures of an evaluation; {} if the file is of something else."""
+    if file.name == "report.json":  # read_record says what is wrong with it
+        return {}
     figures = read_json(file).get("figures")
     return check_figures(figures) if isinstance(figures, dict) else {}
 
 
 def read_answers(file):
-    """{prompt as JSON: row} of what evaluate.py --samples wrote."""
-    return {json.dumps(row["prompt"]): row for _, row in read_jsonl(file)}
+    """{prompt as JSON: row} of what evaluate.py --samples wrote; raises an error of some kind
+    unless all its numbers can be shown."""
+    answers = {json.dumps(row["prompt"]): row for _, row in read_jsonl(file)}
+    sum(float(x) for row in answers.values() for x in row.values() if isinstance(x, int))
+    return answers
 
 
 def read_completions(directories):
@@ -232,7 +238,9 @@ def svg_of(lines, label_x):
     if len(lines) > 1:
         axes.legend()
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page has text, for the browser's fonts
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()[out.getvalue().index("<svg") :]
     for placeholder, colour in (COLOURS | {INK: "currentColor"}).items():
         svg = svg.replace(placeholder, colour)

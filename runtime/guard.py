@@ -4,8 +4,8 @@
 calls of a batch. What the code raises becomes a UserError; what it prints is marked; the settings
 of the process are as before.
 
-Out of reach: code that ends this process itself (os._exit, a crash in C). What was saved is
-complete then, and --resume continues from it.
+Out of reach: what it replaces elsewhere than in STANDARD, and what ends this process itself (a
+crash in C, os.exec). What was saved is complete then, and --resume continues from it.
 """
 
 import builtins
@@ -13,13 +13,17 @@ import contextlib
 import decimal
 import gc
 import io
+import json
 import locale
 import logging
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -57,11 +61,10 @@ def umask():
 
 
 def environment():
-    return os.environ, dict(os.environ)
+    return dict(os.environ)
 
 
-def set_environment(value):
-    os.environ, values = value  # another dict may be in its place
+def set_environment(values):
     for name in set(os.environ) - set(values):
         del os.environ[name]
     os.environ.update(values)
@@ -585,6 +588,16 @@ def is_open(descriptor):
 # What is raised
 
 SECONDS_TO_DESCRIBE = 5.0
+# {name: value} of the modules that a run needs: another function may be in the place of theirs
+STANDARD = [vars(module) for module in (builtins, json, math, os, os.path, random, shutil, signal, subprocess, time)]
+
+
+def set_names(before):
+    """Put back what STANDARD held; what a module has got since, a submodule for example, stays."""
+    for names, values in zip(STANDARD, before, strict=True):
+        names.update(values)
+    if os.name == "posix":
+        time.tzset()  # its names of the zone follow the environment
 
 
 @contextlib.contextmanager
@@ -597,7 +610,14 @@ def guard(name):
     file, _, function = name.rpartition(":")
     process, interrupts, error = os.getpid(), [], None
     path = os.path.join(working_directory() or os.sep, file)  # the body may leave this directory, or delete it
-    recursion_limit, names = sys.getrecursionlimit(), dict(vars(builtins))
+    recursion_limit, before = sys.getrecursionlimit(), [dict(names) for names in STANDARD]
+    end_process = os._exit
+
+    def leave(status):
+        """os._exit: in this process what exit() is."""
+        if os.getpid() == process:
+            raise SystemExit(status)
+        end_process(status)
 
     def on_interrupt(number, frame):
         interrupts.append(number)
@@ -608,10 +628,11 @@ def guard(name):
             signal.signal(signal.SIGINT, on_interrupt)
         try:
             try:
+                os._exit = leave
                 yield
             finally:
                 sys.setrecursionlimit(recursion_limit)  # first: all that follows calls functions
-                builtins.__dict__.update(names)  # print, open, len
+                set_names(before)  # second: what follows calls theirs
         except BaseException as e:
             error = e if type(e) is UserError else UserError(describe(e, os.path.realpath(path)))
             status = exit_status(e)
@@ -661,24 +682,29 @@ def time_limit(seconds):
 
     By a signal, so in the main thread and on POSIX only; elsewhere there is no limit. A body that
     takes the alarm for itself, or catches all there is (`except:`), is found late at its end.
+    An alarm of its own without a handler is a TimeoutError that says so.
     """
     if os.name != "posix":
         yield
         return
     late = TimeoutError(f"took longer than {seconds:g} seconds")
     expired, ended = 0, False
+    monotonic, set_handler, set_timer = time.monotonic, signal.signal, signal.setitimer  # the body may replace them
 
     def on_alarm(number, frame):
         nonlocal expired
+        if ended:  # nothing may be raised between the end of the body and the end of the timer
+            return
+        if monotonic() - began < seconds:
+            raise TimeoutError("its own alarm (signal.alarm, signal.setitimer) came without a handler for it")
         expired += 1
-        if not ended:  # nothing may be raised between the end of the body and the end of the timer
-            raise late if expired == 1 else Overdue
+        raise late if expired == 1 else Overdue
 
-    began, before = time.monotonic(), signal.signal(signal.SIGALRM, on_alarm)
+    began, before = monotonic(), set_handler(signal.SIGALRM, on_alarm)
     timer = min(seconds, 1e9)  # 30 years: the system counts no further than some hundred
     try:
         # Again and again, for a body that catches the first, but not before its handler has run
-        signal.setitimer(signal.ITIMER_REAL, timer, max(timer, 0.1))
+        set_timer(signal.ITIMER_REAL, timer, max(timer, 0.1))
         yield
     except Overdue:
         if not expired:  # it is the body's own
@@ -686,7 +712,7 @@ def time_limit(seconds):
         # `late` has the line that it was raised at first
     finally:
         ended = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    if expired or time.monotonic() - began > seconds:
+        set_timer(signal.ITIMER_REAL, 0)
+        set_handler(signal.SIGALRM, before)
+    if monotonic() - began >= seconds:
         raise late

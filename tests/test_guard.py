@@ -4,13 +4,17 @@ import builtins
 import contextlib
 import decimal
 import gc
+import json
 import locale
 import logging
+import math
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -69,6 +73,7 @@ def score(name, timeout=30.0, n=1):
         ("class E(Exception):\n    def __str__(self): exit()\nraise E", "E, whose message cannot be shown"),
         ("return float(input())", "EOFError: "),
         ("signal.alarm(0)\ntime.sleep(0.2)\nreturn 1.0", "TimeoutError: took longer than 0.1 seconds"),
+        ("signal.setitimer(signal.ITIMER_REAL, 0.05)\ntime.sleep(2)", "TimeoutError: its own alarm (signal.alarm, "),
         ("raise BrokenPipeError(32, 'gone')", "BrokenPipeError: "),
         (
             "class M(type): __name__ = property(len)\nclass E(Exception, metaclass=M): pass\nraise E('x')",
@@ -88,6 +93,32 @@ def test_whatever_a_reward_raises_names_it_its_completion_and_its_row(tmp_path, 
     message = str(e.value)
     assert message.startswith(f"--reward={name}: {error}") and (f"({tmp_path}/mine.py:" in message or "alarm" in body)
     assert "for the completion 'A' and the row {'id': 7, " in message and sys.getrecursionlimit() == limit
+
+
+@pytest.mark.parametrize("head", ["", "from os import _exit as leave\n"])
+def test_a_reward_that_ends_the_process_is_named(tmp_path, head):
+    """In a child, which would end with status 0 and say nothing."""
+    name = write_reward(tmp_path, "leave(0)" if head else "os._exit(0)", head + HEAD)
+    status, output = Child(tmp_path / "output", lambda: score(name)).wait(20)
+    assert status == 1 and f"UserError: --reward={name}: SystemExit: 0 ({tmp_path}/mine.py:" in output
+
+
+def test_a_reward_may_catch_its_own_alarm_without_a_handler(tmp_path):
+    body = "signal.setitimer(signal.ITIMER_REAL, 0.05)\ntry: time.sleep(2)\nexcept TimeoutError: return 3.0"
+    assert score(write_reward(tmp_path, body)) == [3.0]
+
+
+def test_a_run_that_is_stopped_twice_within_a_reward_leaves_at_once(tmp_path):
+    """Even if the reward catches everything: by os._exit, which the reward itself does not have."""
+    body = "try:\n    for _ in 'ab': os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(5)\nexcept: pass\nreturn 1.0"
+    name = write_reward(tmp_path, body)
+
+    def run():
+        stop = Stop()
+        print(score(name), stop)
+
+    status, output = Child(tmp_path / "output", run).wait(20)
+    assert status == 128 + signal.SIGTERM and "left at once on a second SIGTERM" in output.splitlines()[-1]
 
 
 def test_an_exception_whose_message_does_not_end_is_named(tmp_path, monkeypatch):
@@ -231,6 +262,13 @@ CHANGES = {
     "product of another library": "torch.backends.mkldnn.enabled = not torch.backends.mkldnn.enabled",
     "error hooks": "sys.excepthook = threading.excepthook = print",
     "builtins": "import builtins as b; print('x', end=''); b.print = b.open = b.bin = None; del b.hex",
+    "functions": "import json, math, shutil; os.replace = os.unlink = shutil.rmtree = subprocess.Popen = None; "
+    "json.dumps, math.isfinite, os.path.exists = str, bool, len; del os.stat",
+    "functions that the guard calls": "os.chdir = os.getcwd = os.dup2 = time.monotonic = random.getstate = None; "
+    "signal.signal = signal.setitimer = signal.getsignal = time.tzset = None",
+    "a patch": "from unittest import mock; mock.patch('os.replace').start(); mock.patch('time.perf_counter').start()",
+    "constants": "import math; math.pi, os.sep, os.path.sep, os.path, time.tzname = 3, '/', '/', None, None",
+    "another environment": "os.environ = {}",
     "decimals": "import decimal; decimal.getcontext().prec = 2",
     "collector's counts": "gc.set_threshold(1)",
     "collector's messages": "gc.set_debug(gc.DEBUG_UNCOLLECTABLE)",
@@ -262,7 +300,6 @@ CHANGES = {
 }
 BY_BATCH = {  # the others also after each call
     **{name: CHANGES[name] for name in ("environment", "warnings", "no warnings")},
-    "another environment": "os.environ = {}",
     "time zone": "os.environ['TZ'] = 'Asia/Tokyo'; time.tzset()",
     "all signals": "[signal.signal(n, signal.SIG_IGN) for n in signal.valid_signals() - {9, 19}]",
     "lists": "sys.path.append('x'); sys.argv = ['x']; gc.callbacks.append(lambda *a: 0); sys.argv.append('y')",
@@ -291,7 +328,8 @@ def settings():
     timers = [signal.getitimer(which) for which in (signal.ITIMER_REAL, signal.ITIMER_PROF)]
     python = [os.getcwd(), guard.umask(), dict(os.environ), gc.isenabled(), id(os.environ)]
     lists = (warnings.filters, sys.path, sys.argv, gc.callbacks, logging.root.handlers)
-    python += [(id(items), list(items)) for items in lists] + [dict(vars(builtins))]
+    python += [(id(items), list(items)) for items in lists]
+    python += [dict(vars(m)) for m in (builtins, json, math, os, os.path, random, shutil, signal, subprocess, time)]
     python += [logging.root.level, logging.root.manager.disable, logging.root.isEnabledFor(20)]
     python += [time.tzname, time.localtime(0).tm_hour, socket.getdefaulttimeout(), sys.get_int_max_str_digits()]
     python += [sys.unraisablehook, sys.displayhook, sys.breakpointhook, warnings.showwarning, warnings.formatwarning]
@@ -356,6 +394,26 @@ def test_settings_are_as_before_after_a_call(tmp_path, change, monkeypatch):
     if change not in BY_BATCH:
         call_function(name, function, 5.0, [{"content": "q"}], {}, "A")
         assert settings() == before
+
+
+def test_what_a_module_has_got_stays(tmp_path):
+    """As it does when a submodule is imported for the first time."""
+    name = write_reward(tmp_path, "os.got = 1\nreturn 1.0")
+    try:
+        assert score(name) == [1.0] and os.got == 1
+    finally:
+        vars(os).pop("got", None)
+
+
+def test_a_time_zone_that_an_import_sets_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    head = "import os, time\nos.environ['TZ'] = 'Asia/Tokyo'\ntime.tzset()\n" + HEAD
+    try:
+        assert score(write_reward(tmp_path, "return float(time.timezone)", head)) == [-9 * 3600.0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_the_user_is_as_before(tmp_path):

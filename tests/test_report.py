@@ -74,6 +74,7 @@ def test_the_report_takes_any_log_or_leaves_it_out_in_one_line(tmp_path, capsys)
         "short.log.jsonl": '{"figures": {"bias": [1.0]}}\n',
         "words.log.jsonl": '{"counts": {"pairs": "many"}}\n',
         "x_answers.jsonl": '{"completion": "no prompt"}\n',
+        "v_answers.jsonl": f'{{"prompt": "a", "my.py:gold": {10**400}}}\n',
         "y_answers.jsonl": '{"prompt": "cut", "com',
     }
     for name, text in left_out.items():
@@ -128,9 +129,18 @@ def test_a_record_of_something_else_is_left_out_in_one_line(tmp_path, capsys, re
     assert "python sft.py" in report.make([tmp_path]).read_text() and not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ['{"stages": [', "[]", "7", "", "\x00"])
+def test_a_damaged_record_is_said_once(tmp_path, capsys, text):
+    write_log(tmp_path / "a", [{"loss": 2.0}])
+    (tmp_path / "report.json").write_text(text)
+    report.make([tmp_path])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"left out: {tmp_path}/report.json: ")
+
+
 @needs_charts
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", [r"$\frac$", "a$b$c", "$1", r"\$x$", "_x", "__", "<b>"])
+@pytest.mark.parametrize("name", [r"$\frac$", "a$b$c", "$1", r"\$x$", "_x", "__", "<b>", "模型", "報酬モデル", "🙂"])
 def test_runs_of_any_name_are_in_the_legend(tmp_path, name):
     for folder in (name, "other"):
         write_log(tmp_path / folder, [{"loss": 2.0}, {"loss": 1.0}])
