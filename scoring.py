@@ -242,8 +242,7 @@ def load_function(name, flag="reward"):
         raise UserError(f"--{flag}={name}: {file} does not exist")
     if str(path) not in sys.modules:  # two functions of one file share its module
         refuse_shadowed(path, f"--{flag}={name}")
-        # Dataclasses and pickle look a module up by its name, a dot in which would divide it
-        spec = importlib.util.spec_from_file_location(str(path).replace(".", "_"), path)
+        spec = importlib.util.spec_from_file_location(module_name(path), path)
         module = sys.modules[spec.name] = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
         sys.path.append(str(path.parent))  # it may import the files next to it
         try:
@@ -256,6 +255,16 @@ def load_function(name, flag="reward"):
     if not callable(found):
         raise UserError(f"--{flag}={name}: {file} has no function {function}")
     return found
+
+
+def module_name(path):
+    """By which dataclasses and pickle find a user's file. A process that it spawns imports it by
+    this name, unless another module has it; then it is the path, where a dot would divide it."""
+    name = path.stem
+    free = name.isidentifier() and name not in sys.modules
+    if free and getattr(importlib.util.find_spec(name), "origin", str(path)) == str(path):
+        return name
+    return str(path).replace(".", "_")
 
 
 def imported_names(path):
@@ -450,13 +459,15 @@ def read_constitution(path):
 
 
 def exact_match(model, tok, problems, max_new_tokens):
-    """[1.0 or 0.0] per problem (messages, row): whether the greedy answer has the right number."""
+    """([1.0 or 0.0], [bool]) per problem (messages, row): whether the greedy answer has the right
+    number, and whether it ended within the limit."""
     conversations = [messages for messages, _ in problems]
     _, samples, texts = sample_completions(model, tok, conversations, max_new_tokens=max_new_tokens, temperature=0)
-    return [
+    right = [
         final_number(messages[-1]["content"], text, row | {"finished": sample.finished})
         for (messages, row), sample, text in zip(problems, samples, texts, strict=True)
     ]
+    return right, [sample.finished for sample in samples]
 
 
 def validate_policy(model, reference, tok, rewards, rows, config, kl_coef, penalty=0.0):

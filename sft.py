@@ -236,8 +236,10 @@ def validate(run, step, model, tok, val, question, problems):
     text = f"{metrics['val_loss']:.4f} nats per trained token"
     model = unsharded(model, run.device, keep=bool(problems) or rank() == 0)
     if problems:
-        metrics["exact_match"] = float(np.mean(exact_match(model, tok, problems, config.max_new_tokens)))
+        right, finished = exact_match(model, tok, problems, config.max_new_tokens)
+        metrics["exact_match"] = float(np.mean(right))
         text += f", {metrics['exact_match']:.1%} of {len(problems)} problems right"
+        run.warn_of_cut(np.mean(finished))
     run.validated(step, metrics, text=text)
     if rank() == 0:
         sampling = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}

@@ -2,6 +2,7 @@
 is asked in both orders."""
 
 import contextlib
+import importlib.util
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,6 +264,29 @@ def test_two_functions_of_a_file_share_it_and_find_the_files_next_to_it(tmp_path
     assert [values.tolist() for values in parts.values()] == [[3.0], [1.0]] and total.tolist() == [4.0]
 
 
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_processes_that_a_function_starts_find_its_file(tmp_path, start):
+    (tmp_path / f"by_{start}.py").write_text(
+        "import multiprocessing\n\ndef run(q, completion):\n    q.put(len(completion) + 1.0)\n\n"
+        "def f(prompt, completion, row):\n"
+        f"    context = multiprocessing.get_context('{start}')\n    q = context.Queue()\n"
+        "    p = context.Process(target=run, args=(q, completion))\n    p.start()\n    p.join()\n"
+        "    return 0.0 if q.empty() else q.get()\n"
+    )
+    assert score_one(load(f"{tmp_path}/by_{start}.py:f"))[0].tolist() == [2.0]
+
+
+def test_files_of_one_name_are_two_modules_and_in_nobodys_place(tmp_path):
+    names = [f"{folder}/{file}" for folder in "ab" for file in ("twin", "model", "this", "two.dots", "class")]
+    for n, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(f"def f(p, c, r):\n    return {n}\n")
+    worth = [score_one(load(f"{tmp_path}/{name}.py:f"))[0].item() for name in names]
+    assert worth == list(range(len(names)))
+    for name in ("model", "this"):  # one of ours, and one of Python's that nobody imports
+        assert not importlib.util.find_spec(name).origin.startswith(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -404,9 +428,9 @@ def test_a_greedy_answer_is_right_if_it_ends_by_itself_with_the_right_number(mak
         optimizer.step()
     answers = ("#### 1234.5", "1234.5", "so $1,234.50 #### 1,234.5", "#### -1234.5", "#### 1234", "#### 1")
     problems = [(hi, {"answer": text}) for text in answers]
-    assert exact_match(model, TOK, problems, 40) == [1, 1, 1, 0, 0, 0]
-    assert exact_match(model, TOK, problems[:1], 17) == [0]  # all but its end
-    assert exact_match(model, TOK, problems[:1], 18) == [1]
+    assert exact_match(model, TOK, problems, 40) == ([1, 1, 1, 0, 0, 0], [True] * 6)
+    assert exact_match(model, TOK, problems[:1], 17) == ([0], [False])  # all but its end
+    assert exact_match(model, TOK, problems[:1], 18) == ([1], [True])
 
 
 def test_a_policy_is_validated_on_its_own_completions(make_model, functions):

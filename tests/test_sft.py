@@ -260,6 +260,17 @@ def test_a_handful_of_chats_is_learned_by_heart_and_the_model_stops_by_itself(tu
     assert os.readlink(run / "best") == f"step_{best['step']:06d}"
 
 
+@pytest.mark.parametrize("limit, said", [(2, 1), (80, 0)])
+def test_greedy_answers_that_the_limit_cuts_are_said(tune, tmp_path, files, limit, said):
+    """Nothing is right then, whatever the model knows."""
+    model, tok, _ = checkpoint.load(files["init"])
+    model.untied_head.data.zero_()[chat.end_of_turn(tok)] = 5.0 if limit == 80 else 0.0
+    init = checkpoint.save(tmp_path / "init", model, tok, {"stage": "pretrain", "step": 1})
+    flags = {"init": init, "problems": files["problems"], "steps": 2, "eval_every": 1, "lr": 1e-9}
+    output = succeeds(tune(tmp_path / "run", max_new_tokens=limit, **flags))
+    assert output.count(f"--max_new_tokens={limit} cuts 100% of the completions") == said
+
+
 def test_only_the_same_run_is_resumed(tune, tmp_path, files):
     run, text = tmp_path / "run", tmp_path / "text.txt"
     text.write_text(files["replay"].read_text())
