@@ -61,6 +61,7 @@ RECIPES = {  # what differs from the default
     "v3.2": {"group_size": 16, "advantage": "dr_grpo", "off_policy_mask": 0.5}
     | {"kl": "unbiased", "beta": 0.001, "minibatches": 16},
 }
+OVERLONG = "grpo.py:overlong_penalty"  # its name among the rewards
 
 
 @dataclass(kw_only=True)
@@ -220,10 +221,10 @@ def kl_loss(logp, ref_logp, ratio, kind):
     return ratio * k3 if kind == "unbiased" else k3
 
 
-def overlong_penalty(length, max_new_tokens, share):
-    """0 up to the last `share` of max_new_tokens; from there it falls to -1 (DAPO, eq. 13)."""
-    soft = share * max_new_tokens
-    return -min(1.0, max(0.0, (length - (max_new_tokens - soft)) / soft))
+def overlong_penalty(samples, config):
+    """0 up to the last --overlong_share of --max_new_tokens, then down to -1 (DAPO, eq. 13)."""
+    soft = config.overlong_share * config.max_new_tokens
+    return np.array([max(-1.0, min(0.0, (config.max_new_tokens - len(s.tokens)) / soft - 1)) for s in samples])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,10 +239,8 @@ def roll_out(model, tok, scorers, order, train, step, config, time_phase):
         more = complete_rows(model, tok, [train[i] for i in order.batch(missing)], step, config, n_prompts)
         time_phase("rollout")
         scoring.score_batch(scorers, more)
-        if config.overlong == "punish":
-            for c in more:
-                c.penalty = overlong_penalty(len(c.sample.tokens), config.max_new_tokens, config.overlong_share)
-                c.score += c.penalty
+        for c in more:
+            c.penalty = c.parts.get(OVERLONG, 0.0)
         time_phase("scoring")
         completions += more
         n_prompts += missing
@@ -301,8 +300,7 @@ def add_gradients(model, completions, n_tokens, n_completions, config):
             set_per_token(micro_batch, old_logp=logp.detach())
         old_logp = get_per_token(model, micro_batch, "old_logp")
         advantages = get_per_token(model, micro_batch, "advantages")
-        lengths = [c.n_tokens for c in micro_batch]
-        policy_loss = POLICY_LOSSES[config.policy_loss]
+        policy_loss, lengths = POLICY_LOSSES[config.policy_loss], [c.n_tokens for c in micro_batch]
         losses, ratio = policy_loss(logp, old_logp, advantages, lengths, config.clip_low, config.clip_high)
         if config.off_policy_mask:
             losses = losses * off_policy_weights(logp, old_logp, advantages, lengths, config.off_policy_mask)
@@ -329,6 +327,8 @@ def main(config):
     model, tok = run.load()
     reference = run.load_reference(model, tok) if config.kl != "none" else None
     scorers, reward_hashes = scoring.rewards_of(config, run.device)
+    if config.overlong == "punish":  # as a reward, so that it is validated as well
+        scorers.append((OVERLONG, 1.0, lambda conversations, rows, samples, texts: overlong_penalty(samples, config)))
     train, val, hashes = chat.read_prompts(config, tok, model.config.context)
     rows.warn_of_no_number(train, config.reward)
 
@@ -368,7 +368,7 @@ def main(config):
         run.time_phase("update")
 
         # 5. Log, validate, save
-        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, config.overlong == "punish", **groups)
+        metrics = rollout_metrics(completions, len(trained), logp, ref_logp, **groups)
         metrics |= mean_updates(updates, UPDATE_STATS)
         metrics |= {"prompts_seen": n_prompts, "sampler_gap": gap, "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
         # FLOPs: a third to sample; of what is trained --epochs, and thirds for old and ref_logp

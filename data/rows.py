@@ -1069,13 +1069,14 @@ def common(rows):
     return max(10, len(rows) // 100)
 
 
-def questions(rows):
+def questions(rows, many=0):
     """What is asked in each row, ((role, folded content), ...): the first message of the user,
     without the system message and later turns.
 
-    It is the whole prompt where that message is `common`, as the beginning of different prompts.
+    It is the whole prompt where that message begins `many` rows or more, as that of different
+    prompts does; 0: where it is `common`.
     """
-    prompts, many = list(map(folded_prompt, rows)), common(rows)
+    prompts, many = list(map(folded_prompt, rows)), many or common(rows)
     first = {prompt: next(((said,) for said in prompt if said[0] == "user"), prompt) for prompt in set(prompts)}
     times = Counter(first.values())
     asked = [prompt if times[first[prompt]] >= many else first[prompt] for prompt in prompts]
@@ -1089,7 +1090,8 @@ def split_off(rows, fraction, seed, name="the rows"):
     Raises UserError, which begins with `name`, if all ask the same.
     """
     by_question = {}
-    for i, question in enumerate(questions(rows)):
+    # "Hi" does no harm as a question, but a question asked under twelve system messages is no "Hi"
+    for i, question in enumerate(questions(rows, many=max(10, len(rows) // 8))):
         by_question.setdefault(question, []).append(i)
     if len(by_question) < 2:
         raise UserError(f"{name}: one prompt only; at least two are needed, one to train on and one to hold out")

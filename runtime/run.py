@@ -372,10 +372,11 @@ class Run:
         self.log_file.time_phase(name)
 
     def warn_if_it_lasts(self, name, holds, text):
-        """Print the warning `name`, once, if `holds` is true ten times in a row, or at all steps
-        there are: a single step may be an odd one. Steps that cannot be judged do not call this."""
+        """Print the warning `name`, once, if `holds` is true ten times in a row, in a short run for
+        a third of it: a single step may be an odd one. Steps that cannot be judged do not call
+        this."""
         self.streaks[name] = self.streaks.get(name, 0) + 1 if holds else 0
-        if self.streaks[name] >= min(10, self.total_steps):
+        if self.streaks[name] >= min(10, max(2, self.total_steps // 3), self.total_steps):
             often = f"{self.streaks[name]} times in a row " if self.streaks[name] > 1 else ""
             self.warn_once(name, often + text)
 
@@ -391,27 +392,23 @@ class Run:
         """Warn, once each, if sampled completions have no end, end less often or are twice as long
         as in the first steps, or if their entropy is below a tenth of those steps'."""
         finished, tokens, entropy = (metrics[name] for name in ("finished", "completion_tokens", "entropy"))
-        if entropy > 0:  # 0: no completion was trained in this step
-            first = self.mean_of_first("entropy", step, entropy)
-            self.warn_if_it_lasts(
-                "entropy",
-                entropy < first / 10,
-                f"entropy was below a tenth of the first steps' ({entropy:.3g} of {first:.3g} nats per token): the "
-                "policy says almost always the same, and can learn little more; a lower --lr or a higher --beta keeps "
-                "variety",
-            )
+        first = self.mean_of_first("entropy", step, entropy)
+        self.warn_if_it_lasts(
+            "entropy",
+            entropy < first / 10,
+            f"entropy was below a tenth of the first steps' ({entropy:.3g} of {first:.3g} nats per token): the policy "
+            "says almost always the same, and can learn little more; a lower --lr or a higher --beta keeps variety",
+        )
         first = self.mean_of_first("finished", step, finished)
         first_tokens = self.mean_of_first("completion_tokens", step, tokens)
-        drifts = finished < first - 0.2 or tokens > 2 * first_tokens
         self.warn_if_it_lasts(
             "drift",
-            drifts,
+            finished < first - 0.2 or tokens > 2 * first_tokens,
             f"fewer completions end than at first, or they are twice as long: now {finished:.0%} of the completions "
             f"end, after {tokens:.0f} tokens; at first it was {first:.0%} after {first_tokens:.0f}. Longer ones may be "
             "what the reward likes: look at samples.txt; a larger --max_new_tokens or a reward for brevity may help",
         )
-        if not drifts:
-            self.warn_of_cut(finished)
+        self.warn_of_cut(finished)
 
     def warn_of_cut(self, finished):
         """Warn, once, if the limit cuts more than half of the sampled completions."""
@@ -426,7 +423,12 @@ class Run:
         """Warn, once each, if steps make no update, if updates move nothing, or if the loss is 0
         although the policy learns."""
         reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
-        if metrics.get("all_cut", 0) > 0.5:
+        if metrics["entropy"] < 0.01:
+            reason = (
+                f"the policy is all but certain of what it says (entropy {metrics['entropy']:.2g}); begin with one "
+                "that varies, and keep its variety by a lower --lr, a higher --beta or a higher --temperature"
+            )
+        elif metrics.get("all_cut", 0) > 0.5:
             reason = (
                 f"--max_new_tokens={self.config.max_new_tokens} cuts every completion of {metrics['all_cut']:.0%} of "
                 "the prompts; raise it, or fine-tune on answers that end in time"
@@ -616,15 +618,14 @@ class Run:
         return tensors, counters
 
 
-def rollout_metrics(completions, n_trained, logp, ref_logp, parts_apart=False, **values):
+def rollout_metrics(completions, n_trained, logp, ref_logp, **values):
     """What a step of PPO or GRPO logs of its completions: {name: mean over all ranks}.
 
     logp, ref_logp: fp32 [M], of the trained tokens of `n_trained` completions; values: a number of
-    each completion, {name: list}. parts_apart: log what a single reward says even so, because
-    "reward" has more in it. "entropy" is per token; "kl" per completion, and left out if ref_logp
-    is None."""
+    each completion, {name: list}. "entropy" is per token drawn; "kl" per trained completion, and
+    left out if ref_logp is None."""
     found, parts = {"reward": [c.score for c in completions]}, completions[0].parts
-    if len(parts) > 1 or parts_apart:  # one alone would repeat the reward
+    if len(parts) > 1:  # one alone would repeat the reward
         # A directory may be called as a column is, "reward" or "kl": ./reward is it as well
         columns = {name: name if re.search("[/:]", name) else f"./{name}" for name in parts}
         found |= {column: [c.parts[name] for c in completions] for name, column in columns.items()}
@@ -632,12 +633,13 @@ def rollout_metrics(completions, n_trained, logp, ref_logp, parts_apart=False, *
     found |= values | {"finished": [s.finished for s in samples]}
     found["completion_tokens"] = [len(s.tokens) for s in samples]
     kl = 0.0 if ref_logp is None else (logp - ref_logp).sum()
-    counts = len(samples), n_trained, len(logp)
-    n, n_trained, M, entropy, kl, *totals = reduce_sum(*counts, -logp.sum(), kl, *map(sum, found.values()))
+    drawn = np.concatenate([np.array(s.logprobs)[s.loss_mask] for s in samples])
+    counts = len(samples), n_trained, len(drawn)
+    n, n_trained, n_drawn, entropy, kl, *totals = reduce_sum(*counts, -drawn.sum(), kl, *map(sum, found.values()))
     means = {name: total / n for name, total in zip(found, totals, strict=True)}
     if ref_logp is not None:
         means["kl"] = kl / max(1, n_trained)
-    return means | {"entropy": entropy / max(1, M) + 0.0}  # not -0.0 if none was trained
+    return means | {"entropy": entropy / max(1, n_drawn) + 0.0}  # not -0.0
 
 
 def extremes(numbers):

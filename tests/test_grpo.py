@@ -188,9 +188,11 @@ def test_the_weight_of_a_token():
 
 
 def test_the_penalty_of_length_falls_over_the_last_share():
-    found = [grpo.overlong_penalty(n, 100, 0.2) for n in (1, 79, 80, 85, 90, 99, 100)]
-    assert found == pytest.approx([0, 0, 0, -0.25, -0.5, -0.95, -1]) and max(found) == 0
-    assert grpo.overlong_penalty(50, 100, 1.0) == -0.5
+    samples = [Sample(0, [5] * n, [], True) for n in (1, 50, 79, 80, 85, 90, 99, 100)]
+    found = grpo.overlong_penalty(samples, configure(overlong="punish", max_new_tokens=100, overlong_share=0.2))
+    assert found == pytest.approx([0, 0, 0, 0, -0.25, -0.5, -0.95, -1]) and max(found) == 0
+    every = configure(overlong="punish", max_new_tokens=100, overlong_share=1.0)
+    assert grpo.overlong_penalty(samples, every)[1] == -0.5
 
 
 def test_the_objective_is_clipped_at_both_ends_by_their_own_measure():
@@ -469,6 +471,8 @@ def roll_out(files, n_prompts, function, **flags):
     model = checkpoint.load(files / "sft")[0]
     rows = [data_rows.prompt_only(row) for row in questions(30)]
     rewards, order = scoring.load_rewards(f"{files}/rewards.py:{function}", "cpu", 10**6), index_order(30, 0)
+    if config.overlong == "punish":
+        rewards.append((grpo.OVERLONG, 1.0, lambda *args: grpo.overlong_penalty(args[2], config)))
     completions, seen = grpo.roll_out(model, TOK, rewards, order, rows, 1, config, print)
     return completions, seen, config, rows, order
 
@@ -524,8 +528,8 @@ def test_refilling_ends_where_nothing_ever_differs(files):
 
 def test_completions_near_the_limit_are_punished_in_the_score(files):
     plain, *_ = roll_out(files, 12, "some", max_new_tokens=4)
-    punished, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="punish", overlong_share=0.25)
-    penalties = [grpo.overlong_penalty(len(c.sample.tokens), 4, 0.25) for c in plain]
+    punished, _, config, *_ = roll_out(files, 12, "some", max_new_tokens=4, overlong="punish", overlong_share=0.25)
+    penalties = grpo.overlong_penalty([c.sample for c in plain], config)
     assert [c.score for c in punished] == pytest.approx([c.score + p for c, p in zip(plain, penalties, strict=True)])
     for c, before in zip(punished, plain, strict=True):  # what is right stays right, however long
         assert (c.score > c.penalty) == (before.score > 0)
@@ -597,7 +601,7 @@ def test_one_step_by_hand(train, files, tmp_path):
         "ratio": 1,
         "clip_fraction": 0,
         "updates": 1,
-        "entropy": -logp.mean().item(),
+        "entropy": -full_logps(checkpoint.load(files / "sft")[0], [c.chat for c in completions], 0.8).mean().item(),
         "tokens": sum(len(c.chat.ids) for c in completions),  # those left out have been sampled as well
     }
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5) and loss > 0.001
@@ -755,9 +759,22 @@ def test_every_recipe_runs_with_rewards_of_both_kinds(train, files, tmp_path, re
     assert checkpoint.load(tmp_path / "run")[2]["stage"] == "grpo" and "validation val_loss" in output
     assert f"recipe {recipe}: group_size 4" in output
     for r in [r for r in records(tmp_path / "run") if "loss" in r]:
-        total = sum(weight * r[name] for name, weight in names.items())
-        assert r["reward"] == pytest.approx(total, abs=1e-5) or (recipe == "dapo" and total - 1 <= r["reward"] < total)
+        total = sum(weight * r[name] for name, weight in names.items()) + r.get(grpo.OVERLONG, 0.0)
+        assert r["reward"] == pytest.approx(total, abs=1e-5) and (grpo.OVERLONG in r) == (recipe == "dapo")
         assert r["updates"] == 2 and monitor in r and ("kl" in r) == (recipe in ("deepseekmath", "r1", "v3.2"))
+
+
+@pytest.mark.parametrize("how", [{"overlong": "punish"}, {"recipe": "dapo", "minibatches": 2, "refill": 0}])
+def test_validation_subtracts_the_penalty_of_length_as_training_does(train, files, tmp_path, how):
+    """Over the whole length it is the share of the limit that a completion takes, and of a reward
+    of 0.3 that is what differs."""
+    flags = {"reward": f"{files}/rewards.py:same", "overlong_share": 1.0, "eval_every": 1}
+    succeeds(train(tmp_path / "run", **flags, **how))
+    found = [r for r in records(tmp_path / "run") if "reward" in r]
+    assert sum("val_loss" in r for r in found) == 3 == sum("loss" in r for r in found)
+    for r in found:
+        assert r["reward"] == pytest.approx(0.3 - r["completion_tokens"] / 6, abs=1e-6)
+        assert r.get("val_loss", -r["reward"]) == -r["reward"]
 
 
 def test_bad_input_is_one_clear_line_and_costs_nothing(train, make_model, files, tmp_path):

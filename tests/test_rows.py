@@ -478,6 +478,18 @@ def test_a_question_is_held_out_with_whatever_surrounds_it(parse, surrounding, t
     assert sum(map(int, found.groups())) == 40
 
 
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_question_asked_under_twelve_system_messages_is_one_question(followed):
+    """Or followed by twelve others."""
+
+    def surrounded(question, i):
+        return turns(question, "7.", f"And {i}?") if followed else turns(question, system=f"You are {i}.")
+
+    found = [(surrounded(f"What is {n} + 1?", i), {"n": n}) for n in range(30) for i in range(12)]
+    train, val = rows.split_off(found, 0.1, seed=0)
+    assert not {row["n"] for _, row in train} & {row["n"] for _, row in val} and len(val) == 36
+
+
 def test_prompts_that_begin_with_an_example_are_told_apart_by_what_follows():
     shown = [turns("What is 1 + 1?", "2", f"What is {i} + 5?") for i in range(100)]
     found = [(messages, {}) for messages in shown] + [(turns("How are you?"), {})]

@@ -470,7 +470,7 @@ def test_the_first_steps_of_few_prompts_are_judged_together(base, tmp_path):
     ],
 )
 def test_each_change_for_the_worse_is_said_once_with_what_to_do(base, tmp_path, later, named, remedy):
-    (line,) = warnings_of(base, tmp_path / "run", [{}, {}, *[later] * 10, {}, *[later] * 10])
+    (line,) = warnings_of(base, tmp_path / "run", [{}, {}, *[later] * 10, {}, *[later] * 10, *[{}] * 9])
     assert named in line and remedy in line and line.startswith("warning: 10 times in a row") == ("learns" not in line)
 
 
@@ -485,12 +485,26 @@ def test_endings_that_the_limit_cuts_are_said(base, tmp_path):
     assert "--max_new_tokens=7 cuts 75% of the completions before their end" in line and "raise it" in line
 
 
+@pytest.mark.parametrize(
+    "later, said",
+    [
+        ({"entropy": 0.01}, "3 times in a row entropy was below a tenth"),
+        ({"finished": 0.6}, "3 times in a row fewer completions end than at first"),
+        ({"finished": 0.0, "completion_tokens": 10.0}, "cuts 100% of the completions"),
+    ],
+)
+def test_a_short_run_says_what_has_become_worse_too(base, tmp_path, later, said):
+    assert said in warnings_of(base, tmp_path / "run", [{}] * 6 + [later] * 3 + [{}])[0]
+
+
 def test_ten_steps_without_an_update_are_said_once_with_the_reason(base, tmp_path):
-    (line,) = warnings_of(base, tmp_path / "a", [{}] + [IDLE] * 25)
+    (line,) = warnings_of(base, tmp_path / "a", [{}] + [IDLE] * 30)
     assert "10 times in a row a step made no update: the completions of every prompt get the same reward" in line
     assert "25% of the groups are all above 0, 75% all at most 0" in line and "easier or harder prompts" in line
     (line,) = warnings_of(base, tmp_path / "b", [IDLE] * 2)  # a run of two steps that never updates says so too
     assert "2 times in a row a step made no update" in line
+    (line,) = warnings_of(base, tmp_path / "same", [IDLE | {"entropy": 0.0, "all_cut": 1.0}] * 2)
+    assert "the policy is all but certain of what it says (entropy 0)" in line and "higher --temperature" in line
     (line,) = warnings_of(base, tmp_path / "c", [IDLE | {"zero_variance": 0.5}] * 3)
     assert "no completion is left to learn from; see --stop_kl" in line
     for equal in (1.0, 0.5):  # the latter with --overlong=mask
@@ -519,24 +533,26 @@ def test_rewards_that_teach_ppo_nothing_for_ten_steps_are_said(base, tmp_path, r
 def test_a_resumed_run_counts_on_from_where_it_stopped(base, tmp_path):
     steps = [IDLE] * 12
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    (line,) = warnings_of(base, straight, steps, save_every=7)
-    assert warnings_of(base, stopped, steps, save_every=7) == [line]
-    shutil.rmtree(stopped / "step_000012")
+    (line,) = warnings_of(base, straight, steps, save_every=3)
+    assert warnings_of(base, stopped, steps, save_every=3) == [line]
+    for step in (6, 9, 12):
+        shutil.rmtree(stopped / f"step_{step:06d}", ignore_errors=True)
     (stopped / "latest").unlink()
-    (stopped / "latest").symlink_to("step_000007")
-    assert warnings_of(base, stopped, steps, save_every=7, resume=True) == [line]  # of 7 + 3 steps
+    (stopped / "latest").symlink_to("step_000003")
+    assert warnings_of(base, stopped, steps, save_every=3, resume=True) == [line]  # of 3 + 1 steps
     states = [read_json(run / "step_000012/train_state.json") for run in (straight, stopped)]
     assert states[0] == states[1] and states[0]["streaks"]["standstill"] == 12
 
 
 def test_a_reward_that_changes_as_a_run_resumes_has_changed(base, tmp_path):
-    rewards = [[1.0]] * 7 + [[2.0]] * 5
+    rewards = [[1.0]] * 3 + [[2.0]] * 3 + [[3.0], [4.0]] * 3
     steps, stopped = [{}] * 12, tmp_path / "stopped"
-    assert warnings_of(base, stopped, steps, rewards, save_every=7) == []
-    shutil.rmtree(stopped / "step_000012")
+    assert warnings_of(base, stopped, steps, rewards, save_every=3) == []
+    for step in (6, 9, 12):
+        shutil.rmtree(stopped / f"step_{step:06d}", ignore_errors=True)
     (stopped / "latest").unlink()
-    (stopped / "latest").symlink_to("step_000007")
-    assert warnings_of(base, stopped, steps, rewards, save_every=7, resume=True) == []
+    (stopped / "latest").symlink_to("step_000003")
+    assert warnings_of(base, stopped, steps, rewards, save_every=3, resume=True) == []
 
 
 def test_the_mfu_counts_each_completion_as_often_as_it_was_read(base, tmp_path):
@@ -556,10 +572,12 @@ def test_the_mfu_counts_each_completion_as_often_as_it_was_read(base, tmp_path):
     here(log, Rollouts(out=str(tmp_path / "run"), init=str(base), reward="", data=""))
 
 
-def test_the_entropy_of_nothing_is_zero():
-    completions = completions_of([make_completion([1], [2])], [Sample(0, [2], [-0.5], True)])
-    entropy = rollout_metrics(completions, 0, torch.zeros(0), None)["entropy"]
-    assert str(entropy) == "0.0"
+@pytest.mark.parametrize("logprobs, entropy", [([-0.5, -0.1], "0.5"), ([0.0, 0.0], "0.0")])
+def test_entropy_is_of_all_tokens_that_were_drawn_trained_on_or_not(logprobs, entropy):
+    """A group that has collapsed is not trained on; a tool's words were not drawn."""
+    samples = [Sample(0, [2, 3], logprobs, True, [True, False])]
+    completions = completions_of([make_completion([1], [2, 3])], samples)
+    assert str(rollout_metrics(completions, 0, torch.zeros(0), None)["entropy"]) == entropy
 
 
 @pytest.mark.parametrize("stage", [pretrain, sft, reward, dpo])
