@@ -240,7 +240,7 @@ def measure_kl(model, items, ref_logps, micro_batch_tokens):
 
 def run_batch(model, items, label_probs, ref_logps, config):
     """Means over a batch on all ranks: {"loss", "chosen_...", "rejected_...": what the loss
-    compares of the two sides, "accuracy"}. With gradients enabled, adds up the gradient."""
+    compares of the sides that the batch has, "accuracy"}. With gradients enabled, adds them up."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
     sums = torch.zeros(3, device=model.embed.device)  # of the losses and of both sides
     differences = torch.zeros(len(items), device=model.embed.device)
@@ -255,8 +255,8 @@ def run_batch(model, items, label_probs, ref_logps, config):
     n_chosen = n_rejected = len(items)
     if config.loss == "kto":  # an item is on one side only
         n_chosen, n_rejected = (label_probs > 0.5).sum().item(), (label_probs <= 0.5).sum().item()
-    name = LOSSES[config.loss].compares
-    means = {f"chosen_{name}": chosen / max(1, n_chosen), f"rejected_{name}": rejected / max(1, n_rejected)}
+    sides = {"chosen": (chosen, n_chosen), "rejected": (rejected, n_rejected)}
+    means = {f"{side}_{LOSSES[config.loss].compares}": total / n for side, (total, n) in sides.items() if n}
     return {"loss": loss, **means, "accuracy": agreement(np.array(differences), label_probs).mean()}
 
 
@@ -308,11 +308,11 @@ def main(config):
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, means["loss"], [grad_norm], sides)
-        chosen, rejected = means[f"chosen_{row.compares}"], means[f"rejected_{row.compares}"]
-        metrics = {"loss": means["loss"], "chosen_reward": config.beta * chosen}
-        metrics |= {"rejected_reward": config.beta * rejected, "margin": config.beta * (chosen - rejected)}
-        metrics |= {"accuracy": means["accuracy"], "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
-        run.log(step, model, [len(side.ids) for side in sides], **metrics)
+        rewards = {k.replace(row.compares, "reward"): config.beta * v for k, v in means.items() if row.compares in k}
+        if len(rewards) == 2:  # a batch of kto may lack a side
+            rewards["margin"] = rewards["chosen_reward"] - rewards["rejected_reward"]
+        rates = {"accuracy": means["accuracy"], "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
+        run.log(step, model, [len(side.ids) for side in sides], loss=means["loss"], **rewards, **rates)
 
         # 4. Validate, save
         if run.eval_due(step):
@@ -328,7 +328,7 @@ def validate(run, step, model, *val):
     means = run_batch(model.eval(), *val, config)
     if step:
         run.validated(step, {"val_loss": means.pop("loss"), **means})
-    now, has_reference = means[f"chosen_{row.compares}"], "ratio" in row.compares
+    now, has_reference = means.get(f"chosen_{row.compares}", 0.0), "ratio" in row.compares
     if now < run.first_step_stats.setdefault("chosen", 0.0 if has_reference else now):
         before = "in the reference" if has_reference else "before the first step"
         remedy = row.instead_of_nll or f"--nll={config.nll + 1:g}"

@@ -112,7 +112,7 @@ def preference_figures(pairs, margins, lengths, seed):
     labels, prompts = np.array([pair.probability for pair in pairs]), prompt_numbers(pairs)
     figures = length_figures(margins, lengths, labels, prompts, seed)
     figures |= calibration_figures(margins, labels, prompts, seed)
-    gold = label_margins(pairs)["gold"]
+    gold = np.array([gold_margin(pair.row) for pair in pairs])
     if np.isfinite(gold).all():
         best = (1 + np.tanh(2 * np.abs(gold))) / 2  # sigmoid(4 |gold|): how data/world.py draws labels
         right = where(gold != 0, agreement(margins, gold > 0))
@@ -192,9 +192,16 @@ def position_bias(p):
 
 
 def label_margins(pairs):
-    """{"the labels", "gold": float64 [n], how much better the chosen side is; nan if unknown}."""
+    """{"the labels", "gold": float64 [n], the probability that the chosen side is better, less 1/2;
+    nan if unknown}."""
     labels = np.array([pair.probability - 0.5 for pair in pairs])
-    return {"the labels": labels, "gold": np.array([gold_margin(pair.row) for pair in pairs])}
+    return {"the labels": labels, "gold": sure_margins([gold_margin(pair.row) for pair in pairs])}
+
+
+def sure_margins(leads):
+    """float64 [n]: 1/2 where the first side's score leads (leads > 0), -1/2 where the second's
+    does; nan for ties."""
+    return where(np.asarray(leads) != 0, np.sign(leads) / 2)
 
 
 def where(known, values):
@@ -208,18 +215,18 @@ def verdict_values(p, margins, probability, kept, known, principles):
 
     p: [n, k, 2] by k principles, nan by those that were not asked; margins: [n, k] of the first
     reply; probability: [n], that it is better; kept: bool [n]; known: {what else knows an order:
-    margins [n], nan if it does not know}.
+    margins [n] like those of `label_margins`}.
     """
     asked = np.isfinite(margins)  # [n, k]
     certainty = np.abs(probability - 0.5)
     values = {"confidence, all pairs": 0.5 + certainty, "confidence, kept pairs": where(kept, 0.5 + certainty)}
     for name, margin in known.items():
-        decided = np.isfinite(margin) & (margin != 0)
-        agrees = agreement(probability - 0.5, margin > 0)
+        decided, label = np.isfinite(margin), 0.5 + margin
+        agrees = agreement(probability - 0.5, label)
         values[f"agrees with {name}, all pairs"] = where(decided, agrees)
         values[f"agrees with {name}, kept pairs"] = where(decided & kept, agrees)
         for j, principle in enumerate(principles):
-            agrees = agreement(margins[:, j], margin > 0)
+            agrees = agreement(margins[:, j], label)
             values[f"agrees with {name}, by: {principle}"] = where(decided & asked[:, j], agrees)
     bias = position_bias(p)  # [n, k]
     contradicts = where(asked, (p[..., 0] > 0.5) != (p[..., 1] > 0.5))

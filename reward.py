@@ -197,14 +197,14 @@ def validate(run, step, model, pairs, items):
     """Log the loss and accuracy on held-out pairs; at the last step print figures with intervals as
     well."""
     model.eval()
-    label_probs = torch.tensor([pair.probability for pair in pairs])
-    loss, margins = run_batch(model, items, label_probs, run.config.micro_batch_tokens)
+    config, label_probs = run.config, torch.tensor([pair.probability for pair in pairs])
+    loss, margins = run_batch(model, items, label_probs, config.micro_batch_tokens, config.margin, config.smoothing)
     accuracy = agreement(margins, label_probs.numpy()).mean()
     text = f"{loss:.4f} per pair, {accuracy:.1%} of {len(items)} pairs ordered as labelled"
     run.validated(step, {"val_loss": loss, "accuracy": accuracy}, text=text)
     if step == run.total_steps:
         lengths = [[side.loss_mask.sum() for side in item] for item in items]
-        figures = preference_figures(pairs, margins, lengths, run.config.seed)
+        figures = preference_figures(pairs, margins, lengths, config.seed)
         run.metrics["figures"] = figures  # saved, not logged
         print0(f"\nheld-out pairs, with 95 % intervals\n{table(figures)}\n")
 

@@ -40,7 +40,7 @@ from data.judge import (
     swap_sides,
     transcript,
 )
-from figures import label_margins, prompt_numbers, show_record, verdict_values
+from figures import label_margins, prompt_numbers, show_record, sure_margins, verdict_values
 from rollout import Sample, rollout, sample_completions
 from runtime import checkpoint
 from runtime.cli import check_ranges, print0, refuse_unread
@@ -179,13 +179,13 @@ def judge_batch(config, policy, judge, principles, rewards, batch, first):
         asked = drawn[list(row_of), None] == np.arange(len(principles))
     p = verdicts(model, tok, triples, principles, asked, config.micro_batch_tokens)
 
-    # 3. What else knows an order: {name: margins [n] of the first reply}
+    # 3. What else knows an order: {name: margins [n] of the first reply, of at most 1/2}
     known = {} if policy else label_margins(pairs)
     if rewards:
         samples = [Sample(i, [], [], True) for i in range(len(pairs)) for _ in range(2)]
         texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
         total, _ = score_completions(rewards, [(pair.prompt, pair.row) for pair in pairs], samples, texts)
-        known["the reward"] = total[::2] - total[1::2]
+        known["the reward"] = sure_margins(total[::2] - total[1::2])
 
     written, kept_counts, values = preferences(config, pairs, p, principles, known)
     return written, {**counts, **kept_counts}, values, prompt_numbers(pairs)

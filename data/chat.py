@@ -455,6 +455,11 @@ def read_pairs(config, tok, context):
         return (pairs, [items[i] for i in kept]), pairs
 
     train, val, hashes = rows.read_split(config, rows.preference, encoder(tok, encode_pair), fit)
+    if all(pair.probability == 0.5 for pair in train[0]):
+        print0(
+            f'warning: {config.data}: all {len(train[0])} pairs have "probability" 0.5, so none says which side is '
+            'better and no preference is learned; bring labels, or leave "probability" out where "chosen" is better'
+        )
     return *train, *val, hashes
 
 

@@ -24,6 +24,13 @@ def read_items(config, tok, context):
         return items, [row for row, singles in found if any(len(side.ids) <= context for _, side in singles)]
 
     train, val, hashes = rows.read_split(config, rows.judged, chat.encoder(tok, encode_judged), fit)
+    warn_of_one_side(
+        train[1], config.data, "kto learns from the difference: bring both, or fine-tune on good ones with sft.py"
+    )
+    what, more = f"held out of {config.data}", "raise --val_fraction, or give --val"
+    if config.val:
+        what, more = f"--val={config.val}", "bring both"
+    warn_of_one_side(val[1], what, f"kto is judged on both: {more}")
     return *train, *val, hashes
 
 
@@ -55,14 +62,14 @@ def make_items(encoded, context, what):
     for document, i in zip(documents, others, strict=True):
         prompt, other = document.ids[~document.loss_mask], documents[i].ids[documents[i].loss_mask]
         items.append((document, make_completion(prompt, other[: context - len(prompt)])))
-    labels = torch.tensor([float(label) for *_, label in judged])
+    return items, torch.tensor([float(label) for *_, label in judged])
+
+
+def warn_of_one_side(labels, what, advice):
+    """Warn if all completions are labelled good, or all bad."""
     if labels.min() == labels.max():
         side = "good" if labels[0] else "bad"
-        print0(
-            f"warning: {what}: all {len(items)} completions are labelled {side}; kto learns from the difference: bring "
-            "both, or fine-tune on good ones with sft.py"
-        )
-    return items, labels
+        print0(f"warning: {what}: all {len(labels)} completions are labelled {side}; {advice}")
 
 
 def other_prompts(keys, what):

@@ -610,6 +610,49 @@ def test_an_epoch_has_each_pair_once_and_the_reference_reads_what_is_used(train,
     assert sum(r["tokens"] for r in records(tmp_path / "run") if "loss" in r) == tokens
 
 
+@pytest.mark.parametrize("certain, said", [(0, 1), (5, 0)])
+def test_pairs_that_all_prefer_neither_side_are_said_once(tmp_path, capsys, certain, said):
+    rows = [row | {"probability": 1.0 if i < certain else 0.5} for i, row in enumerate(some_rows(20, 1))]
+    data = str(write_rows(tmp_path / "even.jsonl", rows))
+    for read_them in (chat.read_pairs, chat.read_items):  # of reward.py and of dpo.py
+        config = SimpleNamespace(data=data, val="", val_fraction=0.1, skip_bad=False, seed=0)
+        read_them(config, TOK, 200)
+        lines = capsys.readouterr().out.splitlines()
+        found = [line for line in lines if line.startswith("warning: ") and '"probability" 0.5' in line]
+        assert len(found) == said and all(f"{data}: all 18 pairs" in line and "bring labels" in line for line in found)
+
+
+def singles(n, seed, sides):
+    """KTO's rows: these sides of some pairs, with their labels."""
+    pairs = some_rows(n, seed)
+    return [{"prompt": row["prompt"], "completion": row[s], "label": s == "chosen"} for row in pairs for s in sides]
+
+
+@pytest.mark.parametrize("here, absent", [("chosen", "rejected"), ("rejected", "chosen")])
+def test_a_side_that_a_batch_of_kto_lacks_has_no_figure(make_model, here, absent):
+    model = make_model(**SMALL)
+    items, labels = read(singles(6, 3, [here]), of_kto=True)
+    ref_logps = torch.full((len(items), 2), -20.0)
+    found = dpo.run_batch(model, items, labels, ref_logps, configure("kto"))
+    logratios = item_logps(model, items)[:, 0] + 20
+    assert found[f"{here}_logratio"] == pytest.approx(logratios.mean().item(), rel=1e-4)
+    assert set(found) == {"loss", "accuracy", f"{here}_logratio"}
+
+
+def test_a_margin_is_logged_of_the_batches_of_kto_that_have_both_sides(train, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", singles(36, 1, ["chosen"]) + singles(3, 2, ["rejected"]))
+    val = write_rows(tmp_path / "bad.jsonl", singles(8, 3, ["rejected"]))
+    output = succeeds(train(tmp_path / "run", loss="kto", data=data, val=val, batch_size=4, epochs=1, lr=0.003))
+    steps = [r for r in records(tmp_path / "run") if "loss" in r]
+    both = [r for r in steps if {"chosen_reward", "rejected_reward"} <= set(r)]
+    assert 0 < len(both) <= 3 and [r for r in steps if "margin" in r] == both
+    assert all(("chosen_reward" in r) or ("rejected_reward" in r) for r in steps)
+    assert all(r["margin"] == pytest.approx(r["chosen_reward"] - r["rejected_reward"], abs=1e-6) for r in both)
+    validations = [r for r in records(tmp_path / "run") if "val_loss" in r]
+    assert validations and all("rejected_logratio" in r and "chosen_logratio" not in r for r in validations)
+    assert "warning: chosen completions are less likely" not in output
+
+
 def test_kto_reads_single_answers_of_which_the_held_out_may_all_be_good(train, tmp_path):
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}

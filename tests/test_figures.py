@@ -149,7 +149,7 @@ def test_a_judge_that_always_says_a_is_all_position_bias():
 def test_agreement_is_counted_where_something_is_known_and_by_the_principles_that_were_asked():
     margins = np.array([[0.2, np.nan], [np.nan, -0.1], [0.3, -0.4], [0.1, 0.1]])
     p = np.stack([margins + 0.5, margins + 0.5], axis=2)
-    known = {"gold": np.array([1.0, 1.0, -2.0, 0.0]), "nobody": np.full(4, np.nan)}
+    known = {"gold": figures.sure_margins([1.0, 1.0, -2.0, 0.0]), "nobody": np.full(4, np.nan)}
     kept = np.array([True, True, False, True])
     values = figures.verdict_values(p, margins, 0.5 + np.nanmean(margins, axis=1), kept, known, ["one", "two"])
     agrees = {name: known_of(x) for name, x in values.items() if name.startswith("agrees")}
@@ -240,6 +240,23 @@ def test_agreement_counts_a_tie_as_a_half_and_a_label_by_its_probability():
     margins, labels = np.array([2.0, -1.0, 0.0, 0.0, 3.0, -3.0]), np.array([1.0, 1.0, 1.0, 0.2, 0.0, 0.25])
     assert figures.agreement(margins, labels).tolist() == [1, 0, 0.5, 0.5, 0, 0.75]
     assert figures.agreement(margins, labels > 0.5).tolist() == [1, 0, 0.5, 0.5, 0, 1]
+
+
+def test_a_judge_and_a_reward_model_agree_with_the_same_labels_by_the_same_measure():
+    """By the labels' probability, be it 1/2; with gold by its order alone."""
+    labels, margins = [0.6, 0.6, 0.5, 0.1, 1.0], np.array([0.2, -0.1, 0.4, -0.3, 0.1])
+    rows = [{"gold_chosen": gold, "gold_rejected": 0.3} for gold in (0.4, 0.4, 0.3, 0.2, 0.9)]
+    pairs = [pair_of(i, label, row) for i, (label, row) in enumerate(zip(labels, rows, strict=True))]
+    p = np.stack([0.5 + margins] * 2, axis=1)[:, None]
+    known, kept = figures.label_margins(pairs), np.array([True, True, True, True, False])
+    values = figures.verdict_values(p, margins[:, None], 0.5 + margins, kept, known, ["be kind"])
+    expected = [0.6, 0.4, 0.5, 0.9, 1.0]
+    for name, right in {"all pairs": expected, "by: be kind": expected, "kept pairs": expected[:4]}.items():
+        assert known_of(values[f"agrees with the labels, {name}"]) == pytest.approx(right)
+    assert known_of(values["agrees with gold, all pairs"]) == [1, 0, 1, 1]
+    found = figures.preference_figures(pairs, margins, np.ones((5, 2)), 0)
+    assert found["accuracy"]["value"] == pytest.approx(np.mean(expected))
+    assert found["order as gold's"]["value"] == pytest.approx(3 / 4)
 
 
 def test_a_judge_and_a_reward_model_without_an_opinion_agree_half_the_time():

@@ -1,6 +1,7 @@
 """data/kto.py: a judged completion is paired with one to another prompt, and dropped for its own
 length only."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -89,12 +90,43 @@ def test_a_row_is_dropped_for_its_own_length_only(capsys):
     assert any(len(other.ids) == 150 for _, other in items)
 
 
+@dataclass
+class Reading:
+    """The flags of dpo.py that its data are read by."""
+
+    data: str
+    val: str = ""
+    val_fraction: float = 0.05
+    skip_bad: bool = False
+    seed: int = 0
+
+
 @pytest.mark.parametrize("label, side", [(True, "good"), (False, "bad")])
-def test_labels_of_one_side_are_warned_of(capsys, label, side):
-    make_items([(messages, text, label) for messages, text, _ in judged([2, 2])], 200, "file.jsonl")
-    assert f"warning: file.jsonl: all 4 completions are labelled {side}" in capsys.readouterr().out
-    make_items(judged([2, 2]), 200, "file.jsonl")
-    assert "warning" not in capsys.readouterr().out
+def test_labels_of_one_side_are_warned_of_by_their_file_and_with_what_helps_there(tmp_path, capsys, label, side):
+    both = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(20)]
+    one = [row | {"label": label} for row in both]
+    # One-sided are: the training rows; those of --val; of the rows that a seed holds out, both
+    data, same = (str(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("both", both), ("one", one)))
+    train = "kto learns from the difference: bring both, or fine-tune on good ones with sft.py"
+    for flags, said in [
+        ({"data": data, "val": data}, []),
+        ({"data": same, "val": data}, [f"{same}: all 20 completions are labelled {side}; {train}"]),
+        (
+            {"data": data, "val": same},
+            [f"--val={same}: all 20 completions are labelled {side}; kto is judged on both: bring both"],
+        ),
+        (
+            {"data": same, "val_fraction": 0.2},
+            [
+                f"{same}: all 16 completions are labelled {side}; {train}",
+                f"held out of {same}: all 4 completions are labelled {side}; kto is judged on both: "
+                "raise --val_fraction, or give --val",
+            ],
+        ),
+    ]:
+        kto.read_items(Reading(**flags), TOK, 200)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if "are labelled" in line] == [f"warning: {text}" for text in said]
 
 
 def test_items_of_files_share_no_prompt_with_those_held_out(tmp_path):

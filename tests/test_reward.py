@@ -301,6 +301,16 @@ def test_accuracy_is_that_of_the_labels_probability_at_every_step(train, tmp_pat
     assert figures["figures"]["accuracy"]["value"] == figures["accuracy"]
 
 
+@pytest.mark.parametrize("flags", [{"margin": 2.0}, {"smoothing": 0.2}, {"margin": 1.0, "smoothing": 0.1}, {}])
+def test_validation_has_the_loss_that_is_trained(train, tmp_path, flags):
+    """Of the same pairs, before the rate has moved anything."""
+    data = write_rows(tmp_path / "pairs.jsonl", some_rows(40, 5))
+    succeeds(train(tmp_path / "run", data=data, val=data, steps=1, batch_size=40, lr=1e-9, **flags))
+    (loss,), (found,) = losses(tmp_path / "run"), [r for r in records(tmp_path / "run") if "val_loss" in r]
+    assert found["val_loss"] == pytest.approx(loss, abs=1e-5)
+    assert flags == {} or abs(loss - reward.preference_loss(torch.zeros(1), torch.ones(1)).item()) > 1e-3
+
+
 @pytest.mark.parametrize("n, batch_size", [(95, 64), (6, 64)])
 def test_an_epoch_has_each_pair_once(train, tmp_path, n, batch_size):
     data, val = (write_rows(tmp_path / f"{k}.jsonl", some_rows(k, k)) for k in (n, 5))

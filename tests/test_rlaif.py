@@ -131,6 +131,25 @@ def test_the_preferred_side_is_chosen_and_what_belongs_to_a_side_goes_with_it():
     assert values["the two orders contradict each other"].mean() == 0.25  # q3, where only the place speaks
 
 
+def test_agreement_with_labels_is_that_of_their_probability_and_with_a_reward_that_of_its_order(make_model):
+    judge = ending(make_model, 5, context=400), TOK, {}
+    texts, label_probs = [("yes", "no indeed"), ("well", "so"), ("Ada", "Ben or so"), ("a", "bb")], [0.6, 0.6, 0.5, 1.0]
+    some = [{"prompt": "q", "chosen": a, "rejected": b} for a, b in texts]
+    batch = [reply_pair(row | {"probability": p}) for row, p in zip(some, label_probs, strict=True)]
+
+    def length(conversations, rows, samples, texts):
+        return np.array([float(len(text)) for text in texts])
+
+    config = rlaif.Config("", "", "", min_margin=0.0)
+    rewards = [("mine.py:length", 1.0, length)]
+    written, _, values, _ = rlaif.judge_batch(config, None, judge, [LONG], rewards, batch, 0)
+    judged_better = {row["chosen"] for row in written}
+    agrees = [p if a in judged_better else 1 - p for (a, _), p in zip(texts, label_probs, strict=True)]
+    assert len(written) == 4 and values["agrees with the labels, all pairs"].tolist() == pytest.approx(agrees)
+    longer = [float(max(pair, key=len) in judged_better) for pair in texts]
+    assert values["agrees with the reward, all pairs"].tolist() == longer
+
+
 def test_principles_make_one_probability_by_mean_or_vote_or_chance():
     alone = {p: {str(r["prompt"]): r["probability"] for r in judged(PAIRS, [p])[0]} for p in (LONG, KIND, SHORT)}
     written, _, values = judged(PAIRS, [LONG, KIND])
