@@ -92,7 +92,8 @@ def shop_commands(config):
     # answers apart; over their std, its small differences would count as much as right and wrong
     rewards = f"{gold},data/world.py:rudeness,data/rules.py:final_number,{out}/rm"
     against = f"--problems={world}/problems_test.jsonl {measure} --reward={rewards}"
-    small_steps = "--nll=0.4 --batch_size=32"  # the same pairs in twice as many steps teach DPO more
+    # of DPO: imitation keeps sums right; the same pairs in twice as many steps teach more
+    preference = "--nll=0.4 --batch_size=32"
     rl = f"--monitor={gold} --max_new_tokens=64 --print_every=10 {seed}"
     # prepare: stories are short and differ in a few words, so neither the rules for web text nor
     # the removal of near-duplicates suit them
@@ -128,10 +129,10 @@ def shop_commands(config):
             --samples={out}/grpo_answers.jsonl --out={out}/grpo.json
 
         evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
-        dpo: dpo.py --init={out}/sft {pairs} {small_steps} --eval_every=100 {tuning} --out={out}/dpo
+        dpo: dpo.py --init={out}/sft {pairs} {preference} --eval_every=100 {tuning} --out={out}/dpo
         rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt \
             --reward={gold} {seed} --out={out}/ai_pairs.jsonl
-        dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl {small_steps} --print_every=25 {small} \
+        dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl {preference} --print_every=25 {small} \
             {seed} {size["ai_steps"]} --out={out}/ai_dpo
         evaluate dpo: evaluate.py --model={out}/dpo {against} --reference={out}/sft \
             --samples={out}/dpo_answers.jsonl --out={out}/dpo.json
