@@ -240,7 +240,7 @@ def measure_kl(model, items, ref_logps, micro_batch_tokens):
 
 def run_batch(model, items, label_probs, ref_logps, config):
     """Means over a batch on all ranks: {"loss", "chosen_...", "rejected_...": what the loss
-    compares of the sides that the batch has, "accuracy"}. With gradients enabled, adds them up."""
+    compares, of the sides that the batch has, "accuracy"}. Adds up the gradient if enabled."""
     kl = measure_kl(model, items, ref_logps, config.micro_batch_tokens) if config.loss == "kto" else None
     sums = torch.zeros(3, device=model.embed.device)  # of the losses and of both sides
     differences = torch.zeros(len(items), device=model.embed.device)
@@ -308,8 +308,9 @@ def main(config):
         grad_norm = optimizer.step(lr_scale, config.max_grad_norm)
         sides = [side for item in items for side in item]
         run.require_finite(step, means["loss"], [grad_norm], sides)
-        rewards = {k.replace(row.compares, "reward"): config.beta * v for k, v in means.items() if row.compares in k}
-        if len(rewards) == 2:  # a batch of kto may lack a side
+        there = [side for side in ("chosen", "rejected") if f"{side}_{row.compares}" in means]
+        rewards = {f"{side}_reward": config.beta * means[f"{side}_{row.compares}"] for side in there}
+        if len(there) == 2:  # a batch of kto may lack a side
             rewards["margin"] = rewards["chosen_reward"] - rewards["rejected_reward"]
         rates = {"accuracy": means["accuracy"], "lr": lr * lr_scale, "grad_norm": grad_norm.item()}
         run.log(step, model, [len(side.ids) for side in sides], loss=means["loss"], **rewards, **rates)
@@ -322,8 +323,7 @@ def main(config):
 
 @torch.no_grad()
 def validate(run, step, model, *val):
-    """Log the means over held-out items; not at step 0, before the first. Warn, once, if the chosen
-    completions are less likely than in the reference; without one, than at step 0."""
+    """Log the held-out means, but not at step 0; warn, once, if chosen ones became less likely."""
     row, config = LOSSES[run.config.loss], run.config
     means = run_batch(model.eval(), *val, config)
     if step:

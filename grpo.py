@@ -222,7 +222,7 @@ def kl_loss(logp, ref_logp, ratio, kind):
 
 
 def overlong_penalty(samples, config):
-    """0 up to the last --overlong_share of --max_new_tokens, then down to -1 (DAPO, eq. 13)."""
+    """fp64 [n]: 0 up to the last --overlong_share of the limit, then down to -1 (DAPO, eq. 13)."""
     soft = config.overlong_share * config.max_new_tokens
     return np.array([max(-1.0, min(0.0, (config.max_new_tokens - len(s.tokens)) / soft - 1)) for s in samples])
 

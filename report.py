@@ -146,7 +146,7 @@ def read_answers(file):
     """{prompt as JSON: row} of what evaluate.py --samples wrote; raises an error of some kind
     unless all its numbers can be shown."""
     answers = {json.dumps(row["prompt"]): row for _, row in read_jsonl(file)}
-    sum(float(x) for row in answers.values() for x in row.values() if isinstance(x, int))
+    sum(float(x) for row in answers.values() for x in row.values() if isinstance(x, int))  # raises above 1e308
     return answers
 
 

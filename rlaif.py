@@ -179,7 +179,7 @@ def judge_batch(config, policy, judge, principles, rewards, batch, first):
         asked = drawn[list(row_of), None] == np.arange(len(principles))
     p = verdicts(model, tok, triples, principles, asked, config.micro_batch_tokens)
 
-    # 3. What else knows an order: {name: margins [n] of the first reply, of at most 1/2}
+    # 3. What else knows an order: {name: [n], the first reply's probability to be better, less 1/2}
     known = {} if policy else label_margins(pairs)
     if rewards:
         samples = [Sample(i, [], [], True) for i in range(len(pairs)) for _ in range(2)]

@@ -249,7 +249,7 @@ def load_function(name, flag="reward"):
             with own_random(), kept(KEPT_BY_IMPORT), guard(name):
                 spec.loader.exec_module(module)
         except UserError as e:
-            del sys.modules[str(path)]
+            del sys.modules[str(path)], sys.modules[spec.name]
             raise UserError(f"--{flag}={name}: {file} cannot be imported: {e}") from None
     found = vars(sys.modules[str(path)]).get(function)
     if not callable(found):
@@ -258,12 +258,13 @@ def load_function(name, flag="reward"):
 
 
 def module_name(path):
-    """By which dataclasses and pickle find a user's file. A process that it spawns imports it by
-    this name, unless another module has it; then it is the path, where a dot would divide it."""
+    """The name of a user's file as a module: its stem, by which processes that it spawns import it;
+    if another module has that, its path, of which a dot would make two modules."""
     name = path.stem
-    free = name.isidentifier() and name not in sys.modules
-    if free and getattr(importlib.util.find_spec(name), "origin", str(path)) == str(path):
-        return name
+    if name.isidentifier() and name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin == str(path):
+            return name
     return str(path).replace(".", "_")
 
 

@@ -239,7 +239,8 @@ def validate(run, step, model, tok, val, question, problems):
         right, finished = exact_match(model, tok, problems, config.max_new_tokens)
         metrics["exact_match"] = float(np.mean(right))
         text += f", {metrics['exact_match']:.1%} of {len(problems)} problems right"
-        run.warn_of_cut(np.mean(finished))
+        if step == run.total_steps:  # before that it may not have learned to end
+            run.warn_of_cut(np.mean(finished))
     run.validated(step, metrics, text=text)
     if rank() == 0:
         sampling = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}

@@ -443,7 +443,7 @@ def read_prompts(config, tok, context, length=prompt_length):
 
 def read_pairs(config, tok, context):
     """(train pairs, train items, validation pairs, validation items, {source: SHA-256}) of --data
-    and --val, without pairs that exceed `context`.
+    and --val, without pairs that exceed `context`. Warns if no label says which side is better.
 
     Pairs are rows.Pair, with the text; items are the same in tokens.
     """

@@ -16,7 +16,7 @@ def read_items(config, tok, context):
     """(train items, labels, validation items, labels, {source: SHA-256}) of --data and --val.
 
     An item is (Chat, Chat): the completion that was judged, and one to another prompt. labels: fp32
-    [n], 1 for a good one.
+    [n], 1 for a good one. Warns of labels that are all the same.
     """
 
     def fit(found, what):

@@ -1073,8 +1073,8 @@ def questions(rows, many=0):
     """What is asked in each row, ((role, folded content), ...): the first message of the user,
     without the system message and later turns.
 
-    It is the whole prompt where that message begins `many` rows or more, as that of different
-    prompts does; 0: where it is `common`.
+    A message that begins `many` rows or more, 0 for as many as is `common`, is taken for a greeting
+    or an example; what is asked is the whole prompt then.
     """
     prompts, many = list(map(folded_prompt, rows)), many or common(rows)
     first = {prompt: next(((said,) for said in prompt if said[0] == "user"), prompt) for prompt in set(prompts)}
@@ -1089,15 +1089,16 @@ def split_off(rows, fraction, seed, name="the rows"):
 
     Raises UserError, which begins with `name`, if all ask the same.
     """
-    by_question = {}
-    # "Hi" does no harm as a question, but a question asked under twelve system messages is no "Hi"
-    for i, question in enumerate(questions(rows, many=max(10, len(rows) // 8))):
+    by_question, limit = {}, max(1, int(fraction * len(rows)))
+    # A question asked under twelve system messages stays one, and a greeting does no harm as a
+    # question, unless its rows are more than are held out
+    for i, question in enumerate(questions(rows, many=max(20, limit + 1))):
         by_question.setdefault(question, []).append(i)
     if len(by_question) < 2:
         raise UserError(f"{name}: one prompt only; at least two are needed, one to train on and one to hold out")
     groups = list(by_question.values())
     shuffled = [groups[g] for g in np.random.default_rng(seed).permutation(len(groups))]
-    limit, held_out = max(1, int(fraction * len(rows))), []
+    held_out = []
     for group in shuffled:
         if len(held_out) + len(group) <= min(limit, len(rows) - 1):
             held_out += group

@@ -5,7 +5,8 @@ calls of a batch. What the code raises becomes a UserError; what it prints is ma
 of the process are as before.
 
 Out of reach: what it replaces elsewhere than in STANDARD, and what ends this process itself (a
-crash in C, os.exec). What was saved is complete then, and --resume continues from it.
+crash in C, os.exec, os.abort, a signal that kills, os._exit in a thread). What was saved is
+complete then, and --resume continues from it.
 """
 
 import builtins
@@ -588,13 +589,15 @@ def is_open(descriptor):
 # What is raised
 
 SECONDS_TO_DESCRIBE = 5.0
-# {name: value} of the modules that a run needs: another function may be in the place of theirs
+# The namespaces of the modules that a run needs: a user's code may put another function in a name's
+# place
 STANDARD = [vars(module) for module in (builtins, json, math, os, os.path, random, shutil, signal, subprocess, time)]
 
 
 def set_names(before):
-    """Put back what STANDARD held; what a module has got since, a submodule for example, stays."""
-    for names, values in zip(STANDARD, before, strict=True):
+    """Put back what STANDARD held: before is [(namespace, a copy of it)]. What a module has got
+    since, a submodule for example, stays."""
+    for names, values in before:  # nothing is called here that may have been replaced
         names.update(values)
     if os.name == "posix":
         time.tzset()  # its names of the zone follow the environment
@@ -602,20 +605,21 @@ def set_names(before):
 
 @contextlib.contextmanager
 def guard(name):
-    """Run the user's code of name = FILE.py:FUNCTION in the body; KEPT is as before after it.
+    """Run the user's code of name = FILE.py:FUNCTION in the body; after it KEPT and STANDARD are as
+    before.
 
-    Raises UserError for all that it raises, SystemExit too. A child process that it forked ends
-    here, however it comes: it must not go on as a second run. A real Ctrl-C stays one.
+    Raises UserError for all that it raises, SystemExit and os._exit too. A child process that it
+    forked ends here, however it comes: it must not go on as a second run. A real Ctrl-C stays one.
     """
     file, _, function = name.rpartition(":")
     process, interrupts, error = os.getpid(), [], None
     path = os.path.join(working_directory() or os.sep, file)  # the body may leave this directory, or delete it
-    recursion_limit, before = sys.getrecursionlimit(), [dict(names) for names in STANDARD]
+    recursion_limit, before = sys.getrecursionlimit(), [(names, dict(names)) for names in STANDARD]
     end_process = os._exit
 
     def leave(status):
-        """os._exit: in this process what exit() is."""
-        if os.getpid() == process:
+        """os._exit: in the main thread what exit() is; in another thread, or a child, itself."""
+        if os.getpid() == process and threading.current_thread() is threading.main_thread():
             raise SystemExit(status)
         end_process(status)
 
@@ -636,6 +640,7 @@ def guard(name):
         except BaseException as e:
             error = e if type(e) is UserError else UserError(describe(e, os.path.realpath(path)))
             status = exit_status(e)
+            set_names(before)  # its message, too, is the user's code
         if os.getpid() != process:
             leave_child(error, status if error else 0)
     if interrupts:

@@ -22,6 +22,7 @@ import shlex
 import shutil
 import sys
 import time
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -373,10 +374,10 @@ class Run:
 
     def warn_if_it_lasts(self, name, holds, text):
         """Print the warning `name`, once, if `holds` is true ten times in a row, in a short run for
-        a third of it: a single step may be an odd one. Steps that cannot be judged do not call
-        this."""
+        a third of it and three times at least: a single step may be an odd one. Steps that cannot
+        be judged do not call this."""
         self.streaks[name] = self.streaks.get(name, 0) + 1 if holds else 0
-        if self.streaks[name] >= min(10, max(2, self.total_steps // 3), self.total_steps):
+        if self.streaks[name] >= min(10, max(3, self.total_steps // 3), self.total_steps):
             often = f"{self.streaks[name]} times in a row " if self.streaks[name] > 1 else ""
             self.warn_once(name, often + text)
 
@@ -423,7 +424,7 @@ class Run:
         """Warn, once each, if steps make no update, if updates move nothing, or if the loss is 0
         although the policy learns."""
         reason = "no completion is left to learn from; see --stop_kl, and in grpo.py --overlong"
-        if metrics["entropy"] < 0.01:
+        if metrics["entropy"] < 0.01 and metrics.get("zero_variance") == 1:
             reason = (
                 f"the policy is all but certain of what it says (entropy {metrics['entropy']:.2g}); begin with one "
                 "that varies, and keep its variety by a lower --lr, a higher --beta or a higher --temperature"
@@ -633,7 +634,7 @@ def rollout_metrics(completions, n_trained, logp, ref_logp, **values):
     found |= values | {"finished": [s.finished for s in samples]}
     found["completion_tokens"] = [len(s.tokens) for s in samples]
     kl = 0.0 if ref_logp is None else (logp - ref_logp).sum()
-    drawn = np.concatenate([np.array(s.logprobs)[s.loss_mask] for s in samples])
+    drawn = np.array([logprob for s in samples for logprob in compress(s.logprobs, s.loss_mask)])
     counts = len(samples), n_trained, len(drawn)
     n, n_trained, n_drawn, entropy, kl, *totals = reduce_sum(*counts, -drawn.sum(), kl, *map(sum, found.values()))
     means = {name: total / n for name, total in zip(found, totals, strict=True)}

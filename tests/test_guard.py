@@ -261,7 +261,7 @@ CHANGES = {
     "anomaly": "torch.autograd.set_detect_anomaly(True)",
     "product of another library": "torch.backends.mkldnn.enabled = not torch.backends.mkldnn.enabled",
     "error hooks": "sys.excepthook = threading.excepthook = print",
-    "builtins": "import builtins as b; print('x', end=''); b.print = b.open = b.bin = None; del b.hex",
+    "builtins": "import builtins as b; print('x', end=''); b.print = b.open = b.zip = None; del b.hex",
     "functions": "import json, math, shutil; os.replace = os.unlink = shutil.rmtree = subprocess.Popen = None; "
     "json.dumps, math.isfinite, os.path.exists = str, bool, len; del os.stat",
     "functions that the guard calls": "os.chdir = os.getcwd = os.dup2 = time.monotonic = random.getstate = None; "

@@ -831,9 +831,9 @@ def test_answers_that_grow_or_no_longer_end_are_reported_once(train, files, tmp_
 @pytest.mark.parametrize(
     "reward, penalty, said",
     [
-        ("same", 1.0, "2 times in a row the reward of every completion was 0.3,"),
-        ("same", 0.0, "2 times in a row the reward of every completion was 0.3,"),
-        ("tiny", 1.0, "2 times in a row the reward of every completion was 1e-07,"),
+        ("same", 1.0, "3 times in a row the reward of every completion was 0.3,"),
+        ("same", 0.0, "3 times in a row the reward of every completion was 0.3,"),
+        ("tiny", 1.0, "3 times in a row the reward of every completion was 1e-07,"),
         ("beside", 1.0, "differed by little (now 1e+09 in size, "),
         ("small", 0.0, "the policy hardly follows the reward"),
         ("yes", 1.0, ""),

@@ -486,8 +486,16 @@ def test_a_question_asked_under_twelve_system_messages_is_one_question(followed)
         return turns(question, "7.", f"And {i}?") if followed else turns(question, system=f"You are {i}.")
 
     found = [(surrounded(f"What is {n} + 1?", i), {"n": n}) for n in range(30) for i in range(12)]
-    train, val = rows.split_off(found, 0.1, seed=0)
-    assert not {row["n"] for _, row in train} & {row["n"] for _, row in val} and len(val) == 36
+    for n_rows, fraction, held_out in ((360, 0.1, 36), (96, 0.05, 12)):  # few are held out at least
+        train, val = rows.split_off(found[:n_rows], fraction, seed=0)
+        assert not {row["n"] for _, row in train} & {row["n"] for _, row in val} and len(val) == held_out
+
+
+@pytest.mark.parametrize("openings", [1, 9])
+def test_an_opening_with_more_rows_than_are_held_out_is_no_question(openings):
+    found = [(turns(f"Hello {i % openings}!", "Hello!", f"What is {i} + 5?"), {}) for i in range(900)]
+    train, val = rows.split_off(found, 0.05, seed=0)
+    assert len(val) == 45
 
 
 def test_prompts_that_begin_with_an_example_are_told_apart_by_what_follows():
