@@ -2635,8 +2635,8 @@ MUTANTS = [
     (
         "file_in_the_place_of_another",
         "scoring.py",
-        "    if free and getattr(",
-        "    if name.isidentifier() or getattr(",
+        "if spec is None or spec.origin == str(path):",
+        "if True:",
         SCORING,
     ),
     ("record_said_twice", "report.py", 'if file.name == "report.json":', "if False:", REPORT),
