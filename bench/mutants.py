@@ -2684,6 +2684,13 @@ MUTANTS = [
         "questions(rows)",
         "tests/test_rows.py::test_a_question_asked_under_twelve_system_messages_is_one_question",
     ),
+    (
+        "an_opening_is_a_question",
+        "data/rows.py",
+        "many=max(20, limit + 1)",
+        "many=len(rows) + 1",
+        "tests/test_rows.py::test_an_opening_with_more_rows_than_are_held_out_is_no_question",
+    ),
 ]
 
 
