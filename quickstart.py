@@ -83,7 +83,7 @@ def shop_commands(config):
     size = {name: flags[config.fast].format(out=out) for name, flags in SIZES.items()}
     world = f"{out}/world"
     small = "--micro_batch_tokens=4096"  # a quick start must fit into 4 GB
-    tuning = f"--epochs=1 --print_every=25 {small} {seed}"
+    tuning = f"--epochs=1 --print_every=25 --eval_every=100 {small} {seed}"
     pairs = f"--data={world}/pairs.jsonl --val={world}/pairs_val.jsonl"
     weak_pairs = f"--data={world}/pairs_few.jsonl --val={world}/pairs_val.jsonl"
     measure = f"--data={world}/prompts_test.jsonl --max_new_tokens=64 {seed}"
@@ -92,8 +92,7 @@ def shop_commands(config):
     # answers apart; over their std, its small differences would count as much as right and wrong
     rewards = f"{gold},data/world.py:rudeness,data/rules.py:final_number,{out}/rm"
     against = f"--problems={world}/problems_test.jsonl {measure} --reward={rewards}"
-    # of DPO: imitation keeps sums right; the same pairs in twice as many steps teach more
-    preference = "--nll=0.4 --batch_size=32"
+    preference = "--nll=0.4 --batch_size=32"  # imitation keeps sums right; twice the usual steps teach more
     rl = f"--monitor={gold} --max_new_tokens=64 --print_every=10 {seed}"
     # prepare: stories are short and differ in a few words, so neither the rules for web text nor
     # the removal of near-duplicates suit them
@@ -105,10 +104,8 @@ def shop_commands(config):
         pretrain: pretrain.py --data={out}/data {size["shape"]} --context=512 {size["steps"]} {seed} \
             --save_every=200 --print_every=50 --prompt='Mia went to the' --out={out}/base
         sample: sample.py --model={out}/base --prompt='Mia went to the' --max_new_tokens=80 {seed}
-        sft: sft.py --init={out}/base --data={world}/chat.jsonl --val={world}/chat_val.jsonl --eval_every=50 {tuning} \
-            --out={out}/sft
-        reward: reward.py --init={out}/sft {pairs} --lr=1.5e-3 --max_new_tokens=64 --eval_every=50 {tuning} \
-            --out={out}/rm
+        sft: sft.py --init={out}/base --data={world}/chat.jsonl --val={world}/chat_val.jsonl {tuning} --out={out}/sft
+        reward: reward.py --init={out}/sft {pairs} --lr=1.5e-3 --max_new_tokens=64 {tuning} --out={out}/rm
 
         ppo: ppo.py --init={out}/sft --reward={out}/rm --data={world}/prompts.jsonl {rl} {size["ppo_steps"]} \
             {size["min_accuracy"]} --out={out}/ppo
@@ -129,7 +126,7 @@ def shop_commands(config):
             --samples={out}/grpo_answers.jsonl --out={out}/grpo.json
 
         evaluate sft: evaluate.py --model={out}/sft {against} --samples={out}/sft_answers.jsonl --out={out}/sft.json
-        dpo: dpo.py --init={out}/sft {pairs} {preference} --eval_every=100 {tuning} --out={out}/dpo
+        dpo: dpo.py --init={out}/sft {pairs} {preference} {tuning} --out={out}/dpo
         rlaif: rlaif.py {size["judged"]} --judge={out}/base --constitution=data/constitution.txt \
             --reward={gold} {seed} --out={out}/ai_pairs.jsonl
         dpo of rlaif's: dpo.py --init={out}/sft --data={out}/ai_pairs.jsonl {preference} --print_every=25 {small} \
